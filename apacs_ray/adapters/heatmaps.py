@@ -1,0 +1,93 @@
+"""The frozen members over training and val tiles: one heatmap shard beside each tile shard, by a pool of actors.
+
+A row holds one lossless RGB PNG, whose channels are the probabilities of FCN-32, FCN-16 and FCN-8 as uint8 (0..255).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from apacs_ray.adapters.pool import PoolPlan, map_shards
+from apacs_ray.data.shards import ROW_GROUP, Receipt, read_receipt, write_table
+from apacs_ray.settings import MemberName
+from apacs_ray.storage import Store
+from apacs_ray.training.feed import HEATMAP_ORDER, Heatmaps, decode_pixels
+
+HEATMAP_SCHEMA = pa.schema([("tile_id", pa.string()), ("heatmaps", pa.binary())])
+
+
+@dataclass(frozen=True)
+class HeatmapTask:
+    """What every heatmap shard has in common. `folders[tile_fold]` are the member folders that see a tile."""
+
+    store: Store
+    heatmaps: Heatmaps
+    members: Mapping[int, Mapping[MemberName, str]]
+    fold_of: Mapping[str, int]
+    threads: int
+    precision: str
+
+
+def write_heatmaps(
+    task: HeatmapTask, paths: Sequence[str], plan: PoolPlan, on_done: Callable[[int], None]
+) -> tuple[int, int]:
+    """Write the heatmap shard of every tile shard; returns rows in and rows out."""
+    rows_in = rows_out = 0
+
+    def work() -> Callable[[str], pa.Table]:
+        return _HeatmapWriter(task)
+
+    for row in map_shards(work, paths, plan):
+        rows_in += row["rows_in"]
+        rows_out += row["rows_out"]
+        on_done(rows_in)
+    return rows_in, rows_out
+
+
+class _HeatmapWriter:
+    """In an actor: the networks, loaded when the first tile needs them."""
+
+    def __init__(self, task: HeatmapTask) -> None:
+        from apacs_ray.inference import Predictor
+
+        self._task = task
+        self._predictors = {
+            fold: Predictor.load(task.store, dict(folders), threads=task.threads, precision=task.precision)
+            for fold, folders in task.members.items()
+        }
+
+    def __call__(self, path: str) -> pa.Table:
+        task = self._task
+        target = task.heatmaps.path(path)
+        receipt = read_receipt(task.store, target)
+        if receipt is None:
+            receipt = self._write(path, target)
+        return pa.table({"rows_in": [receipt.rows_in], "rows_out": [receipt.rows_out]})
+
+    def _write(self, path: str, target: str) -> Receipt:
+        import pyarrow.parquet as pq
+
+        rows = []
+        with self._task.store.open(path) as stream:
+            for batch in pq.ParquetFile(stream).iter_batches(ROW_GROUP, columns=["tile_id", "image"]):
+                for tile in batch.to_pylist():
+                    predictor = self._predictors[self._task.fold_of.get(tile["tile_id"], 0)]
+                    probabilities = predictor.probabilities(decode_pixels(tile["image"]))
+                    rows.append({"tile_id": tile["tile_id"], "heatmaps": encode_heatmaps(probabilities)})
+        receipt = Receipt(target, len(rows), len(rows))
+        write_table(self._task.store, pa.Table.from_pylist(rows, HEATMAP_SCHEMA), receipt)
+        return receipt
+
+
+def encode_heatmaps(probabilities: Mapping[str, np.ndarray]) -> bytes:
+    """Probabilities (H, W) in 0..1 of the three members as one RGB PNG of uint8."""
+    picture = np.stack([np.rint(probabilities[name] * 255).astype(np.uint8) for name in HEATMAP_ORDER], axis=2)
+    sink = io.BytesIO()
+    Image.fromarray(picture).save(sink, "PNG", compress_level=1)
+    return sink.getvalue()

@@ -1,0 +1,130 @@
+"""Ingest on Ray Data: pairs -> probed sources, and manifest shards -> receipts. Pixels stay in the tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+
+from apacs_ray.adapters.session import data_context
+from apacs_ray.data.folder import Entry, Pair, Reject
+from apacs_ray.data.ingest import ShardTask, Source, probe_pair, write_shard
+from apacs_ray.data.shards import Receipt
+from apacs_ray.data.smear_files import write_slide
+from apacs_ray.data.synthetic import SlideSpec
+from apacs_ray.run import require_source, source_hash
+from apacs_ray.storage import Store
+
+PROBES_A_TASK = 64  # headers: mostly waiting for the store
+
+
+def render_smears(store: Store, specs: Sequence[SlideSpec]) -> None:
+    """Render the synthetic slides that are not there yet, one task each, in the data set's folder layout."""
+    import ray
+
+    expected = source_hash()
+
+    def render(batch: dict[str, Any]) -> dict[str, Any]:
+        require_source(expected)
+        for index in batch["index"]:
+            write_slide(store, specs[index])
+        return batch
+
+    with data_context():
+        indices = [pa.table({"index": [index]}) for index in range(len(specs))]
+        ray.data.from_arrow(indices).map_batches(render, batch_size=None, num_cpus=1).materialize()
+
+
+def probe_pairs(
+    store: Store, pairs: Sequence[Pair], max_pixels: int, on_done: Callable[[int], None]
+) -> tuple[list[Source], list[Reject]]:
+    """Read every pair's headers, in tasks of `PROBES_A_TASK`."""
+    import ray
+
+    expected = source_hash()
+
+    def probe(batch: pa.Table) -> pa.Table:
+        require_source(expected)
+        rows = []
+        for row in batch.to_pylist():
+            pair = Pair(row["split"], row["stem"], Entry(**row["image"]), Entry(**row["mask"]), row["slide_id"])
+            found = probe_pair(store, pair, max_pixels)
+            is_source = isinstance(found, Source)
+            rows.append(
+                {
+                    "index": row["index"],
+                    "width": found.width if is_source else None,
+                    "height": found.height if is_source else None,
+                    "reject": None if is_source else asdict(found),
+                }
+            )
+        return pa.Table.from_pylist(rows, PROBE_SCHEMA)
+
+    rows = [{"index": index, **asdict(pair)} for index, pair in enumerate(pairs)]
+    blocks = [pa.Table.from_pylist(rows[i : i + PROBES_A_TASK]) for i in range(0, len(rows), PROBES_A_TASK)]
+    sources: list[Source] = []
+    rejects: list[Reject] = []
+    with data_context():
+        probed = ray.data.from_arrow(blocks).map_batches(probe, batch_size=None, batch_format="pyarrow", num_cpus=0.5)
+        for row in probed.iter_rows():
+            if row["reject"] is None:
+                sources.append(Source(pairs[row["index"]], row["width"], row["height"]))
+            else:
+                rejects.append(Reject(**row["reject"]))
+            on_done(len(sources) + len(rejects))
+    return sources, rejects
+
+
+def write_shards(task: ShardTask, shards: Sequence[pa.Table], on_done: Callable[[int], None]) -> list[Receipt]:
+    """Write every shard, one task each; only receipts come back."""
+    import ray
+
+    expected = source_hash()
+
+    def write(plan: pa.Table) -> pa.Table:
+        require_source(expected)
+        return _receipt_table(write_shard(task, plan))
+
+    receipts: list[Receipt] = []
+    with data_context():
+        written = ray.data.from_arrow(list(shards)).map_batches(write, batch_size=None, batch_format="pyarrow", num_cpus=1)
+        for row in written.iter_rows():
+            receipts.append(_receipt(row))
+            on_done(sum(receipt.rows_in for receipt in receipts))
+    return receipts
+
+
+REJECT_SCHEMA = pa.schema(
+    [
+        ("uri", pa.string()),
+        ("slide_id", pa.string()),
+        ("x", pa.int64()),
+        ("y", pa.int64()),
+        ("stage", pa.string()),
+        ("code", pa.string()),
+        ("reason", pa.string()),
+    ]
+)
+_REJECT = pa.struct(list(REJECT_SCHEMA))
+PROBE_SCHEMA = pa.schema([("index", pa.int64()), ("width", pa.int32()), ("height", pa.int32()), ("reject", _REJECT)])
+RECEIPT_SCHEMA = pa.schema(
+    [
+        ("path", pa.string()),
+        ("rows_in", pa.int64()),
+        ("rows_out", pa.int64()),
+        ("skipped", pa.map_(pa.string(), pa.int64())),
+        ("rejects", pa.list_(_REJECT)),
+        ("reused", pa.bool_()),
+    ]
+)
+
+
+def _receipt_table(receipt: Receipt) -> pa.Table:
+    row = {**asdict(receipt), "skipped": list(receipt.skipped.items())}
+    return pa.Table.from_pylist([row], RECEIPT_SCHEMA)
+
+
+def _receipt(row: dict[str, Any]) -> Receipt:
+    return Receipt(**{**row, "skipped": dict(row["skipped"] or ()), "rejects": list(row["rejects"] or ())})

@@ -1,0 +1,105 @@
+"""Joining or starting Ray.
+
+A run joins a cluster only when `RAY_ADDRESS` is set (a submitted job has it); else it starts its own on this machine
+and ends it. Every worker process is held to the driver's copy of the source.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from apacs_ray.errors import ApacsError
+from apacs_ray.plan import Cluster
+from apacs_ray.run import ROOT, Run
+from apacs_ray.storage import open_store
+
+
+class RaySession:
+    """Ray for one run, started when a stage first needs it."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._started = False
+
+    def start(self) -> None:
+        """Join or start Ray; later calls do nothing. Raises ApacsError when a local path meets several nodes."""
+        if self._started:
+            return
+        _quiet()
+        import ray
+
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=True,
+            )
+            self._run.lease.note_ray_session(ray._private.worker._global_node.get_session_dir_path())
+        self._started = True
+        self._refuse_local_paths_on_several_nodes()
+
+    def stop(self) -> None:
+        """Leave the cluster, or end the one that was started."""
+        if self._started:
+            import ray
+
+            ray.shutdown()
+            self._started = False
+
+    def cluster(self) -> Cluster:
+        """What the cluster has."""
+        import ray
+
+        total = ray.cluster_resources()
+        nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+        node_cpus = max((cpus for cpus in nodes if cpus), default=1.0)
+        return Cluster(total.get("CPU", 1.0), total.get("GPU", 0.0), node_cpus)
+
+    def _refuse_local_paths_on_several_nodes(self) -> None:
+        import ray
+
+        machines = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+        if len(machines) < 2:
+            return
+        if self._run.store.is_local:
+            raise ApacsError(
+                f"{self._run.store.uri}: a local --output cannot be seen by all {len(machines)} nodes; give s3://bucket/prefix"
+            )
+        if self._run.data is not None and open_store(self._run.data).is_local:
+            raise ApacsError(
+                f"{self._run.data}: local --data cannot be seen by all {len(machines)} nodes; give s3://bucket/prefix"
+            )
+
+
+def _quiet() -> None:
+    """Settings of Ray that must stand before it is imported, here and (by inheritance) in its workers."""
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not os.environ.get("RAY_ADDRESS"):
+        path = os.environ.get("PYTHONPATH")
+        if str(ROOT) not in (path or "").split(os.pathsep):
+            os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([path] if path else [])])
+
+
+@contextmanager
+def data_context() -> Iterator[None]:
+    """Ray Data set up for this process: in order, quiet, nothing dropped. Before any dataset is built."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    context.print_on_execution_start = False
+    context.max_errored_blocks = 0
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    yield

@@ -1,0 +1,175 @@
+"""Training runs on Ray Train: one `TorchTrainer` a network, several at the same time.
+
+Training state lives in the run under its fingerprint. Each start is an attempt of its own for Ray; where training goes
+on is decided by our own checkpoints (complete by size and hash), so a snapshot that a kill cut in half does not matter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apacs_ray.adapters.feed import ray_samples
+from apacs_ray.checkpoints import Checkpoints
+from apacs_ray.data.shards import TileIndex
+from apacs_ray.errors import ApacsError
+from apacs_ray.models.weights import ModelSpec
+from apacs_ray.plan import NetworkPlan, TrainingPlan
+from apacs_ray.run import require_source
+from apacs_ray.storage import Store
+from apacs_ray.training.config import TrainConfig
+from apacs_ray.training.feed import Feed
+
+PROGRESS = "progress.json"
+POLL = 1.0  # s between looks at the progress of runs
+
+
+@dataclass(frozen=True)
+class NetworkTask:
+    """Everything a training worker needs. `spec` builds the network, `state` is its folder in the run."""
+
+    name: str
+    spec: ModelSpec
+    config: TrainConfig
+    feed: Feed
+    indices: dict[str, TileIndex]
+    state: str
+    plan: NetworkPlan
+    max_failures: int
+    source: str
+
+    @property
+    def store(self) -> Store:
+        return self.feed.store
+
+
+def train(tasks: Sequence[NetworkTask], plan: TrainingPlan, on_progress: Callable[[str, dict[str, Any]], None]) -> None:
+    """Train every network to its end, at the same time where the plan says so. Raises ApacsError naming the network."""
+    groups = [list(tasks)] if plan.parallel else [[task] for task in tasks]
+    for group in groups:
+        errors: dict[str, BaseException] = {}
+        threads = [threading.Thread(target=_fit, args=(task, errors), daemon=True) for task in group]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            time.sleep(POLL)  # the main thread stays here: only it hears Ctrl-C
+            for task in group:
+                with contextlib.suppress(FileNotFoundError):
+                    on_progress(task.name, json.loads(task.store.read(f"{task.state}/{PROGRESS}")))
+        for name, error in errors.items():
+            raise ApacsError(f"{name}: training stopped: {_cause(error)}") from error
+
+
+def _fit(task: NetworkTask, errors: dict[str, BaseException]) -> None:
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    store = task.store.child(task.state)
+    attempt = 1 + max((int(entry.path.split("/")[0].split("-")[1]) for entry in _attempts(store)), default=0)
+    plan = task.plan
+    local = {} if store.is_local else {"storage_filesystem": store.filesystem}
+    trainer = TorchTrainer(
+        _train_loop,
+        train_loop_config={"task": task},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=plan.workers,
+            use_gpu=plan.gpus > 0,
+            resources_per_worker={"CPU": plan.cpus, **({"GPU": plan.gpus} if plan.gpus else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"attempt-{attempt}",
+            storage_path=store.full_path(),
+            failure_config=ray.train.FailureConfig(max_failures=task.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(
+                num_to_keep=1, checkpoint_score_attribute="val_dice", checkpoint_score_order="max"
+            ),
+            **local,
+        ),
+    )
+    try:
+        trainer.fit()
+    except BaseException as error:  # carried to the main thread, which raises it  # noqa: BLE001
+        errors[task.name] = error
+
+
+def _attempts(store: Store) -> Iterator[Any]:
+    return (entry for entry in store.list() if entry.path.startswith("attempt-"))
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost message of a failure that travelled through Ray."""
+    failures = list(getattr(error, "worker_failures", {}).values())
+    inner: BaseException | None = failures[0] if failures else error
+    while inner is not None and (inner.__cause__ or getattr(inner, "cause", None)) is not None:
+        inner = getattr(inner, "cause", None) or inner.__cause__
+    lines = [line for line in str(inner).strip().splitlines() if line.strip()]
+    return lines[-1] if lines else repr(inner)
+
+
+def _train_loop(config: dict[str, Any]) -> None:
+    """One DDP worker."""
+    import ray.train
+    import ray.train.torch
+    import torch
+    import torch.distributed as dist
+
+    from apacs_ray.models.weights import build
+    from apacs_ray.training.loop import EpochRecord, TrainState, run_epochs
+    from apacs_ray.training.order import schedule
+    from apacs_ray.training.state import save_state
+
+    task: NetworkTask = config["task"]
+    require_source(task.source)
+    torch.set_num_threads(task.plan.threads)
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    torch.manual_seed(task.config.seed)
+    model = build(task.spec)
+    start = Checkpoints(task.store, task.state).newest()
+    model = ray.train.torch.prepare_model(model)
+    first = 0 if start is None else start.epoch + 1
+    refs = schedule(
+        task.indices["train"].groups(),
+        len(task.indices["val"]),
+        epochs=range(first, task.config.epochs),
+        batch_size=task.config.batch_size,
+        rank=rank,
+        world=world,
+        accumulate=task.config.accumulate,
+        seed=task.config.seed,
+    )
+    samples = ray_samples(task.feed, task.indices, refs, task.plan, task.source)
+
+    def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+        if world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def on_epoch(record: EpochRecord, state: TrainState) -> None:
+        metrics = {"epoch": record.epoch, "val_dice": record.val_dice, "val_loss": record.val_loss}
+        if rank > 0:
+            ray.train.report(metrics)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            save_state(Path(folder), state)
+            checkpoint = ray.train.Checkpoint.from_directory(folder)
+            ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=f"epoch_{record.epoch:05d}")
+        progress = {**metrics, "epochs": task.config.epochs}
+        task.store.write(f"{task.state}/{PROGRESS}", json.dumps(progress).encode())
+
+    run_epochs(
+        model,
+        samples,
+        task.config,
+        device=ray.train.torch.get_device(),
+        start=start,
+        all_reduce=all_reduce,
+        on_epoch=on_epoch,
+    )

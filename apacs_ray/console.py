@@ -1,0 +1,74 @@
+"""What a person watching a run sees: a line a stage, progress bars on a terminal, a table at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """One line, as it is (no markup)."""
+    console.print(f"{time.strftime('%H:%M:%S')} {text}", markup=False)
+
+
+class Bars:
+    """Named progress bars; on anything but a terminal they stay silent."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._tasks: dict[str, TaskID] = {}
+
+    def show(self, name: str, done: int, total: int, note: str = "") -> None:
+        """Move bar `name` to `done` of `total`."""
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(name, total=total, note=note)
+        self._progress.update(self._tasks[name], completed=done, total=total, note=note)
+
+
+@contextmanager
+def bars() -> Iterator[Bars]:
+    """Progress bars while the block runs."""
+    columns = (
+        TextColumn("         {task.description}"),
+        BarColumn(bar_width=32),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield Bars(progress)
+
+
+def stage_table(stages: Mapping[str, Mapping[str, Any]]) -> None:
+    """The final summary: what each stage took and what became of its rows."""
+    table = Table(title="stages", title_justify="left")
+    for heading in ("stage", "state", "seconds", "rows in", "rows out", "skipped", "rejected"):
+        table.add_column(heading, justify="left" if heading in ("stage", "state", "skipped") else "right")
+    for name, stage in stages.items():
+        skipped = ", ".join(f"{reason} {count}" for reason, count in stage.get("skipped", {}).items() if count)
+        seconds = f"{stage['seconds']:.1f}" if "seconds" in stage else ""
+        cells = (stage.get("rows_in", ""), stage.get("rows_out", ""), skipped or "0", stage.get("rejected", ""))
+        table.add_row(name, stage.get("state", ""), seconds, *(str(cell) for cell in cells))
+    console.print(table)
+
+
+def metrics_table(metrics: Mapping[str, Mapping[str, Any]]) -> None:
+    """Pooled figures of every model over the test tiles."""
+    table = Table(title="test tiles", title_justify="left")
+    for heading in ("model", "Dice", "95 % CI", "IoU", "accuracy", "boundary IoU"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for name, row in metrics.items():
+        interval = row["dice_ci95"]
+        shown = f"{interval[0]:.4f} - {interval[1]:.4f}" if interval else "-"
+        ratios = [row["dice"], row["iou"], row["accuracy"], row["boundary_iou"]]
+        dice, *others = ("-" if value is None else f"{value:.4f}" for value in ratios)
+        table.add_row(name, dice, shown, *others)
+    console.print(table)

@@ -1,0 +1,226 @@
+"""From a listing of images and masks to tile shards: the plan (metadata only), and the writing of one shard.
+
+The plan assigns every tile to a shard before any pixel is read. Tiles of one source lie next to each other, so that a
+shard decodes each of its sources once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from apacs_ray.data.folder import Pair, Reject
+from apacs_ray.data.images import decode_image, decode_mask, encode_image, encode_mask, probe_image
+from apacs_ray.data.shards import Receipt, read_receipt, shard_path, write_table
+from apacs_ray.data.splits import assign_val
+from apacs_ray.data.tiles import TILE_SCHEMA, grid, once_region, tile_id
+from apacs_ray.data.tissue import focus, tissue_fraction
+from apacs_ray.errors import BadInput
+from apacs_ray.settings import DataSettings, TilesSettings
+from apacs_ray.storage import Store
+
+STAGE = "ingest"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A pair whose headers were read: its size at level 0, px."""
+
+    pair: Pair
+    width: int
+    height: int
+
+
+def probe_pair(store: Store, pair: Pair, max_pixels: int) -> Source | Reject:
+    """Read the headers of an image and its mask; a defect is returned as a Reject of the pair."""
+    try:
+        sizes = []
+        for entry in (pair.image, pair.mask):
+            if entry.size == 0:
+                raise BadInput("empty_file", f"{entry.path} has no bytes")
+            with store.open(entry.path) as stream:
+                sizes.append(probe_image(stream, max_pixels))
+        if sizes[0] != sizes[1]:
+            (width, height), (mask_width, mask_height) = sizes
+            raise BadInput("size_mismatch", f"image {width} x {height} px, mask {mask_width} x {mask_height} px")
+    except BadInput as defect:
+        return Reject(store.uri_of(pair.image.path), pair.slide_id, None, None, STAGE, defect.code, defect.reason)
+    return Source(pair, *sizes[0])
+
+
+MANIFEST_SCHEMA = pa.schema(
+    [
+        ("split", pa.string()),
+        ("shard", pa.int32()),
+        ("image", pa.string()),
+        ("mask", pa.string()),
+        ("source_width", pa.int32()),
+        ("source_height", pa.int32()),
+        ("source_version", pa.string()),
+        ("tile_id", pa.string()),
+        ("slide_id", pa.string()),
+        ("x", pa.int64()),
+        ("y", pa.int64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Every tile of a data set, each assigned to a shard: one table a shard."""
+
+    shards: list[pa.Table]
+    val_unit: str
+    tiles: int
+
+
+def plan_tiles(sources: Sequence[Source], tiles: TilesSettings, data: DataSettings, *, seed: int) -> Manifest:
+    """Cut sources into tiles, choose the val part, and fill the shards of each split in order."""
+    rows: dict[str, list[dict[str, Any]]] = {"train": [], "val": [], "test": []}
+    ordered = sorted(sources, key=lambda source: (source.pair.split, source.pair.slide_id, source.pair.image.path))
+    for source in ordered:
+        rows[source.pair.split].extend(_tiles_of(source, tiles))
+    val_unit = "given"
+    if not rows["val"]:
+        known = data.slide_regex is not None
+        rows["train"], rows["val"], val_unit = _split_off_val(rows["train"], data.val_fraction, seed, known)
+    shards = []
+    for split, part in rows.items():
+        for number, start in enumerate(range(0, len(part), tiles.shard)):
+            chunk = [{**row, "split": split, "shard": number} for row in part[start : start + tiles.shard]]
+            shards.append(pa.Table.from_pylist(chunk, MANIFEST_SCHEMA))
+    return Manifest(shards, val_unit, sum(len(part) for part in rows.values()))
+
+
+def _tiles_of(source: Source, tiles: TilesSettings) -> list[dict[str, Any]]:
+    pair = source.pair
+    common = {
+        "image": pair.image.path,
+        "mask": pair.mask.path,
+        "source_width": source.width,
+        "source_height": source.height,
+        "source_version": f"{pair.image.version}+{pair.mask.version}",
+        "slide_id": pair.slide_id,
+    }
+    boxes = grid(source.width, source.height, tiles.size, tiles.stride or tiles.size, tiles.last)
+    return [{**common, **asdict(box), "tile_id": tile_id(pair.slide_id, box.x, box.y)} for box in boxes]
+
+
+def _split_off_val(
+    rows: list[dict[str, Any]], fraction: float, seed: int, slides_known: bool
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], str]:
+    chosen, unit = assign_val(rows, fraction, seed, slides_known=slides_known)
+    train = [row for row, is_val in zip(rows, chosen, strict=True) if not is_val]
+    val = [row for row, is_val in zip(rows, chosen, strict=True) if is_val]
+    return train, val, unit
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """What every shard of an ingest has in common."""
+
+    data: Store
+    output: Store
+    tiles: TilesSettings
+    settings: DataSettings
+    fingerprint: str
+
+
+def write_shard(task: ShardTask, plan: pa.Table) -> Receipt:
+    """Decode, cut, measure and encode the tiles of one shard, and write it; a finished shard is left as it is."""
+    rows = plan.to_pylist()
+    path = shard_path("tiles", rows[0]["split"], task.fingerprint, rows[0]["shard"])
+    finished = read_receipt(task.output, path)
+    if finished is not None:
+        return finished
+    kept: list[dict[str, Any]] = []
+    skipped: dict[str, int] = {}
+    rejects: list[dict[str, Any]] = []
+    pixels = _Pixels(task)
+    for row in rows:
+        try:
+            rgb, mask = pixels.cut(row)
+        except BadInput as defect:
+            uri = task.data.uri_of(row["image"])
+            reject = Reject(uri, row["slide_id"], row["x"], row["y"], STAGE, defect.code, defect.reason)
+            rejects.append(asdict(reject))
+            continue
+        tissue = tissue_fraction(rgb)
+        if tissue < task.tiles.min_tissue:
+            skipped["background"] = skipped.get("background", 0) + 1
+            continue
+        kept.append(_tile_row(task, row, rgb, mask, tissue))
+    receipt = Receipt(path, len(rows), len(kept), skipped, rejects)
+    write_table(task.output, pa.Table.from_pylist(kept, TILE_SCHEMA), receipt)
+    return receipt
+
+
+class _Pixels:
+    """The decoded source of the tile at hand: tiles of a source follow each other, so one is enough."""
+
+    def __init__(self, task: ShardTask) -> None:
+        self._task = task
+        self._path: str | None = None
+        self._decoded: tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]] | BadInput
+
+    def cut(self, row: dict[str, Any]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
+        """RGB (H, W, 3) and mask (H, W) of a tile. Raises BadInput when its source is defective."""
+        if row["image"] != self._path:
+            self._path = row["image"]
+            try:
+                self._decoded = self._decode(row)
+            except BadInput as defect:
+                self._decoded = defect
+        if isinstance(self._decoded, BadInput):
+            raise self._decoded
+        rgb, mask = self._decoded
+        box = np.s_[row["y"] : row["y"] + row["height"], row["x"] : row["x"] + row["width"]]
+        return rgb[box], mask[box]
+
+    def _decode(self, row: dict[str, Any]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
+        data, settings = self._task.data, self._task.settings
+        rgb = decode_image(data.read(row["image"]), settings.max_pixels)
+        mask = decode_mask(data.read(row["mask"]), settings.max_pixels, settings.mask_threshold)
+        expected = (row["source_height"], row["source_width"])
+        if rgb.shape[:2] != expected or mask.shape != expected:
+            raise BadInput("size_mismatch", f"decoded {rgb.shape[:2]} and {mask.shape}, headers said {expected}")
+        return rgb, mask
+
+
+def _tile_row(
+    task: ShardTask, row: dict[str, Any], rgb: npt.NDArray[np.uint8], mask: npt.NDArray[np.bool_], tissue: float
+) -> dict[str, Any]:
+    tiles = task.tiles
+    left, top, right, bottom = once_region(
+        row["x"], row["y"], row["source_width"], row["source_height"], tiles.size, tiles.stride or tiles.size, tiles.last
+    )
+    return {
+        "tile_id": row["tile_id"],
+        "slide_id": row["slide_id"],
+        "x": row["x"],
+        "y": row["y"],
+        "level": 0,
+        "downsample": 1.0,
+        "mpp": task.settings.mpp,
+        "width": row["width"],
+        "height": row["height"],
+        "once_left": left,
+        "once_top": top,
+        "once_right": right,
+        "once_bottom": bottom,
+        "image": encode_image(rgb, tiles.image_format, tiles.quality, tiles.subsampling),
+        "image_format": tiles.image_format,
+        "mask": encode_mask(mask),
+        "mask_fraction": float(mask.mean()),
+        "tissue_fraction": tissue,
+        "focus": focus(rgb),
+        "source_uri": task.data.uri_of(row["image"]),
+        "source_version": row["source_version"],
+    }

@@ -1,0 +1,164 @@
+"""Tile shards: Parquet files of encoded tiles, each written whole by one task, and read back row by row.
+
+A shard is named by its split, its number and the fingerprint of the ingest, so that a run that goes on finds which
+shards are finished; its receipt (what became of its rows) travels in the Parquet footer.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from apacs_ray.storage import Store
+
+ROW_GROUP = 16  # tiles: a reader that wants one tile reads this many
+RECEIPT = b"apacs_ray.receipt"
+READERS = 16  # threads for footers, which wait for the store and not for the processor
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What became of the rows of one shard."""
+
+    path: str
+    rows_in: int
+    rows_out: int
+    skipped: dict[str, int] = field(default_factory=dict)
+    rejects: list[dict[str, Any]] = field(default_factory=list)
+    reused: bool = False
+
+
+def shard_path(folder: str, split: str, fingerprint: str, number: int) -> str:
+    """`tiles/split=train/1f3a9c02-00003.parquet`."""
+    return f"{folder}/split={split}/{fingerprint[:8]}-{number:05d}.parquet"
+
+
+def read_receipt(store: Store, path: str) -> Receipt | None:
+    """The receipt of a finished shard; None when there is no such shard."""
+    if store.version(path) is None:
+        return None
+    with store.open(path) as stream:
+        metadata = pq.read_metadata(stream).metadata or {}
+    return Receipt(**{**json.loads(metadata[RECEIPT]), "reused": True})
+
+
+def write_table(store: Store, table: pa.Table, receipt: Receipt) -> None:
+    """Write a shard at once: equal rows give equal bytes with equal library versions."""
+    kept = asdict(receipt)
+    del kept["reused"]
+    table = table.replace_schema_metadata({RECEIPT: json.dumps(kept, sort_keys=True).encode()})
+    encoded = [name for name in table.column_names if pa.types.is_binary(table.schema.field(name).type)]
+    sink = io.BytesIO()
+    with pq.ParquetWriter(
+        sink,
+        table.schema,
+        compression={name: "none" if name in encoded else "zstd" for name in table.column_names},
+        use_dictionary=[name for name in table.column_names if pa.types.is_string(table.schema.field(name).type)],
+        write_statistics=[name for name in table.column_names if name not in encoded],
+    ) as writer:
+        writer.write_table(table, row_group_size=ROW_GROUP)
+    store.write(receipt.path, sink.getvalue())
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one tile is stored."""
+
+    path: str
+    group: int
+    row: int
+    tile_id: str
+
+
+@dataclass(frozen=True)
+class TileIndex:
+    """Where every tile of a split is, without its pixels: shard paths, and per tile its shard, row group and row."""
+
+    paths: tuple[str, ...]
+    shard: np.ndarray[Any, np.dtype[np.int32]]
+    group: np.ndarray[Any, np.dtype[np.int32]]
+    row: np.ndarray[Any, np.dtype[np.int32]]
+    tile_ids: tuple[str, ...]
+    slide_ids: tuple[str, ...]
+    largest: int  # px, width x height of the largest tile
+
+    def __len__(self) -> int:
+        return len(self.tile_ids)
+
+    def place(self, row: int) -> Place:
+        """Where tile `row` of this index is stored."""
+        return Place(self.paths[self.shard[row]], int(self.group[row]), int(self.row[row]), self.tile_ids[row])
+
+    def groups(self) -> list[int]:
+        """Tiles in each row group, in order; the unit of the training shuffle."""
+        if not len(self):
+            return []
+        key = self.shard.astype(np.int64) << 32 | self.group
+        edges = np.flatnonzero(np.diff(key)) + 1
+        return [int(size) for size in np.diff(np.concatenate([[0], edges, [len(key)]]))]
+
+    def select(self, keep: Sequence[bool] | np.ndarray[Any, np.dtype[np.bool_]]) -> TileIndex:
+        """The index of a part of the tiles."""
+        mask = np.asarray(keep, dtype=bool)
+        ids = [tile for tile, kept in zip(self.tile_ids, mask, strict=True) if kept]
+        slides = [slide for slide, kept in zip(self.slide_ids, mask, strict=True) if kept]
+        return TileIndex(
+            self.paths, self.shard[mask], self.group[mask], self.row[mask], tuple(ids), tuple(slides), self.largest
+        )
+
+
+def shard_paths(store: Store, folder: str, split: str) -> list[str]:
+    """The committed shards of a split, in order."""
+    return sorted(entry.path for entry in store.list(f"{folder}/split={split}") if entry.path.endswith(".parquet"))
+
+
+def read_index(store: Store, split: str, folder: str = "tiles") -> TileIndex:
+    """The index of a committed split. Tiles without a mask are left out: nothing can be learned or judged from them."""
+    paths = shard_paths(store, folder, split)
+    columns = ["tile_id", "slide_id", "width", "height", "mask_fraction"]
+
+    def read(path: str) -> pa.Table:
+        with store.open(path) as stream:
+            return pq.read_table(stream, columns=columns)
+
+    with ThreadPoolExecutor(READERS) as pool:
+        tables = list(pool.map(read, paths))
+    shard = np.concatenate([np.full(len(table), number) for number, table in enumerate(tables)] or [[]]).astype(np.int32)
+    position = np.concatenate([np.arange(len(table)) for table in tables] or [[]]).astype(np.int32)
+    if not tables:
+        return TileIndex((), shard, position, position, (), (), 0)
+    table = pa.concat_tables(tables)
+    areas = table["width"].to_numpy().astype(np.int64) * table["height"].to_numpy()
+    index = TileIndex(
+        tuple(paths),
+        shard,
+        position // ROW_GROUP,
+        position % ROW_GROUP,
+        tuple(table["tile_id"].to_pylist()),
+        tuple(table["slide_id"].to_pylist()),
+        int(areas.max(initial=0)),
+    )
+    return index.select(np.asarray(table["mask_fraction"].is_valid()))
+
+
+def read_rows(store: Store, places: Iterable[tuple[str, int, int]], columns: Sequence[str]) -> list[dict[str, Any]]:
+    """The given columns of tiles at (path, row group, row), in the order asked; each row group is read once."""
+    wanted = list(places)
+    groups: dict[tuple[str, int], pa.Table] = {}
+    by_path: dict[str, set[int]] = {}
+    for path, group, _ in wanted:
+        by_path.setdefault(path, set()).add(group)
+    for path, numbers in by_path.items():
+        with store.open(path) as stream:
+            file = pq.ParquetFile(stream)
+            for number in sorted(numbers):
+                groups[path, number] = file.read_row_group(number, columns=list(columns))
+    return [groups[path, group].slice(row, 1).to_pylist()[0] for path, group, row in wanted]

@@ -1,0 +1,30 @@
+"""The errors a person reads: one line that names the input, what is wrong and what to do."""
+
+from __future__ import annotations
+
+
+class ApacsError(Exception):
+    """A run cannot go on. The message is one line for a person; scripts exit with `exit_status`."""
+
+    exit_status = 1
+
+
+class UsageError(ApacsError):
+    """The command or its settings cannot be carried out as given; nothing was started."""
+
+    exit_status = 2
+
+
+class BadInput(Exception):
+    """A permanent defect of one input (file, pair, tile). The caller turns it into a reject row.
+
+    `code` is a stable snake_case word that scripts may count on; `reason` is a sentence for a person.
+    """
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(code, reason)
+        self.code = code
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.reason}"

@@ -1,0 +1,53 @@
+"""Trained networks on single tiles: each image is read once and given to all members and the fusion, as in the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from apacs_ray.models.ensemble import Ensemble
+from apacs_ray.models.weights import ModelSpec, load_model
+from apacs_ray.settings import MemberName
+from apacs_ray.storage import Store
+
+Array = npt.NDArray[np.float32]
+
+
+class Predictor:
+    """An ensemble on one device, with a fixed number of threads and precision, one tile at a time."""
+
+    def __init__(self, ensemble: Ensemble, *, threads: int, precision: str) -> None:
+        torch.set_num_threads(threads)
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._ensemble = ensemble.to(self._device).eval()
+        self._half = precision == "bfloat16"
+
+    @classmethod
+    def load(cls, store: Store, folders: Mapping[str, str], *, threads: int, precision: str) -> Predictor:
+        """Load `folders` (model key -> folder in the store): three members, and fusions by key."""
+        members: dict[MemberName, torch.nn.Module] = {}
+        fusions: dict[str, tuple[ModelSpec, torch.nn.Module]] = {}
+        for key, folder in folders.items():
+            spec = ModelSpec.from_json(store.read(f"{folder}/model.json"))
+            model = load_model(store.read(f"{folder}/model.safetensors"), spec)
+            if spec.kind == "member":
+                members[key] = model  # type: ignore[index]
+            else:
+                fusions[key] = (spec, model)
+        return cls(Ensemble(members, fusions), threads=threads, precision=precision)
+
+    @torch.inference_mode()
+    def logits(self, rgb: npt.NDArray[np.uint8]) -> dict[str, Array]:
+        """Logits (H, W) float32 of every network for one tile (H, W, 3) uint8."""
+        pixels = torch.from_numpy(np.ascontiguousarray(rgb)).to(self._device)
+        image = pixels.permute(2, 0, 1)[None].float() / 255
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half):
+            outputs = self._ensemble(image)
+        return {name: output[0, 0].float().cpu().numpy() for name, output in outputs.items()}
+
+    def probabilities(self, rgb: npt.NDArray[np.uint8]) -> dict[str, Array]:
+        """Probabilities (H, W) float32 in 0..1 of every network."""
+        return {name: 1 / (1 + np.exp(-logits)) for name, logits in self.logits(rgb).items()}

@@ -1,0 +1,191 @@
+"""`run.lock`: one writer a run.
+
+The lock is created exclusively (a local link, or `If-None-Match: *` on S3) and carries its owner and a heartbeat. A
+second start says who holds it. A dead process on the same machine frees it at once; a silent owner elsewhere loses it
+after `STALE_AFTER` seconds. Every change is conditional on the version last seen, so two that take over at the same
+moment cannot both win, and an owner that was declared dead is told so before it commits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from apacs_ray.errors import ApacsError
+from apacs_ray.storage import Conflict, Store
+
+LOCK = "run.lock"
+HEARTBEAT_EVERY = 10.0  # s
+STALE_AFTER = 60.0  # s
+ORPHANS_END_WITHIN = 60.0  # s, for the Ray processes of a driver that was killed
+
+
+class LeaseHeld(ApacsError):
+    """Somebody else is writing this run."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a run, as written in the lock."""
+
+    owner: str
+    host: str
+    boot: str
+    pid: int
+    started: float
+    heartbeat: float
+    ray_session: str | None = None
+
+    def is_dead_here(self) -> bool:
+        """True when the owner ran on this machine and its process is gone."""
+        same_machine = (self.host, self.boot) == (socket.gethostname(), _boot_id())
+        return same_machine and not _process_alive(self.pid, self.started)
+
+    def describe(self) -> str:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.started))
+        return f"process {self.pid} on {self.host} since {since}"
+
+
+class Lease:
+    """The right to write a run, kept alive by a thread until `release`."""
+
+    def __init__(self, store: Store, holder: Holder, version: str) -> None:
+        self.owner = holder.owner
+        self._store = store
+        self._holder = holder
+        self._version = version
+        self._mutex = threading.Lock()
+        self._lost: str | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def acquire(cls, store: Store) -> Lease:
+        """Take the run at `store`. Raises LeaseHeld naming the holder."""
+        now = time.time()
+        mine = Holder(uuid.uuid4().hex, socket.gethostname(), _boot_id(), os.getpid(), _process_start(os.getpid()), now)
+        try:
+            return cls(store, mine, store.create(LOCK, _encode(mine)))
+        except Conflict:
+            version = store.version(LOCK)
+        if version is None:  # released in between
+            return cls.acquire(store)
+        other = _decode(store.read(LOCK))
+        if not other.is_dead_here() and not _silent(store, other, version):
+            raise LeaseHeld(
+                f"{store.uri}: held by {other.describe()}; wait until it ends, or choose another --output"
+            )
+        if other.is_dead_here() and other.ray_session:
+            _await_orphans(other.ray_session)
+        try:
+            return cls(store, mine, store.replace(LOCK, _encode(mine), version))
+        except Conflict as error:
+            raise LeaseHeld(f"{store.uri}: another start took this run over at the same moment") from error
+
+    def note_ray_session(self, path: str) -> None:
+        """Write down the Ray session this run started, so that a successor can wait for its processes to end."""
+        self._renew(replace(self._holder, ray_session=path))
+
+    def check(self) -> None:
+        """Raise ApacsError unless the run is still ours. Called before every commit."""
+        if self._lost is None:
+            with self._mutex:
+                found = self._store.read(LOCK) if self._store.version(LOCK) else b"{}"
+                if json.loads(found).get("owner") != self.owner:
+                    self._lost = "the lock names another owner"
+        if self._lost is not None:
+            raise ApacsError(f"{self._store.uri}: this run was taken over ({self._lost}); nothing was committed")
+
+    def release(self) -> None:
+        """Give the run back."""
+        self._stop.set()
+        self._thread.join()
+        if self._lost is None and self._store.version(LOCK) == self._version:
+            self._store.delete(LOCK)
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_EVERY):
+            try:
+                self._renew(self._holder)
+            except (ApacsError, OSError):
+                continue  # the store is away: `check` decides before anything is committed
+
+    def _renew(self, holder: Holder) -> None:
+        with self._mutex:
+            holder = replace(holder, heartbeat=time.time())
+            try:
+                self._version = self._store.replace(LOCK, _encode(holder), self._version)
+                self._holder = holder
+            except Conflict:
+                version = self._store.version(LOCK)
+                if version is not None and _decode(self._store.read(LOCK)).owner == self.owner:
+                    self._version = version  # our own write, whose answer was lost and which was tried again
+                    return
+                self._lost = "its heartbeat found another owner's lock"
+                self._stop.set()
+
+
+def _silent(store: Store, other: Holder, version: str) -> bool:
+    """Whether a lock that looks old really has no heartbeat (clocks of two machines may differ)."""
+    if time.time() - other.heartbeat < STALE_AFTER:
+        return False
+    time.sleep(2 * HEARTBEAT_EVERY)
+    return store.version(LOCK) == version
+
+
+def _encode(holder: Holder) -> bytes:
+    return json.dumps(asdict(holder), indent=1).encode()
+
+
+def _decode(content: bytes) -> Holder:
+    return Holder(**json.loads(content))
+
+
+def _boot_id() -> str:
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.exists() else ""
+
+
+def _process_start(pid: int) -> float:
+    """Unix time at which the process began, to tell it from a later one of the same number."""
+    try:
+        return Path(f"/proc/{pid}").stat().st_ctime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _process_alive(pid: int, started: float) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX" and abs(_process_start(pid) - started) < 2
+
+
+def _await_orphans(ray_session: str) -> None:
+    """Wait for the Ray processes of a killed driver: they notice within seconds, and might still be writing."""
+    deadline = time.monotonic() + ORPHANS_END_WITHIN
+    while pids := _processes_naming(ray_session):
+        if time.monotonic() > deadline:
+            raise LeaseHeld(f"Ray processes of a killed run are still there (pids {pids}); end them, then start again")
+        time.sleep(0.2)
+
+
+def _processes_naming(text: str) -> list[int]:
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                command = (folder / "cmdline").read_bytes()
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
+                continue
+            if text.encode() in command:
+                found.append(int(folder.name))
+    return found

@@ -1,0 +1,127 @@
+"""Who trains where: the resources of each network's training run, from what the cluster has. Pure arithmetic.
+
+FCN-16 and FCN-8 cost 7 times FCN-32 (FLOPs of a forward pass at 1000 x 1000: 1.10, 1.10 and 0.15 TFLOP), so an equal
+split of GPUs wastes them. Nothing is asked for that cannot come, and CPUs stay free for the tasks that decode tiles:
+a dataset without a CPU crawls or hangs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+COST: Mapping[str, float] = {"fcn32": 1.0, "fcn16": 7.0, "fcn8": 7.0, "fusion": 1.0}
+SHARED_GPU = 0.2  # of a GPU, for an FCN-32 that shares it with a larger member
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Logical resources of all nodes together, and the CPUs of the smallest one (threads must fit it)."""
+
+    cpus: float
+    gpus: float = 0.0
+    node_cpus: float = 0.0
+
+
+@dataclass(frozen=True)
+class NetworkPlan:
+    """One training run: DDP workers, the resources of each, and of the tasks that feed them."""
+
+    name: str
+    workers: int
+    cpus: float
+    gpus: float
+    threads: int
+    data_cpus: float
+    data_tasks: int
+
+    def describe(self) -> str:
+        """For a person: `fcn8: 1 worker x 0.33 CPU, 1 thread`."""
+        device = f"{self.gpus:g} GPU + {self.cpus:g} CPU" if self.gpus else f"{self.cpus:g} CPU"
+        workers = f"{self.workers} worker{'s' * (self.workers > 1)}"
+        threads = f"{self.threads} torch thread{'s' * (self.threads > 1)}"
+        return f"{self.name}: {workers} x {device}, {threads}, {self.data_tasks} x {self.data_cpus:g} CPU for data"
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Runs that train at the same time (`parallel`) or one after the other."""
+
+    networks: tuple[NetworkPlan, ...]
+    parallel: bool
+
+    def describe(self) -> str:
+        how = "at the same time" if self.parallel and len(self.networks) > 1 else "in turn"
+        return f"training {how}: " + "; ".join(network.describe() for network in self.networks)
+
+
+def plan_training(names: Sequence[str], cluster: Cluster, *, workers: int = 0, batch_size: int = 4) -> TrainingPlan:
+    """Resources for training `names` on `cluster`.
+
+    On CPUs each network gets an equal fraction, all together at most half of the CPUs; on GPUs the split that ends
+    first by `COST`. `workers` > 0 fixes the DDP workers of each network; a worker gets at least one tile of a batch.
+    """
+    gpus = math.floor(cluster.gpus)
+    if gpus >= 1:
+        networks = _on_gpus(names, gpus, cluster, workers, batch_size)
+        return TrainingPlan(networks, parallel=True)
+    parallel = cluster.cpus >= 2
+    sharing = len(names) if parallel else 1
+    count = min(workers or 1, batch_size)
+    threads = max(1, int((cluster.node_cpus or cluster.cpus) // (sharing * count)))
+    cpus = _floor(cluster.cpus / 2 / (sharing * count))
+    networks = tuple(_with_data(name, count, cpus, 0.0, threads, cluster, sharing * count) for name in names)
+    return TrainingPlan(networks, parallel)
+
+
+def _on_gpus(
+    names: Sequence[str], gpus: int, cluster: Cluster, workers: int, batch_size: int
+) -> tuple[NetworkPlan, ...]:
+    shares = _gpu_shares(names, gpus)
+    if workers:
+        shares = {name: (workers, min(1.0, _floor(gpus / (workers * len(names))))) for name in names}
+    counts = {name: min(count, batch_size) for name, (count, _) in shares.items()}
+    total = sum(counts.values())
+    cpus = min(1.0, _floor(cluster.cpus / 2 / total))
+    threads = max(1, int(cluster.cpus / 2 // total))
+    return tuple(
+        _with_data(name, counts[name], cpus, shares[name][1], threads, cluster, total) for name in names
+    )
+
+
+def _gpu_shares(names: Sequence[str], gpus: int) -> dict[str, tuple[int, float]]:
+    """Workers and GPUs a worker for each network: whole GPUs by cost, or FCN-32 on the side of a larger member."""
+    if len(names) == 1:
+        return {names[0]: (gpus, 1.0)}
+    if gpus == 1:
+        return {name: (1, _floor(1 / len(names))) for name in names}
+    best: dict[str, tuple[int, float]] = {}
+    finish = math.inf
+    if gpus >= len(names):
+        for counts in itertools.product(range(1, gpus + 1), repeat=len(names)):
+            slowest = max(COST[name] / count for name, count in zip(names, counts, strict=True))
+            if sum(counts) <= gpus and slowest < finish:
+                finish, best = slowest, {name: (count, 1.0) for name, count in zip(names, counts, strict=True)}
+    large = [name for name in names if name != "fcn32"]
+    if len(large) < len(names) and len(large) <= gpus:
+        counts = [gpus // len(large) + (index < gpus % len(large)) for index in range(len(large))]
+        slowest = max(COST[name] / count for name, count in zip(large, counts, strict=True)) + COST["fcn32"]
+        if slowest < finish:
+            share = {name: (count, 1 - SHARED_GPU) for name, count in zip(large, counts, strict=True)}
+            best = {name: share.get(name, (1, SHARED_GPU)) for name in names}
+    return best or {name: (1, _floor(gpus / len(names))) for name in names}
+
+
+def _with_data(
+    name: str, workers: int, cpus: float, gpus: float, threads: int, cluster: Cluster, datasets: int
+) -> NetworkPlan:
+    free = max(cluster.cpus - cpus * datasets, 0.1 * datasets)
+    data_cpus = min(1.0, _floor(free / datasets))
+    return NetworkPlan(name, workers, cpus, gpus, threads, data_cpus, max(1, int(free / datasets / data_cpus)))
+
+
+def _floor(value: float) -> float:
+    """Down to a hundredth: rounding up would ask for more than there is."""
+    return max(0.01, math.floor(value * 100 + 1e-9) / 100)

@@ -1,0 +1,76 @@
+"""From a script's command line to a finished (or resumable) run: the lease, the stages, the summary, the exit status."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from apacs_ray.cli import Command, parse
+from apacs_ray.errors import ApacsError
+
+INTERRUPTED = 130
+
+
+def main(program: str, summary: str, stages: Sequence[str] | None, argv: Sequence[str] | None = None) -> NoReturn:
+    """Run `stages` (None: all of them, with the report and the summary) and end the process with its exit status."""
+    try:
+        command = parse(sys.argv[1:] if argv is None else argv, program, summary)
+        status = _run(command, stages)
+    except ApacsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = error.exit_status
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        status = INTERRUPTED
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # trainers that were interrupted leave threads waiting for a Ray that has ended: do not wait for them
+    os._exit(status)
+
+
+def _run(command: Command, only: Sequence[str] | None) -> int:
+    # imported here: --help needs none of this
+    from apacs_ray.adapters.session import RaySession
+    from apacs_ray.console import metrics_table, say, stage_table
+    from apacs_ray.run import Run
+    from apacs_ray.stages.pipeline import Context, adopt, run_stage
+    from apacs_ray.stages.registry import STAGES, read_metrics
+    from apacs_ray.storage import open_store
+
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # `ray job stop` sends SIGTERM
+    store = open_store(command.output)
+    say(f"run: {store.uri} (data: {command.data or 'synthetic smears'})")
+    run = Run.open(store, command.settings, command.data)
+    session = RaySession(run)
+    context = Context(run, session)
+    failed = True
+    try:
+        for stage in STAGES:
+            if not stage.wanted(command.settings):
+                continue
+            if only is None or stage.name in only:
+                run_stage(context, stage)
+            elif any(name in only for name in _later(stage.name)):
+                adopt(context, stage)
+        failed = False
+    finally:
+        session.stop()
+        if failed:
+            say("not finished: the same command goes on from here")
+        run.close()
+    stage_table(run.stages)
+    metrics = read_metrics(store) if only is None or "evaluate" in only else None
+    if metrics is not None:
+        metrics_table(metrics)
+        say(f"report: {store.uri_of('evaluation/report.html')}")
+    return 0
+
+
+def _later(name: str) -> list[str]:
+    from apacs_ray.stages.registry import STAGES
+
+    names = [stage.name for stage in STAGES]
+    return names[names.index(name) + 1 :]

@@ -1,0 +1,360 @@
+"""Where bytes live: one way to open a local path or `s3://bucket/prefix`, here and in every worker.
+
+boto3's session resolves credentials, region and endpoint (environment, profile, instance role, `AWS_ENDPOINT_URL`);
+static keys are handed to pyarrow's `S3FileSystem` explicitly, since left alone it ignores a profile's region and
+endpoint. Keys that expire are left to the SDK's own chain, which renews them. Keys of objects are taken verbatim.
+A `Store` can be pickled: it travels to Ray workers and opens its connections there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import shutil
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+import boto3
+import pyarrow as pa
+import pyarrow.fs as pafs
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from apacs_ray.errors import ApacsError, UsageError
+
+ATTEMPTS = 10  # of a request to S3, with exponential backoff: throttling (503 SlowDown) is normal there
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One listed object: path below the listed store ('/'-separated, verbatim), size in bytes, version (ETag, or
+    size and mtime)."""
+
+    path: str
+    size: int
+    version: str
+
+
+class Conflict(Exception):
+    """A conditional write met another writer's object."""
+
+
+class Store(ABC):
+    """A folder of bytes at `uri`. Paths are relative to it; a write appears at once or not at all."""
+
+    uri: str
+
+    @abstractmethod
+    def child(self, path: str) -> Store:
+        """The store below `path`."""
+
+    @abstractmethod
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """Every object below folder `prefix`, recursively, in no particular order; S3 is read in pages."""
+
+    @abstractmethod
+    def read(self, path: str) -> bytes:
+        """All bytes of an object. Raises FileNotFoundError."""
+
+    @abstractmethod
+    def version(self, path: str) -> str | None:
+        """The object's version, None when there is none."""
+
+    @abstractmethod
+    def write(self, path: str, content: bytes) -> None:
+        """Replace an object as a whole."""
+
+    @abstractmethod
+    def create(self, path: str, content: bytes) -> str:
+        """Write an object that must not exist and return its version. Raises Conflict when it does."""
+
+    @abstractmethod
+    def replace(self, path: str, content: bytes, version: str) -> str:
+        """Replace an object that must still be at `version`; returns the new one. Raises Conflict."""
+
+    @abstractmethod
+    def delete(self, path: str) -> None:
+        """Remove an object; no error when it is gone already."""
+
+    @abstractmethod
+    def delete_folder(self, path: str) -> None:
+        """Remove everything below `path`."""
+
+    @property
+    @abstractmethod
+    def filesystem(self) -> pafs.FileSystem:
+        """pyarrow's filesystem for this store, opened once a process."""
+
+    @abstractmethod
+    def full_path(self, path: str = "") -> str:
+        """`path` as `filesystem` wants it."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine sees it."""
+        return isinstance(self, LocalStore)
+
+    def uri_of(self, path: str) -> str:
+        """The URI of an object, for people and for tile rows."""
+        return f"{self.uri.rstrip('/')}/{path}"
+
+    def open(self, path: str) -> pa.NativeFile:
+        """A random-access reader. Raises FileNotFoundError."""
+        return self.filesystem.open_input_file(self.full_path(path))
+
+
+@dataclass(frozen=True)
+class LocalStore(Store):
+    """A folder of this machine."""
+
+    root: str
+
+    @property
+    def uri(self) -> str:  # type: ignore[override]
+        return self.root
+
+    def child(self, path: str) -> LocalStore:
+        return LocalStore(os.path.join(self.root, path))
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        base = os.path.join(self.root, prefix)
+        for folder, folders, files in os.walk(base, followlinks=True):
+            folders.sort()
+            for name in sorted(files):
+                full = os.path.join(folder, name)
+                with contextlib.suppress(FileNotFoundError):  # another process removed it meanwhile
+                    status = os.stat(full)
+                    relative = os.path.relpath(full, self.root).replace(os.sep, "/")
+                    yield Entry(relative, status.st_size, _local_version(status))
+
+    def read(self, path: str) -> bytes:
+        return Path(self.root, path).read_bytes()
+
+    def version(self, path: str) -> str | None:
+        try:
+            return _local_version(os.stat(os.path.join(self.root, path)))
+        except FileNotFoundError:
+            return None
+
+    def write(self, path: str, content: bytes) -> None:
+        target = Path(self.root, path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+        try:
+            beside.write_bytes(content)
+            beside.replace(target)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                beside.unlink()
+            raise ApacsError(f"{target}: cannot write ({error.strerror}); free space or choose another --output") from error
+
+    def create(self, path: str, content: bytes) -> str:
+        target = Path(self.root, path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # a linked name appears complete and only once, even if this process dies in between (O_EXCL could leave it empty)
+        beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+        beside.write_bytes(content)
+        try:
+            os.link(beside, target)
+        except FileExistsError as error:
+            raise Conflict(str(target)) from error
+        finally:
+            beside.unlink()
+        return _local_version(os.stat(target))
+
+    def replace(self, path: str, content: bytes, version: str) -> str:
+        import fcntl
+
+        guard = os.path.join(self.root, f".{path}.guard")
+        with open(guard, "w", encoding="ascii") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if self.version(path) != version:
+                raise Conflict(path)
+            self.write(path, content)
+            return cast(str, self.version(path))
+
+    def delete(self, path: str) -> None:
+        Path(self.root, path).unlink(missing_ok=True)
+
+    def delete_folder(self, path: str) -> None:
+        shutil.rmtree(os.path.join(self.root, path), ignore_errors=True)
+
+    @property
+    def filesystem(self) -> pafs.FileSystem:
+        return pafs.LocalFileSystem()
+
+    def full_path(self, path: str = "") -> str:
+        return os.path.join(self.root, path) if path else self.root
+
+
+@dataclass(frozen=True)
+class S3Access:
+    """How to reach S3, resolved once by boto3 on the driver. Static keys are None where the SDK's chain renews them."""
+
+    region: str | None
+    endpoint: str | None
+    access_key: str | None
+    secret_key: str | None
+    session_token: str | None
+
+    def __repr__(self) -> str:  # secrets never reach a log
+        return f"S3Access(region={self.region!r}, endpoint={self.endpoint!r})"
+
+
+@dataclass(frozen=True)
+class S3Store(Store):
+    """A prefix of an S3 bucket, or of a store that speaks its protocol."""
+
+    bucket: str
+    prefix: str
+    access: S3Access
+
+    @property
+    def uri(self) -> str:  # type: ignore[override]
+        return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
+
+    def _key(self, path: str) -> str:
+        return f"{self.prefix}/{path}" if self.prefix and path else self.prefix or path
+
+    @property
+    def _client(self) -> Any:
+        return _s3_client(self.access)
+
+    def child(self, path: str) -> S3Store:
+        return S3Store(self.bucket, self._key(path), self.access)
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        key = self._key(prefix)
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=self.bucket, Prefix=f"{key.rstrip('/')}/" if key else ""
+        )
+        strip = len(self.prefix) + 1 if self.prefix else 0
+        for page in _named(self.uri, lambda: iter(pages)):
+            for item in page.get("Contents", ()):
+                if not item["Key"].endswith("/"):  # a folder made by a console
+                    yield Entry(item["Key"][strip:], item["Size"], item["ETag"].strip('"'))
+
+    def read(self, path: str) -> bytes:
+        with self.open(path) as stream:
+            return cast(bytes, stream.read())
+
+    def version(self, path: str) -> str | None:
+        try:
+            return str(self._client.head_object(Bucket=self.bucket, Key=self._key(path))["ETag"])
+        except ClientError as error:
+            if error.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
+                return None
+            raise
+
+    def write(self, path: str, content: bytes) -> None:
+        self._put(path, content)
+
+    def create(self, path: str, content: bytes) -> str:
+        return self._put(path, content, IfNoneMatch="*")
+
+    def replace(self, path: str, content: bytes, version: str) -> str:
+        return self._put(path, content, IfMatch=version)
+
+    def _put(self, path: str, content: bytes, **condition: str) -> str:
+        try:
+            answer = self._client.put_object(Bucket=self.bucket, Key=self._key(path), Body=content, **condition)
+        except ClientError as error:
+            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+            if condition and status in (404, 409, 412):
+                raise Conflict(self.uri_of(path)) from error
+            raise ApacsError(f"{self.uri_of(path)}: cannot write ({error})") from error
+        return str(answer["ETag"])
+
+    def delete(self, path: str) -> None:
+        self._client.delete_object(Bucket=self.bucket, Key=self._key(path))
+
+    def delete_folder(self, path: str) -> None:
+        keys = [entry.path for entry in self.list(path)]
+        for start in range(0, len(keys), 1000):
+            objects = [{"Key": self._key(key)} for key in keys[start : start + 1000]]
+            self._client.delete_objects(Bucket=self.bucket, Delete={"Objects": objects, "Quiet": True})
+
+    @property
+    def filesystem(self) -> pafs.FileSystem:
+        return _s3_filesystem(self.access)
+
+    def full_path(self, path: str = "") -> str:
+        return f"{self.bucket}/{self._key(path)}".rstrip("/")
+
+
+def open_store(uri: str) -> Store:
+    """The store at a local path or `s3://bucket/prefix`. Raises UsageError for any other scheme."""
+    if "://" not in uri:
+        return LocalStore(os.path.abspath(os.path.expanduser(uri)))
+    scheme = urlsplit(uri).scheme
+    if scheme == "file":
+        return LocalStore(uri.removeprefix("file://"))
+    if scheme != "s3":
+        raise UsageError(f"{uri}: give a local path or s3://bucket/prefix")
+    bucket, _, prefix = uri.removeprefix("s3://").partition("/")  # by hand: keys may hold spaces, '?', '#'
+    if not bucket:
+        raise UsageError(f"{uri}: names no bucket")
+    return S3Store(bucket, prefix.strip("/"), _resolve_access())
+
+
+def _resolve_access() -> S3Access:
+    session = boto3.Session()
+    try:
+        client = session.client("s3")
+    except (BotoCoreError, ValueError) as error:
+        raise UsageError(f"S3: cannot be set up: {error}") from error
+    meta = client.meta
+    endpoint = None if ".amazonaws.com" in meta.endpoint_url else meta.endpoint_url
+    credentials = session.get_credentials()
+    if credentials is None:
+        raise UsageError("S3: no credentials found (environment, profile or instance role)")
+    region = meta.region_name if meta.region_name not in (None, "aws-global") else session.region_name
+    if hasattr(credentials, "refresh_needed"):  # temporary: whoever needs them renews them
+        return S3Access(region, endpoint, None, None, None)
+    return S3Access(region, endpoint, credentials.access_key, credentials.secret_key, credentials.token)
+
+
+@functools.lru_cache(maxsize=8)
+def _s3_client(access: S3Access) -> Any:
+    return boto3.Session().client(
+        "s3",
+        region_name=access.region,
+        endpoint_url=access.endpoint,
+        aws_access_key_id=access.access_key,
+        aws_secret_access_key=access.secret_key,
+        aws_session_token=access.session_token,
+        config=Config(retries={"mode": "standard", "max_attempts": ATTEMPTS}),
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _s3_filesystem(access: S3Access) -> pafs.FileSystem:
+    options: dict[str, Any] = {"retry_strategy": pafs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS)}
+    if access.region:
+        options["region"] = access.region
+    if access.endpoint:
+        parts = urlsplit(access.endpoint)
+        options |= {"scheme": parts.scheme, "endpoint_override": parts.netloc + parts.path.rstrip("/")}
+    if access.access_key:
+        options |= {"access_key": access.access_key, "secret_key": access.secret_key}
+    if access.session_token:
+        options["session_token"] = access.session_token
+    return pafs.S3FileSystem(**options)
+
+
+def _named(uri: str, pages: Any) -> Iterator[dict[str, Any]]:
+    """The pages of a listing; what goes wrong names the URI."""
+    try:
+        yield from pages()
+    except (ClientError, BotoCoreError) as error:
+        raise ApacsError(f"{uri}: cannot be listed ({error})") from error
+
+
+def _local_version(status: os.stat_result) -> str:
+    return f"{status.st_size}-{status.st_mtime_ns}"

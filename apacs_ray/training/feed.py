@@ -1,0 +1,106 @@
+"""From stored tiles to training samples: read, decode, augment. No Ray: Ray Data's tasks and single processes call this.
+
+With heatmaps, the stored member probabilities come first and RGB after them, as the fusion network expects.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from apacs_ray.data.shards import Place, TileIndex, read_rows
+from apacs_ray.settings import MemberName
+from apacs_ray.storage import Store
+from apacs_ray.training.order import SampleRef
+from apacs_ray.training.samples import Sample, augment
+
+HEATMAP_ORDER: tuple[MemberName, ...] = ("fcn32", "fcn16", "fcn8")  # channels of a stored heatmap picture
+Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Heatmaps:
+    """Stored heatmaps to put before RGB: whose, and the mark of the stage that wrote them."""
+
+    members: tuple[MemberName, ...]
+    fingerprint: str
+
+    def path(self, tile_path: str) -> str:
+        """The heatmap shard beside a tile shard: same split, same number, same rows."""
+        folder, _, name = tile_path.rpartition("/")
+        number = name.rpartition("-")[2]
+        return f"heatmaps/{folder.partition('/')[2]}/{self.fingerprint[:8]}-{number}"
+
+
+@dataclass(frozen=True)
+class Crop:
+    """What augmentation does to a training tile; validation tiles stay whole."""
+
+    crop: int
+    flips: bool
+    turns: bool
+
+
+@dataclass(frozen=True)
+class Feed:
+    """How samples are made from tiles; small enough to travel with every task."""
+
+    store: Store
+    heatmaps: Heatmaps | None
+    augmentation: Crop
+
+    def load(self, wanted: Sequence[tuple[SampleRef, Place]]) -> list[Sample]:
+        """Samples in the order wanted; each Parquet row group is read once."""
+        decoded = self.decode([place for _, place in wanted])
+        return [self.sample(ref, place, *pixels) for (ref, place), pixels in zip(wanted, decoded, strict=True)]
+
+    def sample(self, ref: SampleRef, place: Place, inputs: Pixels, mask: Pixels) -> Sample:
+        """One sample from decoded pixels, augmented in training."""
+        if ref.phase == "train":
+            how = self.augmentation
+            inputs, mask = augment(inputs, mask, ref.seed, crop=how.crop, flips=how.flips, turns=how.turns)
+        return Sample(ref, place.tile_id, inputs, mask)
+
+    def decode(self, places: Sequence[Place]) -> list[tuple[Pixels, Pixels]]:
+        """Inputs (H, W, C) uint8 and mask (H, W) uint8 in {0, 1} of each tile."""
+        tiles = read_rows(self.store, [(at.path, at.group, at.row) for at in places], ["image", "mask"])
+        inputs = [decode_pixels(tile["image"]) for tile in tiles]
+        if self.heatmaps is not None:
+            channels = [HEATMAP_ORDER.index(member) for member in self.heatmaps.members]
+            beside = [(self.heatmaps.path(at.path), at.group, at.row) for at in places]
+            stored = read_rows(self.store, beside, ["heatmaps"])
+            inputs = [
+                np.concatenate([decode_pixels(heat["heatmaps"])[:, :, channels], rgb], axis=2)
+                for heat, rgb in zip(stored, inputs, strict=True)
+            ]
+        masks = [decode_pixels(tile["mask"]).astype(np.uint8) for tile in tiles]
+        return list(zip(inputs, masks, strict=True))
+
+
+Indices = Mapping[str, TileIndex]
+
+
+def in_memory(feed: Feed, indices: Indices, refs: Iterable[SampleRef]) -> Iterator[Sample]:
+    """Samples one by one in this process, each tile decoded once and kept: for data that fits in memory."""
+    kept: dict[Place, tuple[Pixels, Pixels]] = {}
+    for ref in refs:
+        place = indices[ref.phase].place(ref.row)
+        if place not in kept:
+            kept[place] = feed.decode([place])[0]
+        yield feed.sample(ref, place, *kept[place])
+
+
+def one_by_one(feed: Feed, indices: Indices, refs: Iterable[SampleRef]) -> Iterator[Sample]:
+    """Samples in this process, nothing kept: for data of any size."""
+    for ref in refs:
+        yield feed.load([(ref, indices[ref.phase].place(ref.row))])[0]
+
+
+def decode_pixels(content: bytes) -> Pixels:
+    """A picture that ingest or the heatmap stage encoded, as it is: (H, W, 3) RGB or (H, W) of a 1-bit mask."""
+    return np.asarray(Image.open(io.BytesIO(content)))

@@ -1,0 +1,11 @@
+"""Evaluate all models on the test tiles and write the report."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from apacs_ray.stages.entry import main
+
+if __name__ == "__main__":
+    main("evaluate.py", "Evaluate all models on the test tiles and write the report.", ("evaluate",))

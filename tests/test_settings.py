@@ -1,0 +1,123 @@
+"""The settings tree, its command line and the order of precedence."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from apacs_ray.cli import default_output, parse, read_yaml
+from apacs_ray.errors import UsageError
+from apacs_ray.stages.ingest import reject_limit
+from apacs_ray.sweep import read_sweep
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def command(*argv: str):
+    return parse(argv, "full.py", "test")
+
+
+def test_command_line_beats_config_beats_defaults(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("tiles: {size: 300, shard: 7}\nmembers: {width: 0.5}\n")
+    settings = command("--data", "x", "--config", str(config), "--tiles.size", "400").settings
+    assert (settings.tiles.size, settings.tiles.shard, settings.members.width) == (400, 7, 0.5)
+    assert settings.members.epochs == 100
+
+
+def test_synthetic_config_lies_beneath_only_without_data() -> None:
+    assert command("--data", "somewhere").settings.tiles.size == 2000
+    assert command().settings.tiles.size == read_yaml(ROOT / "configs/synthetic.yaml")["tiles"]["size"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--members.width", "2"], ["members.width", "2", "command line"]),
+        (["--tiles.size", "wide"], ["tiles.size", "integer", "wide"]),
+        (["--tiles.stride", "3000", "--tiles.size", "2000"], ["tiles", "stride 3000"]),
+        (["--data.max_rejects", "many"], ["data.max_rejects", "many"]),
+        (["--data.slide_regex", "("], ["data.slide_regex"]),
+        (["--fusion.members", "fcn8"], ["fusion.members", "two or three"]),
+        (["--fusion.from_best", "perhaps"], ["fusion.from_best", "perhaps"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+    ],
+)
+def test_an_impossible_value_is_one_line_naming_the_key(argv: list[str], words: list[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        command("--data", "x", *argv)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("text", ["tiles: {sise: 3}", "tile: {size: 3}", "- a", "tiles: {size: [", "tiles: {size: 3.5}"])
+def test_a_bad_config_file_is_named(tmp_path: Path, text: str) -> None:
+    config = tmp_path / "bad.yaml"
+    config.write_text(text)
+    with pytest.raises(UsageError, match=r"bad\.yaml"):
+        command("--data", "x", "--config", str(config))
+
+
+def test_lists_none_and_booleans_from_the_command_line() -> None:
+    settings = command("--fusion.members", "fcn8,fcn32", "--tiles.stride", "none", "--fusion.compare", "true").settings
+    assert settings.fusion.members == ("fcn32", "fcn8")
+    assert settings.tiles.stride is None
+    assert settings.fusion.compare is True
+
+
+def test_default_output_is_named_after_the_data() -> None:
+    assert default_output(None) == "runs/synthetic"
+    assert default_output("s3://bucket/some where/cells/") == "runs/cells"
+
+
+def test_help_needs_neither_torch_nor_ray_and_shows_every_key() -> None:
+    code = (
+        "import sys; sys.argv=['full.py','--help']; sys.path.insert(0, '.')\n"
+        "try:\n import runpy; runpy.run_path('pipelines/full.py', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'ray'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.rstrip().endswith("[]")
+    for key in ("--data.max_rejects", "--tiles.size", "--members.width", "--fusion.from_best", "--run.seed"):
+        assert key in done.stdout
+
+
+def test_usage_errors_exit_with_2_before_anything_starts(tmp_path: Path) -> None:
+    for argv in (["--tiles.size", "1"], ["--tiles.sise", "1"], ["--data", "ftp://x/y"]):
+        script = [sys.executable, str(ROOT / "pipelines/full.py"), "--output", str(tmp_path / "run"), *argv]
+        done = subprocess.run(script, capture_output=True, text=True, check=False)
+        assert done.returncode == 2, done
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("text", "listed", "limit"), [("default", 100, 5), ("default", 9000, 90), ("3", 9, 3), ("2%", 150, 3)])
+def test_reject_limit(text: str, listed: int, limit: int) -> None:
+    assert reject_limit(text, listed) == limit
+
+
+def test_shipped_sweeps_are_valid() -> None:
+    for path in (ROOT / "tune_configs").glob("*.yaml"):
+        assert read_sweep(str(path)).trials >= 1
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("trials: 1\nepochs: 1\nspace: {learning_rate: {loguniform: [0, 1]}}", "loguniform"),
+        ("trials: 1\nepochs: 1\nspace: {learning_rate: {lambda: [0, 1]}}", "learning_rate"),
+        ("trials: 1\nepochs: 1\nspace: {epochs: {choice: [1]}}", "epochs"),
+        ("trials: 1\nepochs: 1\nspace: {members: {choice: [[fcn8, fcn9]]}}", "members"),
+        ("trials: 0\nepochs: 1\nspace: {dropout: {choice: [0.1]}}", "trials"),
+        ("trials: 1\nepochs: 1\nextra: 1\nspace: {dropout: {choice: [0.1]}}", "extra"),
+    ],
+)
+def test_a_bad_sweep_is_refused_by_name(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=words):
+        read_sweep(str(path))
