@@ -9,7 +9,8 @@ import numpy.typing as npt
 import torch
 
 from apacs_ray.models.ensemble import Ensemble
-from apacs_ray.models.weights import ModelSpec, load_model
+from apacs_ray.models.spec import ModelSpec
+from apacs_ray.models.weights import load_model
 from apacs_ray.settings import MemberName
 from apacs_ray.storage import Store
 

@@ -11,21 +11,24 @@ import json
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from apacs_ray.adapters.feed import ray_samples
-from apacs_ray.checkpoints import Checkpoints
+from apacs_ray.checkpoints import attempts, complete_checkpoints, fetch
 from apacs_ray.data.shards import TileIndex
 from apacs_ray.errors import ApacsError
-from apacs_ray.models.weights import ModelSpec
+from apacs_ray.models.spec import ModelSpec
 from apacs_ray.plan import NetworkPlan, TrainingPlan
 from apacs_ray.run import require_source
 from apacs_ray.storage import Store
 from apacs_ray.training.config import TrainConfig
 from apacs_ray.training.feed import Feed
+
+if TYPE_CHECKING:
+    from apacs_ray.training.loop import Trainer
 
 PROGRESS = "progress.json"
 POLL = 1.0  # s between looks at the progress of runs
@@ -72,7 +75,7 @@ def _fit(task: NetworkTask, errors: dict[str, BaseException]) -> None:
     from ray.train.torch import TorchTrainer
 
     store = task.store.child(task.state)
-    attempt = 1 + max((int(entry.path.split("/")[0].split("-")[1]) for entry in _attempts(store)), default=0)
+    attempt = 1 + max(attempts(store, ""), default=0)
     plan = task.plan
     local = {} if store.is_local else {"storage_filesystem": store.filesystem}
     trainer = TorchTrainer(
@@ -99,10 +102,6 @@ def _fit(task: NetworkTask, errors: dict[str, BaseException]) -> None:
         errors[task.name] = error
 
 
-def _attempts(store: Store) -> Iterator[Any]:
-    return (entry for entry in store.list() if entry.path.startswith("attempt-"))
-
-
 def _cause(error: BaseException) -> str:
     """The innermost message of a failure that travelled through Ray."""
     failures = list(getattr(error, "worker_failures", {}).values())
@@ -121,9 +120,10 @@ def _train_loop(config: dict[str, Any]) -> None:
     import torch.distributed as dist
 
     from apacs_ray.models.weights import build
-    from apacs_ray.training.loop import EpochRecord, TrainState, run_epochs
+    from apacs_ray.training.loop import Trainer
     from apacs_ray.training.order import schedule
-    from apacs_ray.training.state import save_state
+    from apacs_ray.training.record import EpochRecord
+    from apacs_ray.training.state import TrainState, save_state
 
     task: NetworkTask = config["task"]
     require_source(task.source)
@@ -131,29 +131,29 @@ def _train_loop(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.manual_seed(task.config.seed)
-    model = build(task.spec)
-    start = Checkpoints(task.store, task.state).newest()
-    model = ray.train.torch.prepare_model(model)
-    first = 0 if start is None else start.epoch + 1
-    refs = schedule(
-        task.indices["train"].groups(),
-        len(task.indices["val"]),
-        epochs=range(first, task.config.epochs),
-        batch_size=task.config.batch_size,
-        rank=rank,
-        world=world,
-        accumulate=task.config.accumulate,
-        seed=task.config.seed,
-    )
-    samples = ray_samples(task.feed, task.indices, refs, task.plan, task.source)
+    device = ray.train.torch.get_device()
 
     def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
         if world > 1:
             dist.all_reduce(tensor)
         return tensor
 
+    model = ray.train.torch.prepare_model(build(task.spec))
+    trainer = Trainer(model, task.config, device=device, rank=rank, world=world, all_reduce=all_reduce)
+    _resume(trainer, task)
+    train_index = task.indices["train"]
+    refs = schedule(
+        train_index.groups(),
+        len(task.indices["val"]),
+        epochs=range(trainer.next_epoch, task.config.epochs),
+        batch_size=task.config.batch_size,
+        rank=rank,
+        world=world,
+        seed=task.config.seed,
+    )
+
     def on_epoch(record: EpochRecord, state: TrainState) -> None:
-        metrics = {"epoch": record.epoch, "val_dice": record.val_dice, "val_loss": record.val_loss}
+        metrics = {"epoch": record.epoch, "val_dice": record.val_dice}
         if rank > 0:
             ray.train.report(metrics)
             return
@@ -164,12 +164,17 @@ def _train_loop(config: dict[str, Any]) -> None:
         progress = {**metrics, "epochs": task.config.epochs}
         task.store.write(f"{task.state}/{PROGRESS}", json.dumps(progress).encode())
 
-    run_epochs(
-        model,
-        samples,
-        task.config,
-        device=ray.train.torch.get_device(),
-        start=start,
-        all_reduce=all_reduce,
-        on_epoch=on_epoch,
-    )
+    steps = -(-len(train_index) // task.config.batch_size)
+    trainer.run(ray_samples(task.feed, task.indices, refs, task.plan, task.source), steps, on_epoch)
+
+
+def _resume(trainer: Trainer, task: NetworkTask) -> None:
+    """Go on from the newest checkpoint that is whole; a damaged one is passed over."""
+    for checkpoint in reversed(complete_checkpoints(task.store, task.state)):
+        with tempfile.TemporaryDirectory() as folder:
+            fetch(task.store, checkpoint, Path(folder))
+            try:
+                trainer.resume(Path(folder))
+                return
+            except ApacsError:
+                continue

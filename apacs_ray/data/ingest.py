@@ -6,6 +6,7 @@ shard decodes each of its sources once.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -43,8 +44,8 @@ def probe_pair(store: Store, pair: Pair, max_pixels: int) -> Source | Reject:
         for entry in (pair.image, pair.mask):
             if entry.size == 0:
                 raise BadInput("empty_file", f"{entry.path} has no bytes")
-            with store.open(entry.path) as stream:
-                sizes.append(probe_image(stream, max_pixels))
+            # from memory, so that an error is the file's and never the store's
+            sizes.append(probe_image(io.BytesIO(store.read(entry.path)), max_pixels))
         if sizes[0] != sizes[1]:
             (width, height), (mask_width, mask_height) = sizes
             raise BadInput("size_mismatch", f"image {width} x {height} px, mask {mask_width} x {mask_height} px")

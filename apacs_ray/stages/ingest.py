@@ -75,7 +75,7 @@ def _work(context: Context, mark: str) -> Outcome:
     if run.data is None:
         context.ray.start()
         render_smears(store, _specs(settings))
-    found = find_pairs(store.list(), slide_regex=settings.data.slide_regex)
+    found = find_pairs(store.list(), root=store.uri, slide_regex=settings.data.slide_regex)
     pairs = _with_given_splits(found.pairs, open_store_file(settings.data.splits))
     _require_parts(store, found, pairs)
     if settings.data.slide_regex is None:

@@ -1,0 +1,251 @@
+"""The three members: FCN-32 on an AlexNet trunk, FCN-16 and FCN-8 on a VGG-16 trunk, as APACS23 published them.
+
+Every network maps RGB (N, 3, H, W) in 0..1 to logits (N, 1, H, W) for every H, W >= 32. Where the published geometry
+yields fewer pixels than the input has, the input is zero-padded on the right and bottom to the next size that suffices.
+Scores and upsampling run in float32 outside autocast: better numerically, and on CPUs bfloat16 is slow or unsafe there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apacs_ray.settings import MemberName
+
+SMALLEST = 32  # px
+MARGIN = 100  # px of zeros around the input: the first convolution's padding
+
+
+def scaled(channels: int, width: float) -> int:
+    """A published channel count at `width`: a multiple of 8, at least 8."""
+    return max(8, round(channels * width / 8) * 8)
+
+
+class Upsample(nn.ConvTranspose2d):
+    """A transposed convolution C -> C without bias, in float32, started as bilinear interpolation."""
+
+    def __init__(self, channels: int, kernel: int, stride: int) -> None:
+        super().__init__(channels, channels, kernel, stride=stride, bias=False)
+
+    def reset_parameters(self) -> None:
+        size = self.kernel_size[0]
+        factor = (size + 1) // 2
+        center = factor - 1 if size % 2 else factor - 0.5
+        ramp = 1 - (torch.arange(size) - center).abs() / factor
+        with torch.no_grad():
+            self.weight.zero_()
+            for channel in range(self.weight.shape[0]):
+                self.weight[channel, channel] = torch.outer(ramp, ramp)
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float(), output_size)
+
+
+class Score(nn.Conv2d):
+    """A 1 x 1 convolution to class scores, in float32."""
+
+    def __init__(self, channels: int, classes: int = 1) -> None:
+        super().__init__(channels, classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
+def crop(x: Tensor, offset: int, height: int, width: int) -> Tensor:
+    """`height` x `width` of `x` (N, C, ., .) from `offset` in both directions."""
+    return x[:, :, offset : offset + height, offset : offset + width]
+
+
+def sufficient(size: int, produced: Callable[[int], int]) -> int:
+    """The smallest side >= `size` for which the network yields at least `size` pixels. Raises ValueError below 32."""
+    if size < SMALLEST:
+        raise ValueError(f"{size} px: the networks need at least {SMALLEST} px a side")
+    side = size
+    while produced(side) < size:
+        side += 1
+    return side
+
+
+def pad_to(x: Tensor, produced: Callable[[int], int]) -> Tensor:
+    """`x` zero-padded right and bottom until the network yields every pixel."""
+    height, width = x.shape[2:]
+    bottom = sufficient(height, produced) - height
+    right = sufficient(width, produced) - width
+    return F.pad(x, (0, right, 0, bottom)) if bottom or right else x
+
+
+def initialise(network: nn.Module) -> None:
+    """He initialisation of the trunk (no pretrained weights, as in the paper); scores start small, biases at zero."""
+    for module in network.modules():
+        if isinstance(module, Score):
+            nn.init.normal_(module.weight, std=0.01)
+        elif isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        else:
+            continue
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class AlexTrunk(nn.Module):
+    """conv1 ... fc7 of FCN-32, on `in_channels` channels. Strides: conv1 4, pool1 8, pool2 16, fc7 32."""
+
+    def __init__(self, in_channels: int, width: float, dropout: float) -> None:
+        super().__init__()
+        c64, c192, c384, c256, c4096 = (scaled(channels, width) for channels in (64, 192, 384, 256, 4096))
+        self.conv1 = nn.Conv2d(in_channels, c64, 11, stride=4, padding=MARGIN)
+        self.conv2 = nn.Conv2d(c64, c192, 5, padding=2)
+        self.conv3 = nn.Conv2d(c192, c384, 3, padding=1)
+        self.conv4 = nn.Conv2d(c384, c256, 3, padding=1)
+        self.conv5 = nn.Conv2d(c256, c256, 3, padding=1)
+        self.fc6 = nn.Conv2d(c256, c4096, 6)
+        self.fc7 = nn.Conv2d(c4096, c4096, 1)
+        self.dropout = nn.Dropout2d(dropout)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Features after conv1 (stride 4), pool1 (8), pool2 (16) and fc7 (32)."""
+        conv1 = F.relu(self.conv1(x))
+        pool1 = F.max_pool2d(conv1, 3, 2)
+        pool2 = F.max_pool2d(F.relu(self.conv2(pool1)), 3, 2)
+        y = F.relu(self.conv3(pool2))
+        y = F.relu(self.conv4(y))
+        y = F.relu(self.conv5(y))
+        y = self.dropout(F.max_pool2d(y, 3, 2, ceil_mode=True))
+        y = self.dropout(F.relu(self.fc6(y)))
+        y = F.relu(self.fc7(y))
+        return conv1, pool1, pool2, y
+
+    @staticmethod
+    def produced(side: int) -> int:
+        """Pixels that FCN-32 yields for an input side: its upsampled score less the crop offset 43."""
+        conv1 = (side + 2 * MARGIN - 11) // 4 + 1
+        pool2 = ((conv1 - 3) // 2 + 1 - 3) // 2 + 1
+        fc6 = -(-(pool2 - 3) // 2) + 1 - 5
+        return (fc6 - 1) * 32 + 63 - 43 if fc6 > 0 else 0
+
+
+class FCN32(nn.Module):
+    """FCN-32: stride 32, one upsampling. `in_channels` 3, or 5 or 6 as the published fusion."""
+
+    OFFSET = 43
+
+    def __init__(self, *, in_channels: int = 3, width: float = 1.0, dropout: float = 0.5) -> None:
+        super().__init__()
+        self.trunk = AlexTrunk(in_channels, width, dropout)
+        self.dropout = nn.Dropout2d(dropout)
+        self.score = Score(self.trunk.fc7.out_channels)
+        self.upscore = Upsample(1, 63, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        *_, y = self.trunk(pad_to(x, AlexTrunk.produced))
+        y = self.score(self.dropout(y))
+        return crop(self.upscore(y), self.OFFSET, height, width)
+
+
+def _block(channels: int, out: int, convs: int, first_padding: int = 1) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for number in range(convs):
+        layers += [nn.Conv2d(channels, out, 3, padding=first_padding if number == 0 else 1), nn.ReLU()]
+        channels = out
+    return nn.Sequential(*layers, nn.MaxPool2d(2))
+
+
+class VGGTrunk(nn.Module):
+    """VGG-16 up to fc7, as FCN-16 and FCN-8 use it. Strides: pool3 8, pool4 16, fc7 32."""
+
+    def __init__(self, width: float, dropout: float) -> None:
+        super().__init__()
+        c64, c128, c256, c512, c4096 = (scaled(channels, width) for channels in (64, 128, 256, 512, 4096))
+        self.block1 = _block(3, c64, 2, first_padding=MARGIN)
+        self.block2 = _block(c64, c128, 2)
+        self.block3 = _block(c128, c256, 3)
+        self.block4 = _block(c256, c512, 3)
+        self.block5 = _block(c512, c512, 3)
+        self.fc6 = nn.Conv2d(c512, c4096, 7)
+        self.fc7 = nn.Conv2d(c4096, c4096, 1)
+        self.dropout = nn.Dropout2d(dropout)
+        self.pool3_channels, self.pool4_channels, self.channels = c256, c512, c4096
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features after pool3 (stride 8), pool4 (16) and fc7 (32)."""
+        pool3 = self.block3(self.block2(self.block1(x)))
+        pool4 = self.block4(pool3)
+        y = self.dropout(F.relu(self.fc6(self.block5(pool4))))
+        y = self.dropout(F.relu(self.fc7(y)))
+        return pool3, pool4, y
+
+    @staticmethod
+    def fc7_side(side: int) -> int:
+        """Side of fc7's features for an input side."""
+        return (side + 2 * MARGIN - 2) // 32 - 6
+
+
+class FCN16(nn.Module):
+    """FCN-16: the score at stride 32 joined by one from pool4."""
+
+    OFFSET_POOL4, OFFSET = 5, 27
+
+    def __init__(self, *, width: float = 1.0, dropout: float = 0.5) -> None:
+        super().__init__()
+        self.trunk = VGGTrunk(width, dropout)
+        self.score = Score(self.trunk.channels)
+        self.score_pool4 = Score(self.trunk.pool4_channels)
+        self.up_score = Upsample(1, 4, 2)
+        self.up_final = Upsample(1, 32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        _, pool4, y = self.trunk(pad_to(x, self.produced))
+        y = self.up_score(self.score(y))
+        y = y + crop(self.score_pool4(pool4), self.OFFSET_POOL4, *y.shape[2:])
+        return crop(self.up_final(y), self.OFFSET, height, width)
+
+    @classmethod
+    def produced(cls, side: int) -> int:
+        """Pixels that the network yields for an input side."""
+        fc7 = VGGTrunk.fc7_side(side)
+        return (2 * fc7 + 1) * 16 + 32 - cls.OFFSET if fc7 > 0 else 0
+
+
+class FCN8(nn.Module):
+    """FCN-8: the scores at strides 32 and 16 joined by one from pool3."""
+
+    OFFSET_POOL4, OFFSET_POOL3, OFFSET = 5, 9, 36
+
+    def __init__(self, *, width: float = 1.0, dropout: float = 0.5) -> None:
+        super().__init__()
+        self.trunk = VGGTrunk(width, dropout)
+        self.score = Score(self.trunk.channels)
+        self.score_pool4 = Score(self.trunk.pool4_channels)
+        self.score_pool3 = Score(self.trunk.pool3_channels)
+        self.up_score = Upsample(1, 4, 2)
+        self.up_pool4 = Upsample(1, 4, 2)
+        self.up_final = Upsample(1, 16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        pool3, pool4, y = self.trunk(pad_to(x, self.produced))
+        y = self.up_score(self.score(y))
+        y = y + crop(self.score_pool4(pool4), self.OFFSET_POOL4, *y.shape[2:])
+        y = self.up_pool4(y)
+        y = y + crop(self.score_pool3(pool3), self.OFFSET_POOL3, *y.shape[2:])
+        return crop(self.up_final(y), self.OFFSET, height, width)
+
+    @classmethod
+    def produced(cls, side: int) -> int:
+        """Pixels that the network yields for an input side."""
+        fc7 = VGGTrunk.fc7_side(side)
+        return (2 * (2 * fc7 + 2) + 1) * 8 + 16 - cls.OFFSET if fc7 > 0 else 0
+
+
+def build_member(name: MemberName, *, width: float = 1.0, dropout: float = 0.5) -> nn.Module:
+    """A freshly initialised member; at width 1 exactly the published network."""
+    classes: dict[str, type[nn.Module]] = {"fcn32": FCN32, "fcn16": FCN16, "fcn8": FCN8}
+    network = classes[name](width=width, dropout=dropout)
+    initialise(network)
+    return network

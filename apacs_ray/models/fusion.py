@@ -1,0 +1,101 @@
+"""The fusion network: the members' heatmaps and RGB in, one segmentation out.
+
+Published head: the FCN-32 network on 6 input channels (5 with two members), heatmaps first. Refined head: the same trunk
+and inputs, but scores from strides 4, 8, 16 and 32 and a light path at full resolution are added to the mean of the
+members' logits. Its scores start at zero, so it starts as that mean and learns the correction.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from apacs_ray.models.fcn import FCN32, AlexTrunk, Score, Upsample, crop, initialise, pad_to, scaled
+from apacs_ray.models.spec import Head
+from apacs_ray.settings import HeatmapInit, MemberName
+
+CLAMP = 1 / 510  # heatmaps are stored as uint8: half a step away from 0 and 1 keeps the logit finite
+
+
+class RefinedFusion(nn.Module):
+    """FCN-8-like skips on the AlexNet trunk, plus a residual onto the members' mean logit.
+
+    Feature i of a map with stride s lies at input pixel s * i + a (a = -95, -91, -83 for conv1, pool1, pool2 and +13 for
+    fc7); a bilinear transposed convolution of kernel 2 s - 1 puts it at s * i + s - 1. The crop offsets s - 1 - a
+    therefore align every map with the input exactly.
+    """
+
+    SKIPS = ((4, 98), (8, 98), (16, 98), (32, 18))  # stride, crop offset
+
+    def __init__(self, members: int, *, width: float, dropout: float) -> None:
+        super().__init__()
+        self.members = members
+        self.trunk = AlexTrunk(members + 3, width, dropout)
+        self.dropout = nn.Dropout2d(dropout)
+        channels = (
+            self.trunk.conv1.out_channels,
+            self.trunk.conv1.out_channels,
+            self.trunk.conv2.out_channels,
+            self.trunk.fc7.out_channels,
+        )
+        self.scores = nn.ModuleList(Score(count) for count in channels)
+        self.ups = nn.ModuleList(Upsample(1, 2 * stride - 1, stride) for stride, _ in self.SKIPS)
+        fine = scaled(32, width)
+        self.fine = nn.Sequential(
+            nn.Conv2d(members + 3, fine, 3, padding=1), nn.ReLU(), nn.Conv2d(fine, fine, 3, padding=1), nn.ReLU()
+        )
+        self.fine_score = Score(fine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        *skips, deep = self.trunk(pad_to(x, AlexTrunk.produced))
+        logits = mean_logit(x[:, : self.members]) + self.fine_score(self.fine(x))
+        features = (*skips, self.dropout(deep))
+        for feature, score, up, (_, offset) in zip(features, self.scores, self.ups, self.SKIPS, strict=True):
+            logits = logits + crop(up(score(feature)), offset, height, width)
+        return logits
+
+
+def mean_logit(heatmaps: Tensor) -> Tensor:
+    """(N, M, H, W) probabilities -> (N, 1, H, W) float32 mean of their clamped logits."""
+    with torch.autocast(heatmaps.device.type, enabled=False):
+        return torch.logit(heatmaps.float(), eps=CLAMP).mean(dim=1, keepdim=True)
+
+
+def build_fusion(
+    head: Head,
+    members: tuple[MemberName, ...],
+    *,
+    width: float = 1.0,
+    dropout: float = 0.5,
+    heatmap_init: HeatmapInit = "random",
+) -> nn.Module:
+    """A freshly initialised fusion network.
+
+    Input (N, M + 3, H, W) in 0..1, the probabilities of `members` first, then RGB; output logits (N, 1, H, W).
+    `heatmap_init`: how the first layer treats the heatmaps at the start: like any channel (`random`), not at all
+    (`zero`), or as the mean over the RGB filters (`mean`).
+    """
+    count = len(members)
+    network: FCN32 | RefinedFusion
+    if head == "published":
+        network = FCN32(in_channels=count + 3, width=width, dropout=dropout)
+        initialise(network)
+    else:
+        network = RefinedFusion(count, width=width, dropout=dropout)
+        initialise(network)
+        for score in (*network.scores, network.fine_score):
+            nn.init.zeros_(score.weight)
+    with torch.no_grad():
+        filters = network.trunk.conv1.weight
+        if heatmap_init == "zero":
+            filters[:, :count] = 0
+        elif heatmap_init == "mean":
+            filters[:, :count] = filters[:, count:].mean(dim=1, keepdim=True)
+    return network
+
+
+def fuse(network: nn.Module, probabilities: Tensor, image: Tensor) -> Tensor:
+    """Logits of the fusion for member probabilities (N, M, H, W) and RGB (N, 3, H, W)."""
+    fused: Tensor = network(torch.cat([probabilities, image], dim=1))
+    return fused

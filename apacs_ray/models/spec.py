@@ -1,0 +1,43 @@
+"""What a trained network is, as `model.json` says it. No torch here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Literal
+
+from apacs_ray.errors import ApacsError
+from apacs_ray.settings import HeatmapInit, MemberName
+
+MEMBERS: tuple[MemberName, ...] = ("fcn32", "fcn16", "fcn8")
+Head = Literal["published", "refined"]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a weights file holds: enough to build the network again and to know where it came from."""
+
+    kind: Literal["member", "fusion"]
+    name: str
+    width: float = 1.0
+    dropout: float = 0.5
+    head: Head = "refined"
+    members: tuple[MemberName, ...] = MEMBERS
+    heatmap_init: HeatmapInit = "random"
+    threshold: float = 0.5  # probability from which a pixel is cell
+    training_data: str = ""  # fingerprint of the tiles
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> bytes:
+        """As `model.json`."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True).encode()
+
+    @classmethod
+    def from_json(cls, content: bytes) -> ModelSpec:
+        """From `model.json`. Raises ApacsError when it is none."""
+        try:
+            spec = cls(**json.loads(content))
+        except (ValueError, TypeError) as error:
+            raise ApacsError(f"model.json: not a model description ({error})") from error
+        return replace(spec, members=tuple(spec.members))

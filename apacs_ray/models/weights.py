@@ -1,0 +1,95 @@
+"""Models on disk: weights as safetensors, what they are in `ModelSpec`. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from apacs_ray.errors import ApacsError
+from apacs_ray.models.fcn import build_member
+from apacs_ray.models.fusion import build_fusion
+from apacs_ray.models.spec import MEMBERS, ModelSpec
+
+
+def build(spec: ModelSpec) -> nn.Module:
+    """A freshly initialised network."""
+    if spec.kind == "member":
+        if spec.name not in MEMBERS:
+            raise ApacsError(f"{spec.name}: no such member; there is {', '.join(MEMBERS)}")
+        return build_member(spec.name, width=spec.width, dropout=spec.dropout)
+    return build_fusion(
+        spec.head, spec.members, width=spec.width, dropout=spec.dropout, heatmap_init=spec.heatmap_init
+    )
+
+
+def weights_bytes(model: nn.Module) -> bytes:
+    """The weights as safetensors (contiguous, on the CPU), without a DDP wrapper's prefix."""
+    tensors = {name.removeprefix("module."): value for name, value in model.state_dict().items()}
+    return save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+
+
+def load_model(weights: bytes, spec: ModelSpec) -> nn.Module:
+    """The trained network, in eval mode. Raises ApacsError naming what does not fit."""
+    with torch.device("meta"):
+        model = build(spec)
+    _assign(model, load_tensors(weights), spec.name)
+    return model.eval()
+
+
+def _assign(model: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
+    expected = model.state_dict()
+    for key, value in expected.items():
+        if key not in tensors:
+            raise ApacsError(f"{name}: the weights lack {key}; do they belong to another architecture?")
+        if tensors[key].shape != value.shape:
+            shapes = f"{tuple(tensors[key].shape)}, the network wants {tuple(value.shape)}"
+            raise ApacsError(f"{name}: {key} has shape {shapes}; do width and head in model.json fit?")
+    extra = sorted(set(tensors) - set(expected))
+    if extra:
+        raise ApacsError(f"{name}: the weights hold {extra[0]}, which the network does not have")
+    model.load_state_dict(dict(tensors), assign=True)
+
+
+def from_published(name: str, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors of a released checkpoint under our names.
+
+    `name`: fcn32, fcn16, fcn8 or fusion. Keys may carry a `module.` prefix. Raises ApacsError for a missing key.
+    """
+    plain = {key.removeprefix("module."): value for key, value in state.items()}
+    renamed = {}
+    for ours, theirs in PUBLISHED_NAMES[name].items():
+        for part in ("weight", "bias"):
+            if part == "bias" and ours.startswith("up"):
+                continue
+            key = f"{theirs}.{part}"
+            if key not in plain:
+                raise ApacsError(f"{name}: the released checkpoint lacks {key}")
+            renamed[f"{ours}.{part}"] = plain[key]
+    return renamed
+
+
+def _vgg_names() -> dict[str, str]:
+    theirs = [f"pool3.{index}" for index in (0, 2, 5, 7, 10, 12, 14)]
+    theirs += [f"pool4.{index}" for index in (0, 2, 4)] + [f"conv7.{index}" for index in (0, 2, 4)]
+    ours = [f"trunk.block{block}.{2 * conv}" for block, convs in enumerate((2, 2, 3, 3, 3), 1) for conv in range(convs)]
+    names = dict(zip(ours, theirs, strict=True))
+    names |= {"trunk.fc6": "conv7.7", "trunk.fc7": "conv7.10"}
+    return names | {"score": "score_fr", "score_pool4": "score_pool4", "up_score": "upsample2"}
+
+
+_ALEX = [f"conv{number}" for number in range(1, 6)] + ["fc6", "fc7"]
+PUBLISHED_NAMES: dict[str, dict[str, str]] = {
+    "fcn32": {f"trunk.{part}": part for part in _ALEX} | {"score": "score_fr", "upscore": "upscore"},
+    "fcn16": _vgg_names() | {"up_final": "upsample16"},
+    "fcn8": _vgg_names()
+    | {"score_pool3": "score_pool3", "up_pool4": "upsample_pool4", "up_final": "upsample8"},
+    "fusion": {
+        f"trunk.{part}": f"convolution.{index}" for part, index in zip(_ALEX, (0, 3, 6, 8, 10, 14, 17), strict=True)
+    }
+    | {"score": "score_fr", "upscore": "upscore"},
+}

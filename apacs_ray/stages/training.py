@@ -1,0 +1,128 @@
+"""What training the members and training the fusion share: tasks, progress, and keeping the best weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from apacs_ray.adapters.train import NetworkTask, train
+from apacs_ray.checkpoints import best_checkpoint, complete_checkpoints
+from apacs_ray.console import bars, say
+from apacs_ray.data.shards import TileIndex, read_index
+from apacs_ray.errors import ApacsError
+from apacs_ray.models.spec import ModelSpec
+from apacs_ray.plan import plan_training
+from apacs_ray.run import source_hash
+from apacs_ray.settings import TrainingSettings
+from apacs_ray.stages.pipeline import Context
+from apacs_ray.storage import Store
+from apacs_ray.training.config import TrainConfig
+from apacs_ray.training.feed import Crop, Feed, Heatmaps
+from apacs_ray.training.record import EpochRecord, history_csv
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network to train: its key, what it is, and the folder of its model in the run."""
+
+    name: str
+    spec: ModelSpec
+    folder: str
+    settings: TrainingSettings
+    heatmaps: Heatmaps | None = None
+    indices: dict[str, TileIndex] | None = None
+
+
+def read_indices(store: Store) -> dict[str, TileIndex]:
+    """The indices of the train and val tiles. Raises ApacsError when one of them is empty."""
+    indices = {split: read_index(store, split) for split in ("train", "val")}
+    for split, index in indices.items():
+        if not len(index):
+            raise ApacsError(f"{store.uri}: no {split} tile is left to learn from; look at rejects/ and data.val_fraction")
+    return indices
+
+
+def train_networks(context: Context, networks: Sequence[Network], mark: str) -> dict[str, dict[str, Any]]:
+    """Train networks and leave `model.safetensors`, `model.json` and `history.csv` of each in its folder.
+
+    Returns facts of each by name. Training state lies in `<folder>/.state-<mark>` until the stage commits.
+    """
+    run, settings = context.run, context.settings
+    indices = read_indices(run.store)
+    waiting = [network for network in networks if run.store.version(f"{network.folder}/.done-{mark[:8]}") is None]
+    if waiting:
+        context.ray.start()
+        first = waiting[0].settings
+        plan = plan_training(
+            [network.name for network in waiting],
+            context.ray.cluster(),
+            workers=first.workers,
+            batch_size=first.batch_size,
+        )
+        say(plan.describe())
+        tasks = []
+        for network, resources in zip(waiting, plan.networks, strict=True):
+            how = network.settings
+            spec = replace(network.spec, training_data=context.done("ingest").fingerprint)
+            feed = Feed(run.store, network.heatmaps, Crop(how.crop, how.flips, how.turns))
+            config = TrainConfig.of(how, settings.run.seed)
+            state = state_folder(network, mark)
+            tasks.append(
+                NetworkTask(
+                    network.name,
+                    spec,
+                    config,
+                    feed,
+                    network.indices or indices,
+                    state,
+                    resources,
+                    settings.run.max_failures,
+                    source_hash(),
+                )
+            )
+        with bars() as shown:
+            train(
+                tasks,
+                plan,
+                lambda name, now: shown.show(name, now["epoch"] + 1, now["epochs"], f"val Dice {now['val_dice']:.4f}"),
+            )
+        for network, task in zip(waiting, tasks, strict=True):
+            _keep_best(run.store, network, task.spec, mark)
+    return {network.name: _facts(run.store, network) for network in networks}
+
+
+def state_folder(network: Network, mark: str) -> str:
+    """Where a network's training state lies until its stage commits."""
+    return f"{network.folder}/.state-{mark[:8]}"
+
+
+def forget_state(store: Store, networks: Sequence[Network], mark: str) -> None:
+    """Delete training state, of this training and of earlier ones that were given up."""
+    for network in networks:
+        for entry in list(store.list(network.folder)):
+            top = entry.path.removeprefix(f"{network.folder}/").split("/")[0]
+            if top.startswith(".done-") or top.startswith(".state-"):
+                store.delete(entry.path)
+        store.delete_folder(state_folder(network, mark))
+
+
+def _keep_best(store: Store, network: Network, spec: ModelSpec, mark: str) -> None:
+    checkpoints = complete_checkpoints(store, state_folder(network, mark))
+    if not checkpoints:
+        raise ApacsError(f"{network.name}: training ended without a checkpoint")
+    best = best_checkpoint(checkpoints)
+    history = tuple(EpochRecord(**record) for record in checkpoints[-1].state["history"])
+    metrics = {"epoch": best.epoch, "epochs": len(history), "val_dice": best.val_dice}
+    weights = store.read(f"{best.path}/model.safetensors")
+    store.write(f"{network.folder}/model.safetensors", weights)
+    store.write(f"{network.folder}/model.json", replace(spec, metrics=metrics).to_json())
+    store.write(f"{network.folder}/history.csv", history_csv(history).encode())
+    store.write(f"{network.folder}/.done-{mark[:8]}", b"")
+
+
+def _facts(store: Store, network: Network) -> dict[str, Any]:
+    weights = store.read(f"{network.folder}/model.safetensors")
+    spec = ModelSpec.from_json(store.read(f"{network.folder}/model.json"))
+    return {"sha256": hashlib.sha256(weights).hexdigest(), **spec.metrics}

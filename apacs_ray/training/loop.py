@@ -1,0 +1,258 @@
+"""From batches to a trained network: step, epoch, validation, early stopping. No Ray, no data formats."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from apacs_ray.errors import ApacsError
+from apacs_ray.training.config import TrainConfig
+from apacs_ray.training.jitter import jitter_stain
+from apacs_ray.training.loss import tile_losses
+from apacs_ray.training.record import EpochRecord
+from apacs_ray.training.samples import Batch, Sample, batches
+from apacs_ray.training.state import TrainState, bare_model, load_state
+
+AllReduce = Callable[[Tensor], Tensor]
+NAMES = 512  # bytes in which a rank tells the others its tiles with a loss that is not finite
+
+
+class Trainer:
+    """One network in training on one device. Under DDP `model` is wrapped, and `all_reduce` sums over ranks.
+
+    A bare model is moved to `device` and to channels_last. A wrapped one must already be there: DDP lays out
+    its gradient buckets when it wraps, and a layout changed afterwards gives wrong gradients.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        *,
+        device: torch.device,
+        rank: int = 0,
+        world: int = 1,
+        all_reduce: AllReduce = lambda tensor: tensor,
+    ) -> None:
+        wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
+        self.model = model if wrapped else model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.config = config
+        self.device = device
+        self.rank = rank
+        self.world = world
+        self.optimizer = make_optimizer(self.model, config)
+        self.history: tuple[EpochRecord, ...] = ()
+        self._all_reduce = all_reduce
+        self._autocast = resolve_precision(config.precision, device)
+
+    def resume(self, folder: Path) -> None:
+        """Go on from a checkpoint. Raises ApacsError when it is damaged."""
+        self.history = load_state(folder, self.model, self.optimizer)
+
+    @property
+    def next_epoch(self) -> int:
+        """The first epoch that is not done."""
+        return self.history[-1].epoch + 1 if self.history else 0
+
+    def finished(self) -> bool:
+        """Whether the last epoch is done, or `patience` epochs passed without a better validation Dice."""
+        if self.next_epoch >= self.config.epochs:
+            return True
+        return bool(self.config.patience) and epochs_since_best(self.history) >= self.config.patience
+
+    def run(
+        self, samples: Iterator[Sample], steps: int, on_epoch: Callable[[EpochRecord, TrainState], None]
+    ) -> tuple[EpochRecord, ...]:
+        """Train on the stream of `samples` (from `next_epoch` on; `steps` an epoch) until `finished`.
+
+        Raises ApacsError when a loss is not finite, naming the tiles, or when the stream lacks steps;
+        `on_epoch` does not see such an epoch.
+        """
+        stream = batches(samples, self.config.micro_batch(self.world))
+        batch = next(stream, None)
+        while not self.finished():
+            epoch, started, taken = self.next_epoch, time.monotonic(), 0
+            train, val = _Tally(self.device), _Tally(self.device)
+            self.model.train()
+            while batch is not None and batch.epoch == epoch:
+                if batch.phase == "train":
+                    self._train_batch(batch, train, steps)
+                    taken += batch.ends_step
+                else:
+                    self._validate_batch(batch, val)
+                batch = next(stream, None)
+            if taken != steps:
+                raise ApacsError(
+                    f"epoch {epoch}: {taken} of {steps} steps arrived: training data was lost on its way"
+                )
+            self._end_epoch(epoch, train, val, time.monotonic() - started)
+            on_epoch(self.history[-1], TrainState(self.model, self.optimizer, self.history))
+        return self.history
+
+    def _end_epoch(self, epoch: int, train: _Tally, val: _Tally, seconds: float) -> None:
+        self._require_finite(epoch, "train", train)
+        self._require_finite(epoch, "val", val)  # also meets weights that the epoch's last step broke
+        train_loss, train_dice = train.result(self._all_reduce)
+        val_loss, val_dice = val.result(self._all_reduce)
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        record = EpochRecord(epoch, train_loss, train_dice, val_loss, val_dice, rate, round(seconds, 3))
+        self.history = (*self.history, record)
+
+    def _forward(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, mask and valid, float32, on the device; uint8 travels there and is normalised there."""
+        inputs = self._to_device(batch.inputs).to(memory_format=torch.channels_last).float() / 255
+        if batch.phase == "train":
+            inputs = jitter_stain(inputs, batch.sizes, batch.seeds, self.config.jitter)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+            logits = model(inputs)
+        return logits.float(), self._to_device(batch.mask).float(), self._to_device(batch.valid).float()
+
+    def _to_device(self, array: npt.NDArray[np.uint8] | npt.NDArray[np.float32]) -> Tensor:
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor
+
+    def _train_batch(self, batch: Batch, tally: _Tally, steps: int) -> None:
+        torch.manual_seed(_dropout_seed(self.config.seed, batch, self.rank))
+        weight = self._to_device(batch.weight)
+        with self._synced_at(batch.ends_step):
+            logits, mask, valid = self._forward(self.model, batch)
+            losses = tile_losses(logits, mask, valid, self.config.dice_weight)
+            torch.autograd.backward((losses * weight).sum())
+        tally.add(batch, losses.detach(), (weight > 0).float(), logits.detach(), mask, valid)
+        if batch.ends_step:
+            rate = self.config.learning_rate * rate_factor(self.config, batch.epoch, batch.step, steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _synced_at(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Under DDP gradients travel once a step, with its last micro batch; its forward pass arms that."""
+        if not last and isinstance(self.model, nn.parallel.DistributedDataParallel):
+            return self.model.no_sync()
+        return contextlib.nullcontext()
+
+    @torch.no_grad()
+    def _validate_batch(self, batch: Batch, tally: _Tally) -> None:
+        self.model.eval()
+        # without DDP's wrapper: ranks hold different numbers of tiles, so none may wait for another here
+        logits, mask, valid = self._forward(bare_model(self.model), batch)
+        losses = tile_losses(logits, mask, valid, self.config.dice_weight)
+        tally.add(batch, losses, torch.ones_like(losses), logits, mask, valid)
+
+    def _require_finite(self, epoch: int, phase: str, tally: _Tally) -> None:
+        """Raise the same ApacsError on every rank when any rank met a loss that is not finite."""
+        told = torch.zeros(self.world, NAMES, dtype=torch.int64, device=self.device)
+        if (bad := tally.first_bad()) is not None:
+            text = f"{bad.step:012d} {', '.join(bad.tile_ids)}".encode()[:NAMES]
+            told[self.rank, : len(text)] = torch.tensor(list(text), device=self.device)
+        rows = [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in self._all_reduce(told).tolist()]
+        if any(rows):
+            step, _, tiles = min(row for row in rows if row).partition(" ")
+            raise ApacsError(
+                f"epoch {epoch}, {phase} step {int(step)}: the loss is not finite (tiles {tiles}): "
+                "lower the learning rate, or look at these tiles"
+            )
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Which tiles a batch held, on the host."""
+
+    step: int
+    tile_ids: tuple[str, ...]
+
+
+class _Tally:
+    """Sums over an epoch, kept on the device: no step waits for the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(
+            5, dtype=torch.float64, device=device
+        )  # loss, tiles, overlap, predicted, true
+        self._losses: list[Tensor] = []
+        self._batches: list[_Seen] = []
+
+    def add(
+        self, batch: Batch, losses: Tensor, counted: Tensor, logits: Tensor, mask: Tensor, valid: Tensor
+    ) -> None:
+        """Losses (N,) of a batch and its pixels; tiles with `counted` (N,) 0 are repeats and take no part."""
+        true = mask * valid * counted[:, None, None, None]
+        predicted = (logits >= 0) * valid * counted[:, None, None, None]
+        pixels = [part.sum(dtype=torch.float64) for part in (predicted * true, predicted, true)]
+        self._sums += torch.stack([(losses * counted).sum().double(), counted.sum().double(), *pixels])
+        self._losses.append(losses)
+        self._batches.append(_Seen(batch.step, batch.tile_ids))
+
+    def first_bad(self) -> _Seen | None:
+        """The first batch with a loss that is not finite. The only wait for the device, once an epoch."""
+        if not self._losses:
+            return None
+        finite = torch.isfinite(torch.cat(self._losses)).cpu()
+        parts = torch.split(finite, [len(seen.tile_ids) for seen in self._batches])
+        return next((seen for seen, part in zip(self._batches, parts, strict=True) if not part.all()), None)
+
+    def result(self, all_reduce: AllReduce) -> tuple[float, float]:
+        """Mean loss over tiles and pooled Dice, over all ranks (NaN where there was nothing)."""
+        loss, tiles, overlap, predicted, true = all_reduce(self._sums).tolist()
+        dice = 2 * overlap / (predicted + true) if predicted + true else math.nan
+        return loss / tiles if tiles else math.nan, dice
+
+
+def epochs_since_best(history: tuple[EpochRecord, ...]) -> int:
+    """Epochs after the one with the highest validation Dice (the earlier of equals)."""
+    if not history:
+        return 0
+    best = max(history, key=lambda record: (_comparable(record.val_dice), -record.epoch))
+    return history[-1].epoch - best.epoch
+
+
+def _comparable(dice: float) -> float:
+    return -1.0 if math.isnan(dice) else dice
+
+
+def _dropout_seed(seed: int, batch: Batch, rank: int) -> int:
+    """63 bits that differ by step, micro batch and rank, the same whenever training gets there."""
+    words = [seed, batch.epoch, batch.step, rank, batch.seeds[0]]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def rate_factor(config: TrainConfig, epoch: int, step: int, steps: int) -> float:
+    """Share of the peak learning rate in a step: linear warm-up, then constant or half a cosine."""
+    done = epoch + step / steps
+    if done < config.warmup_epochs:
+        return min(1.0, (done + 1 / steps) / config.warmup_epochs)
+    if config.schedule == "constant":
+        return 1.0
+    return 0.5 * (
+        1 + math.cos(math.pi * (done - config.warmup_epochs) / (config.epochs - config.warmup_epochs))
+    )
+
+
+def resolve_precision(precision: str, device: torch.device) -> bool:
+    """Whether to autocast to bfloat16. `auto`: on GPUs and CPUs that have its arithmetic."""
+    if precision == "auto":
+        if device.type == "cuda":
+            return bool(torch.cuda.is_bf16_supported())
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return precision == "bfloat16"
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer that `config` names; Adam and AdamW in their fused form."""
+    rate, decay = config.learning_rate, config.weight_decay
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=rate, weight_decay=decay)
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return kind(model.parameters(), lr=rate, weight_decay=decay, fused=True)

@@ -1,0 +1,31 @@
+"""The history of a training run, one record an epoch. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One epoch of training. Losses are means over tiles; Dice is pooled over pixels (of the crops, in training)."""
+
+    epoch: int
+    train_loss: float
+    train_dice: float
+    val_loss: float
+    val_dice: float
+    learning_rate: float
+    seconds: float
+
+
+def history_csv(history: tuple[EpochRecord, ...]) -> str:
+    """`history.csv`: a line an epoch."""
+    header = ",".join(EpochRecord.__dataclass_fields__)
+    return "\n".join([header, *(",".join(f"{value:.6g}" for value in asdict(r).values()) for r in history)]) + "\n"
+
+
+def read_history(text: str) -> tuple[EpochRecord, ...]:
+    """The records of a `history.csv`."""
+    header, *lines = text.splitlines()
+    rows = [dict(zip(header.split(","), map(float, line.split(",")), strict=True)) for line in lines]
+    return tuple(EpochRecord(**{**row, "epoch": int(row["epoch"])}) for row in rows)  # type: ignore[arg-type]

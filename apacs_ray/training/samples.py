@@ -1,0 +1,120 @@
+"""Samples and batches: numpy uint8 from decoding to the device. No torch: tasks that only decode import this.
+
+Augmentation moves image, heatmaps and mask together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from apacs_ray.training.order import Phase, SampleRef
+
+Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One tile's turn with its pixels, uint8: inputs (H, W, C), heatmaps then RGB; mask (H, W) in {0, 1}."""
+
+    ref: SampleRef
+    tile_id: str
+    inputs: Pixels
+    mask: Pixels
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tiles that go through the network together, padded right and bottom to the largest.
+
+    inputs (N, C, H, W) uint8, mask and valid (N, 1, H, W) uint8 (valid is 0 on padding), weight (N,) float32;
+    `sizes` (height, width) without padding. `ends_step`: the gradients gathered so far make one optimizer
+    step.
+    """
+
+    epoch: int
+    phase: Phase
+    step: int
+    ends_step: bool
+    inputs: Pixels
+    mask: Pixels
+    valid: Pixels
+    weight: npt.NDArray[np.float32]
+    sizes: tuple[tuple[int, int], ...]
+    seeds: tuple[int, ...]
+    tile_ids: tuple[str, ...]
+
+
+def augment(
+    inputs: Pixels, mask: Pixels, seed: int, *, crop: int, flips: bool, turns: bool
+) -> tuple[Pixels, Pixels]:
+    """A random crop of side `crop` px (0 or a smaller tile: all of it), flips and turns, from `seed`."""
+    rng = np.random.default_rng(seed)
+    height, width = mask.shape
+    if crop:
+        top = int(rng.integers(max(height - crop, 0) + 1))
+        left = int(rng.integers(max(width - crop, 0) + 1))
+        inputs, mask = (picture[top : top + crop, left : left + crop] for picture in (inputs, mask))
+    down, across, quarters = rng.integers(2), rng.integers(2), int(rng.integers(4))
+    if flips and down:
+        inputs, mask = inputs[::-1], mask[::-1]
+    if flips and across:
+        inputs, mask = inputs[:, ::-1], mask[:, ::-1]
+    if turns and quarters:
+        inputs, mask = np.rot90(inputs, quarters), np.rot90(mask, quarters)
+    return np.ascontiguousarray(inputs), np.ascontiguousarray(mask)
+
+
+def batches(samples: Iterator[Sample], micro_batch: int) -> Iterator[Batch]:
+    """Consecutive samples of one step as batches of at most `micro_batch`; in val, of equal shapes only.
+
+    Training tiles of unequal shapes are padded; validation tiles never are, as padding would reach into the
+    logits.
+    """
+    waiting: list[Sample] = []
+    for sample in samples:
+        if waiting:
+            same_step = _step(sample) == _step(waiting[0])
+            same_shape = sample.mask.shape == waiting[0].mask.shape
+            training = sample.ref.phase == "train"
+            if not same_step or len(waiting) == micro_batch or not (training or same_shape):
+                yield _collate(waiting, ends_step=not same_step)
+                waiting = []
+        waiting.append(sample)
+    if waiting:
+        yield _collate(waiting, ends_step=True)
+
+
+def _step(sample: Sample) -> tuple[int, str, int]:
+    """Validation has no steps: all of an epoch's tiles may share batches."""
+    return sample.ref.epoch, sample.ref.phase, sample.ref.step if sample.ref.phase == "train" else 0
+
+
+def _collate(samples: Sequence[Sample], *, ends_step: bool) -> Batch:
+    first = samples[0]
+    sizes = tuple((sample.mask.shape[0], sample.mask.shape[1]) for sample in samples)
+    height, width = (max(side) for side in zip(*sizes, strict=True))
+    count, channels = len(samples), first.inputs.shape[2]
+    inputs = np.zeros((count, channels, height, width), np.uint8)
+    mask = np.zeros((count, 1, height, width), np.uint8)
+    valid = np.zeros((count, 1, height, width), np.uint8)
+    for number, (sample, (rows, columns)) in enumerate(zip(samples, sizes, strict=True)):
+        inputs[number, :, :rows, :columns] = sample.inputs.transpose(2, 0, 1)
+        mask[number, 0, :rows, :columns] = sample.mask
+        valid[number, 0, :rows, :columns] = 1
+    return Batch(
+        first.ref.epoch,
+        first.ref.phase,
+        first.ref.step,
+        ends_step,
+        inputs,
+        mask,
+        valid,
+        np.array([sample.ref.weight for sample in samples], np.float32),
+        sizes,
+        tuple(sample.ref.seed for sample in samples),
+        tuple(sample.tile_id for sample in samples),
+    )

@@ -1,0 +1,116 @@
+"""Training checkpoints: model and optimizer as safetensors, the rest as JSON that is written last. No pickle.
+
+Dropout, augmentation and order derive from (seed, epoch, step), so a state needs no generator: training that
+goes on from it equals training that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from apacs_ray.errors import ApacsError
+from apacs_ray.training.record import EpochRecord
+
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """What a checkpoint holds, as live objects."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    history: tuple[EpochRecord, ...]
+
+
+def save_state(folder: Path, state: TrainState) -> None:
+    """Write a checkpoint to a local folder; `state.json`, with size and hash of the others, comes last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(plain_state(state.model), folder / MODEL)
+    tensors, rest = _flatten(state.optimizer.state_dict())
+    save_file(tensors, folder / OPTIMIZER)
+    files = {name: _facts(folder / name) for name in (MODEL, OPTIMIZER)}
+    history = [asdict(record) for record in state.history]
+    tree = {"epoch": history[-1]["epoch"], "history": history, "optimizer": rest, "files": files}
+    (folder / STATE).write_text(json.dumps(tree, indent=1))
+
+
+def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[EpochRecord, ...]:
+    """Put a checkpoint into `model` and `optimizer`; returns the history.
+
+    Raises ApacsError for a missing or damaged file, and leaves both as they were.
+    """
+    tree = _read_tree(folder / STATE)
+    for name in (MODEL, OPTIMIZER):
+        if not (folder / name).is_file() or _facts(folder / name) != tree["files"].get(name):
+            raise ApacsError(f"{folder / name}: damaged checkpoint (size or hash is not what {STATE} says)")
+    weights, rest = load_file(folder / MODEL), _unflatten(load_file(folder / OPTIMIZER), tree["optimizer"])
+    bare = bare_model(model)
+    expected = {name: value.shape for name, value in bare.state_dict().items()}
+    if expected != {name: value.shape for name, value in weights.items()}:
+        raise ApacsError(f"{folder / MODEL}: the weights belong to another network than the one in training")
+    bare.load_state_dict(weights)
+    optimizer.load_state_dict(rest)
+    _restore_layout(optimizer)
+    return tuple(EpochRecord(**record) for record in tree["history"])
+
+
+def bare_model(model: nn.Module) -> nn.Module:
+    """The network itself, without the wrapper that DDP puts around it."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict on the CPU, contiguous, without a DDP wrapper's prefix."""
+    return {name: value.detach().cpu().contiguous() for name, value in bare_model(model).state_dict().items()}
+
+
+def _restore_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Give moments the strides of their parameter: fused optimizers walk both in memory order, unchecked."""
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def _read_tree(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ApacsError(f"{path}: incomplete checkpoint ({error})") from error
+    if not isinstance(tree, dict) or not {"files", "history", "optimizer"} <= set(tree):
+        raise ApacsError(f"{path}: not the state of a training")
+    return tree
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": digest}
+
+
+def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors, scalars = {}, {}
+    for index, values in state["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
+            else:
+                scalars[f"{index}.{name}"] = value
+    return tensors, {"scalars": scalars, "groups": state["param_groups"]}
+
+
+def _unflatten(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **rest["scalars"]}.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    return {"state": state, "param_groups": rest["groups"]}

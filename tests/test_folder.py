@@ -1,0 +1,213 @@
+"""The folder layout: roles by name, pairs by stem, and no file lost."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from apacs_ray.data.folder import Entry, find_pairs, is_folder_layout
+
+
+def listing(*paths, size=9):
+    return [Entry(path, size, "v1") for path in paths]
+
+
+def codes(found):
+    return [reject.code for reject in found.rejects]
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "split"),
+    [
+        ("APACS23_Train_Input/7.jpg", "APACS23_Train_GroundTruth/7.png", "train"),
+        ("train/input/7.JPG", "train/groundtruth/7.PNG", "train"),
+        ("TEST-INPUT/7.tiff", "Test/ground_truth/7.tif", "test"),
+        ("val_input/7.bmp", "val ground-truth/7.bmp", "val"),
+        ("x/TestInput/deep/7.jpeg", "TestGroundTruth/7.png", "test"),
+        ("input/validation/7.png", "GroundTruth/Val/7.png", "val"),
+        ("apacs23testinput/7.png", "groundtruthtest/7.png", "test"),
+        ("test_run/Train_Input/7.png", "test_run/Train_Groundtruth/7.png", "train"),
+    ],
+)
+def test_folders_give_split_and_role(image, mask, split):
+    found = find_pairs(listing(mask, image), slide_regex=None)
+    assert not found.rejects
+    (pair,) = found.pairs
+    assert (pair.split, pair.stem, pair.slide_id) == (split, "7", "7")
+    assert (pair.image.path, pair.mask.path) == (image, mask)
+    assert is_folder_layout((*found.ignored, pair.image))
+
+
+@pytest.mark.parametrize(
+    "folder", ["", "input/", "train/", "latest_input/", "evaluation/input/", "train/images/"]
+)
+def test_other_folders_are_not_the_layout(folder):
+    entries = listing(f"{folder}7.jpg")
+    assert not is_folder_layout(entries)
+    found = find_pairs(entries)
+    assert found.ignored == tuple(entries)
+    assert not found.folders
+
+
+def test_names_are_joined_by_stem_and_kept_verbatim():
+    composed, decomposed = "Zo\u00eb 1.5\u00b5m", unicodedata.normalize("NFD", "Zo\u00eb 1.5\u00b5m")
+    image, mask = f"Train Input/{decomposed}.jpg", f"Train GroundTruth/{composed}.png"
+    (pair,) = find_pairs(listing(image, mask)).pairs
+    assert (pair.image.path, pair.mask.path, pair.stem) == (image, mask, composed)
+    assert pair.image_id == f"Train Input/{decomposed}"
+
+
+def test_stems_are_case_sensitive():
+    found = find_pairs(listing("Train_Input/a.jpg", "Train_GroundTruth/A.png"))
+    assert codes(found) == ["missing_image", "missing_mask"]
+    assert [reject.slide_id for reject in found.rejects] == ["A", "a"]
+
+
+def test_a_stem_in_two_splits_is_two_slides():
+    paths = [
+        f"{split}_{role}/{stem}.png"
+        for split in ("Train", "Test")
+        for role in ("Input", "GroundTruth")
+        for stem in "ab"
+    ]
+    found = find_pairs(listing(*paths, "Val_Input/c.png", "Val_GroundTruth/c.png"))
+    assert [pair.slide_id for pair in found.pairs] == ["train/a", "train/b", "c", "test/a", "test/b"]
+    assert len({pair.image_id for pair in found.pairs}) == 5
+    assert found.shared_slides == ()
+
+
+def test_every_defect_has_its_code_and_root():
+    ok = listing("Train_Input/ok.jpg", "Train_GroundTruth/ok.png")
+    bad = listing(
+        "Train_Input/lonely.jpg",
+        "Train_GroundTruth/orphan.png",
+        "Train_Input/twice.jpg",
+        "Train_Input/twice.PNG",
+        "Train_GroundTruth/twice.png",
+        "Train_Input/notes.txt",
+        "Train_Input/nosuffix",
+        "Train_GroundTruth/zero.png",
+        "Train_Test_Input/which.png",
+    )
+    found = find_pairs([*ok, *bad, Entry("Train_Input/zero.jpg", 0, "v1")], root="s3://bucket/data set/")
+    assert [pair.stem for pair in found.pairs] == ["ok"]
+    by_uri = {reject.uri: reject for reject in found.rejects}
+    root = "s3://bucket/data set/"
+    assert {uri.removeprefix(root): reject.code for uri, reject in by_uri.items()} == {
+        "Train_Input/lonely.jpg": "missing_mask",
+        "Train_GroundTruth/orphan.png": "missing_image",
+        "Train_GroundTruth/twice.png": "duplicate_stem",
+        "Train_Input/notes.txt": "unknown_suffix",
+        "Train_Input/nosuffix": "unknown_suffix",
+        "Train_Input/zero.jpg": "empty_file",
+        "Train_Test_Input/which.png": "ambiguous_folder",
+    }
+    reason = by_uri[root + "Train_GroundTruth/twice.png"].reason
+    assert all(name in reason for name in ("twice.jpg", "twice.PNG", "twice.png"))
+    assert sum(map(len, found.rejected)) == len(bad) + 1
+
+
+def test_normal_forms_of_one_stem_are_duplicates():
+    stems = ["\u00e9", "e\u0301"]
+    found = find_pairs(
+        listing(*(f"Train_Input/{stem}.jpg" for stem in stems), "Train_GroundTruth/\u00e9.png")
+    )
+    assert codes(found) == ["duplicate_stem"]
+    assert len(found.rejected[0]) == 3
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "Train_Input/.DS_Store",
+        "Train_Input/Thumbs.db",
+        "Train_Input/._7.jpg",
+        "__MACOSX/Train_Input/7.jpg",
+        "Train_Input/",
+        ".cache/train/input/7.png",
+        "README.md",
+    ],
+)
+def test_files_of_the_system_are_counted_as_ignored(path):
+    found = find_pairs(listing(path))
+    assert [entry.path for entry in found.ignored] == [path]
+    assert not found.rejects
+
+
+@pytest.mark.parametrize(
+    ("regex", "slide"),
+    [(r"^([A-Z]+\d+)_", "S12"), (r"^[A-Z]+\d+", "S12"), (r"(x)?_(\d+)$", None), (r"^$", None)],
+)
+def test_slide_regex(regex, slide):
+    found = find_pairs(listing("Train_Input/S12_003.jpg", "Train_GroundTruth/S12_003.png"), slide_regex=regex)
+    if slide is None:
+        assert codes(found) == ["bad_name"]
+        assert regex in found.rejects[0].reason
+    else:
+        assert [pair.slide_id for pair in found.pairs] == [slide]
+
+
+def test_slides_in_two_splits_are_named():
+    paths = [
+        f"{split}_{role}/S1_{split}.png" for split in ("Train", "Test") for role in ("Input", "GroundTruth")
+    ]
+    found = find_pairs(listing(*paths), slide_regex=r"^(\w+)_")
+    assert found.shared_slides == ("S1",)
+    assert {pair.slide_id for pair in found.pairs} == {"S1"}
+
+
+FOLDERS = [
+    "Train_Input",
+    "train/groundtruth",
+    "Test Input",
+    "Test_GroundTruth/more",
+    "val_input",
+    "Train_Val_Input",
+    "other",
+    "",
+]
+NAMES = st.tuples(
+    st.sampled_from(["", ".", "a", "A", "b_1", "b_2", "\u00e9", "e\u0301", "a.b"]),
+    st.sampled_from(["", ".jpg", ".JPG", ".png", ".tif", ".txt", "/"]),
+).map("".join)
+ENTRIES = st.lists(
+    st.builds(
+        lambda folder, name, size: Entry(f"{folder}/{name}".lstrip("/"), size, "v"),
+        st.sampled_from(FOLDERS),
+        NAMES,
+        st.integers(0, 2),
+    ),
+    unique_by=lambda entry: entry.path,
+    max_size=25,
+)
+
+
+@given(ENTRIES, st.sampled_from([None, r"_(\d)$", "."]), st.randoms())
+def test_every_entry_is_in_one_pair_one_reject_or_ignored(entries, regex, random):
+    found = find_pairs(entries, slide_regex=regex)
+    placed = Counter(found.ignored)
+    placed.update(entry for pair in found.pairs for entry in (pair.image, pair.mask))
+    placed.update(entry for unit in found.rejected for entry in unit)
+    assert placed == Counter(entries)
+    assert len(found.rejects) == len(found.rejected)
+    assert all(
+        any(entry.path == r.uri for entry in unit)
+        for r, unit in zip(found.rejects, found.rejected, strict=True)
+    )
+    assert len({pair.image_id for pair in found.pairs}) == len(found.pairs)
+    if regex is None:
+        assert len({pair.slide_id for pair in found.pairs}) == len(found.pairs)
+    random.shuffle(entries)
+    assert find_pairs(entries, slide_regex=regex) == found
+
+
+def test_real_cells(real_cells):
+    paths = [path for path in real_cells.rglob("*") if path.is_file()]
+    found = find_pairs([Entry(p.relative_to(real_cells).as_posix(), p.stat().st_size, "v") for p in paths])
+    assert Counter(pair.split for pair in found.pairs) == {"train": 80, "test": 20}
+    assert not found.rejects
+    assert len(found.folders) == 4

@@ -1,0 +1,157 @@
+"""The grid, the part of a tile that counts, tile names, and the two measures of a tile."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from apacs_ray.data.tiles import TILE_SCHEMA, Box, grid, once_region, tile_id
+from apacs_ray.data.tissue import focus, tissue_fraction
+
+SIDES = st.integers(1, 90)
+LAST = st.sampled_from(["keep", "shift", "drop"])
+
+
+@st.composite
+def grids(draw):
+    size = draw(st.integers(1, 40))
+    return draw(SIDES), draw(SIDES), size, draw(st.integers(1, size)), draw(LAST)
+
+
+def coverage(width, height, boxes):
+    count = np.zeros((height, width), int)
+    for box in boxes:
+        count[box.y : box.y + box.height, box.x : box.x + box.width] += 1
+    return count
+
+
+@given(SIDES, SIDES, st.integers(1, 40))
+def test_keep_without_overlap_covers_each_pixel_once(width, height, size):
+    boxes = grid(width, height, size, size, "keep")
+    assert (coverage(width, height, boxes) == 1).all()
+    assert all(0 < box.width <= size and 0 < box.height <= size for box in boxes)
+
+
+@given(grids())
+def test_keep_and_shift_cover_everything_and_drop_only_whole_tiles(settings):
+    width, height, size, stride, last = settings
+    boxes = grid(*settings)
+    count = coverage(width, height, boxes)  # also fails to broadcast where a box leaves the image
+    full = (min(size, width), min(size, height))
+    assert boxes == sorted(boxes, key=lambda box: (box.y, box.x))
+    assert len({(box.x, box.y) for box in boxes}) == len(boxes)
+    assert all(box.x + box.width <= width and box.y + box.height <= height for box in boxes)
+    if last != "drop":
+        assert (count > 0).all()
+    if last != "keep":
+        assert all((box.width, box.height) == full for box in boxes)
+    if last == "drop":
+        assert (count[: full[1], : full[0]] > 0).all()
+        rest_x, rest_y = (
+            width - max(b.x + b.width for b in boxes),
+            height - max(b.y + b.height for b in boxes),
+        )
+        assert rest_x < stride
+        assert rest_y < stride
+
+
+@given(grids())
+@example((50, 41, 20, 20, "shift"))
+@example((50, 41, 20, 3, "shift"))
+def test_the_regions_that_count_part_the_covered_pixels(settings):
+    width, height, *_ = settings
+    boxes = grid(*settings)
+    counted = np.zeros((height, width), int)
+    for box in boxes:
+        left, top, right, bottom = once_region(box.x, box.y, *settings)
+        assert 0 <= left <= right <= box.width
+        assert 0 <= top <= bottom <= box.height
+        counted[box.y + top : box.y + bottom, box.x + left : box.x + right] += 1
+    assert (counted == (coverage(width, height, boxes) > 0)).all()
+
+
+def test_grid_by_hand():
+    assert grid(300, 300, 2000, 2000, "drop") == [Box(0, 0, 300, 300)]
+    assert grid(2000, 2000, 2000, 2000, "keep") == [Box(0, 0, 2000, 2000)]
+    assert grid(25, 10, 10, 10, "keep") == [Box(0, 0, 10, 10), Box(10, 0, 10, 10), Box(20, 0, 5, 10)]
+    assert [box.x for box in grid(25, 10, 10, 10, "shift")] == [0, 10, 15]
+    assert [box.x for box in grid(25, 10, 10, 10, "drop")] == [0, 10]
+    assert [box.x for box in grid(30, 10, 10, 5, "keep")] == [0, 5, 10, 15, 20]  # none that adds no pixel
+    assert grid(25, 4, 10, 10, "drop") == [Box(0, 0, 10, 4), Box(10, 0, 10, 4)]  # a narrow image is not lost
+
+
+def test_overlaps_are_cut_in_their_middle():
+    assert once_region(10, 0, 25, 10, 10, 10, "shift") == (
+        0,
+        0,
+        7,
+        10,
+    )  # 15..20 is shared with the tile at 15
+    assert once_region(15, 0, 25, 10, 10, 10, "shift") == (2, 0, 10, 10)
+
+
+SOURCES = st.text("aZ9_./~% -é\u0301", min_size=1, max_size=6)
+
+
+@given(
+    st.lists(st.tuples(SOURCES, st.integers(0, 12), st.integers(0, 12)), unique=True, min_size=2, max_size=8)
+)
+@example([("a_1", 2, 3), ("a", 1, 2)])
+@example([("a/b", 0, 0), ("a~b", 0, 0), ("a%2Fb", 0, 0), ("a b", 0, 0), ("a%20b", 0, 0)])
+def test_tile_ids_differ_and_are_safe(places):
+    ids = [tile_id(*place) for place in places]
+    assert len(set(ids)) == len(places)
+    assert not any(set(name) & set('/\\ :*?"<>|') for name in ids)
+
+
+def test_tile_id_is_readable():
+    assert tile_id("Test_Input/Zelle 7", 2000, 0) == "Test_Input~Zelle%207_2000_0"
+
+
+def test_the_schema_refuses_what_must_not_be_null(tmp_path):
+    import pyarrow.parquet as pq
+
+    assert "split" not in TILE_SCHEMA.names
+    row = {field.name: None for field in TILE_SCHEMA}
+    with pytest.raises(pa.ArrowInvalid, match="non-nullable"):
+        pq.write_table(pa.Table.from_pylist([row], TILE_SCHEMA), tmp_path / "tile.parquet")
+
+
+def flat(colour, size=64):
+    return np.full((size, size, 3), colour, np.uint8)
+
+
+def test_tissue_is_stained_or_dark_but_not_unscanned():
+    for background in [(255, 255, 255), (240, 238, 232), (0, 0, 0)]:
+        assert tissue_fraction(flat(background)) == 0
+    for tissue in [(230, 180, 200), (150, 200, 195), (90, 80, 120), (120, 120, 120)]:
+        assert tissue_fraction(flat(tissue)) == 1
+    half = flat((245, 245, 245))
+    half[:, :32] = (230, 180, 200)
+    assert tissue_fraction(half) == 0.5
+
+
+def test_focus_falls_with_blur_and_is_zero_without_structure():
+    from scipy import ndimage
+
+    spots = ndimage.gaussian_filter(np.random.default_rng(0).random((128, 128)), 3)
+    sharp = (255 * (spots - spots.min()) / np.ptp(spots)).astype(np.uint8)
+    blurred = ndimage.gaussian_filter(sharp.astype(float), 6).astype(np.uint8)
+    as_rgb = [np.repeat(grey[:, :, None], 3, axis=2) for grey in (sharp, blurred)]
+    assert focus(as_rgb[0]) > 4 * focus(as_rgb[1]) > 0
+    assert focus(flat((200, 180, 190))) == 0
+
+
+def test_focus_in_its_unit():
+    step = flat(0, 16)
+    step[:, 8:] = 100  # shrunk to columns 0 0 100 100, whose Laplacian is 0 100 -100 0
+    assert focus(step) == pytest.approx(5000, rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_measures_of_the_smallest_tiles(size):
+    assert tissue_fraction(flat((90, 80, 120), size)) == 1
+    assert focus(flat((90, 80, 120), size)) == 0

@@ -1,0 +1,558 @@
+"""The training core: samples, loss, step, epochs, checkpoints, and the same numbers however it is spread."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from apacs_ray.errors import ApacsError
+from apacs_ray.training.config import TrainConfig
+from apacs_ray.training.jitter import jitter_stain
+from apacs_ray.training.loop import Trainer, epochs_since_best, make_optimizer, rate_factor
+from apacs_ray.training.loss import tile_losses
+from apacs_ray.training.order import SampleRef, schedule
+from apacs_ray.training.record import EpochRecord, history_csv, read_history
+from apacs_ray.training.samples import Sample, augment, batches
+from apacs_ray.training.state import TrainState, load_state, save_state
+
+CPU = torch.device("cpu")
+GROUPS, N_TRAIN, N_VAL = [5, 4], 9, 3
+CONFIG = TrainConfig(epochs=4, batch_size=4, seed=1, learning_rate=1e-2, dice_weight=0.5)
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Tiny(nn.Module):
+    """A small segmentation network that scores in float32, as ours do: bfloat16 is not safe there on CPUs."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.ReLU(),
+            nn.Dropout2d(dropout),
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.ReLU(),
+        )
+        self.score = nn.Conv2d(8, 1, 1)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        features = self.trunk(inputs)
+        with torch.autocast(inputs.device.type, enabled=False):
+            scores: Tensor = self.score(features.float())
+        return scores
+
+
+def tiny(dropout: float = 0.5) -> nn.Module:
+    torch.manual_seed(0)
+    return Tiny(dropout)
+
+
+def tile(number: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """A tile whose cells are its red pixels."""
+    rng = np.random.default_rng(number)
+    mask = np.kron(rng.integers(0, 2, (4, 5), dtype=np.uint8), np.ones((4, 4), np.uint8))
+    image = rng.integers(0, 120, (16, 20, 3), dtype=np.uint8)
+    image[..., 0] += 100 * mask
+    return image, mask
+
+
+def stream(
+    config: TrainConfig, first: int = 0, rank: int = 0, world: int = 1, crop: int = 12
+) -> Iterator[Sample]:
+    epochs = range(first, config.epochs)
+    refs = schedule(
+        GROUPS, N_VAL, epochs=epochs, batch_size=config.batch_size, rank=rank, world=world, seed=1
+    )
+    for ref in refs:
+        number = ref.row + (N_TRAIN if ref.phase == "val" else 0)
+        inputs, mask = tile(number)
+        if ref.phase == "train":
+            inputs, mask = augment(inputs, mask, ref.seed, crop=crop, flips=True, turns=True)
+        yield Sample(ref, f"t{number}", inputs, mask)
+
+
+def steps(config: TrainConfig) -> int:
+    return -(-N_TRAIN // config.batch_size)
+
+
+def flat(model: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def nothing(record: EpochRecord, state: TrainState) -> None:
+    """An epoch end that keeps nothing."""
+
+
+class Breaks(nn.Module):
+    """Gives NaN for a tile whose first pixel is fully red, which no `tile` is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = tiny(0.0)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        marked = inputs[:, 0, 0, 0] > 0.99
+        return torch.where(marked[:, None, None, None], math.nan, 1.0) * self.net(inputs)
+
+
+def sample(ref: SampleRef, height: int = 8, width: int = 8) -> Sample:
+    return Sample(
+        ref, f"t{ref.row}", np.full((height, width, 3), ref.row, np.uint8), np.ones((height, width), np.uint8)
+    )
+
+
+class TestSamples:
+    def test_augmentation_moves_image_and_mask_together(self) -> None:
+        mask = np.random.default_rng(0).integers(0, 2, (30, 40), dtype=np.uint8)
+        inputs = np.stack([mask * 200, mask * 100, mask, mask], axis=2)
+        for seed in range(40):
+            moved, moved_mask = augment(inputs, mask, seed, crop=25, flips=True, turns=True)
+            assert moved.shape == (25, 25, 4)
+            assert moved.dtype == moved_mask.dtype == np.uint8
+            assert (moved[..., 0] == moved_mask * 200).all()
+            assert (moved[..., 3] == moved_mask).all()
+
+    def test_all_eight_orientations_come_and_the_seed_fixes_them(self) -> None:
+        mask = np.arange(16, dtype=np.uint8).reshape(4, 4)
+        inputs = np.repeat(mask[..., None], 3, axis=2)
+        seen = {
+            augment(inputs, mask, seed, crop=0, flips=True, turns=True)[1].tobytes() for seed in range(80)
+        }
+        assert len(seen) == 8
+        same = [augment(inputs, mask, 5, crop=2, flips=True, turns=True)[1] for _ in range(2)]
+        assert (same[0] == same[1]).all()
+        plain, _ = augment(inputs, mask, 5, crop=0, flips=False, turns=False)
+        assert (plain == inputs).all()
+
+    def test_a_tile_smaller_than_the_crop_stays_whole(self) -> None:
+        inputs, mask = tile(0)
+        cropped, cropped_mask = augment(inputs, mask, 1, crop=18, flips=False, turns=False)
+        assert cropped.shape == (16, 18, 3)
+        assert cropped_mask.shape == (16, 18)
+
+    def test_crops_reach_every_corner(self) -> None:
+        mask = np.arange(9, dtype=np.uint8).reshape(3, 3)
+        inputs = np.repeat(mask[..., None], 3, axis=2)
+        corners = {
+            int(augment(inputs, mask, seed, crop=2, flips=False, turns=False)[1][0, 0]) for seed in range(60)
+        }
+        assert corners == {0, 1, 3, 4}
+
+    def test_batches_end_with_their_step_and_pad(self) -> None:
+        refs = [SampleRef(0, "train", step, row, 1.0, row) for step, row in [(0, 0), (0, 1), (0, 2), (1, 3)]]
+        samples = [sample(refs[0], 8, 6), sample(refs[1], 5, 9), sample(refs[2]), sample(refs[3])]
+        first, second, third = batches(iter(samples), 2)
+        assert [batch.ends_step for batch in (first, second, third)] == [False, True, True]
+        assert [batch.tile_ids for batch in (first, second, third)] == [("t0", "t1"), ("t2",), ("t3",)]
+        assert first.inputs.shape == (2, 3, 8, 9)
+        assert first.sizes == ((8, 6), (5, 9))
+        assert first.valid.sum(axis=(1, 2, 3)).tolist() == [48, 45]
+        assert (first.inputs[1, :, :5, :9] == 1).all()
+        assert first.inputs[1, :, 5:].sum() == first.mask[1, :, 5:].sum() == 0
+
+    def test_validation_is_never_padded(self) -> None:
+        shapes = [(8, 8), (8, 8), (8, 6), (8, 6), (8, 8)]
+        refs = [SampleRef(0, "val", row, row, 1.0, 0) for row in range(5)]
+        found = list(batches(iter([sample(ref, *shape) for ref, shape in zip(refs, shapes, strict=True)]), 4))
+        assert [len(batch.tile_ids) for batch in found] == [2, 2, 1]
+        assert all(batch.valid.all() for batch in found)
+
+    def test_decoding_tasks_do_not_load_torch(self) -> None:
+        code = "import sys, apacs_ray.training.samples; sys.exit('torch' in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+class TestJitter:
+    def test_only_rgb_changes_mildly_and_by_seed(self) -> None:
+        inputs = torch.rand(2, 5, 16, 16, generator=torch.Generator().manual_seed(0))
+        sizes = [(16, 16)] * 2
+        jittered = jitter_stain(inputs, sizes, [7, 7], 0.2)
+        assert torch.equal(jittered[:, :2], inputs[:, :2])
+        assert 0 <= jittered.min() <= jittered.max() <= 1
+        change = (jittered[:, 2:] - inputs[:, 2:]).abs().mean()
+        assert 0.001 < change < 0.2
+        assert not torch.equal(jittered, jitter_stain(inputs, sizes, [8, 8], 0.2))
+        assert jitter_stain(inputs, sizes, [7, 7], 0.0) is inputs
+
+    def test_it_does_not_depend_on_the_other_tiles_of_a_batch(self) -> None:
+        small = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        padded = torch.zeros(1, 3, 20, 20)
+        padded[..., :8, :8] = small
+        alone = jitter_stain(small, [(8, 8)], [3], 0.3)
+        together = jitter_stain(padded, [(8, 8)], [3], 0.3)
+        assert torch.equal(together[..., :8, :8], alone)
+        assert together[..., 8:, :].abs().sum() == 0
+
+
+class TestLoss:
+    def test_it_is_what_the_formula_says(self) -> None:
+        logits = torch.tensor([2.0, -1.0, 0.5, 3.0]).reshape(1, 1, 2, 2)
+        mask = torch.tensor([1.0, 0.0, 1.0, 0.0]).reshape(1, 1, 2, 2)
+        valid = torch.tensor([1.0, 1.0, 1.0, 0.0]).reshape(1, 1, 2, 2)
+        p = [1 / (1 + math.exp(-value)) for value in (2.0, -1.0, 0.5)]
+        entropy = -(math.log(p[0]) + math.log(1 - p[1]) + math.log(p[2])) / 3
+        dice = (2 * (p[0] + p[2]) + 1) / (sum(p) + 2 + 1)
+        assert tile_losses(logits, mask, valid, 0.0).item() == pytest.approx(entropy)
+        assert tile_losses(logits, mask, valid, 0.7).item() == pytest.approx(entropy + 0.7 * (1 - dice))
+
+    def test_padding_has_no_part(self) -> None:
+        logits = torch.randn(1, 1, 6, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        mask, valid = torch.ones(1, 1, 6, 6), torch.zeros(1, 1, 6, 6)
+        valid[..., :4, :4] = 1
+        padded = tile_losses(logits, mask, valid, 0.5)
+        inside = [tensor[..., :4, :4] for tensor in (logits, mask, valid)]
+        assert torch.allclose(padded, tile_losses(*inside, 0.5))
+        torch.autograd.backward(padded.sum())
+        assert logits.grad is not None
+        assert logits.grad[..., 4:, :].abs().sum() == 0
+
+    def test_a_tile_without_cells_is_defined(self) -> None:
+        empty = torch.zeros(1, 1, 4, 4)
+        assert torch.isfinite(tile_losses(empty - 30, empty, empty + 1, 1.0)).all()
+
+
+class TestRate:
+    def test_warm_up_then_cosine(self) -> None:
+        config = replace(CONFIG, epochs=10, warmup_epochs=2, schedule="cosine")
+        rates = [rate_factor(config, epoch, step, 4) for epoch in range(10) for step in range(4)]
+        assert rates[:8] == pytest.approx([(number + 1) / 8 for number in range(8)])
+        assert rates[8] == 1.0
+        assert rates[24] == pytest.approx(0.5)
+        assert all(later < earlier for earlier, later in pairwise(rates[8:]))
+        assert 0 < rates[-1] < 0.01
+
+    @pytest.mark.parametrize("warmup", [0.0, 0.001, 0.4, 3.0, 50.0])
+    @pytest.mark.parametrize("schedule_", ["constant", "cosine"])
+    def test_it_stays_between_0_and_1(self, warmup: float, schedule_: Any) -> None:
+        config = replace(CONFIG, epochs=3, warmup_epochs=warmup, schedule=schedule_)
+        assert all(0 < rate_factor(config, epoch, step, 5) <= 1 for epoch in range(3) for step in range(5))
+
+
+class TestTraining:
+    def test_it_learns_in_bfloat16_too(self) -> None:
+        for precision in ("float32", "bfloat16"):
+            config = replace(CONFIG, epochs=12, precision=precision, learning_rate=3e-2, jitter=0.05)
+            trainer = Trainer(tiny(0.0), config, device=CPU)
+            history = trainer.run(stream(config), steps(config), nothing)
+            assert history[-1].val_dice > 0.9
+            assert history[-1].train_loss < history[0].train_loss / 2
+            assert history[-1].train_dice > 0.8
+            assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+
+    def test_accumulation_changes_nothing(self) -> None:
+        runs = []
+        for accumulate in (1, 2, 4):
+            config = replace(CONFIG, accumulate=accumulate, optimizer="sgd")
+            trainer = Trainer(tiny(0.0), config, device=CPU)
+            history = trainer.run(stream(config), steps(config), nothing)
+            runs.append((flat(trainer.model), history[-1].train_loss, history[-1].val_dice))
+        for weights, loss, dice in runs[1:]:
+            assert torch.allclose(weights, runs[0][0], atol=1e-6)
+            assert (loss, dice) == pytest.approx(runs[0][1:], abs=1e-6)
+
+    def test_one_step_is_a_step_along_the_mean_gradient_of_the_batch(self) -> None:
+        config = replace(CONFIG, epochs=1, batch_size=9, accumulate=3, optimizer="sgd", dice_weight=0.3)
+        trainer = Trainer(tiny(0.0), config, device=CPU)
+        trainer.run(stream(config), 1, nothing)
+        model = tiny(0.0)
+        train = [item for item in stream(config) if item.ref.phase == "train"]
+        whole = next(batches(iter(train), 9))
+        inputs, mask, valid = (
+            torch.from_numpy(part).float() for part in (whole.inputs, whole.mask, whole.valid)
+        )
+        torch.autograd.backward(tile_losses(model(inputs / 255), mask, valid, 0.3).mean())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                assert parameter.grad is not None
+                parameter -= config.learning_rate * parameter.grad
+        assert torch.allclose(flat(trainer.model), flat(model), atol=1e-7)
+
+    def test_validation_is_pooled_over_all_pixels_of_all_tiles(self) -> None:
+        config = replace(CONFIG, epochs=1)
+        trainer = Trainer(tiny(), config, device=CPU)
+        (record,) = trainer.run(stream(config), steps(config), nothing)
+        overlap = predicted = true = 0
+        losses = []
+        trainer.model.eval()
+        for item in (item for item in stream(config) if item.ref.phase == "val"):
+            inputs = torch.from_numpy(item.inputs.transpose(2, 0, 1)[None] / np.float32(255))
+            mask = torch.from_numpy(item.mask)[None, None].float()
+            with torch.no_grad():
+                logits = trainer.model(inputs)
+            losses.append(tile_losses(logits, mask, torch.ones_like(mask), 0.5).item())
+            cell = logits[0, 0].numpy() >= 0
+            overlap += int((cell & (item.mask > 0)).sum())
+            predicted, true = predicted + int(cell.sum()), true + int(item.mask.sum())
+        assert record.val_dice == pytest.approx(2 * overlap / (predicted + true))
+        assert record.val_loss == pytest.approx(sum(losses) / 3, rel=1e-5)
+
+    def test_repeats_of_weight_0_count_nowhere(self) -> None:
+        config = replace(CONFIG, epochs=1, optimizer="sgd")
+
+        def with_repeats() -> Iterator[Sample]:
+            for item in stream(config):
+                yield item
+                if item.ref.phase == "train":
+                    yield replace(item, ref=replace(item.ref, weight=0.0))
+
+        plain, repeated = (Trainer(tiny(0.0), config, device=CPU) for _ in range(2))
+        plain.run(stream(config), steps(config), nothing)
+        repeated.run(with_repeats(), steps(config), nothing)
+        assert torch.allclose(flat(plain.model), flat(repeated.model), atol=1e-6)
+        assert repeated.history[0].train_loss == pytest.approx(plain.history[0].train_loss, rel=1e-5)
+        assert repeated.history[0].train_dice == pytest.approx(plain.history[0].train_dice, rel=1e-5)
+
+    def test_a_loss_that_is_not_finite_stops_before_the_checkpoint_and_names_tiles(self) -> None:
+        config = replace(CONFIG, epochs=2, batch_size=1)
+
+        def marked() -> Iterator[Sample]:
+            for item in stream(config):
+                if item.tile_id == "t5" and item.ref.epoch == 1:
+                    item.inputs[0, 0, 0] = 255
+                yield item
+
+        (turn,) = [
+            i.ref.step for i in marked() if (i.tile_id, i.ref.epoch, i.ref.phase) == ("t5", 1, "train")
+        ]
+        ends: list[int] = []
+        trainer = Trainer(Breaks(), config, device=CPU)
+        with pytest.raises(ApacsError, match=rf"epoch 1, train step {turn}: .*\(tiles t5\)"):
+            trainer.run(marked(), steps(config), lambda record, _: ends.append(record.epoch))
+        assert ends == [0]
+
+    def test_weights_that_the_last_step_broke_never_reach_a_checkpoint(self) -> None:
+        config = replace(
+            CONFIG, batch_size=N_TRAIN, learning_rate=1e38
+        )  # one step an epoch, with a finite loss
+        ends: list[int] = []
+        with pytest.raises(ApacsError, match="epoch 0, val step 0: the loss is not finite"):
+            Trainer(tiny(), config, device=CPU).run(
+                stream(config), 1, lambda record, _: ends.append(record.epoch)
+            )
+        assert ends == []
+
+    def test_a_stream_that_lacks_steps_is_an_error(self) -> None:
+        lost = [item for item in stream(CONFIG) if (item.ref.epoch, item.ref.step) != (1, 2)]
+        with pytest.raises(ApacsError, match="epoch 1: 2 of 3 steps arrived"):
+            Trainer(tiny(), CONFIG, device=CPU).run(iter(lost), steps(CONFIG), nothing)
+        with pytest.raises(ApacsError, match="epoch 1: 0 of 3"):
+            Trainer(tiny(), CONFIG, device=CPU).run(
+                (item for item in stream(CONFIG) if item.ref.epoch == 0), steps(CONFIG), nothing
+            )
+
+    def test_patience_counts_from_the_earliest_best_epoch(self) -> None:
+        def history(*dice: float) -> tuple[EpochRecord, ...]:
+            return tuple(EpochRecord(epoch, 0, 0, 0, value, 0, 0) for epoch, value in enumerate(dice))
+
+        assert epochs_since_best(()) == 0
+        assert epochs_since_best(history(0.1, 0.5, 0.5, 0.4)) == 2
+        assert epochs_since_best(history(math.nan, math.nan)) == 1
+        assert epochs_since_best(history(math.nan, 0.0)) == 0
+        trainer = Trainer(tiny(), replace(CONFIG, epochs=9, patience=2), device=CPU)
+        trainer.history = history(0.1, 0.5, 0.5)
+        assert not trainer.finished()
+        trainer.history = history(0.1, 0.5, 0.5, 0.4)
+        assert trainer.finished()
+
+    def test_early_stopping_ends_the_run(self) -> None:
+        config = replace(CONFIG, epochs=9, patience=2, learning_rate=1e-12)  # nothing is learned
+        history = Trainer(tiny(), config, device=CPU).run(stream(config), steps(config), nothing)
+        assert len(history) == 3
+
+
+class KilledError(Exception):
+    """Stands for the end of a process."""
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """The state after two of the epochs of `RESUMED`, of a run that was killed then."""
+
+    def keep(record: EpochRecord, state: TrainState) -> None:
+        if record.epoch == 1:
+            save_state(tmp_path, state)
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        Trainer(tiny(), RESUMED, device=CPU).run(stream(RESUMED), steps(RESUMED), keep)
+    return tmp_path
+
+
+RESUMED = replace(CONFIG, accumulate=2, jitter=0.2, warmup_epochs=1, weight_decay=0.01)
+
+
+class TestResume:
+    @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+    def test_it_equals_an_undisturbed_run_bit_for_bit(self, tmp_path: Path, optimizer: Any) -> None:
+        config = replace(RESUMED, optimizer=optimizer)
+
+        def keep(record: EpochRecord, state: TrainState) -> None:
+            if record.epoch == 1:
+                save_state(tmp_path, state)
+
+        straight = Trainer(tiny(), config, device=CPU)
+        straight.run(stream(config), steps(config), keep)
+        torch.manual_seed(99)  # whatever the new process drew before
+        again = Trainer(tiny(), config, device=CPU)
+        again.resume(tmp_path)
+        assert again.next_epoch == 2
+        again.run(stream(config, first=2), steps(config), nothing)
+        assert torch.equal(flat(straight.model), flat(again.model))
+        timeless = [[replace(record, seconds=0) for record in run.history] for run in (straight, again)]
+        assert timeless[0] == timeless[1]
+        assert not torch.equal(flat(straight.model), flat(tiny()))
+
+    def test_moments_have_the_layout_of_their_weights(self, checkpoint: Path) -> None:
+        trainer = Trainer(tiny(), RESUMED, device=CPU)
+        trainer.resume(checkpoint)
+        for parameter in trainer.model.parameters():
+            assert trainer.optimizer.state[parameter]["exp_avg"].stride() == parameter.stride()
+
+    @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+    @pytest.mark.parametrize("damage", ["missing", "cut", "flipped", "empty"])
+    def test_damage_is_found_and_changes_nothing(self, checkpoint: Path, name: str, damage: str) -> None:
+        path = checkpoint / name
+        content = bytearray(path.read_bytes())
+        if damage == "missing":
+            path.unlink()
+        else:
+            content[-1] ^= 1
+            path.write_bytes({"cut": content[:-9], "flipped": content, "empty": b""}[damage])
+        model = tiny()
+        before = flat(model)
+        with pytest.raises(ApacsError, match=name):
+            load_state(checkpoint, model, make_optimizer(model, RESUMED))
+        assert torch.equal(flat(model), before)
+
+    def test_a_checkpoint_of_another_network_is_refused(self, checkpoint: Path) -> None:
+        other = nn.Conv2d(3, 1, 1)
+        with pytest.raises(ApacsError, match="another network"):
+            load_state(checkpoint, other, make_optimizer(other, RESUMED))
+
+    def test_nothing_is_pickled(self, checkpoint: Path) -> None:
+        assert sorted(path.name for path in checkpoint.iterdir()) == [
+            "model.safetensors",
+            "optimizer.safetensors",
+            "state.json",
+        ]
+        assert json.loads((checkpoint / "state.json").read_text())["epoch"] == 1
+
+
+def test_history_survives_its_file() -> None:
+    records = (
+        EpochRecord(0, 0.5, 0.25, 0.75, math.nan, 1e-4, 3.5),
+        EpochRecord(1, 0.4, 0.5, 0.7, 0.125, 5e-5, 3.25),
+    )
+    text = history_csv(records)
+    assert text.splitlines()[0] == "epoch,train_loss,train_dice,val_loss,val_dice,learning_rate,seconds"
+    first, second = read_history(text)
+    assert second == records[1]
+    assert math.isnan(first.val_dice)
+    assert replace(first, val_dice=0.0) == replace(records[0], val_dice=0.0)
+
+
+# ------------------------------------------------------------- several workers
+
+SPREAD = [
+    replace(CONFIG, epochs=2, optimizer="sgd", batch_size=4, accumulate=1),
+    replace(CONFIG, epochs=2, optimizer="sgd", batch_size=5, accumulate=2),  # ranks with unequal parts
+    replace(CONFIG, epochs=2, optimizer="adamw", batch_size=4, accumulate=2, learning_rate=1e-3),
+]
+
+
+def _worker(rank: int, world: int, folder: str) -> None:
+    import torch.distributed as dist
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        rank=rank,
+        world_size=world,
+        init_method=f"file://{folder}/meet",
+        timeout=datetime.timedelta(seconds=60),
+    )
+
+    def all_reduce(tensor: Tensor) -> Tensor:
+        dist.all_reduce(tensor)
+        return tensor
+
+    results = []
+    for config in SPREAD:
+        travels: list[int] = []
+
+        def count(travels, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations that are strings
+            travels.append(1)
+            return allreduce_hook(None, bucket)
+
+        layout = torch.contiguous_format if config.optimizer == "sgd" else torch.channels_last
+        model = nn.parallel.DistributedDataParallel(tiny(0.0).to(memory_format=layout))
+        model.register_comm_hook(travels, count)
+        trainer = Trainer(model, config, device=CPU, rank=rank, world=world, all_reduce=all_reduce)
+        history = trainer.run(stream(config, rank=rank, world=world), steps(config), nothing)
+        results.append((flat(model), [replace(record, seconds=0) for record in history], len(travels)))
+    message = ""
+    items = list(stream(CONFIG, rank=rank, world=world))
+    if rank == 1:  # in the first step, so that the other rank meets broken weights only later
+        items[0].inputs[0, 0, 0] = 255
+    try:
+        model = nn.parallel.DistributedDataParallel(Breaks().to(memory_format=torch.channels_last))
+        trainer = Trainer(model, CONFIG, device=CPU, rank=rank, world=world, all_reduce=all_reduce)
+        trainer.run(iter(items), steps(CONFIG), nothing)
+    except ApacsError as error:
+        message = str(error)
+    torch.save((results, message), f"{folder}/result-{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_workers(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What two DDP workers got for each of `SPREAD`, and how they ended on a tile that only rank 1 has."""
+    folder = tmp_path_factory.mktemp("ddp")
+    torch.multiprocessing.spawn(_worker, (2, str(folder)), nprocs=2)
+    return [torch.load(folder / f"result-{rank}", weights_only=False) for rank in range(2)]
+
+
+class TestTwoWorkers:
+    @pytest.mark.parametrize("number", range(len(SPREAD)))
+    def test_they_get_what_one_gets(self, two_workers: list[Any], number: int) -> None:
+        config = SPREAD[number]
+        alone = Trainer(tiny(0.0), config, device=CPU)
+        history = alone.run(stream(config), steps(config), nothing)
+        for results, _ in two_workers:
+            weights, theirs, travels = results[number]
+            assert torch.allclose(weights, flat(alone.model), atol=1e-5, rtol=0)
+            assert travels == config.epochs * steps(
+                config
+            )  # gradients travel once a step, with accumulation too
+            for mine, other in zip(history, theirs, strict=True):
+                assert other.train_loss == pytest.approx(mine.train_loss, abs=1e-5)
+                assert other.val_loss == pytest.approx(mine.val_loss, abs=1e-5)
+                assert other.val_dice == pytest.approx(mine.val_dice, abs=1e-3)
+        assert two_workers[0][0][number][1] == two_workers[1][0][number][1]  # so both stop at the same epoch
+
+    def test_both_name_the_tile_that_one_of_them_broke_on(self, two_workers: list[Any]) -> None:
+        messages = [message for _, message in two_workers]
+        assert messages[0] == messages[1]
+        assert messages[0].startswith("epoch 0, train step 0: the loss is not finite (tiles t")
