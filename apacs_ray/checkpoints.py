@@ -8,6 +8,7 @@ it is loaded.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,9 @@ class Checkpoint:
 
     @property
     def val_dice(self) -> float:
-        """Of this epoch; the history's last record."""
-        return float(self.state["history"][-1]["val_dice"])
+        """Of this epoch, the history's last record; -1 where no pixel was true or predicted."""
+        dice = float(self.state["history"][-1]["val_dice"])
+        return -1.0 if math.isnan(dice) else dice
 
 
 def complete_checkpoints(store: Store, folder: str) -> list[Checkpoint]:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-COST: Mapping[str, float] = {"fcn32": 1.0, "fcn16": 7.0, "fcn8": 7.0, "fusion": 1.0}
+COST: Mapping[str, float] = {"fcn32": 1.0, "fcn16": 7.0, "fcn8": 7.0, "fusion": 1.0, "fusion_published": 1.0}
 SHARED_GPU = 0.2  # of a GPU, for an FCN-32 that shares it with a larger member
 
 

@@ -10,25 +10,30 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 from apacs_ray.adapters.pool import PoolPlan, map_shards
 from apacs_ray.data.shards import ROW_GROUP, Receipt, read_receipt, write_table
-from apacs_ray.settings import MemberName
 from apacs_ray.storage import Store
 from apacs_ray.training.feed import HEATMAP_ORDER, Heatmaps, decode_pixels
 
 HEATMAP_SCHEMA = pa.schema([("tile_id", pa.string()), ("heatmaps", pa.binary())])
+ALL = 0  # the fold of tiles that no fold left out: seen by the members trained on everything
 
 
 @dataclass(frozen=True)
 class HeatmapTask:
-    """What every heatmap shard has in common. `folders[tile_fold]` are the member folders that see a tile."""
+    """What every heatmap shard has in common.
+
+    `members[fold]` are the model folders that see the tiles with `fold_of[tile_id] == fold`.
+    """
 
     store: Store
     heatmaps: Heatmaps
-    members: Mapping[int, Mapping[MemberName, str]]
+    members: Mapping[int, Mapping[str, str]]
     fold_of: Mapping[str, int]
     threads: int
     precision: str
@@ -39,11 +44,7 @@ def write_heatmaps(
 ) -> tuple[int, int]:
     """Write the heatmap shard of every tile shard; returns rows in and rows out."""
     rows_in = rows_out = 0
-
-    def work() -> Callable[[str], pa.Table]:
-        return _HeatmapWriter(task)
-
-    for row in map_shards(work, paths, plan):
+    for row in map_shards(lambda: _HeatmapWriter(task), paths, plan):
         rows_in += row["rows_in"]
         rows_out += row["rows_out"]
         on_done(rows_in)
@@ -51,33 +52,28 @@ def write_heatmaps(
 
 
 class _HeatmapWriter:
-    """In an actor: the networks, loaded when the first tile needs them."""
+    """In an actor: the networks of every fold, loaded once."""
 
     def __init__(self, task: HeatmapTask) -> None:
         from apacs_ray.inference import Predictor
 
         self._task = task
         self._predictors = {
-            fold: Predictor.load(task.store, dict(folders), threads=task.threads, precision=task.precision)
+            fold: Predictor.load(task.store, folders, threads=task.threads, precision=task.precision)
             for fold, folders in task.members.items()
         }
 
     def __call__(self, path: str) -> pa.Table:
-        task = self._task
-        target = task.heatmaps.path(path)
-        receipt = read_receipt(task.store, target)
-        if receipt is None:
-            receipt = self._write(path, target)
+        target = self._task.heatmaps.path(path)
+        receipt = read_receipt(self._task.store, target) or self._write(path, target)
         return pa.table({"rows_in": [receipt.rows_in], "rows_out": [receipt.rows_out]})
 
     def _write(self, path: str, target: str) -> Receipt:
-        import pyarrow.parquet as pq
-
         rows = []
         with self._task.store.open(path) as stream:
             for batch in pq.ParquetFile(stream).iter_batches(ROW_GROUP, columns=["tile_id", "image"]):
                 for tile in batch.to_pylist():
-                    predictor = self._predictors[self._task.fold_of.get(tile["tile_id"], 0)]
+                    predictor = self._predictors[self._task.fold_of.get(tile["tile_id"], ALL)]
                     probabilities = predictor.probabilities(decode_pixels(tile["image"]))
                     rows.append({"tile_id": tile["tile_id"], "heatmaps": encode_heatmaps(probabilities)})
         receipt = Receipt(target, len(rows), len(rows))
@@ -85,7 +81,7 @@ class _HeatmapWriter:
         return receipt
 
 
-def encode_heatmaps(probabilities: Mapping[str, np.ndarray]) -> bytes:
+def encode_heatmaps(probabilities: Mapping[str, npt.NDArray[np.float32]]) -> bytes:
     """Probabilities (H, W) in 0..1 of the three members as one RGB PNG of uint8."""
     picture = np.stack([np.rint(probabilities[name] * 255).astype(np.uint8) for name in HEATMAP_ORDER], axis=2)
     sink = io.BytesIO()

@@ -138,7 +138,9 @@ def _train_loop(config: dict[str, Any]) -> None:
             dist.all_reduce(tensor)
         return tensor
 
-    model = ray.train.torch.prepare_model(build(task.spec))
+    # laid out before DDP wraps it: a layout changed afterwards gives wrong gradients
+    model = build(task.spec).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = ray.train.torch.prepare_model(model, move_to_device=False)
     trainer = Trainer(model, task.config, device=device, rank=rank, world=world, all_reduce=all_reduce)
     _resume(trainer, task)
     train_index = task.indices["train"]

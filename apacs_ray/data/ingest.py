@@ -111,7 +111,7 @@ def _tiles_of(source: Source, tiles: TilesSettings) -> list[dict[str, Any]]:
         "slide_id": pair.slide_id,
     }
     boxes = grid(source.width, source.height, tiles.size, tiles.stride or tiles.size, tiles.last)
-    return [{**common, **asdict(box), "tile_id": tile_id(pair.slide_id, box.x, box.y)} for box in boxes]
+    return [{**common, **asdict(box), "tile_id": tile_id(pair.image_id, box.x, box.y)} for box in boxes]
 
 
 def _split_off_val(

@@ -78,6 +78,9 @@ def _work(context: Context, mark: str) -> Outcome:
     found = find_pairs(store.list(), root=store.uri, slide_regex=settings.data.slide_regex)
     pairs = _with_given_splits(found.pairs, open_store_file(settings.data.splits))
     _require_parts(store, found, pairs)
+    if found.shared_slides:
+        shown = ", ".join(sorted(found.shared_slides)[:3])
+        say(f"ingest: slides in more than one split, so results leak: {shown}")
     if settings.data.slide_regex is None:
         say("ingest: slides unknown: validation by image")
     context.ray.start()

@@ -1,0 +1,48 @@
+"""What every model says of a tile: the networks, the two plain ways of combining them, and Otsu as a floor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+Mask = npt.NDArray[np.bool_]
+MEMBERS = ("fcn32", "fcn16", "fcn8")
+MODEL_KEYS = ("fcn32", "fcn16", "fcn8", "majority", "mean", "fusion", "fusion_published", "otsu")
+
+
+def predictions(logits: Mapping[str, npt.NDArray[np.float32]], rgb: npt.NDArray[np.uint8]) -> dict[str, Mask]:
+    """Masks (H, W) of every model, in the order of `MODEL_KEYS`.
+
+    A network's pixel is cell where its logit >= 0 (probability 0.5). `majority`: at least 2 of the 3 thresholded
+    members; `mean`: mean probability >= 0.5; `otsu`: Otsu's threshold on the green channel, dark is cell.
+    """
+    masks = {name: output >= 0 for name, output in logits.items()}
+    masks["majority"] = np.sum([masks[name] for name in MEMBERS], axis=0) >= 2
+    masks["mean"] = np.mean([sigmoid(logits[name]) for name in MEMBERS], axis=0) >= 0.5
+    masks["otsu"] = otsu(rgb[:, :, 1])
+    return {key: masks[key] for key in MODEL_KEYS if key in masks}
+
+
+def sigmoid(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Probability of a logit, without overflow."""
+    tail = np.exp(-np.abs(logits))
+    return np.where(logits >= 0, 1 / (1 + tail), tail / (1 + tail)).astype(np.float32)
+
+
+def otsu(green: npt.NDArray[np.uint8]) -> Mask:
+    """Otsu (1979): the threshold of the largest variance between classes; darker pixels are cell.
+
+    A constant tile has no cell.
+    """
+    histogram = np.bincount(green.ravel(), minlength=256).astype(np.float64)
+    below = np.cumsum(histogram)
+    weighted = np.cumsum(histogram * np.arange(256))
+    above = below[-1] - below
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = below * above * (weighted / below - (weighted[-1] - weighted) / above) ** 2
+    between[~np.isfinite(between)] = 0
+    if not between.any():
+        return np.zeros(green.shape, bool)
+    return green <= int(between.argmax())

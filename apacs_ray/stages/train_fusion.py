@@ -1,0 +1,57 @@
+"""Fusion: trained on RGB and the stored heatmaps, with the best setting of the sweep."""
+
+from __future__ import annotations
+
+from apacs_ray.adapters.tune import fusion_spec
+from apacs_ray.console import say
+from apacs_ray.run import Counts, fingerprint
+from apacs_ray.settings import FusionSettings, Settings
+from apacs_ray.stages.fusion_settings import NOT_LEARNED, resolve_fusion
+from apacs_ray.stages.pipeline import Context, Outcome, Stage
+from apacs_ray.stages.training import Network, forget_state, train_networks
+from apacs_ray.training.feed import Heatmaps
+
+FOLDERS = {"fusion": "fusion", "fusion_published": "fusion_published"}
+
+
+def fusion_folders(settings: Settings) -> dict[str, str]:
+    """The fusions of a run by key: `fusion`, and with `fusion.compare` the published head as well."""
+    return FOLDERS if settings.fusion.compare else {"fusion": FOLDERS["fusion"]}
+
+
+def _fingerprint(context: Context) -> str:
+    settings = context.settings
+    return fingerprint(
+        stage="train_fusion",
+        heatmaps=context.done("heatmaps").fingerprint,
+        fusion=resolve_fusion(context).model_dump(exclude=NOT_LEARNED),
+        keys=sorted(fusion_folders(settings)),
+        width=settings.fusion_width,
+        seed=settings.run.seed,
+    )
+
+
+def _networks(context: Context, fusion: FusionSettings) -> list[Network]:
+    networks = []
+    for key, folder in fusion_folders(context.settings).items():
+        how = fusion if key == "fusion" else fusion.model_copy(update={"head": "published"})
+        heatmaps = Heatmaps(how.members, context.done("heatmaps").fingerprint)
+        spec = fusion_spec(how, context.settings.fusion_width, key)
+        networks.append(Network(key, spec, folder, how, heatmaps))
+    return networks
+
+
+def _work(context: Context, mark: str) -> Outcome:
+    fusion = resolve_fusion(context)
+    plain = context.settings.fusion
+    changed = [name for name in type(plain).model_fields if getattr(fusion, name) != getattr(plain, name)]
+    if changed:
+        shown = ", ".join(f"{name} {getattr(fusion, name)}" for name in changed)
+        say(f"train_fusion: from the sweep: {shown} (--fusion.from_best false keeps your own)")
+    networks = _networks(context, fusion)
+    facts = train_networks(context, networks, mark)
+    counts = Counts(len(networks), len(networks))
+    return Outcome(counts, facts, lambda: forget_state(context.run.store, networks, mark))
+
+
+TRAIN_FUSION = Stage("train_fusion", "fusion", _fingerprint, _work)
