@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from apacs_ray.settings import MemberName
 
 SMALLEST = 32  # px
+BRIGHTNESS, CONTRAST = 0.75, 0.2  # mean and standard deviation of RGB in a stained smear, about
 MARGIN = 100  # px of zeros around the input: the first convolution's padding
 
 
@@ -78,17 +79,24 @@ def pad_to(x: Tensor, produced: Callable[[int], int]) -> Tensor:
     return F.pad(x, (0, right, 0, bottom)) if bottom or right else x
 
 
-def initialise(network: nn.Module) -> None:
-    """He initialisation of the trunk (no pretrained weights, as in the paper); scores start small, biases at zero."""
+def initialise(network: nn.Module, heatmaps: int = 0) -> None:
+    """Random start without pretrained weights, as in the paper: He initialisation, biases at zero.
+
+    Stained cells on bright glass fill a small part of 0..1, which alone makes the first epochs idle. So the first
+    convolution starts as if RGB were normalised by `BRIGHTNESS` and `CONTRAST`; `heatmaps` channels before RGB are not.
+    """
+    first = True
     for module in network.modules():
-        if isinstance(module, Score):
-            nn.init.normal_(module.weight, std=0.01)
-        elif isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        else:
+        if not isinstance(module, nn.Conv2d):
             continue
+        nn.init.kaiming_normal_(module.weight, nonlinearity="linear" if isinstance(module, Score) else "relu")
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+            if first:
+                with torch.no_grad():
+                    module.weight[:, heatmaps:] /= CONTRAST
+                    module.bias -= BRIGHTNESS * module.weight[:, heatmaps:].sum(dim=(1, 2, 3))
+        first = False
 
 
 class AlexTrunk(nn.Module):

@@ -80,10 +80,10 @@ def build_fusion(
     network: FCN32 | RefinedFusion
     if head == "published":
         network = FCN32(in_channels=count + 3, width=width, dropout=dropout)
-        initialise(network)
+        initialise(network, heatmaps=count)
     else:
         network = RefinedFusion(count, width=width, dropout=dropout)
-        initialise(network)
+        initialise(network, heatmaps=count)
         for score in (*network.scores, network.fine_score):
             nn.init.zeros_(score.weight)
     with torch.no_grad():

@@ -1,0 +1,170 @@
+"""The networks: equal to the published ones, H x W for every size, aligned, and safe to train in bfloat16."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apacs_ray.errors import ApacsError
+from apacs_ray.models.ensemble import Ensemble
+from apacs_ray.models.fcn import FCN8, FCN16, AlexTrunk, Upsample, build_member, sufficient
+from apacs_ray.models.fusion import RefinedFusion, build_fusion, mean_logit
+from apacs_ray.models.spec import MEMBERS, ModelSpec
+from apacs_ray.models.weights import build, from_published, load_model, weights_bytes
+from golden import image, published
+
+GOLDEN = json.loads((Path(__file__).parent / "golden_logits.json").read_text())
+WHOLE = Path(__file__).resolve().parents[2] / "shared/reference/published-outputs-176.npz"
+TINY = 0.02  # width at which every layer has 8 channels or a few more
+
+
+@pytest.fixture(scope="module")
+def golden_outputs() -> dict[str, np.ndarray]:
+    """Logits of the whole published ensemble at width 1."""
+    networks = {name: published(name, "module." if name == "fcn16" else "") for name in (*MEMBERS, "fusion")}
+    ensemble = Ensemble({name: networks[name][1] for name in MEMBERS}, {"fusion": networks["fusion"]})
+    with torch.inference_mode():
+        return {name: logits[0, 0].numpy() for name, logits in ensemble(image(176, 176)).items()}
+
+
+@pytest.mark.parametrize("name", [*MEMBERS, "fusion"])
+def test_logits_equal_the_released_networks(golden_outputs: dict[str, np.ndarray], name: str) -> None:
+    for y, x, value in GOLDEN[name]:
+        assert golden_outputs[name][y, x] == pytest.approx(value, abs=1e-4)
+    if WHOLE.exists():
+        whole = np.load(WHOLE)[f"{name}_176x176"].reshape(176, 176)
+        assert np.abs(golden_outputs[name] - whole).max() <= 1e-4
+
+
+@pytest.fixture(scope="module")
+def tiny() -> dict[str, torch.nn.Module]:
+    torch.manual_seed(0)
+    networks = {name: build_member(name, width=TINY).eval() for name in MEMBERS}
+    networks["published"] = build_fusion("published", MEMBERS, width=TINY).eval()
+    networks["refined"] = build_fusion("refined", ("fcn16", "fcn8"), width=TINY).eval()
+    return networks
+
+
+@settings(max_examples=12, deadline=None)
+@given(height=st.integers(32, 170), width=st.integers(32, 170))
+def test_every_size_comes_back(tiny: dict[str, torch.nn.Module], height: int, width: int) -> None:
+    channels = {"published": 6, "refined": 5}
+    for name, network in tiny.items():
+        with torch.inference_mode():
+            assert network(torch.zeros(1, channels.get(name, 3), height, width)).shape == (1, 1, height, width)
+
+
+@pytest.mark.parametrize("produced", [AlexTrunk.produced, FCN16.produced, FCN8.produced])
+def test_padding_is_added_only_where_the_published_geometry_falls_short(produced) -> None:
+    for size in range(32, 2100):
+        side = sufficient(size, produced)
+        assert produced(side) >= size
+        assert side == size or produced(side - 1) < size
+    with pytest.raises(ValueError, match="31 px"):
+        sufficient(31, produced)
+
+
+def test_sizes_at_which_the_released_fcn32_falls_short() -> None:
+    """As measured on the released networks, at sizes that are multiples of 8."""
+    sizes = range(256, 2304, 8)
+    assert AlexTrunk.produced(512) == 500
+    assert all(AlexTrunk.produced(size) < size for size in (1000, 1024))
+    assert AlexTrunk.produced(176) >= 176
+    for network in (FCN16, FCN8):
+        assert {size % 32 for size in sizes if network.produced(size) < size} == {24}
+
+
+@pytest.mark.parametrize("members", [MEMBERS, ("fcn32", "fcn8")])
+def test_the_refined_fusion_starts_as_the_mean_of_the_members(members) -> None:
+    network = build_fusion("refined", members, width=TINY).eval()
+    inputs = torch.rand(2, len(members) + 3, 75, 90)
+    with torch.inference_mode():
+        assert torch.equal(network(inputs), mean_logit(inputs[:, : len(members)]))
+
+
+def test_the_refined_fusion_learns_at_every_scale() -> None:
+    network = build_fusion("refined", MEMBERS, width=TINY, dropout=0.0)
+    network(torch.rand(1, 6, 64, 64)).sum().backward()
+    assert all(score.weight.grad.abs().sum() > 0 for score in (*network.scores, network.fine_score))
+
+
+@pytest.mark.parametrize("scale", range(4))
+def test_the_refined_skips_lie_where_the_input_is(scale: int) -> None:
+    """A feature placed at index i must come out centred on the input pixel in the middle of its receptive field."""
+    stride, offset = RefinedFusion.SKIPS[scale]
+    start = (-95, -91, -83, 13)[scale]
+    features = torch.zeros(1, 1, 24, 24)
+    index = 12 if stride < 32 else 3
+    features[0, 0, index, index] = 1
+    output = Upsample(1, 2 * stride - 1, stride)(features)[0, 0, offset:, offset:]
+    peak = divmod(int(output.argmax()), output.shape[1])
+    assert peak == (stride * index + start,) * 2
+
+
+def test_the_deepest_feature_sees_the_pixels_it_is_drawn_over() -> None:
+    """The gradient of one fc7 feature is centred on 32 i + 13, as the refined head assumes."""
+    trunk = AlexTrunk(3, TINY, 0.0).eval()
+    for parameter in trunk.parameters():
+        torch.nn.init.constant_(parameter, 0.01)
+    inputs = torch.ones(1, 3, 640, 640, requires_grad=True)
+    deep = trunk(inputs)[-1]
+    index = deep.shape[2] // 2
+    deep[0, 0, index, index].backward()
+    rows = inputs.grad.abs().sum(dim=(0, 1, 3))
+    centre = float((rows * torch.arange(640)).sum() / rows.sum())
+    assert abs(centre - (32 * index + 13)) < 3
+
+
+@pytest.mark.parametrize("init", ["random", "zero", "mean"])
+def test_heatmap_channels_start_as_asked(init) -> None:
+    filters = build_fusion("published", MEMBERS, width=TINY, heatmap_init=init).trunk.conv1.weight
+    expected = {"zero": torch.zeros_like(filters[:, 0]), "mean": filters[:, 3:].mean(dim=1)}
+    for channel in range(3):
+        if init == "random":
+            assert filters[:, channel].std() > 0
+        else:
+            torch.testing.assert_close(filters[:, channel], expected[init])
+
+
+def test_models_travel_as_safetensors_and_json() -> None:
+    spec = ModelSpec("fusion", "fusion", width=TINY, members=("fcn32", "fcn8"), metrics={"val_dice": 0.5})
+    model = build(spec).eval()
+    again = ModelSpec.from_json(spec.to_json())
+    assert again == spec
+    inputs = torch.rand(1, 5, 40, 50)
+    with torch.inference_mode():
+        assert torch.equal(load_model(weights_bytes(model), again)(inputs), model(inputs))
+    with pytest.raises(ApacsError, match="shape"):
+        load_model(weights_bytes(model), ModelSpec("fusion", "fusion", width=0.5, members=("fcn32", "fcn8")))
+    with pytest.raises(ApacsError, match="lack"):
+        load_model(weights_bytes(model), ModelSpec("member", "fcn8", width=TINY))
+    with pytest.raises(ApacsError, match="lacks"):
+        from_published("fcn8", {})
+
+
+def test_bfloat16_training_on_the_cpu_is_sound() -> None:
+    """Score layers and upsampling stay in float32: in bfloat16 their backward pass corrupts memory on CPUs."""
+    torch.manual_seed(0)
+    network = build_member("fcn8", width=0.05, dropout=0.0).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, fused=True)
+    rows, columns = torch.meshgrid(torch.arange(96), torch.arange(96), indexing="ij")
+    mask = (((rows - 40) ** 2 + (columns - 55) ** 2) < 20**2).float()[None, None]
+    inputs = (0.8 - 0.5 * mask).expand(1, 3, 96, 96).contiguous(memory_format=torch.channels_last)
+    losses = []
+    for _ in range(12):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = network(inputs)
+        assert logits.dtype == torch.float32
+        loss = F.binary_cross_entropy_with_logits(logits, mask)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < 0.7 * losses[0]
