@@ -95,7 +95,9 @@ def _parser(program: str, summary: str) -> argparse.ArgumentParser:
         epilog="The same command again resumes a run. Exit status: 0 done, 1 a stage failed, 2 wrong usage.",
     )
     parser.add_argument(
-        "--data", metavar="URI", help="local path or s3://bucket/prefix (default: synthetic smears, made on the spot)"
+        "--data",
+        metavar="URI",
+        help="local path or s3://bucket/prefix (default: synthetic smears, made on the spot)",
     )
     parser.add_argument("--output", metavar="URI", help="the run (default: runs/<name of the data, or synthetic>)")
     parser.add_argument("--config", metavar="FILE.yaml", help="settings, looked up here, then in the repository")

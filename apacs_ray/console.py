@@ -55,7 +55,12 @@ def stage_table(stages: Mapping[str, Mapping[str, Any]]) -> None:
     for name, stage in stages.items():
         skipped = ", ".join(f"{reason} {count}" for reason, count in stage.get("skipped", {}).items() if count)
         seconds = f"{stage['seconds']:.1f}" if "seconds" in stage else ""
-        cells = (stage.get("rows_in", ""), stage.get("rows_out", ""), skipped or "0", stage.get("rejected", ""))
+        cells = (
+            stage.get("rows_in", ""),
+            stage.get("rows_out", ""),
+            skipped or "0",
+            stage.get("rejected", ""),
+        )
         table.add_row(name, stage.get("state", ""), seconds, *(str(cell) for cell in cells))
     console.print(table)
 

@@ -1,4 +1,4 @@
-"""Trained networks on single tiles: each image is read once and given to all members and the fusion, as in the paper."""
+"""Trained networks on single tiles: each image is read once and given to all networks, as in the paper."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from apacs_ray.evaluation.predictions import sigmoid
 from apacs_ray.models.ensemble import Ensemble
 from apacs_ray.models.spec import ModelSpec
 from apacs_ray.models.weights import load_model
@@ -51,4 +52,4 @@ class Predictor:
 
     def probabilities(self, rgb: npt.NDArray[np.uint8]) -> dict[str, Array]:
         """Probabilities (H, W) float32 in 0..1 of every network."""
-        return {name: 1 / (1 + np.exp(-logits)) for name, logits in self.logits(rgb).items()}
+        return {name: sigmoid(logits) for name, logits in self.logits(rgb).items()}

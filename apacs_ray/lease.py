@@ -79,9 +79,7 @@ class Lease:
             return cls.acquire(store)
         other = _decode(store.read(LOCK))
         if not other.is_dead_here() and not _silent(store, other, version):
-            raise LeaseHeld(
-                f"{store.uri}: held by {other.describe()}; wait until it ends, or choose another --output"
-            )
+            raise LeaseHeld(f"{store.uri}: held by {other.describe()}; wait until it ends, or choose another --output")
         if other.is_dead_here() and other.ray_session:
             _await_orphans(other.ray_session)
         try:

@@ -86,9 +86,7 @@ def _on_gpus(
     total = sum(counts.values())
     cpus = min(1.0, _floor(cluster.cpus / 2 / total))
     threads = max(1, int(cluster.cpus / 2 // total))
-    return tuple(
-        _with_data(name, counts[name], cpus, shares[name][1], threads, cluster, total) for name in names
-    )
+    return tuple(_with_data(name, counts[name], cpus, shares[name][1], threads, cluster, total) for name in names)
 
 
 def _gpu_shares(names: Sequence[str], gpus: int) -> dict[str, tuple[int, float]]:
@@ -103,13 +101,16 @@ def _gpu_shares(names: Sequence[str], gpus: int) -> dict[str, tuple[int, float]]
         for counts in itertools.product(range(1, gpus + 1), repeat=len(names)):
             slowest = max(COST[name] / count for name, count in zip(names, counts, strict=True))
             if sum(counts) <= gpus and slowest < finish:
-                finish, best = slowest, {name: (count, 1.0) for name, count in zip(names, counts, strict=True)}
+                finish, best = (
+                    slowest,
+                    {name: (count, 1.0) for name, count in zip(names, counts, strict=True)},
+                )
     large = [name for name in names if name != "fcn32"]
     if len(large) < len(names) and len(large) <= gpus:
-        counts = [gpus // len(large) + (index < gpus % len(large)) for index in range(len(large))]
-        slowest = max(COST[name] / count for name, count in zip(large, counts, strict=True)) + COST["fcn32"]
+        split = [gpus // len(large) + (index < gpus % len(large)) for index in range(len(large))]
+        slowest = max(COST[name] / count for name, count in zip(large, split, strict=True)) + COST["fcn32"]
         if slowest < finish:
-            share = {name: (count, 1 - SHARED_GPU) for name, count in zip(large, counts, strict=True)}
+            share = {name: (count, 1 - SHARED_GPU) for name, count in zip(large, split, strict=True)}
             best = {name: share.get(name, (1, SHARED_GPU)) for name in names}
     return best or {name: (1, _floor(gpus / len(names))) for name in names}
 

@@ -28,7 +28,18 @@ from apacs_ray.storage import Store
 MARKER = "_committed.json"
 RUN_JSON = "run.json"
 FORMAT_VERSION = 1  # of what a run leaves behind; part of every fingerprint
-PACKAGES = ("ray", "torch", "torchvision", "pyarrow", "numpy", "scipy", "pillow", "pyvips", "safetensors", "boto3")
+PACKAGES = (
+    "ray",
+    "torch",
+    "torchvision",
+    "pyarrow",
+    "numpy",
+    "scipy",
+    "pillow",
+    "pyvips",
+    "safetensors",
+    "boto3",
+)
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -176,7 +187,7 @@ def git_commit() -> str | None:
 @functools.cache
 def environment() -> Mapping[str, Any]:
     """Versions and machine, without importing the packages."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)

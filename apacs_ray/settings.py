@@ -41,7 +41,10 @@ class DataSettings(Section):
         "'default' is the larger of 1% and 5",
     )
     mask_threshold: int | None = Field(
-        None, ge=1, le=255, description="grey masks: a value of at least this is cell (default: grey masks are rejected)"
+        None,
+        ge=1,
+        le=255,
+        description="grey masks: a value of at least this is cell (default: grey masks are rejected)",
     )
     max_pixels: int = Field(400_000_000, ge=1024, description="px; a larger image is rejected undecoded")
 
@@ -83,7 +86,9 @@ class TilesSettings(Section):
     last: Literal["keep", "shift", "drop"] = Field(
         "keep", description="edge tiles: keep (smaller), shift (full size, overlapping) or drop"
     )
-    image_format: Literal["jpeg", "png", "webp"] = Field("jpeg", description="how tiles are stored; png, webp: lossless")
+    image_format: Literal["jpeg", "png", "webp"] = Field(
+        "jpeg", description="how tiles are stored; png, webp: lossless"
+    )
     quality: int = Field(95, ge=1, le=100, description="JPEG quality")
     subsampling: Literal["4:4:4", "4:2:2", "4:2:0"] = Field("4:4:4", description="JPEG chroma subsampling")
     shard: int = Field(128, ge=1, description="tiles a Parquet shard")
@@ -138,7 +143,8 @@ class FusionSettings(TrainingSettings):
 
     width: float | None = Field(None, gt=0, le=1, description="as members.width (default: members.width)")
     head: Literal["published", "refined"] = Field(
-        "refined", description="published: as released; refined: finer skips and a residual onto the members' mean"
+        "refined",
+        description="published: as released; refined: finer skips and a residual onto the members' mean",
     )
     members: tuple[MemberName, ...] = Field(
         ("fcn32", "fcn16", "fcn8"), description="members whose heatmaps it reads (two or all three)"
@@ -160,7 +166,10 @@ class HeatmapsSettings(Section):
     """The members' heatmaps, stored once for training and tuning the fusion."""
 
     folds: int = Field(
-        1, ge=1, le=20, description="1: in-sample heatmaps, as in the paper; K > 1: out-of-fold, K more trainings"
+        1,
+        ge=1,
+        le=20,
+        description="1: in-sample heatmaps, as in the paper; K > 1: out-of-fold, K more trainings",
     )
 
 
@@ -173,9 +182,13 @@ class TuneSettings(Section):
 class EvaluateSettings(Section):
     """The test tiles, read by this stage only."""
 
-    border: int = Field(0, ge=0, description="px left out at a tile's edge, where the data set leaves cut cells unannotated")
+    border: int = Field(
+        0, ge=0, description="px left out at a tile's edge, where the data set leaves cut cells unannotated"
+    )
     precision: Literal["float32", "bfloat16"] = Field("float32", description="of the networks")
-    threads: int = Field(1, ge=1, description="torch threads a worker; fixed, so that counts do not depend on the machine")
+    threads: int = Field(
+        1, ge=1, description="torch threads a worker; fixed, so that counts do not depend on the machine"
+    )
 
 
 class RunSettings(Section):

@@ -152,7 +152,7 @@ class LocalStore(Store):
         except OSError as error:
             with contextlib.suppress(OSError):
                 beside.unlink()
-            raise ApacsError(f"{target}: cannot write ({error.strerror}); free space or choose another --output") from error
+            raise ApacsError(f"{target}: cannot write ({error.strerror}); free space or change --output") from error
 
     def create(self, path: str, content: bytes) -> str:
         target = Path(self.root, path)

@@ -1,4 +1,4 @@
-"""A sweep of the fusion's hyperparameters, as `tune_configs/*.yaml` describes it. Pure: Ray Tune's objects come later."""
+"""A sweep of the fusion's hyperparameters, as `tune_configs/*.yaml` describes it. No Ray here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ from apacs_ray.cli import find_config, read_yaml
 from apacs_ray.errors import UsageError
 from apacs_ray.settings import FusionSettings
 
-SWEPT = ("learning_rate", "weight_decay", "dropout", "dice_weight", "members", "heatmap_init", "head", "jitter", "batch_size")
+SWEPT = (
+    "learning_rate",
+    "weight_decay",
+    "dropout",
+    "dice_weight",
+    "members",
+    "heatmap_init",
+    "head",
+    "jitter",
+    "batch_size",
+)
 DISTRIBUTIONS = ("uniform", "loguniform", "quniform", "randint", "choice", "grid")
 
 

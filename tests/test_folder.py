@@ -42,9 +42,7 @@ def test_folders_give_split_and_role(image, mask, split):
     assert is_folder_layout((*found.ignored, pair.image))
 
 
-@pytest.mark.parametrize(
-    "folder", ["", "input/", "train/", "latest_input/", "evaluation/input/", "train/images/"]
-)
+@pytest.mark.parametrize("folder", ["", "input/", "train/", "latest_input/", "evaluation/input/", "train/images/"])
 def test_other_folders_are_not_the_layout(folder):
     entries = listing(f"{folder}7.jpg")
     assert not is_folder_layout(entries)
@@ -113,9 +111,7 @@ def test_every_defect_has_its_code_and_root():
 
 def test_normal_forms_of_one_stem_are_duplicates():
     stems = ["\u00e9", "e\u0301"]
-    found = find_pairs(
-        listing(*(f"Train_Input/{stem}.jpg" for stem in stems), "Train_GroundTruth/\u00e9.png")
-    )
+    found = find_pairs(listing(*(f"Train_Input/{stem}.jpg" for stem in stems), "Train_GroundTruth/\u00e9.png"))
     assert codes(found) == ["duplicate_stem"]
     assert len(found.rejected[0]) == 3
 
@@ -152,9 +148,7 @@ def test_slide_regex(regex, slide):
 
 
 def test_slides_in_two_splits_are_named():
-    paths = [
-        f"{split}_{role}/S1_{split}.png" for split in ("Train", "Test") for role in ("Input", "GroundTruth")
-    ]
+    paths = [f"{split}_{role}/S1_{split}.png" for split in ("Train", "Test") for role in ("Input", "GroundTruth")]
     found = find_pairs(listing(*paths), slide_regex=r"^(\w+)_")
     assert found.shared_slides == ("S1",)
     assert {pair.slide_id for pair in found.pairs} == {"S1"}
@@ -195,8 +189,7 @@ def test_every_entry_is_in_one_pair_one_reject_or_ignored(entries, regex, random
     assert placed == Counter(entries)
     assert len(found.rejects) == len(found.rejected)
     assert all(
-        any(entry.path == r.uri for entry in unit)
-        for r, unit in zip(found.rejects, found.rejected, strict=True)
+        any(entry.path == r.uri for entry in unit) for r, unit in zip(found.rejects, found.rejected, strict=True)
     )
     assert len({pair.image_id for pair in found.pairs}) == len(found.pairs)
     if regex is None:

@@ -76,12 +76,7 @@ def test_16_bit_colour_keeps_its_upper_byte():
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
     header = struct.pack(">IIBBBBB", 7, 5, 16, 2, 0, 0, 0)
-    data = (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
-    )
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     assert (decode_image(data, LIMIT) == deep >> 8).all()
 
 
@@ -212,9 +207,7 @@ def test_masks(image_format, high):
         "rgb": np.repeat(byte[:, :, None] * 255, 3, axis=2),
         "rgb1": np.repeat(byte[:, :, None], 3, axis=2),
         "palette": palette,
-        "rgba": np.concatenate(
-            [np.repeat(byte[:, :, None] * 255, 3, axis=2), np.full((24, 40, 1), 255, np.uint8)], 2
-        ),
+        "rgba": np.concatenate([np.repeat(byte[:, :, None] * 255, 3, axis=2), np.full((24, 40, 1), 255, np.uint8)], 2),
         "16-bit": byte.astype(np.uint16) * 65535,
         "16-bit 1": byte.astype(np.uint16),
     }[high]
@@ -481,9 +474,7 @@ def test_real_cells(real_cells):
     images = sorted(real_cells.glob("*_Input/*.jpg"))
     assert len(images) == 100
     for path in images[::7]:
-        mask_path = (
-            path.parent.with_name(path.parent.name.replace("Input", "GroundTruth")) / f"{path.stem}.png"
-        )
+        mask_path = path.parent.with_name(path.parent.name.replace("Input", "GroundTruth")) / f"{path.stem}.png"
         data = path.read_bytes()
         assert probe(data) == (300, 300)
         assert decode_image(data, LIMIT).shape == (300, 300, 3)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from golden import image, published
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +19,6 @@ from apacs_ray.models.fcn import FCN8, FCN16, AlexTrunk, Upsample, build_member,
 from apacs_ray.models.fusion import RefinedFusion, build_fusion, mean_logit
 from apacs_ray.models.spec import MEMBERS, ModelSpec
 from apacs_ray.models.weights import build, from_published, load_model, weights_bytes
-from golden import image, published
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_logits.json").read_text())
 WHOLE = Path(__file__).resolve().parents[2] / "shared/reference/published-outputs-176.npz"
@@ -58,7 +58,12 @@ def test_every_size_comes_back(tiny: dict[str, torch.nn.Module], height: int, wi
     channels = {"published": 6, "refined": 5}
     for name, network in tiny.items():
         with torch.inference_mode():
-            assert network(torch.zeros(1, channels.get(name, 3), height, width)).shape == (1, 1, height, width)
+            assert network(torch.zeros(1, channels.get(name, 3), height, width)).shape == (
+                1,
+                1,
+                height,
+                width,
+            )
 
 
 @pytest.mark.parametrize("produced", [AlexTrunk.produced, FCN16.produced, FCN8.produced])

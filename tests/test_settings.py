@@ -54,7 +54,9 @@ def test_an_impossible_value_is_one_line_naming_the_key(argv: list[str], words: 
     assert all(word in message for word in words), message
 
 
-@pytest.mark.parametrize("text", ["tiles: {sise: 3}", "tile: {size: 3}", "- a", "tiles: {size: [", "tiles: {size: 3.5}"])
+@pytest.mark.parametrize(
+    "text", ["tiles: {sise: 3}", "tile: {size: 3}", "- a", "tiles: {size: [", "tiles: {size: 3.5}"]
+)
 def test_a_bad_config_file_is_named(tmp_path: Path, text: str) -> None:
     config = tmp_path / "bad.yaml"
     config.write_text(text)
@@ -95,7 +97,9 @@ def test_usage_errors_exit_with_2_before_anything_starts(tmp_path: Path) -> None
         assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(("text", "listed", "limit"), [("default", 100, 5), ("default", 9000, 90), ("3", 9, 3), ("2%", 150, 3)])
+@pytest.mark.parametrize(
+    ("text", "listed", "limit"), [("default", 100, 5), ("default", 9000, 90), ("3", 9, 3), ("2%", 150, 3)]
+)
 def test_reject_limit(text: str, listed: int, limit: int) -> None:
     assert reject_limit(text, listed) == limit
 

@@ -64,9 +64,7 @@ def test_the_seed_decides_and_every_unit_can_be_val():
 
 
 def test_read_splits():
-    text = (
-        '\ufeffslide_id,split,remark\r\nA,train,"cut\nbadly"\r\n\r\n Zo\u0065\u0308 ,Test,\r\n"B,1",val,x\r\n'
-    )
+    text = '\ufeffslide_id,split,remark\r\nA,train,"cut\nbadly"\r\n\r\n Zo\u0065\u0308 ,Test,\r\n"B,1",val,x\r\n'
     assert read_splits(text) == {"A": "train", "Zo\u00eb": "test", "B,1": "val"}
 
 

@@ -77,13 +77,9 @@ def tile(number: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     return image, mask
 
 
-def stream(
-    config: TrainConfig, first: int = 0, rank: int = 0, world: int = 1, crop: int = 12
-) -> Iterator[Sample]:
+def stream(config: TrainConfig, first: int = 0, rank: int = 0, world: int = 1, crop: int = 12) -> Iterator[Sample]:
     epochs = range(first, config.epochs)
-    refs = schedule(
-        GROUPS, N_VAL, epochs=epochs, batch_size=config.batch_size, rank=rank, world=world, seed=1
-    )
+    refs = schedule(GROUPS, N_VAL, epochs=epochs, batch_size=config.batch_size, rank=rank, world=world, seed=1)
     for ref in refs:
         number = ref.row + (N_TRAIN if ref.phase == "val" else 0)
         inputs, mask = tile(number)
@@ -136,9 +132,7 @@ class TestSamples:
     def test_all_eight_orientations_come_and_the_seed_fixes_them(self) -> None:
         mask = np.arange(16, dtype=np.uint8).reshape(4, 4)
         inputs = np.repeat(mask[..., None], 3, axis=2)
-        seen = {
-            augment(inputs, mask, seed, crop=0, flips=True, turns=True)[1].tobytes() for seed in range(80)
-        }
+        seen = {augment(inputs, mask, seed, crop=0, flips=True, turns=True)[1].tobytes() for seed in range(80)}
         assert len(seen) == 8
         same = [augment(inputs, mask, 5, crop=2, flips=True, turns=True)[1] for _ in range(2)]
         assert (same[0] == same[1]).all()
@@ -154,9 +148,7 @@ class TestSamples:
     def test_crops_reach_every_corner(self) -> None:
         mask = np.arange(9, dtype=np.uint8).reshape(3, 3)
         inputs = np.repeat(mask[..., None], 3, axis=2)
-        corners = {
-            int(augment(inputs, mask, seed, crop=2, flips=False, turns=False)[1][0, 0]) for seed in range(60)
-        }
+        corners = {int(augment(inputs, mask, seed, crop=2, flips=False, turns=False)[1][0, 0]) for seed in range(60)}
         assert corners == {0, 1, 3, 4}
 
     def test_batches_end_with_their_step_and_pad(self) -> None:
@@ -278,9 +270,7 @@ class TestTraining:
         model = tiny(0.0)
         train = [item for item in stream(config) if item.ref.phase == "train"]
         whole = next(batches(iter(train), 9))
-        inputs, mask, valid = (
-            torch.from_numpy(part).float() for part in (whole.inputs, whole.mask, whole.valid)
-        )
+        inputs, mask, valid = (torch.from_numpy(part).float() for part in (whole.inputs, whole.mask, whole.valid))
         torch.autograd.backward(tile_losses(model(inputs / 255), mask, valid, 0.3).mean())
         with torch.no_grad():
             for parameter in model.parameters():
@@ -332,9 +322,7 @@ class TestTraining:
                     item.inputs[0, 0, 0] = 255
                 yield item
 
-        (turn,) = [
-            i.ref.step for i in marked() if (i.tile_id, i.ref.epoch, i.ref.phase) == ("t5", 1, "train")
-        ]
+        (turn,) = [i.ref.step for i in marked() if (i.tile_id, i.ref.epoch, i.ref.phase) == ("t5", 1, "train")]
         ends: list[int] = []
         trainer = Trainer(Breaks(), config, device=CPU)
         with pytest.raises(ApacsError, match=rf"epoch 1, train step {turn}: .*\(tiles t5\)"):
@@ -342,14 +330,10 @@ class TestTraining:
         assert ends == [0]
 
     def test_weights_that_the_last_step_broke_never_reach_a_checkpoint(self) -> None:
-        config = replace(
-            CONFIG, batch_size=N_TRAIN, learning_rate=1e38
-        )  # one step an epoch, with a finite loss
+        config = replace(CONFIG, batch_size=N_TRAIN, learning_rate=1e38)  # one step an epoch, with a finite loss
         ends: list[int] = []
         with pytest.raises(ApacsError, match="epoch 0, val step 0: the loss is not finite"):
-            Trainer(tiny(), config, device=CPU).run(
-                stream(config), 1, lambda record, _: ends.append(record.epoch)
-            )
+            Trainer(tiny(), config, device=CPU).run(stream(config), 1, lambda record, _: ends.append(record.epoch))
         assert ends == []
 
     def test_a_stream_that_lacks_steps_is_an_error(self) -> None:
@@ -543,9 +527,7 @@ class TestTwoWorkers:
         for results, _ in two_workers:
             weights, theirs, travels = results[number]
             assert torch.allclose(weights, flat(alone.model), atol=1e-5, rtol=0)
-            assert travels == config.epochs * steps(
-                config
-            )  # gradients travel once a step, with accumulation too
+            assert travels == config.epochs * steps(config)  # gradients travel once a step, with accumulation too
             for mine, other in zip(history, theirs, strict=True):
                 assert other.train_loss == pytest.approx(mine.train_loss, abs=1e-5)
                 assert other.val_loss == pytest.approx(mine.val_loss, abs=1e-5)

@@ -51,15 +51,12 @@ def probe_pairs(
         for row in batch.to_pylist():
             pair = Pair(row["split"], row["stem"], Entry(**row["image"]), Entry(**row["mask"]), row["slide_id"])
             found = probe_pair(store, pair, max_pixels)
-            is_source = isinstance(found, Source)
-            rows.append(
-                {
-                    "index": row["index"],
-                    "width": found.width if is_source else None,
-                    "height": found.height if is_source else None,
-                    "reject": None if is_source else asdict(found),
-                }
-            )
+            row = {"index": row["index"], "width": None, "height": None, "reject": None}
+            if isinstance(found, Source):
+                row |= {"width": found.width, "height": found.height}
+            else:
+                row["reject"] = asdict(found)
+            rows.append(row)
         return pa.Table.from_pylist(rows, PROBE_SCHEMA)
 
     rows = [{"index": index, **asdict(pair)} for index, pair in enumerate(pairs)]
@@ -89,7 +86,9 @@ def write_shards(task: ShardTask, shards: Sequence[pa.Table], on_done: Callable[
 
     receipts: list[Receipt] = []
     with data_context():
-        written = ray.data.from_arrow(list(shards)).map_batches(write, batch_size=None, batch_format="pyarrow", num_cpus=1)
+        written = ray.data.from_arrow(list(shards)).map_batches(
+            write, batch_size=None, batch_format="pyarrow", num_cpus=1
+        )
         for row in written.iter_rows():
             receipts.append(_receipt(row))
             on_done(sum(receipt.rows_in for receipt in receipts))

@@ -57,7 +57,7 @@ class TrialResult:
     error: str | None
 
 
-class TrialCount(Callback):
+class TrialCount(Callback):  # type: ignore[misc]
     """Tells how many trials have ended. Ray Tune pickles its callbacks; the listener stays behind."""
 
     def __init__(self, on_done: Callable[[int], None]) -> None:

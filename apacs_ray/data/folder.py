@@ -26,9 +26,7 @@ SUFFIXES = ("jpg", "jpeg", "png", "tif", "tiff", "bmp")
 SYSTEM_FILES = {"thumbs.db", "desktop.ini", "ehthumbs.db"}
 
 _WORD_START = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")  # TrainInput -> Train Input
-_SPLIT = re.compile(
-    r"(?:(?<![a-z])|(?<=input)|(?<=truth))(train|val|test)"
-)  # not in: latest, interval, evaluation
+_SPLIT = re.compile(r"(?:(?<![a-z])|(?<=input)|(?<=truth))(train|val|test)")  # not in: latest, interval, evaluation
 _ROLE = re.compile(r"input|ground[ _-]*truth")
 
 
@@ -205,9 +203,7 @@ def _joined(files: Sequence[_File], slide_id: str | None, slide_regex: str | Non
     names = ", ".join(entry.path for entry in entries)
     culprit = entries[0]
     if len(images) > 1 or len(masks) > 1:
-        defect = BadInput(
-            "duplicate_stem", f"several files of one stem, keep one image and one mask: {names}"
-        )
+        defect = BadInput("duplicate_stem", f"several files of one stem, keep one image and one mask: {names}")
     elif empty is not None:
         culprit = empty
         defect = BadInput("empty_file", f"{empty.path} has no bytes, so there is no pair of: {names}")

@@ -229,9 +229,7 @@ def _require_usable(image: ImageFile.ImageFile, frames: int, max_pixels: int) ->
     if frames > 1:
         raise BadInput("multiple_frames", f"the file holds {frames} images; save the one that is meant")
     if image.mode not in COLOUR_MODES | DEEP_MODES:
-        raise BadInput(
-            "unsupported_mode", f"pixels of Pillow's mode {image.mode}; save them with 8 bits a channel"
-        )
+        raise BadInput("unsupported_mode", f"pixels of Pillow's mode {image.mode}; save them with 8 bits a channel")
 
 
 def _loaded(stream: BinaryIO, max_pixels: int) -> Image.Image:
@@ -258,11 +256,7 @@ def _turn(image: ImageFile.ImageFile) -> int:
 
 def _code_of(error: BaseException) -> str:
     text = str(error).lower()
-    return (
-        "truncated"
-        if isinstance(error, EOFError) or any(part in text for part in CUT_SHORT)
-        else "unreadable"
-    )
+    return "truncated" if isinstance(error, EOFError) or any(part in text for part in CUT_SHORT) else "unreadable"
 
 
 def _text_of(error: BaseException) -> str:
@@ -277,16 +271,12 @@ def _straight(image: Image.Image) -> Image.Image:
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     if not profile:
         return image.convert("RGB")
-    colours = (
-        image if image.mode in ("L", "RGB", "CMYK") else image.convert("L" if image.mode == "1" else "RGB")
-    )
+    colours = image if image.mode in ("L", "RGB", "CMYK") else image.convert("L" if image.mode == "1" else "RGB")
     try:
         source = ImageCms.getOpenProfile(io.BytesIO(profile))
         if "srgb" in ImageCms.getProfileDescription(source).lower():
             return image.convert("RGB")  # exactly as stored: a conversion onto itself would round
-        converted = ImageCms.profileToProfile(
-            colours, source, ImageCms.createProfile("sRGB"), outputMode="RGB"
-        )
+        converted = ImageCms.profileToProfile(colours, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, *DAMAGE):
         return image.convert("RGB")
     return cast(Image.Image, converted)

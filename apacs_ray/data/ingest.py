@@ -196,11 +196,21 @@ class _Pixels:
 
 
 def _tile_row(
-    task: ShardTask, row: dict[str, Any], rgb: npt.NDArray[np.uint8], mask: npt.NDArray[np.bool_], tissue: float
+    task: ShardTask,
+    row: dict[str, Any],
+    rgb: npt.NDArray[np.uint8],
+    mask: npt.NDArray[np.bool_],
+    tissue: float,
 ) -> dict[str, Any]:
     tiles = task.tiles
     left, top, right, bottom = once_region(
-        row["x"], row["y"], row["source_width"], row["source_height"], tiles.size, tiles.stride or tiles.size, tiles.last
+        row["x"],
+        row["y"],
+        row["source_width"],
+        row["source_height"],
+        tiles.size,
+        tiles.stride or tiles.size,
+        tiles.last,
     )
     return {
         "tile_id": row["tile_id"],

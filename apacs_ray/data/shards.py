@@ -111,7 +111,13 @@ class TileIndex:
         ids = [tile for tile, kept in zip(self.tile_ids, mask, strict=True) if kept]
         slides = [slide for slide, kept in zip(self.slide_ids, mask, strict=True) if kept]
         return TileIndex(
-            self.paths, self.shard[mask], self.group[mask], self.row[mask], tuple(ids), tuple(slides), self.largest
+            self.paths,
+            self.shard[mask],
+            self.group[mask],
+            self.row[mask],
+            tuple(ids),
+            tuple(slides),
+            self.largest,
         )
 
 
@@ -131,10 +137,11 @@ def read_index(store: Store, split: str, folder: str = "tiles") -> TileIndex:
 
     with ThreadPoolExecutor(READERS) as pool:
         tables = list(pool.map(read, paths))
-    shard = np.concatenate([np.full(len(table), number) for number, table in enumerate(tables)] or [[]]).astype(np.int32)
-    position = np.concatenate([np.arange(len(table)) for table in tables] or [[]]).astype(np.int32)
     if not tables:
-        return TileIndex((), shard, position, position, (), (), 0)
+        nothing = np.zeros(0, np.int32)
+        return TileIndex((), nothing, nothing, nothing, (), (), 0)
+    shard = np.concatenate([np.full(len(table), number, np.int32) for number, table in enumerate(tables)])
+    position = np.concatenate([np.arange(len(table), dtype=np.int32) for table in tables])
     table = pa.concat_tables(tables)
     areas = table["width"].to_numpy().astype(np.int64) * table["height"].to_numpy()
     index = TileIndex(

@@ -13,7 +13,10 @@ def write_slide(store: Store, spec: SlideSpec) -> None:
     Files that are there already are complete (writes are atomic) and deterministic, so they are kept.
     """
     part = spec.split.capitalize()
-    image, mask = f"Synthetic_{part}_Input/{spec.slide_id}.jpg", f"Synthetic_{part}_GroundTruth/{spec.slide_id}.png"
+    image, mask = (
+        f"Synthetic_{part}_Input/{spec.slide_id}.jpg",
+        f"Synthetic_{part}_GroundTruth/{spec.slide_id}.png",
+    )
     if store.version(image) is not None and store.version(mask) is not None:
         return
     rgb, cells = render(spec)

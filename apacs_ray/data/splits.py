@@ -61,37 +61,27 @@ def read_splits(text: str) -> dict[str, Split]:
     except csv.Error as error:
         raise UsageError(f"data.splits, line {reader.line_num}: {error}") from error
     if not lines:
-        raise UsageError(
-            "data.splits: the file is empty; it needs a header slide_id,split and a line a slide"
-        )
+        raise UsageError("data.splits: the file is empty; it needs a header slide_id,split and a line a slide")
     number, header = lines[0]
     names = [name.strip().lower() for name in header]
     if names.count("slide_id") != 1 or names.count("split") != 1:
-        raise UsageError(
-            f"data.splits, line {number}: the header must be slide_id,split, not {','.join(header)}"
-        )
+        raise UsageError(f"data.splits, line {number}: the header must be slide_id,split, not {','.join(header)}")
     given: dict[str, tuple[int, Split]] = {}
     for number, fields in lines[1:]:
         slide, split = _line(number, fields, names)
         if slide in given:
-            raise UsageError(
-                f"data.splits, line {number}: slide {slide!r} is on line {given[slide][0]} already"
-            )
+            raise UsageError(f"data.splits, line {number}: slide {slide!r} is on line {given[slide][0]} already")
         given[slide] = (number, split)
     return {slide: split for slide, (_, split) in given.items()}
 
 
 def _line(number: int, fields: list[str], names: list[str]) -> tuple[str, Split]:
     if len(fields) != len(names):
-        raise UsageError(
-            f"data.splits, line {number}: {len(fields)} fields where the header has {len(names)}"
-        )
+        raise UsageError(f"data.splits, line {number}: {len(fields)} fields where the header has {len(names)}")
     slide = unicodedata.normalize("NFC", fields[names.index("slide_id")].strip())
     split = fields[names.index("split")].strip().lower()
     if not slide:
         raise UsageError(f"data.splits, line {number}: the slide_id is empty")
     if split not in SPLITS:
-        raise UsageError(
-            f"data.splits, line {number}: split {split!r} of slide {slide!r} is not train, val or test"
-        )
+        raise UsageError(f"data.splits, line {number}: split {split!r} of slide {slide!r} is not train, val or test")
     return slide, split

@@ -171,11 +171,7 @@ def _cytoplasm(
     """Amount of stain (S, S) of the cytoplasm, folded where the traits say so, and its exact support."""
     depth, edge = outline.depth(x, y)
     grain, mottle = rng.uniform(0.06, 0.17), rng.uniform(0.05, 0.15)
-    body = (
-        1
-        + grain * textures.cut("grain", rng, depth.shape)
-        + mottle * textures.cut("mottle", rng, depth.shape)
-    )
+    body = 1 + grain * textures.cut("grain", rng, depth.shape) + mottle * textures.cut("mottle", rng, depth.shape)
     body += traits.wrinkles * textures.cut("wrinkle", rng, depth.shape)
     body += 0.16 * textures.cut("cloud", rng, depth.shape)
     body = np.clip(body, 0.35, 3)
@@ -189,9 +185,7 @@ def _cytoplasm(
         kept = past <= 0
         flap = kept & (flap_depth > 0)
         crease = np.exp(-((past * mpp / 0.8) ** 2)) * (inside | flap)
-        layer = layer * np.clip(0.5 - past, 0, 1) + kept * (
-            _layer(traits, flap_depth, flap_edge, mpp) + 0.5 * crease
-        )
+        layer = layer * np.clip(0.5 - past, 0, 1) + kept * (_layer(traits, flap_depth, flap_edge, mpp) + 0.5 * crease)
         inside = (inside & kept) | flap
     return np.asarray(traits.amount * body * layer, np.float32), inside
 
@@ -221,20 +215,12 @@ def _nucleus_place(
     return depth > 0, depth
 
 
-def _chromatin(
-    traits: CellTraits, depth: Floats, textures: Atlas, rng: np.random.Generator, mpp: float
-) -> Floats:
+def _chromatin(traits: CellTraits, depth: Floats, textures: Atlas, rng: np.random.Generator, mpp: float) -> Floats:
     """Amount of hematoxylin (S, S)."""
     coarse = 0.22 if traits.irregular > 0.05 else 0.13
-    texture = (
-        1
-        + coarse * textures.cut("grain", rng, depth.shape)
-        + coarse * textures.cut("mottle", rng, depth.shape)
-    )
+    texture = 1 + coarse * textures.cut("grain", rng, depth.shape) + coarse * textures.cut("mottle", rng, depth.shape)
     hollow = 1 - 0.35 * traits.vesicular * np.clip(depth * mpp / 1.2, 0, 1)
-    return np.asarray(
-        traits.chromatin * np.clip(texture, 0.4, 2) * hollow * np.clip(depth + 0.5, 0, 1), np.float32
-    )
+    return np.asarray(traits.chromatin * np.clip(texture, 0.4, 2) * hollow * np.clip(depth + 0.5, 0, 1), np.float32)
 
 
 def _polygon(corners: npt.NDArray[np.float64], distances: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -43,9 +43,7 @@ def clutter_stamp(kind: ClutterKind, radius: float, reach: int, seed: int, look:
     return Stamp(np.asarray(_DRAWN[kind](radius, x, y, look, mpp, rng), np.float32))
 
 
-def _neutrophil(
-    radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: np.random.Generator
-) -> Floats:
+def _neutrophil(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: np.random.Generator) -> Floats:
     """2 to 4 dark lobes in a row that bends, in cytoplasm that hardly shows."""
     lobes = int(rng.integers(2, 5))
     angle, bend = rng.uniform(0, 2 * np.pi), rng.choice([-1, 1]) * rng.uniform(0.5, 1.5)
@@ -80,12 +78,8 @@ def _mucus(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: np.
         wander = rng.uniform(0.1, 0.5) * np.sin(along * rng.uniform(2, 6) + rng.uniform(0, 6))
         turns = (aside + wander) * fineness + 0.4 * fineness * along + rng.uniform(0, 512)
         fibres += table[np.asarray(turns, np.intp) % 512]
-    fibres += 0.35 * atlas(mpp).cut("mottle", rng, aside.shape) + 0.5 * atlas(mpp).cut(
-        "cloud", rng, aside.shape
-    )
-    strand = (
-        np.clip(1 - np.abs(aside) ** 1.5 + 0.3 * fibres, 0, 1) * (np.abs(along) < 1) * (np.abs(aside) < 1.6)
-    )
+    fibres += 0.35 * atlas(mpp).cut("mottle", rng, aside.shape) + 0.5 * atlas(mpp).cut("cloud", rng, aside.shape)
+    strand = np.clip(1 - np.abs(aside) ** 1.5 + 0.3 * fibres, 0, 1) * (np.abs(along) < 1) * (np.abs(aside) < 1.6)
     texture = np.clip(0.75 + 0.5 * fibres, 0.1, 2.5)
     dye = blend(blend(look.cyan, look.hematoxylin, 0.3), look.eosin, float(rng.beta(1, 2)))
     return _dyed(dye, strand * texture * rng.uniform(0.12, 0.38))
@@ -98,9 +92,7 @@ def _debris(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: np
     fall = 1 - np.hypot(x * rng.uniform(0.9, 1.5), y * rng.uniform(0.9, 1.5)) / radius
     ragged = fall + 0.16 * textures.cut("cloud", rng, shape) + 0.14 * textures.cut("mottle", rng, shape)
     body = np.clip((ragged - 0.2) * 2.2, 0, 1) * np.clip(fall * radius / 2, 0, 1)
-    texture = np.clip(
-        1 + 0.4 * textures.cut("grain", rng, shape) + 0.35 * textures.cut("mottle", rng, shape), 0.1, 3
-    )
+    texture = np.clip(1 + 0.4 * textures.cut("grain", rng, shape) + 0.35 * textures.cut("mottle", rng, shape), 0.1, 3)
     dyes = (look.cyan, look.eosin, blend(look.cyan, _BROWN, 0.5), _BROWN)
     dye = jittered(dyes[rng.choice(4, p=(0.42, 0.28, 0.15, 0.15))], rng, 0.12)
     return _dyed(dye, body * texture * rng.uniform(0.3, 1.0))
@@ -114,9 +106,7 @@ def _blood(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: np.
     return _dyed(dye, disc * rng.uniform(0.35, 0.75))
 
 
-def _bacteria(
-    radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: np.random.Generator
-) -> Floats:
+def _bacteria(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: np.random.Generator) -> Floats:
     """A cloud of rods, each 2 to 4 um."""
     side = x.shape[1]
     counts = np.zeros((side, side), np.float32)
@@ -134,9 +124,7 @@ def _bacteria(
     return _dyed(blend(look.hematoxylin, look.cyan, 0.4), np.minimum(rod, 2) * rng.uniform(0.25, 0.7))
 
 
-def _precipitate(
-    radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: np.random.Generator
-) -> Floats:
+def _precipitate(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: np.random.Generator) -> Floats:
     """Crystals of stain: a few nearly black grains."""
     grains = np.zeros(np.broadcast_shapes(x.shape, y.shape), np.float32)
     for _ in range(int(rng.integers(2, 9))):

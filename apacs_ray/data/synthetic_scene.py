@@ -91,9 +91,7 @@ def _block(seed: int, look: Look, mpp: float, column: int, row: int) -> list[Thi
         inflamed = field_at(seed, _INFLAMED, at[0] / mpp, at[1] / mpp, 240 / mpp)
         if rng.random() < np.clip(0.3 + 0.45 * inflamed, 0.04, 1):
             many = 1 + int(rng.integers(3, 16) * (rng.random() < 0.16))
-            things += [
-                _clutter("neutrophil", rng, mpp, _nearby(rng, at, 4.0 * many**0.5)) for _ in range(many)
-            ]
+            things += [_clutter("neutrophil", rng, mpp, _nearby(rng, at, 4.0 * many**0.5)) for _ in range(many)]
     return things
 
 

@@ -102,9 +102,7 @@ class Atlas:
         y, x = (int(place) for place in rng.integers(0, side, 2))
         if y + shape[0] <= side and x + shape[1] <= side:
             return texture[y : y + shape[0], x : x + shape[1]]
-        rows, columns = (
-            np.arange(start, start + length) % side for start, length in zip((y, x), shape, strict=True)
-        )
+        rows, columns = (np.arange(start, start + length) % side for start, length in zip((y, x), shape, strict=True))
         return np.asarray(texture[np.ix_(rows, columns)])
 
 
@@ -146,9 +144,7 @@ def _lattice(seed: int, stream: int, column: int, row: int, width: int, height: 
     """Lattice values (height, width), uniform: a hash (splitmix64's finalizer) of seed and place."""
     columns = np.arange(column, column + width, dtype=np.int64).astype(np.uint64)
     rows = np.arange(row, row + height, dtype=np.int64).astype(np.uint64)
-    key = np.array([seed & (2**64 - 1)], np.uint64) + np.array([stream], np.uint64) * np.uint64(
-        0x9E3779B97F4A7C15
-    )
+    key = np.array([seed & (2**64 - 1)], np.uint64) + np.array([stream], np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     mixed = _mix(_mix(_mix(key)[0] ^ columns)[None, :] ^ (rows * np.uint64(0xC2B2AE3D27D4EB4F))[:, None])
     uniform = (mixed >> np.uint64(40)).astype(np.float32) / np.float32(2**23) - 1
     return np.asarray(uniform * np.float32(3**0.5 / _SPLINE_STD), np.float32)

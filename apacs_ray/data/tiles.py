@@ -87,11 +87,7 @@ def tile_id(source: str, x: int, y: int) -> str:
 
 def _escape(match: re.Match[str]) -> str:
     character = match.group()
-    return (
-        "~"
-        if character == "/"
-        else "".join(f"%{byte:02X}" for byte in character.encode("utf-8", "surrogatepass"))
-    )
+    return "~" if character == "/" else "".join(f"%{byte:02X}" for byte in character.encode("utf-8", "surrogatepass"))
 
 
 @lru_cache(maxsize=64)

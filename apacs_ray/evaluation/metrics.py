@@ -1,4 +1,4 @@
-"""From per-tile counts to `metrics.json`: pooled figures, means over tiles, figures by slide, bootstrap intervals."""
+"""From per-tile counts to `metrics.json`: pooled figures, tile means, figures by slide, bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -9,122 +9,144 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-RESAMPLES = 2000
+from apacs_ray.evaluation.bootstrap import interval, resample
+
 ENOUGH_SLIDES = 5  # from which slides are resampled; with fewer, tiles
-CHUNK = 100  # resamples at a time: bounds memory at CHUNK x units
+PIXELS = ("tp", "fp", "tn", "fn")
 Counts = npt.NDArray[np.int64]  # (..., 4): tp, fp, tn, fn
+Ratios = npt.NDArray[np.float64]
 
 
 def summarize(per_tile: pa.Table, models: Sequence[str], seed: int) -> dict[str, dict[str, Any]]:
-    """`metrics.json`: for each model pooled counts and ratios, tile means, boundary IoU, objects, slides, intervals.
+    """`metrics.json`: each model's pooled counts and ratios, tile means, boundary IoU, objects, slides, intervals.
 
-    Ratios are in 0..1, null where they are 0/0; tiles with an undefined ratio are left out of the means and counted.
+    Ratios are in 0..1, null where they are 0/0; tiles with an undefined ratio are left out of the means and
+    counted. The order of the table's rows does not matter.
     """
-    slides = np.array(per_tile["slide_id"].to_pylist())
-    return {model: _summary(per_tile, model, slides, seed) for model in models}
+    table = per_tile.sort_by("tile_id")
+    slides = _Slides(table)
+    counts = np.stack([pixel_counts(table, model) for model in models], axis=1)
+    units, kind = slides.units(counts)
+    drawn = resample(units, seed) if len(units) > 1 else None
+    metrics = {}
+    for at, model in enumerate(models):
+        metrics[model] = {
+            **ratios(counts[:, at].sum(axis=0)),
+            **_tile_means(counts[:, at]),
+            **_shapes(table, model),
+            "per_slide": slides.figures(counts[:, at]),
+            "iou_ci95": None if drawn is None else interval(iou_of(drawn[:, at])),
+            "dice_ci95": None if drawn is None else interval(dice_of(drawn[:, at])),
+            "ci_unit": kind,
+        }
+    return metrics
 
 
-def _summary(table: pa.Table, model: str, slides: npt.NDArray[Any], seed: int) -> dict[str, Any]:
-    counts = pixel_counts(table, model)
-    pooled = counts.sum(axis=0)
-    dice, iou = dice_of(counts), iou_of(counts)
-    defined = ~np.isnan(dice)
-    edges = [int(table[f"{model}_boundary_{part}"].to_numpy().sum()) for part in ("intersection", "union")]
-    objects = [int(table[f"{model}_objects_{part}"].to_numpy().sum()) for part in ("tp", "fp", "fn")]
-    units, kind = _units(counts, slides)
-    samples = bootstrap(units, seed)
-    return {
-        **ratios(pooled),
-        "mean_iou": float(iou[defined].mean()) if defined.any() else None,
-        "mean_dice": float(dice[defined].mean()) if defined.any() else None,
-        "boundary_iou": edges[0] / edges[1] if edges[1] else None,
-        "tiles": len(counts),
-        "undefined_tiles": int((~defined).sum()),
-        "objects": dict(zip(("tp", "fp", "fn"), objects, strict=True)),
-        "object_f1": 2 * objects[0] / (2 * objects[0] + objects[1] + objects[2]) if sum(objects) else None,
-        "per_slide": {
-            str(slide): {**ratios(counts[slides == slide].sum(axis=0)), "tiles": int((slides == slide).sum())}
-            for slide in np.unique(slides)
-        },
-        "iou_ci95": interval(iou_of(samples)) if len(units) > 1 else None,
-        "dice_ci95": interval(dice_of(samples)) if len(units) > 1 else None,
-        "ci_unit": kind,
-    }
+def compare(per_tile: pa.Table, models: Sequence[str], reference: str, seed: int) -> dict[str, dict[str, Any]]:
+    """Paired bootstrap of the pooled Dice of `reference` less that of each other model, on the same draws.
+
+    For each other model `dice_difference` (null where a Dice is undefined), `ci95` (null for one unit), the
+    resampled `unit`, and `significant`: the interval does not hold 0.
+    """
+    table = per_tile.sort_by("tile_id")
+    units, kind = _Slides(table).units(np.stack([pixel_counts(table, model) for model in models], axis=1))
+    pooled = dice_of(units.sum(axis=0))
+    drawn = dice_of(resample(units, seed)) if len(units) > 1 else None
+    at = list(models).index(reference)
+    found = {}
+    for other, model in enumerate(models):
+        if model != reference:
+            span = None if drawn is None else interval(drawn[:, at] - drawn[:, other])
+            found[model] = {
+                "dice_difference": _number(pooled[at] - pooled[other]),
+                "ci95": span,
+                "unit": kind,
+                "significant": span is not None and not span[0] <= 0 <= span[1],
+            }
+    return found
 
 
 def pixel_counts(table: pa.Table, model: str) -> Counts:
     """(tiles, 4) tp, fp, tn, fn."""
-    return np.stack([table[f"{model}_{part}"].to_numpy() for part in ("tp", "fp", "tn", "fn")], axis=1)
+    return np.stack([table[f"{model}_{part}"].to_numpy() for part in PIXELS], axis=1)
 
 
 def ratios(counts: Counts) -> dict[str, Any]:
-    """Counts (4,) with their accuracy, IoU and Dice (the paper's metrics)."""
+    """Counts (4,) with their accuracy, IoU and Dice (the paper's metrics); null where 0/0."""
     tp, fp, tn, fn = (int(count) for count in counts)
     total, union = tp + fp + tn + fn, tp + fp + fn
     return {
-        "tp": tp,
-        "fp": fp,
-        "tn": tn,
-        "fn": fn,
+        **dict(zip(PIXELS, (tp, fp, tn, fn), strict=True)),
         "accuracy": (tp + tn) / total if total else None,
         "iou": tp / union if union else None,
         "dice": 2 * tp / (2 * tp + fp + fn) if union else None,
     }
 
 
-def dice_of(counts: Counts) -> npt.NDArray[np.float64]:
+def dice_of(counts: Counts) -> Ratios:
     """2 tp / (2 tp + fp + fn) along the last axis; NaN where it is 0/0."""
     tp, fp, _, fn = np.moveaxis(counts.astype(np.float64), -1, 0)
     with np.errstate(invalid="ignore"):
         return np.asarray(2 * tp / (2 * tp + fp + fn))
 
 
-def iou_of(counts: Counts) -> npt.NDArray[np.float64]:
+def iou_of(counts: Counts) -> Ratios:
     """tp / (tp + fp + fn) along the last axis; NaN where it is 0/0."""
     tp, fp, _, fn = np.moveaxis(counts.astype(np.float64), -1, 0)
     with np.errstate(invalid="ignore"):
         return np.asarray(tp / (tp + fp + fn))
 
 
-def _units(counts: Counts, slides: npt.NDArray[Any]) -> tuple[Counts, str]:
-    """Counts of what is resampled: slides where there are enough of them, else tiles."""
-    names, index = np.unique(slides, return_inverse=True)
-    if len(names) < ENOUGH_SLIDES:
-        return counts, "tile"
-    pooled = np.zeros((len(names), *counts.shape[1:]), np.int64)
-    np.add.at(pooled, index, counts)
-    return pooled, "slide"
+class _Slides:
+    """Which slide each row of the table belongs to."""
+
+    def __init__(self, table: pa.Table) -> None:
+        encoded = table["slide_id"].combine_chunks().dictionary_encode()
+        names = encoded.dictionary.to_pylist()
+        order = sorted(range(len(names)), key=names.__getitem__)
+        place = np.empty(len(names), np.int64)
+        place[order] = np.arange(len(names))
+        self.names = [names[at] for at in order]
+        self.index = place[encoded.indices.to_numpy()]
+
+    def units(self, counts: Counts) -> tuple[Counts, str]:
+        """Counts of what is resampled: slides where there are enough of them, else tiles."""
+        return (counts, "tile") if len(self.names) < ENOUGH_SLIDES else (self._pooled(counts), "slide")
+
+    def figures(self, counts: Counts) -> dict[str, dict[str, Any]]:
+        """Slide id -> counts (tiles, 4) pooled over the slide, their ratios, and its tiles."""
+        tiles = np.bincount(self.index, minlength=len(self.names)).tolist()
+        rows = zip(self.names, self._pooled(counts), tiles, strict=True)
+        return {name: {**ratios(pooled), "tiles": number} for name, pooled, number in rows}
+
+    def _pooled(self, counts: Counts) -> Counts:
+        pooled = np.zeros((len(self.names), *counts.shape[1:]), np.int64)
+        np.add.at(pooled, self.index, counts)
+        return pooled
 
 
-def bootstrap(units: Counts, seed: int) -> Counts:
-    """(RESAMPLES, ...) pooled counts of units drawn with replacement; the same draws for the same seed and size."""
-    rng = np.random.default_rng([seed, 13])
-    flat = units.reshape(len(units), -1)
-    shares = np.full(len(units), 1 / max(len(units), 1))
-    drawn = [rng.multinomial(len(units), shares, size=CHUNK) @ flat for _ in range(RESAMPLES // CHUNK)]
-    return np.concatenate(drawn).reshape(RESAMPLES, *units.shape[1:])
+def _tile_means(counts: Counts) -> dict[str, Any]:
+    """Means over the tiles whose IoU and Dice are defined (the two share their 0/0), and how many are not."""
+    iou, dice = iou_of(counts), dice_of(counts)
+    defined = ~np.isnan(dice)
+    return {
+        "mean_iou": float(iou[defined].mean()) if defined.any() else None,
+        "mean_dice": float(dice[defined].mean()) if defined.any() else None,
+        "tiles": len(counts),
+        "undefined_tiles": int((~defined).sum()),
+    }
 
 
-def interval(values: npt.NDArray[np.float64]) -> list[float] | None:
-    """Percentile interval (95 %); None when no resample was defined."""
-    known = values[~np.isnan(values)]
-    return [float(bound) for bound in np.percentile(known, [2.5, 97.5])] if len(known) else None
+def _shapes(table: pa.Table, model: str) -> dict[str, Any]:
+    """Boundary IoU and object F1, pooled over the tiles."""
+    shared, union = (int(table[f"{model}_boundary_{part}"].to_numpy().sum()) for part in ("intersection", "union"))
+    tp, fp, fn = (int(table[f"{model}_objects_{part}"].to_numpy().sum()) for part in ("tp", "fp", "fn"))
+    return {
+        "boundary_iou": shared / union if union else None,
+        "objects": {"tp": tp, "fp": fp, "fn": fn},
+        "object_f1": 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else None,
+    }
 
 
-def compare(per_tile: pa.Table, models: Sequence[str], reference: str, seed: int) -> dict[str, dict[str, Any]]:
-    """Paired bootstrap of the pooled Dice of `reference` less that of each other model, on the same draws."""
-    slides = np.array(per_tile["slide_id"].to_pylist())
-    units, kind = _units(np.stack([pixel_counts(per_tile, model) for model in models], axis=1), slides)
-    pooled, samples = dice_of(units.sum(axis=0)), dice_of(bootstrap(units, seed))
-    at = list(models).index(reference)
-    found = {}
-    for number, model in enumerate(models):
-        if model != reference:
-            span = interval(samples[:, at] - samples[:, number]) if len(units) > 1 else None
-            found[model] = {
-                "dice_difference": float(pooled[at] - pooled[number]),
-                "ci95": span,
-                "unit": kind,
-                "significant": span is not None and not span[0] <= 0 <= span[1],
-            }
-    return found
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)

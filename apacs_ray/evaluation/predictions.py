@@ -1,4 +1,4 @@
-"""What every model says of a tile: the networks, the two plain ways of combining them, and Otsu as a floor."""
+"""What every model says of a tile: the networks, two plain ways of combining them, and Otsu as a floor."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
+
+from apacs_ray.errors import ApacsError
 
 Mask = npt.NDArray[np.bool_]
 MEMBERS = ("fcn32", "fcn16", "fcn8")
@@ -15,9 +17,14 @@ MODEL_KEYS = ("fcn32", "fcn16", "fcn8", "majority", "mean", "fusion", "fusion_pu
 def predictions(logits: Mapping[str, npt.NDArray[np.float32]], rgb: npt.NDArray[np.uint8]) -> dict[str, Mask]:
     """Masks (H, W) of every model, in the order of `MODEL_KEYS`.
 
-    A network's pixel is cell where its logit >= 0 (probability 0.5). `majority`: at least 2 of the 3 thresholded
-    members; `mean`: mean probability >= 0.5; `otsu`: Otsu's threshold on the green channel, dark is cell.
+    A network's pixel is cell where its logit >= 0 (probability 0.5). `majority`: at least 2 of the 3
+    thresholded members; `mean`: mean probability >= 0.5; `otsu`: Otsu's threshold on the green channel, dark
+    is cell. `logits` are (H, W), of all three members and of any fusions; `rgb` is (H, W, 3), 0..255. Raises
+    ApacsError for a logit that is no finite number, which would pass for background or cell.
     """
+    for name, output in logits.items():
+        if not np.isfinite(output).all():
+            raise ApacsError(f"{name}: logits are not finite; its weights are damaged or its training diverged")
     masks = {name: output >= 0 for name, output in logits.items()}
     masks["majority"] = np.sum([masks[name] for name in MEMBERS], axis=0) >= 2
     masks["mean"] = np.mean([sigmoid(logits[name]) for name in MEMBERS], axis=0) >= 0.5
@@ -26,7 +33,7 @@ def predictions(logits: Mapping[str, npt.NDArray[np.float32]], rgb: npt.NDArray[
 
 
 def sigmoid(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Probability of a logit, without overflow."""
+    """Probability 0..1 of each logit, without overflow."""
     tail = np.exp(-np.abs(logits))
     return np.where(logits >= 0, 1 / (1 + tail), tail / (1 + tail)).astype(np.float32)
 

@@ -8,6 +8,7 @@ Scores and upsampling run in float32 outside autocast: better numerically, and o
 from __future__ import annotations
 
 from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

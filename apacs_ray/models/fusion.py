@@ -1,8 +1,8 @@
 """The fusion network: the members' heatmaps and RGB in, one segmentation out.
 
-Published head: the FCN-32 network on 6 input channels (5 with two members), heatmaps first. Refined head: the same trunk
-and inputs, but scores from strides 4, 8, 16 and 32 and a light path at full resolution are added to the mean of the
-members' logits. Its scores start at zero, so it starts as that mean and learns the correction.
+Published head: the FCN-32 network on 6 input channels (5 with two members), heatmaps first. Refined head: the same
+trunk and inputs, but scores from strides 4, 8, 16 and 32 and a light path at full resolution are added to the mean of
+the members' logits. Its scores start at zero, so it starts as that mean and learns the correction.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ CLAMP = 1 / 510  # heatmaps are stored as uint8: half a step away from 0 and 1 k
 class RefinedFusion(nn.Module):
     """FCN-8-like skips on the AlexNet trunk, plus a residual onto the members' mean logit.
 
-    Feature i of a map with stride s lies at input pixel s * i + a (a = -95, -91, -83 for conv1, pool1, pool2 and +13 for
-    fc7); a bilinear transposed convolution of kernel 2 s - 1 puts it at s * i + s - 1. The crop offsets s - 1 - a
+    Feature i of a map with stride s lies at input pixel s * i + a (a = -95, -91, -83 for conv1, pool1, pool2 and 13
+    for fc7); a bilinear transposed convolution of kernel 2 s - 1 puts it at s * i + s - 1. The crop offsets s - 1 - a
     therefore align every map with the input exactly.
     """
 
@@ -42,7 +42,10 @@ class RefinedFusion(nn.Module):
         self.ups = nn.ModuleList(Upsample(1, 2 * stride - 1, stride) for stride, _ in self.SKIPS)
         fine = scaled(32, width)
         self.fine = nn.Sequential(
-            nn.Conv2d(members + 3, fine, 3, padding=1), nn.ReLU(), nn.Conv2d(fine, fine, 3, padding=1), nn.ReLU()
+            nn.Conv2d(members + 3, fine, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(fine, fine, 3, padding=1),
+            nn.ReLU(),
         )
         self.fine_score = Score(fine)
 

@@ -22,9 +22,7 @@ def build(spec: ModelSpec) -> nn.Module:
         if spec.name not in MEMBERS:
             raise ApacsError(f"{spec.name}: no such member; there is {', '.join(MEMBERS)}")
         return build_member(spec.name, width=spec.width, dropout=spec.dropout)
-    return build_fusion(
-        spec.head, spec.members, width=spec.width, dropout=spec.dropout, heatmap_init=spec.heatmap_init
-    )
+    return build_fusion(spec.head, spec.members, width=spec.width, dropout=spec.dropout, heatmap_init=spec.heatmap_init)
 
 
 def weights_bytes(model: nn.Module) -> bytes:
@@ -86,8 +84,7 @@ _ALEX = [f"conv{number}" for number in range(1, 6)] + ["fc6", "fc7"]
 PUBLISHED_NAMES: dict[str, dict[str, str]] = {
     "fcn32": {f"trunk.{part}": part for part in _ALEX} | {"score": "score_fr", "upscore": "upscore"},
     "fcn16": _vgg_names() | {"up_final": "upsample16"},
-    "fcn8": _vgg_names()
-    | {"score_pool3": "score_pool3", "up_pool4": "upsample_pool4", "up_final": "upsample8"},
+    "fcn8": _vgg_names() | {"score_pool3": "score_pool3", "up_pool4": "upsample_pool4", "up_final": "upsample8"},
     "fusion": {
         f"trunk.{part}": f"convolution.{index}" for part, index in zip(_ALEX, (0, 3, 6, 8, 10, 14, 17), strict=True)
     }

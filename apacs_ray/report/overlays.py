@@ -27,9 +27,7 @@ def overlay(
     return picture.astype(np.uint8)
 
 
-def panel(
-    rgb: npt.NDArray[np.uint8], truth: npt.NDArray[np.bool_], mask: npt.NDArray[np.bool_]
-) -> bytes:
+def panel(rgb: npt.NDArray[np.uint8], truth: npt.NDArray[np.bool_], mask: npt.NDArray[np.bool_]) -> bytes:
     """The tile and its overlay side by side, as PNG, each at most `LARGEST` px a side."""
     pair = [_shrunk(Image.fromarray(rgb)), _shrunk(Image.fromarray(overlay(rgb, truth, mask)))]
     width, height = pair[0].size

@@ -1,4 +1,4 @@
-"""From a script's command line to a finished (or resumable) run: the lease, the stages, the summary, the exit status."""
+"""From a script's command line to a finished or resumable run: lease, stages, summary, exit status."""
 
 from __future__ import annotations
 

@@ -10,7 +10,12 @@ from apacs_ray.settings import FusionSettings
 from apacs_ray.stages.pipeline import Context
 
 BEST = "tune/best.yaml"
-NOT_LEARNED = {"workers", "from_best", "compare", "width"}  # of no influence on weights, or recorded elsewhere
+NOT_LEARNED = {
+    "workers",
+    "from_best",
+    "compare",
+    "width",
+}  # of no influence on weights, or recorded elsewhere
 
 
 def resolve_fusion(context: Context) -> FusionSettings:

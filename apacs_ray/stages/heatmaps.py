@@ -35,7 +35,7 @@ def _fingerprint(context: Context) -> str:
 
 def _work(context: Context, mark: str) -> Outcome:
     store, settings = context.run.store, context.settings
-    folders = {ALL: {name: f"members/{name}" for name in MEMBERS}}
+    folders: dict[int, dict[str, str]] = {ALL: {name: f"members/{name}" for name in MEMBERS}}
     fold_of: dict[str, int] = {}
     folds = settings.heatmaps.folds
     if folds > 1:
@@ -46,22 +46,23 @@ def _work(context: Context, mark: str) -> Outcome:
     context.ray.start()
     paths = [path for split in SPLITS for path in shard_paths(store, "tiles", split)]
     task = HeatmapTask(
-        store, Heatmaps(MEMBERS, mark), folders, fold_of, settings.evaluate.threads, settings.evaluate.precision
+        store,
+        Heatmaps(MEMBERS, mark),
+        folders,
+        fold_of,
+        settings.evaluate.threads,
+        settings.evaluate.precision,
     )
     planned = sum(context.run.facts["tiles"][split] for split in SPLITS)
     with bars() as shown:
         plan = plan_pool(context.ray.cluster(), len(paths))
-        rows_in, rows_out = write_heatmaps(
-            task, paths, plan, lambda done: shown.show("heatmaps", done, planned)
-        )
+        rows_in, rows_out = write_heatmaps(task, paths, plan, lambda done: shown.show("heatmaps", done, planned))
     current = {task.heatmaps.path(path) for path in paths}
     for split in SPLITS:
         for path in shard_paths(store, "heatmaps", split):
             if path not in current:
                 store.delete(path)
-    return Outcome(
-        Counts(rows_in, rows_out), {"folds": folds}, lambda: store.delete_folder("heatmaps/folds")
-    )
+    return Outcome(Counts(rows_in, rows_out), {"folds": folds}, lambda: store.delete_folder("heatmaps/folds"))
 
 
 def _train_fold(
@@ -71,12 +72,12 @@ def _train_fold(
     say(f"heatmaps: members without fold {fold}")
     train = indices["train"]
     part = {**indices, "train": train.select([fold_of[tile] != fold for tile in train.tile_ids])}
-    folders = {name: f"heatmaps/folds/{fold}/{name}" for name in MEMBERS}
+    folders: dict[str, str] = {name: f"heatmaps/folds/{fold}/{name}" for name in MEMBERS}
     networks = [replace(member_network(context, name, folders[name]), indices=part) for name in MEMBERS]
     train_networks(context, networks, mark)
     for network in networks:
         context.run.store.delete_folder(f"{network.folder}/.state-{mark[:8]}")
-    return dict(folders)
+    return folders
 
 
 def assign_folds(index: TileIndex, folds: int, seed: int) -> dict[str, int]:

@@ -22,7 +22,12 @@ from apacs_ray.settings import Settings
 from apacs_ray.stages.pipeline import Context, Outcome, Stage
 from apacs_ray.storage import Store, open_store
 
-CODECS = ("pillow", "numpy", "pyarrow", "scipy")  # the same shard gives the same bytes with the same versions of these
+CODECS = (
+    "pillow",
+    "numpy",
+    "pyarrow",
+    "scipy",
+)  # the same shard gives the same bytes with the same versions of these
 
 
 def data_store(context: Context) -> Store:
@@ -35,7 +40,11 @@ def data_store(context: Context) -> Store:
 def _smears(context: Context) -> dict[str, object]:
     """What the synthetic smears depend on."""
     settings = context.settings
-    return {"smears": settings.synthetic.model_dump(), "version": synthetic.VERSION, "seed": settings.run.seed}
+    return {
+        "smears": settings.synthetic.model_dump(),
+        "version": synthetic.VERSION,
+        "seed": settings.run.seed,
+    }
 
 
 def _fingerprint(context: Context) -> str:
@@ -79,8 +88,8 @@ def _work(context: Context, mark: str) -> Outcome:
     pairs = _with_given_splits(found.pairs, open_store_file(settings.data.splits))
     _require_parts(store, found, pairs)
     if found.shared_slides:
-        shown = ", ".join(sorted(found.shared_slides)[:3])
-        say(f"ingest: slides in more than one split, so results leak: {shown}")
+        names = ", ".join(sorted(found.shared_slides)[:3])
+        say(f"ingest: slides in more than one split, so results leak: {names}")
     if settings.data.slide_regex is None:
         say("ingest: slides unknown: validation by image")
     context.ray.start()
@@ -111,7 +120,11 @@ def _work(context: Context, mark: str) -> Outcome:
     run.facts |= {
         "val_unit": manifest.val_unit,
         "tiles": {split: _rows(receipts, split) for split in ("train", "val", "test")},
-        "pairs": {"listed": len(pairs) + len(found.rejects), "used": len(sources), "rejected": len(pair_rejects)},
+        "pairs": {
+            "listed": len(pairs) + len(found.rejects),
+            "used": len(sources),
+            "rejected": len(pair_rejects),
+        },
         "ignored_files": len(found.ignored),
         "shards_reused": sum(receipt.reused for receipt in receipts),
     }

@@ -83,7 +83,11 @@ def run_stage(context: Context, stage: Stage) -> None:
     try:
         outcome = stage.work(context, fingerprint)
     except BaseException as error:
-        run.record(stage.name, state="stopped" if isinstance(error, KeyboardInterrupt) else "failed", error=str(error))
+        run.record(
+            stage.name,
+            state="stopped" if isinstance(error, KeyboardInterrupt) else "failed",
+            error=str(error),
+        )
         raise
     seconds = round(time.time() - started, 2)
     marker = Marker(stage.name, fingerprint, run.lease.owner, started, seconds, outcome.counts, outcome.info)

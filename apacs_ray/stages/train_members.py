@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from apacs_ray.models.spec import MEMBERS, ModelSpec
 from apacs_ray.run import Counts, fingerprint
 from apacs_ray.settings import MemberName
 from apacs_ray.stages.pipeline import Context, Outcome, Stage
 from apacs_ray.stages.training import Network, forget_state, train_networks
-from apacs_ray.models.spec import MEMBERS, ModelSpec
 
 
 def _fingerprint(context: Context) -> str:

@@ -40,7 +40,9 @@ def read_indices(store: Store) -> dict[str, TileIndex]:
     indices = {split: read_index(store, split) for split in ("train", "val")}
     for split, index in indices.items():
         if not len(index):
-            raise ApacsError(f"{store.uri}: no {split} tile is left to learn from; look at rejects/ and data.val_fraction")
+            raise ApacsError(
+                f"{store.uri}: no {split} tile is left to learn from; look at rejects/ and data.val_fraction"
+            )
     return indices
 
 

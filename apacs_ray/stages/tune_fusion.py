@@ -87,6 +87,4 @@ def trials_csv(trials: Sequence[TrialResult]) -> str:
     return sink.getvalue()
 
 
-TUNE_FUSION = Stage(
-    "tune_fusion", "tune", _fingerprint, _work, wanted=lambda settings: settings.fusion.from_best
-)
+TUNE_FUSION = Stage("tune_fusion", "tune", _fingerprint, _work, wanted=lambda settings: settings.fusion.from_best)

@@ -1,4 +1,4 @@
-"""From stored tiles to training samples: read, decode, augment. No Ray: Ray Data's tasks and single processes call this.
+"""From stored tiles to training samples: read, decode, augment. No Ray: its tasks and single processes call this.
 
 With heatmaps, the stored member probabilities come first and RGB after them, as the fusion network expects.
 """

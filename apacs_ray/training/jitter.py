@@ -9,9 +9,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 
-def jitter_stain(
-    inputs: Tensor, sizes: Sequence[tuple[int, int]], seeds: Sequence[int], strength: float
-) -> Tensor:
+def jitter_stain(inputs: Tensor, sizes: Sequence[tuple[int, int]], seeds: Sequence[int], strength: float) -> Tensor:
     """Vary each tile's brightness, contrast, saturation (by `strength`) and hue (a tenth of it), by its seed.
 
     inputs (N, C, H, W) float in 0..1 with RGB in the last three channels; returns the same shape and range.

@@ -91,9 +91,7 @@ class Trainer:
                     self._validate_batch(batch, val)
                 batch = next(stream, None)
             if taken != steps:
-                raise ApacsError(
-                    f"epoch {epoch}: {taken} of {steps} steps arrived: training data was lost on its way"
-                )
+                raise ApacsError(f"epoch {epoch}: {taken} of {steps} steps arrived: training data was lost on its way")
             self._end_epoch(epoch, train, val, time.monotonic() - started)
             on_epoch(self.history[-1], TrainState(self.model, self.optimizer, self.history))
         return self.history
@@ -178,15 +176,11 @@ class _Tally:
     """Sums over an epoch, kept on the device: no step waits for the host."""
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(
-            5, dtype=torch.float64, device=device
-        )  # loss, tiles, overlap, predicted, true
+        self._sums = torch.zeros(5, dtype=torch.float64, device=device)  # loss, tiles, overlap, predicted, true
         self._losses: list[Tensor] = []
         self._batches: list[_Seen] = []
 
-    def add(
-        self, batch: Batch, losses: Tensor, counted: Tensor, logits: Tensor, mask: Tensor, valid: Tensor
-    ) -> None:
+    def add(self, batch: Batch, losses: Tensor, counted: Tensor, logits: Tensor, mask: Tensor, valid: Tensor) -> None:
         """Losses (N,) of a batch and its pixels; tiles with `counted` (N,) 0 are repeats and take no part."""
         true = mask * valid * counted[:, None, None, None]
         predicted = (logits >= 0) * valid * counted[:, None, None, None]
@@ -235,9 +229,7 @@ def rate_factor(config: TrainConfig, epoch: int, step: int, steps: int) -> float
         return min(1.0, (done + 1 / steps) / config.warmup_epochs)
     if config.schedule == "constant":
         return 1.0
-    return 0.5 * (
-        1 + math.cos(math.pi * (done - config.warmup_epochs) / (config.epochs - config.warmup_epochs))
-    )
+    return 0.5 * (1 + math.cos(math.pi * (done - config.warmup_epochs) / (config.epochs - config.warmup_epochs)))
 
 
 def resolve_precision(precision: str, device: torch.device) -> bool:

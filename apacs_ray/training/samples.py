@@ -48,9 +48,7 @@ class Batch:
     tile_ids: tuple[str, ...]
 
 
-def augment(
-    inputs: Pixels, mask: Pixels, seed: int, *, crop: int, flips: bool, turns: bool
-) -> tuple[Pixels, Pixels]:
+def augment(inputs: Pixels, mask: Pixels, seed: int, *, crop: int, flips: bool, turns: bool) -> tuple[Pixels, Pixels]:
     """A random crop of side `crop` px (0 or a smaller tile: all of it), flips and turns, from `seed`."""
     rng = np.random.default_rng(seed)
     height, width = mask.shape

@@ -1,0 +1,256 @@
+"""Whole runs: locally, from and to S3, killed at every stage and resumed, and as a submitted job."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from runs import ROOT, SMALL, Done, kill_when, read_json, run, start, write_cells
+
+from apacs_ray.lease import Lease
+from apacs_ray.models.spec import ModelSpec
+from apacs_ray.storage import open_store
+
+COUNTS = ("tp", "fp", "tn", "fn")
+
+
+@pytest.fixture(scope="session")
+def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_cells(tmp_path_factory.mktemp("data") / "my cells")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(cells: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One run without a disturbance; the others must come to the same."""
+    output = tmp_path_factory.mktemp("runs") / "undisturbed"
+    done = run("--data", str(cells), "--output", str(output), *SMALL)
+    assert done.status == 0, done.summary
+    return output
+
+
+def test_what_a_run_leaves(undisturbed: Path) -> None:
+    record = read_json(undisturbed / "run.json")
+    assert {name: stage["state"] for name, stage in record["stages"].items()} == dict.fromkeys(
+        ("ingest", "train_members", "heatmaps", "train_fusion", "evaluate"), "done"
+    )
+    for stage in record["stages"].values():
+        assert stage["rows_in"] == stage["rows_out"] + sum(stage["skipped"].values()) + stage["rejected"]
+    assert record["facts"]["val_unit"] == "image"
+    assert not (undisturbed / "run.lock").exists()
+    tiles = pq.read_table(undisturbed / "tiles")
+    assert tiles.num_rows == 4 * 14  # 80 x 70 px: 64 + 16 by 64 + 6
+    assert len(set(tiles["tile_id"].to_pylist())) == tiles.num_rows
+    assert set(tiles["split"].to_pylist()) == {"train", "val", "test"}
+    metrics = read_json(undisturbed / "evaluation/metrics.json")
+    assert list(metrics) == ["fcn32", "fcn16", "fcn8", "majority", "mean", "fusion", "otsu"]
+    for row in metrics.values():
+        assert sum(row[count] for count in COUNTS) == 4 * 80 * 70
+    for name in ("fcn32", "fcn16", "fcn8"):
+        spec = ModelSpec.from_json((undisturbed / f"members/{name}/model.json").read_bytes())
+        assert (spec.name, spec.training_data) == (name, record["stages"]["ingest"]["fingerprint"])
+        assert (undisturbed / f"members/{name}/history.csv").read_text().count("\n") == 4
+    page = (undisturbed / "evaluation/report.html").read_text()
+    assert "fïeld" in page or "f%C3%AFeld" in page
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    )
+    assert not [path for path in undisturbed.rglob("*") if path.name.startswith((".state-", ".done-"))]
+
+
+def test_the_same_command_again_does_nothing(undisturbed: Path, cells: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*.parquet")}
+    done = run("--data", str(cells), "--output", str(undisturbed), *SMALL)
+    assert done.status == 0, done.summary
+    assert done.text.count("unchanged, not done again") == 5
+    assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*.parquet")} == before
+
+
+def test_a_held_run_is_refused(undisturbed: Path, cells: Path) -> None:
+    held = Lease.acquire(open_store(str(undisturbed)))
+    done = run("--data", str(cells), "--output", str(undisturbed), *SMALL)
+    held.release()
+    assert done.status == 1
+    assert f"held by process {os.getpid()}" in done.text
+
+
+def test_a_stage_script_says_what_must_come_first(cells: Path, tmp_path: Path) -> None:
+    done = run("--data", str(cells), "--output", str(tmp_path / "run"), *SMALL, script="evaluate.py")
+    assert done.status == 1
+    assert "stage ingest is not done" in done.text
+    assert "pipelines/ingest.py" in done.text
+
+
+def test_changed_fusion_settings_redo_fusion_and_evaluation_only(
+    undisturbed: Path, cells: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "changed"
+    shutil.copytree(undisturbed, output)
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text("trials: 2\nepochs: 1\nspace: {learning_rate: {loguniform: [0.001, 0.002]}}\n")
+    # with the sweep, so that Ray Tune runs as well, and with the published head beside the refined one
+    options = [*SMALL, "--fusion.from_best", "true", "--tune.config", str(sweep), "--fusion.compare", "true"]
+    done = run("--data", str(cells), "--output", str(output), *options)
+    assert done.status == 0, done.summary
+    for stage in ("ingest", "train_members", "heatmaps"):
+        assert f"{stage}: unchanged" in done.text
+    best = yaml.safe_load((output / "tune/best.yaml").read_text())["fusion"]
+    assert 0.001 <= best["learning_rate"] <= 0.002
+    assert (output / "tune/trials.csv").read_text().count("\n") == 3
+    metrics = read_json(output / "evaluation/metrics.json")
+    assert "fusion_published" in metrics
+    assert metrics["fcn8"] == read_json(undisturbed / "evaluation/metrics.json")["fcn8"]
+
+
+def test_from_and_to_s3_the_numbers_are_the_same(undisturbed: Path, cells: Path, s3: str, tmp_path: Path) -> None:
+    data = open_store(f"{s3}/some data")
+    for path in cells.rglob("*.*"):
+        data.write(path.relative_to(cells).as_posix(), path.read_bytes())
+    before = set(tmp_path.iterdir())
+    done = run("--data", f"{s3}/some data", "--output", f"{s3}/the run", *SMALL)
+    assert done.status == 0, done.summary
+    output = open_store(f"{s3}/the run")
+    assert json.loads(output.read("evaluation/metrics.json")) == read_json(undisturbed / "evaluation/metrics.json")
+    assert set(tmp_path.iterdir()) == before
+    everything = b"".join(output.read(entry.path) for entry in output.list() if entry.path.endswith((".json", ".html")))
+    assert b"secret-of-the-test" not in everything
+    assert "secret-of-the-test" not in done.text
+
+
+def test_killed_in_every_stage_and_resumed_the_numbers_are_the_same(
+    undisturbed: Path, cells: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "killed"
+
+    def there(pattern: str) -> bool:
+        return any(output.glob(pattern))
+
+    moments = (
+        "tiles/split=*/*.parquet",
+        "members/fcn8/.state-*/attempt-1/epoch_00000/state.json",
+        "heatmaps/split=*/*.parquet",
+        "fusion/.state-*/attempt-1/epoch_00000/state.json",
+        "evaluation/per_tile.parquet",
+    )
+    for pattern in moments:
+        died = kill_when(start("--data", str(cells), "--output", str(output), *SMALL), lambda p=pattern: there(p))
+        assert died.status == -signal.SIGKILL
+    done = run("--data", str(cells), "--output", str(output), *SMALL)
+    assert done.status == 0, done.summary
+    assert read_json(output / "evaluation/metrics.json") == read_json(undisturbed / "evaluation/metrics.json")
+    for path in undisturbed.glob("tiles/split=*/*.parquet"):
+        assert (output / path.relative_to(undisturbed)).read_bytes() == path.read_bytes()
+    for name in ("members/fcn8", "members/fcn32", "fusion"):
+        epochs = [line.split(",")[0] for line in (output / name / "history.csv").read_text().splitlines()[1:]]
+        assert epochs == [str(number) for number in range(len(epochs))]
+        assert (output / name / "model.safetensors").read_bytes() == (
+            undisturbed / name / "model.safetensors"
+        ).read_bytes()
+
+
+def test_ctrl_c_ends_a_run_cleanly(cells: Path, tmp_path: Path) -> None:
+    output = tmp_path / "stopped"
+    process = start("--data", str(cells), "--output", str(output), *SMALL)
+    done = kill_when(process, lambda: any(output.glob("members/*/.state-*/attempt-1")), signal.SIGINT)
+    assert done.status == 130, done.summary
+    assert "goes on from here" in done.text
+    assert "Traceback" not in done.text
+    assert not (output / "run.lock").exists()
+
+
+def test_bad_input_is_rejected_and_the_limit_is_kept(cells: Path, tmp_path: Path) -> None:
+    data = tmp_path / "bad cells"
+    shutil.copytree(cells, data)
+    (data / "Cells_Train_Input/alone.jpg").write_bytes((data / "Cells_Train_Input/fïeld 00.jpg").read_bytes())
+    cut = data / "Cells_Train_Input/fïeld 01.jpg"
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    options = ["--data", str(data), "--output", str(tmp_path / "run"), *SMALL]
+    done = run(*options, script="ingest.py")
+    assert done.status == 0, done.summary
+    (rejects,) = (tmp_path / "run/rejects").glob("*.parquet")
+    found = pq.read_table(rejects).to_pylist()
+    assert sorted(row["code"] for row in found) == ["missing_mask", *["truncated"] * 4]
+    record = read_json(tmp_path / "run/run.json")["stages"]["ingest"]
+    assert (record["rows_in"], record["rows_out"], record["rejected"]) == (56, 52, 4)
+    strict = run(*options, "--data.max_rejects", "0", "--tiles.quality", "90", script="ingest.py")
+    assert strict.status == 1
+    assert "data.max_rejects (0) allows 0" in strict.text
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A Ray head of this test's own: ports, folder, token. Yields the environment that submits to it."""
+    ports = []
+    for _ in range(3):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            ports.append(probe.getsockname()[1])
+    token = tmp_path / "token"
+    token.write_text("a-token-of-this-test-and-no-other-one")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    env = {
+        **clean,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    folder = f"/tmp/r{os.getpid()}"  # short: paths of sockets are limited
+    command = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "start",
+        "--head",
+        "--block",
+        f"--port={ports[0]}",
+    ]
+    command += [f"--dashboard-port={ports[1]}", "--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1"]
+    command += [
+        f"--temp-dir={folder}",
+        "--num-cpus=2",
+        f"--dashboard-agent-listen-port={ports[2]}",
+        "--include-dashboard=true",
+    ]
+    process = subprocess.Popen(
+        command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    yield {**env, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}"}
+    os.killpg(process.pid, signal.SIGTERM)
+    process.wait(timeout=60)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def submit(env: dict[str, str], *argv: str) -> Done:
+    command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--working-dir", ".", "--"]
+    done = subprocess.run(
+        [*command, sys.executable, "pipelines/full.py", *argv],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    return Done(done.returncode, done.stdout + done.stderr)
+
+
+def test_as_a_submitted_job(head: dict[str, str], undisturbed: Path, cells: Path, tmp_path: Path) -> None:
+    ready = [sys.executable, "-m", "ray.scripts.scripts", "job", "list"]
+    for _ in range(60):
+        if subprocess.run(ready, env=head, capture_output=True).returncode == 0:
+            break
+    output = tmp_path / "job"
+    done = submit(head, "--data", str(cells), "--output", str(output), *SMALL)
+    assert done.status == 0, done.summary
+    assert read_json(output / "evaluation/metrics.json") == read_json(undisturbed / "evaluation/metrics.json")
+    failed = submit(head, "--data", str(tmp_path / "nowhere"), "--output", str(tmp_path / "no"), *SMALL)
+    assert failed.status != 0
+    assert "nowhere" in failed.text
