@@ -34,7 +34,9 @@ def context(**changes: object) -> ReportContext:
         "histories": {"fcn8": history, "fusion": history},
         "trials": "trial_id,val_dice,epochs,seconds,error,learning_rate\na,0.5,2,1.0,,0.001\nb,0.6,2,1.0,,0.01\n",
         "best": {"learning_rate": 0.01},
-        "stages": {"ingest": {"state": "done", "seconds": 3.0, "rows_in": 4, "rows_out": 4, "skipped": {}, "rejected": 0}},
+        "stages": {
+            "ingest": {"state": "done", "seconds": 3.0, "rows_in": 4, "rows_out": 4, "skipped": {}, "rejected": 0}
+        },
         "facts": {"val_unit": "image", "pairs": {"listed": 5, "used": 4, "rejected": 1}},
         "rejects": [{"uri": HOSTILE, "slide_id": None, "x": None, "y": None, "code": "truncated", "reason": HOSTILE}],
         "pictures": [TilePicture(kind, 1, HOSTILE, "s", "c", png) for kind in ("best", "median", "worst", "disagree")],
@@ -53,7 +55,7 @@ def test_every_part_is_there_and_names_are_escaped() -> None:
     for text in ("72.04%", "truncated", "fusion is better", "Annotations to look at again", "0.9000", "learning_rate"):
         assert text in page
     assert 'src="http' not in page
-    assert "href=\"http" not in page.replace('href="http://www.w3.org', "")
+    assert 'href="http' not in page.replace('href="http://www.w3.org', "")
 
 
 def test_without_a_sweep_there_is_no_sweep_section() -> None:

@@ -1,19 +1,20 @@
 """Training samples through Ray Data: the refs of a rank, in order, become blocks; tasks read, decode and augment them.
 
-One dataset runs over many epochs (and their validation tiles), so that its start is paid once and decoding goes on
-across epoch ends. The order is ours; Ray Data only keeps it.
+Datasets run on across epoch ends and validation tiles, so that training never waits for one to start. The order is
+ours; Ray Data only keeps it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from apacs_ray.adapters.session import data_context
+from apacs_ray.adapters.session import configure_data
 from apacs_ray.data.shards import Place, TileIndex
 from apacs_ray.plan import NetworkPlan
 from apacs_ray.run import require_source
@@ -22,35 +23,50 @@ from apacs_ray.training.order import SampleRef
 from apacs_ray.training.samples import Sample
 
 BLOCK_BYTES = 32 * 2**20  # of decoded pixels a task returns
-DATASET_ROWS = 50_000  # refs handed to one dataset
+DATASET_BYTES = 256 * 2**20  # of decoded pixels a dataset holds in the object store; two of them a rank
 
 
 def ray_samples(
     feed: Feed, indices: Mapping[str, TileIndex], refs: Iterator[SampleRef], plan: NetworkPlan, source: str
 ) -> Iterator[Sample]:
-    """Samples for `refs`, in order, decoded by Ray Data's tasks with the CPUs that `plan` leaves them."""
+    """Samples for `refs`, in order, decoded by Ray Data's tasks with the CPUs that `plan` leaves them.
+
+    The next dataset is computed while this one is consumed. Each is small enough to be computed to its end: a
+    streaming dataset whose consumer is slower than its tasks spins in the consumer's process and takes half of it.
+    """
     import ray
 
     channels = 3 + (len(feed.heatmaps.members) if feed.heatmaps else 0)
     side = feed.augmentation.crop
-    pixels = max(min(indices["train"].largest, side * side or indices["train"].largest), indices["val"].largest)
+    largest = {split: index.largest for split, index in indices.items()}
+    pixels = max(min(largest["train"], side * side or largest["train"]), largest["val"])
     rows = max(1, min(32, BLOCK_BYTES // (pixels * (channels + 1))))
+    rows_ahead = max(rows, DATASET_BYTES // (pixels * (channels + 1)))
 
     def load(block: pa.Table) -> pa.Table:
         require_source(source)
         return _pack(feed.load([_unref(row) for row in block.to_pylist()]))
 
-    with data_context():
-        while blocks := _blocks(indices, islice(refs, DATASET_ROWS), rows):
-            dataset = ray.data.from_arrow(blocks).map_batches(
-                load,
-                batch_size=None,
-                batch_format="pyarrow",
-                num_cpus=plan.data_cpus,
-                compute=ray.data.TaskPoolStrategy(size=plan.data_tasks),
-            )
-            for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-                yield from _unpack(batch)
+    def compute() -> list[Any]:
+        blocks = _blocks(indices, islice(refs, rows_ahead), rows)
+        if not blocks:
+            return []
+        dataset = ray.data.from_arrow(blocks).map_batches(
+            load,
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=plan.data_cpus,
+            compute=ray.data.TaskPoolStrategy(size=plan.data_tasks),
+        )
+        return list(dataset.materialize().to_arrow_refs())
+
+    configure_data()
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(compute)
+        while computed := ahead.result():
+            ahead = pool.submit(compute)
+            for block in computed:
+                yield from _unpack(ray.get(block))
 
 
 def _blocks(indices: Mapping[str, TileIndex], refs: Iterator[SampleRef], rows: int) -> list[pa.Table]:

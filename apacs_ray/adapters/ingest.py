@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from apacs_ray.adapters.session import data_context
+from apacs_ray.adapters.session import configure_data
 from apacs_ray.data.folder import Entry, Pair, Reject
 from apacs_ray.data.ingest import ShardTask, Source, probe_pair, write_shard
 from apacs_ray.data.shards import Receipt
@@ -32,9 +32,9 @@ def render_smears(store: Store, specs: Sequence[SlideSpec]) -> None:
             write_slide(store, specs[index])
         return batch
 
-    with data_context():
-        indices = [pa.table({"index": [index]}) for index in range(len(specs))]
-        ray.data.from_arrow(indices).map_batches(render, batch_size=None, num_cpus=1).materialize()
+    configure_data()
+    indices = [pa.table({"index": [index]}) for index in range(len(specs))]
+    ray.data.from_arrow(indices).map_batches(render, batch_size=None, num_cpus=1).materialize()
 
 
 def probe_pairs(
@@ -63,14 +63,14 @@ def probe_pairs(
     blocks = [pa.Table.from_pylist(rows[i : i + PROBES_A_TASK]) for i in range(0, len(rows), PROBES_A_TASK)]
     sources: list[Source] = []
     rejects: list[Reject] = []
-    with data_context():
-        probed = ray.data.from_arrow(blocks).map_batches(probe, batch_size=None, batch_format="pyarrow", num_cpus=0.5)
-        for row in probed.iter_rows():
-            if row["reject"] is None:
-                sources.append(Source(pairs[row["index"]], row["width"], row["height"]))
-            else:
-                rejects.append(Reject(**row["reject"]))
-            on_done(len(sources) + len(rejects))
+    configure_data()
+    probed = ray.data.from_arrow(blocks).map_batches(probe, batch_size=None, batch_format="pyarrow", num_cpus=0.5)
+    for row in probed.iter_rows():
+        if row["reject"] is None:
+            sources.append(Source(pairs[row["index"]], row["width"], row["height"]))
+        else:
+            rejects.append(Reject(**row["reject"]))
+        on_done(len(sources) + len(rejects))
     return sources, rejects
 
 
@@ -85,13 +85,11 @@ def write_shards(task: ShardTask, shards: Sequence[pa.Table], on_done: Callable[
         return _receipt_table(write_shard(task, plan))
 
     receipts: list[Receipt] = []
-    with data_context():
-        written = ray.data.from_arrow(list(shards)).map_batches(
-            write, batch_size=None, batch_format="pyarrow", num_cpus=1
-        )
-        for row in written.iter_rows():
-            receipts.append(_receipt(row))
-            on_done(sum(receipt.rows_in for receipt in receipts))
+    configure_data()
+    written = ray.data.from_arrow(list(shards)).map_batches(write, batch_size=None, batch_format="pyarrow", num_cpus=1)
+    for row in written.iter_rows():
+        receipts.append(_receipt(row))
+        on_done(sum(receipt.rows_in for receipt in receipts))
     return receipts
 
 

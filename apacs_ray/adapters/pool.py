@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from apacs_ray.adapters.session import data_context
+from apacs_ray.adapters.session import configure_data
 from apacs_ray.plan import Cluster
 from apacs_ray.run import require_source, source_hash
 
@@ -49,14 +49,14 @@ def map_shards(
         def __call__(self, block: pa.Table) -> pa.Table:
             return pa.concat_tables([self._work(path) for path in block["path"].to_pylist()])
 
-    with data_context():
-        blocks = [pa.table({"path": [path]}) for path in paths]
-        dataset = ray.data.from_arrow(blocks).map_batches(
-            Worker,
-            batch_size=None,
-            batch_format="pyarrow",
-            num_cpus=plan.cpus,
-            num_gpus=plan.gpus or None,
-            compute=ray.data.ActorPoolStrategy(size=plan.actors),
-        )
-        yield from dataset.iter_rows()
+    configure_data()
+    blocks = [pa.table({"path": [path]}) for path in paths]
+    dataset = ray.data.from_arrow(blocks).map_batches(
+        Worker,
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=plan.cpus,
+        num_gpus=plan.gpus or None,
+        compute=ray.data.ActorPoolStrategy(size=plan.actors),
+    )
+    yield from dataset.iter_rows()

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from apacs_ray.errors import ApacsError
 from apacs_ray.plan import Cluster
@@ -92,9 +90,8 @@ def _quiet() -> None:
             os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([path] if path else [])])
 
 
-@contextmanager
-def data_context() -> Iterator[None]:
-    """Ray Data set up for this process: in order, quiet, nothing dropped. Before any dataset is built."""
+def configure_data() -> None:
+    """Set Ray Data up for this process: in order, quiet, nothing dropped. Before any dataset is built."""
     from ray.data import DataContext
 
     context = DataContext.get_current()
@@ -103,4 +100,3 @@ def data_context() -> Iterator[None]:
     context.print_on_execution_start = False
     context.max_errored_blocks = 0
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    yield
