@@ -157,7 +157,7 @@ class LocalStore(Store):
     def create(self, path: str, content: bytes) -> str:
         target = Path(self.root, path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        # a linked name appears complete and only once, even if this process dies in between (O_EXCL could leave it empty)
+        # a linked name appears complete and only once when this process dies between (O_EXCL may leave it empty)
         beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
         beside.write_bytes(content)
         try:
