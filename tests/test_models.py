@@ -53,7 +53,7 @@ def tiny() -> dict[str, torch.nn.Module]:
 
 
 @settings(max_examples=12, deadline=None)
-@given(height=st.integers(32, 170), width=st.integers(32, 170))
+@given(height=st.integers(5, 170), width=st.integers(5, 170))
 def test_every_size_comes_back(tiny: dict[str, torch.nn.Module], height: int, width: int) -> None:
     channels = {"published": 6, "refined": 5}
     for name, network in tiny.items():
@@ -72,8 +72,7 @@ def test_padding_is_added_only_where_the_published_geometry_falls_short(produced
         side = sufficient(size, produced)
         assert produced(side) >= size
         assert side == size or produced(side - 1) < size
-    with pytest.raises(ValueError, match="31 px"):
-        sufficient(31, produced)
+    assert sufficient(6, produced) == sufficient(32, produced)
 
 
 def test_sizes_at_which_the_released_fcn32_falls_short() -> None:

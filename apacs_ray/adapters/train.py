@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from apacs_ray.training.loop import Trainer
 
 PROGRESS = "progress.json"
+ERROR = "error.txt"
 POLL = 1.0  # s between looks at the progress of runs
 
 
@@ -96,8 +97,11 @@ def _fit(task: NetworkTask, errors: dict[str, BaseException]) -> None:
             **local,
         ),
     )
+    store.delete(ERROR)
     try:
         trainer.fit()
+        if store.version(ERROR) is not None:
+            errors[task.name] = ApacsError(store.read(ERROR).decode())
     except BaseException as error:  # carried to the main thread, which raises it  # noqa: BLE001
         errors[task.name] = error
 
@@ -167,7 +171,10 @@ def _train_loop(config: dict[str, Any]) -> None:
         task.store.write(f"{task.state}/{PROGRESS}", json.dumps(progress).encode())
 
     steps = -(-len(train_index) // task.config.batch_size)
-    trainer.run(ray_samples(task.feed, task.indices, refs, task.plan, task.source), steps, on_epoch)
+    try:
+        trainer.run(ray_samples(task.feed, task.indices, refs, task.plan, task.source), steps, on_epoch)
+    except ApacsError as error:  # trying again would end the same way, so it is told and not retried
+        task.store.write(f"{task.state}/{ERROR}", str(error).encode())
 
 
 def _resume(trainer: Trainer, task: NetworkTask) -> None:

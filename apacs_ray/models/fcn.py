@@ -1,6 +1,6 @@
 """The three members: FCN-32 on an AlexNet trunk, FCN-16 and FCN-8 on a VGG-16 trunk, as APACS23 published them.
 
-Every network maps RGB (N, 3, H, W) in 0..1 to logits (N, 1, H, W) for every H, W >= 32. Where the published geometry
+Every network maps RGB (N, 3, H, W) in 0..1 to logits (N, 1, H, W) for every H and W. Where the published geometry
 yields fewer pixels than the input has, the input is zero-padded on the right and bottom to the next size that suffices.
 Scores and upsampling run in float32 outside autocast: better numerically, and on CPUs bfloat16 is slow or unsafe there.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from apacs_ray.settings import MemberName
 
-SMALLEST = 32  # px
+SMALLEST = 32  # px: what is smaller, such as a sliver at a slide's edge, is padded
 BRIGHTNESS, CONTRAST = 0.75, 0.2  # mean and standard deviation of RGB in a stained smear, about
 MARGIN = 100  # px of zeros around the input: the first convolution's padding
 
@@ -63,10 +63,8 @@ def crop(x: Tensor, offset: int, height: int, width: int) -> Tensor:
 
 
 def sufficient(size: int, produced: Callable[[int], int]) -> int:
-    """The smallest side >= `size` for which the network yields at least `size` pixels. Raises ValueError below 32."""
-    if size < SMALLEST:
-        raise ValueError(f"{size} px: the networks need at least {SMALLEST} px a side")
-    side = size
+    """The smallest side >= `size` for which the network yields at least `size` pixels."""
+    side = max(size, SMALLEST)
     while produced(side) < size:
         side += 1
     return side
