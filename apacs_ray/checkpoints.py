@@ -8,13 +8,13 @@ it is loaded.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from apacs_ray.storage import Store
+from apacs_ray.training.record import EpochRecord, score
 
 STATE = "state.json"
 
@@ -31,10 +31,9 @@ class Checkpoint:
         return int(self.state["epoch"])
 
     @property
-    def val_dice(self) -> float:
-        """Of this epoch, the history's last record; -1 where no pixel was true or predicted."""
-        dice = float(self.state["history"][-1]["val_dice"])
-        return -1.0 if math.isnan(dice) else dice
+    def record(self) -> EpochRecord:
+        """This epoch, the last of the history."""
+        return EpochRecord(**self.state["history"][-1])
 
 
 def complete_checkpoints(store: Store, folder: str) -> list[Checkpoint]:
@@ -51,7 +50,7 @@ def complete_checkpoints(store: Store, folder: str) -> list[Checkpoint]:
 
 def best_checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint:
     """The highest validation Dice; the earlier epoch of equals."""
-    return max(checkpoints, key=lambda checkpoint: (checkpoint.val_dice, -checkpoint.epoch))
+    return max(checkpoints, key=lambda checkpoint: score(checkpoint.record))
 
 
 def fetch(store: Store, checkpoint: Checkpoint, into: Path) -> None:

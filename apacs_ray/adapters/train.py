@@ -92,7 +92,7 @@ def _fit(task: NetworkTask, errors: dict[str, BaseException]) -> None:
             storage_path=store.full_path(),
             failure_config=ray.train.FailureConfig(max_failures=task.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=1, checkpoint_score_attribute="val_dice", checkpoint_score_order="max"
+                num_to_keep=1, checkpoint_score_attribute="score", checkpoint_score_order="max"
             ),
             **local,
         ),
@@ -126,7 +126,7 @@ def _train_loop(config: dict[str, Any]) -> None:
     from apacs_ray.models.weights import build
     from apacs_ray.training.loop import Trainer
     from apacs_ray.training.order import schedule
-    from apacs_ray.training.record import EpochRecord
+    from apacs_ray.training.record import EpochRecord, score
     from apacs_ray.training.state import TrainState, save_state
 
     task: NetworkTask = config["task"]
@@ -159,7 +159,7 @@ def _train_loop(config: dict[str, Any]) -> None:
     )
 
     def on_epoch(record: EpochRecord, state: TrainState) -> None:
-        metrics = {"epoch": record.epoch, "val_dice": record.val_dice}
+        metrics = {"epoch": record.epoch, "val_dice": record.val_dice, "score": score(record)}
         if rank > 0:
             ray.train.report(metrics)
             return

@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from apacs_ray.training.record import EpochRecord
+from apacs_ray.training.record import EpochRecord, score
 
 TRAIN, VAL, ACCENT, GREY = "#9aa5b1", "#0b7285", "#d9480f", "#868e96"
 
@@ -26,7 +26,7 @@ def training_curves(histories: Mapping[str, Sequence[EpochRecord]]) -> str:
         epochs = [record.epoch + 1 for record in history]
         axis.plot(epochs, [record.train_dice for record in history], color=TRAIN, label="train (crops)")
         axis.plot(epochs, [record.val_dice for record in history], color=VAL, label="val")
-        best = max(history, key=lambda record: (record.val_dice, -record.epoch))
+        best = max(history, key=score)
         axis.plot(best.epoch + 1, best.val_dice, "o", color=ACCENT, markersize=5, label="kept")
         axis.set_title(f"{name}: {best.val_dice:.3f}", fontsize=10, loc="left")
         axis.set_xlabel("epoch")

@@ -116,7 +116,7 @@ def _keep_best(store: Store, network: Network, spec: ModelSpec, mark: str) -> No
         raise ApacsError(f"{network.name}: training ended without a checkpoint")
     best = best_checkpoint(checkpoints)
     history = tuple(EpochRecord(**record) for record in checkpoints[-1].state["history"])
-    metrics = {"epoch": best.epoch, "epochs": len(history), "val_dice": best.val_dice}
+    metrics = {"epoch": best.epoch, "epochs": len(history), "val_dice": best.record.val_dice}
     weights = store.read(f"{best.path}/model.safetensors")
     store.write(f"{network.folder}/model.safetensors", weights)
     store.write(f"{network.folder}/model.json", replace(spec, metrics=metrics).to_json())

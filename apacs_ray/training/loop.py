@@ -18,7 +18,7 @@ from apacs_ray.errors import ApacsError
 from apacs_ray.training.config import TrainConfig
 from apacs_ray.training.jitter import jitter_stain
 from apacs_ray.training.loss import tile_losses
-from apacs_ray.training.record import EpochRecord
+from apacs_ray.training.record import EpochRecord, score
 from apacs_ray.training.samples import Batch, Sample, batches
 from apacs_ray.training.state import TrainState, bare_model, load_state
 
@@ -208,12 +208,7 @@ def epochs_since_best(history: tuple[EpochRecord, ...]) -> int:
     """Epochs after the one with the highest validation Dice (the earlier of equals)."""
     if not history:
         return 0
-    best = max(history, key=lambda record: (_comparable(record.val_dice), -record.epoch))
-    return history[-1].epoch - best.epoch
-
-
-def _comparable(dice: float) -> float:
-    return -1.0 if math.isnan(dice) else dice
+    return history[-1].epoch - max(history, key=score).epoch
 
 
 def _dropout_seed(seed: int, batch: Batch, rank: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 
 
@@ -16,6 +17,14 @@ class EpochRecord:
     val_dice: float
     learning_rate: float
     seconds: float
+
+
+def score(record: EpochRecord) -> float:
+    """What decides which epoch's weights are kept: validation Dice, and of equals the earlier epoch.
+
+    A Dice that is not defined (nothing true, nothing predicted) counts as the worst.
+    """
+    return (-1.0 if math.isnan(record.val_dice) else record.val_dice) - 1e-9 * record.epoch
 
 
 def history_csv(history: tuple[EpochRecord, ...]) -> str:
