@@ -52,7 +52,7 @@ def test_every_part_is_there_and_names_are_escaped() -> None:
     assert "&lt;script&gt;" in page
     assert page.count("data:image/png;base64,") == 4
     assert page.count("<svg") == 4
-    for text in ("72.04%", "truncated", "fusion is better", "Annotations to look at again", "0.9000", "learning_rate"):
+    for text in ("68.77%", "truncated", "fusion is better", "Annotations to look at again", "0.9000", "learning_rate"):
         assert text in page
     assert 'src="http' not in page
     assert 'href="http' not in page.replace('href="http://www.w3.org', "")
