@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from apacs_ray.errors import ApacsError
 from apacs_ray.models.ensemble import Ensemble
-from apacs_ray.models.fcn import FCN8, FCN16, AlexTrunk, Upsample, build_member, sufficient
+from apacs_ray.models.fcn import FCN8, FCN16, SMALLEST, AlexTrunk, Upsample, build_member, sufficient
 from apacs_ray.models.fusion import RefinedFusion, build_fusion, mean_logit
 from apacs_ray.models.spec import MEMBERS, ModelSpec
 from apacs_ray.models.weights import build, from_published, load_model, weights_bytes
@@ -72,7 +72,7 @@ def test_padding_is_added_only_where_the_published_geometry_falls_short(produced
         side = sufficient(size, produced)
         assert produced(side) >= size
         assert side == size or produced(side - 1) < size
-    assert sufficient(6, produced) == sufficient(32, produced)
+    assert sufficient(6, produced) == SMALLEST
 
 
 def test_sizes_at_which_the_released_fcn32_falls_short() -> None:
@@ -104,26 +104,30 @@ def test_the_refined_skips_lie_where_the_input_is(scale: int) -> None:
     """A feature placed at index i must come out centred on the input pixel in the middle of its receptive field."""
     stride, offset = RefinedFusion.SKIPS[scale]
     start = (-95, -91, -83, 13)[scale]
-    features = torch.zeros(1, 1, 24, 24)
-    index = 12 if stride < 32 else 3
+    features = torch.zeros(1, 1, 40, 40)
+    index = 30 if stride < 32 else 3  # deep enough in the map to lie inside the input
     features[0, 0, index, index] = 1
     output = Upsample(1, 2 * stride - 1, stride)(features)[0, 0, offset:, offset:]
     peak = divmod(int(output.argmax()), output.shape[1])
     assert peak == (stride * index + start,) * 2
 
 
-def test_the_deepest_feature_sees_the_pixels_it_is_drawn_over() -> None:
-    """The gradient of one fc7 feature is centred on 32 i + 13, as the refined head assumes."""
+@pytest.mark.parametrize(("depth", "stride", "start"), [(0, 4, -95), (1, 8, -91), (2, 16, -83), (3, 32, 13)])
+def test_features_see_the_pixels_they_are_drawn_over(depth: int, stride: int, start: int) -> None:
+    """The gradient of feature i is centred on stride * i + start, as the refined head assumes."""
     trunk = AlexTrunk(3, TINY, 0.0).eval()
     for parameter in trunk.parameters():
         torch.nn.init.constant_(parameter, 0.01)
-    inputs = torch.ones(1, 3, 640, 640, requires_grad=True)
-    deep = trunk(inputs)[-1]
-    index = deep.shape[2] // 2
-    deep[0, 0, index, index].backward()
-    rows = inputs.grad.abs().sum(dim=(0, 1, 3))
-    centre = float((rows * torch.arange(640)).sum() / rows.sum())
-    assert abs(centre - (32 * index + 13)) < 3
+    ramp = torch.arange(1.0, 641).reshape(1, 1, -1, 1).expand(1, 3, 640, 640)
+    centres = []
+    for field in (ramp, ramp.flip(2)):  # max pooling follows the ramp: half a window down once, half a window up once
+        inputs = field.clone().requires_grad_()
+        feature = trunk(inputs)[depth]
+        index = feature.shape[2] // 2
+        feature[0, 0, index, index].backward()
+        rows = inputs.grad.abs().sum(dim=(0, 1, 3)).double()
+        centres.append(float((rows * torch.arange(640)).sum() / rows.sum()))
+    assert sum(centres) / 2 == pytest.approx(stride * index + start, abs=0.1)
 
 
 @pytest.mark.parametrize("init", ["random", "zero", "mean"])
@@ -170,5 +174,5 @@ def test_bfloat16_training_on_the_cpu_is_sound() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
