@@ -6,7 +6,6 @@ on is decided by our own checkpoints (complete by size and hash), so a snapshot 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import tempfile
 import threading
@@ -65,10 +64,19 @@ def train(tasks: Sequence[NetworkTask], plan: TrainingPlan, on_progress: Callabl
         while any(thread.is_alive() for thread in threads):
             time.sleep(POLL)  # the main thread stays here: only it hears Ctrl-C
             for task in group:
-                with contextlib.suppress(FileNotFoundError):
-                    on_progress(task.name, json.loads(task.store.read(f"{task.state}/{PROGRESS}")))
+                if (now := read_progress(task.store, task.state)) is not None:
+                    on_progress(task.name, now)
         for name, error in errors.items():
             raise ApacsError(f"{name}: training stopped: {_cause(error)}") from error
+
+
+def read_progress(store: Store, state: str) -> dict[str, Any] | None:
+    """What rank 0 said after its last epoch: epoch, epochs, val_dice, device. None before the first."""
+    try:
+        now: dict[str, Any] = json.loads(store.read(f"{state}/{PROGRESS}"))
+    except FileNotFoundError:
+        return None
+    return now
 
 
 def _fit(task: NetworkTask, errors: dict[str, BaseException]) -> None:
@@ -124,7 +132,7 @@ def _train_loop(config: dict[str, Any]) -> None:
     import torch.distributed as dist
 
     from apacs_ray.models.weights import build
-    from apacs_ray.training.loop import Trainer
+    from apacs_ray.training.loop import Trainer, describe_device
     from apacs_ray.training.order import schedule
     from apacs_ray.training.record import EpochRecord, score
     from apacs_ray.training.state import TrainState, save_state
@@ -167,7 +175,7 @@ def _train_loop(config: dict[str, Any]) -> None:
             save_state(Path(folder), state)
             checkpoint = ray.train.Checkpoint.from_directory(folder)
             ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=f"epoch_{record.epoch:05d}")
-        progress = {**metrics, "epochs": task.config.epochs}
+        progress = {**metrics, "epochs": task.config.epochs, "device": describe_device(device)}
         task.store.write(f"{task.state}/{PROGRESS}", json.dumps(progress).encode())
 
     steps = -(-len(train_index) // task.config.batch_size)

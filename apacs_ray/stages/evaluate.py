@@ -110,6 +110,7 @@ def _report(
     histories = {
         key: read_history(store.read(f"{folder}/history.csv").decode()) for key, folder in task.folders.items()
     }
+    devices = sorted({name for name in run.facts.get("device", {}).values() if name})
     trials = store.read("tune/trials.csv").decode() if store.version("tune/trials.csv") else ""
     return ReportContext(
         title=run.data or "synthetic smears",
@@ -124,7 +125,7 @@ def _report(
         rejects=_rejects(store),
         pictures=pictures,
         settings=context.settings.model_dump(mode="json"),
-        environment={**environment(), "git": git_commit(), "device": run.facts.get("device", "CPU")},
+        environment={**environment(), "git": git_commit(), "device": "; ".join(devices)},
     )
 
 

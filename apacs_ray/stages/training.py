@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from apacs_ray.adapters.train import NetworkTask, train
+from apacs_ray.adapters.train import NetworkTask, read_progress, train
 from apacs_ray.checkpoints import best_checkpoint, complete_checkpoints
 from apacs_ray.console import bars, say
 from apacs_ray.data.shards import TileIndex, read_index
@@ -92,6 +92,8 @@ def train_networks(context: Context, networks: Sequence[Network], mark: str) -> 
             )
         for network, task in zip(waiting, tasks, strict=True):
             _keep_best(run.store, network, task.spec, mark)
+            progress = read_progress(run.store, task.state) or {}
+            run.facts["device"] = {**run.facts.get("device", {}), network.name: progress.get("device")}
     return {network.name: _facts(run.store, network) for network in networks}
 
 
