@@ -37,6 +37,9 @@ PACKAGES = (
     "scipy",
     "pillow",
     "pyvips",
+    "openslide-bin",
+    "tifffile",
+    "shapely",
     "safetensors",
     "boto3",
 )

@@ -26,6 +26,17 @@ class DataSettings(Section):
 
     masks: str | None = Field(None, description="URI of the masks, when they do not lie beside the slides")
     mpp: float | None = Field(None, gt=0, description="um per px at level 0, for images that do not say")
+    mpps: str | None = Field(None, description="URI of a CSV slide_id,mpp: um per px of single slides")
+    mask_classes: tuple[str, ...] = Field(
+        (), description="classes (QuPath) or groups (ASAP) of annotations that are cells (default: all)"
+    )
+    engine: Literal["auto", "vips", "openslide"] = Field(
+        "auto", description="what reads whole slides; auto: libvips where it can, else OpenSlide"
+    )
+    cache: str | None = Field(
+        None, description="folder on each node for slides from object storage (default: in the temporary folder)"
+    )
+    cache_gb: float = Field(50.0, gt=0, description="GiB that the cache may hold, beside the slides in use")
     splits: str | None = Field(None, description="URI of a CSV slide_id,split (split: train, val or test)")
     slide_regex: str | None = Field(
         None,
@@ -70,8 +81,9 @@ class DataSettings(Section):
 class SyntheticSettings(Section):
     """The embedded default data, used when no --data is given: 5 synthetic smears (3 train, 2 test)."""
 
-    width: int = Field(1536, ge=64, description="px, width of a synthetic slide")
-    height: int = Field(1280, ge=64, description="px, height of a synthetic slide")
+    width: int = Field(2560, ge=64, description="px, width of a synthetic slide")
+    height: int = Field(2048, ge=64, description="px, height of a synthetic slide")
+    mpp: float = Field(0.5, ge=0.2, le=1.0, description="um per px of a synthetic slide")
     train_slides: int = Field(3, ge=1, description="number of training slides")
     test_slides: int = Field(2, ge=1, description="number of test slides")
 
@@ -82,7 +94,12 @@ class TilesSettings(Section):
     size: int = Field(2000, ge=32, description="px, side of a FOV (paper: 2000)")
     stride: int | None = Field(None, ge=1, description="px from one FOV to the next (default: tiles.size, no overlap)")
     mpp: float | None = Field(None, gt=0, description="um per px wanted (default: as scanned); whole slides only")
-    min_tissue: float = Field(0.0, ge=0, le=1, description="tiles with a smaller tissue_fraction are skipped")
+    min_tissue: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="tiles with a smaller share of tissue are skipped (default: 0 for images, 0.02 for whole slides)",
+    )
     last: Literal["keep", "shift", "drop"] = Field(
         "keep", description="edge tiles: keep (smaller), shift (full size, overlapping) or drop"
     )

@@ -12,16 +12,16 @@ from apacs_ray.adapters.session import configure_data
 from apacs_ray.data.folder import Entry, Pair, Reject
 from apacs_ray.data.ingest import ShardTask, Source, probe_pair, write_shard
 from apacs_ray.data.shards import Receipt
-from apacs_ray.data.smear_files import write_slide
 from apacs_ray.data.synthetic import SlideSpec
 from apacs_ray.run import require_source, source_hash
+from apacs_ray.slides.smears import write_smear
 from apacs_ray.storage import Store
 
 PROBES_A_TASK = 64  # headers: mostly waiting for the store
 
 
 def render_smears(store: Store, specs: Sequence[SlideSpec]) -> None:
-    """Render the synthetic slides that are not there yet, one task each, in the data set's folder layout."""
+    """Render the synthetic slides that are not there yet, one task each."""
     import ray
 
     expected = source_hash()
@@ -29,7 +29,7 @@ def render_smears(store: Store, specs: Sequence[SlideSpec]) -> None:
     def render(batch: dict[str, Any]) -> dict[str, Any]:
         require_source(expected)
         for index in batch["index"]:
-            write_slide(store, specs[index])
+            write_smear(store, specs[index], int(index))
         return batch
 
     configure_data()
@@ -82,13 +82,13 @@ def write_shards(task: ShardTask, shards: Sequence[pa.Table], on_done: Callable[
 
     def write(plan: pa.Table) -> pa.Table:
         require_source(expected)
-        return _receipt_table(write_shard(task, plan))
+        return receipt_table(write_shard(task, plan))
 
     receipts: list[Receipt] = []
     configure_data()
     written = ray.data.from_arrow(list(shards)).map_batches(write, batch_size=None, batch_format="pyarrow", num_cpus=1)
     for row in written.iter_rows():
-        receipts.append(_receipt(row))
+        receipts.append(receipt_of(row))
         on_done(sum(receipt.rows_in for receipt in receipts))
     return receipts
 
@@ -118,10 +118,10 @@ RECEIPT_SCHEMA = pa.schema(
 )
 
 
-def _receipt_table(receipt: Receipt) -> pa.Table:
+def receipt_table(receipt: Receipt) -> pa.Table:
     row = {**asdict(receipt), "skipped": list(receipt.skipped.items())}
     return pa.Table.from_pylist([row], RECEIPT_SCHEMA)
 
 
-def _receipt(row: dict[str, Any]) -> Receipt:
+def receipt_of(row: dict[str, Any]) -> Receipt:
     return Receipt(**{**row, "skipped": dict(row["skipped"] or ()), "rejects": list(row["rejects"] or ())})

@@ -154,7 +154,7 @@ def write_shard(task: ShardTask, plan: pa.Table) -> Receipt:
             rejects.append(asdict(reject))
             continue
         tissue = tissue_fraction(rgb)
-        if tissue < task.tiles.min_tissue:
+        if tissue < (task.tiles.min_tissue or 0.0):
             skipped["background"] = skipped.get("background", 0) + 1
             continue
         kept.append(_tile_row(task, row, rgb, mask, tissue))

@@ -92,10 +92,10 @@ def cell_stamp(kind: CellKind, radius: float, reach: int, seed: int, look: Look,
 
 
 def _traits(kind: CellKind, radius: float, look: Look, rng: np.random.Generator) -> CellTraits:
-    """Draw a cell's traits: eosinophilic or cyanophilic by kind, and about one in four barely stained."""
+    """Draw a cell's traits: eosinophilic or cyanophilic by kind, and about one in six barely stained."""
     polygonal = kind in ("superficial", "intermediate", "anucleate")
-    pale = polygonal and rng.random() < 0.27
-    amount = look.strength * (rng.uniform(0.13, 0.27) if pale else float(np.exp(rng.normal(-0.55, 0.28))))
+    pale = polygonal and rng.random() < 0.17
+    amount = look.strength * (rng.uniform(0.22, 0.36) if pale else float(np.exp(rng.normal(-0.55, 0.28))))
     pink = kind in ("superficial", "anucleate") or (kind == "dysplastic" and rng.random() < 0.3)
     if pink:
         base = blend(

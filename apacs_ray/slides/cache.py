@@ -1,0 +1,117 @@
+"""Slides from an object store on this node's disk: whole or not at all, bounded, shared by the node's processes.
+
+A slide is staged into `<cache>/<key>/`, where the key names its URI and the versions of all its files; another version
+is another slide. It is copied into a folder beside that one and renamed, so a kill leaves nothing that looks whole.
+A file lock a slide lets one process copy while others wait, and keeps a slide in use from being thrown out; both end
+with the process that holds them. The least recently used slides make room.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from apacs_ray.errors import ApacsError, BadInput
+from apacs_ray.slides.find import SlideFiles
+from apacs_ray.storage import Entry, Store
+
+CHUNK = 8 << 20  # bytes
+LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class SlideCache:
+    """A folder of staged slides that holds at most `limit` bytes, beside what is in use."""
+
+    folder: Path
+    limit: int
+
+    @contextlib.contextmanager
+    def slide(self, store: Store, slide: SlideFiles) -> Iterator[Path]:
+        """The local path of a slide's folder root while it is in use; join it with paths of its entries.
+
+        A local store is used where it lies. Raises BadInput (missing_file) when a file is gone, ApacsError when the
+        disk is full.
+        """
+        if store.is_local:
+            yield Path(store.full_path())
+            return
+        entries = (*slide.files, *slide.annotation)
+        key = hashlib.sha256("\0".join([store.uri, *(f"{e.path}\0{e.version}" for e in entries)]).encode()).hexdigest()
+        place = self.folder / key[:24]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / f"{place.name}{LOCK}").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not place.is_dir():
+                self._stage(store, entries, place)
+            os.utime(place)  # most recently used
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            yield place
+
+    def _stage(self, store: Store, entries: tuple[Entry, ...], place: Path) -> None:
+        self._make_room(sum(entry.size for entry in entries), place.name)
+        for left in self.folder.glob(f"{place.name}.part-*"):  # of a process that was killed: the lock was free
+            shutil.rmtree(left, ignore_errors=True)
+        part = Path(tempfile.mkdtemp(prefix=f"{place.name}.part-", dir=self.folder))
+        try:
+            for entry in entries:
+                _copy(store, entry, part / _inside(entry.path))
+            part.rename(place)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise ApacsError(
+                    f"{self.folder}: no space left for {store.uri_of(entries[0].path)}; give data.cache a larger disk, "
+                    "then start the same command again"
+                ) from error
+            raise
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+    def _make_room(self, wanted: int, keep: str) -> None:
+        """Throw out the least recently used slides until `wanted` bytes fit under the limit, or all left are in use."""
+        held = [(path.stat().st_mtime, path) for path in self.folder.iterdir() if path.is_dir() and path.name != keep]
+        sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for _, path in held}
+        total = sum(sizes.values())
+        for _, path in sorted(held):
+            if total + wanted <= self.limit:
+                return
+            if ".part-" in path.name:
+                continue
+            with (self.folder / f"{path.name}{LOCK}").open("a") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    continue  # in use
+                gone = path.with_name(f"{path.name}.part-gone-{time.monotonic_ns()}")
+                path.rename(gone)  # out of sight before it is half deleted
+                shutil.rmtree(gone, ignore_errors=True)
+                total -= sizes[path]
+
+
+def _inside(path: str) -> Path:
+    """A key as a relative path that cannot leave the cache. Raises BadInput (bad_name)."""
+    parts = path.split("/")
+    if any(part in ("", ".", "..") or "\0" in part for part in parts) or path.startswith("/"):
+        raise BadInput("bad_name", f"{path!r} is no path that can be staged")
+    return Path(*parts)
+
+
+def _copy(store: Store, entry: Entry, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with store.open(entry.path) as source, target.open("wb") as sink:
+            while chunk := source.read(CHUNK):
+                sink.write(chunk)
+    except FileNotFoundError as error:
+        raise BadInput("missing_file", f"{store.uri_of(entry.path)} is gone") from error
+    if target.stat().st_size != entry.size:
+        raise OSError(f"{store.uri_of(entry.path)}: {target.stat().st_size} of {entry.size} bytes arrived")

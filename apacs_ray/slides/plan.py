@@ -1,0 +1,224 @@
+"""From a slide to the tiles that are worth reading: metadata only, one manifest a slide.
+
+A manifest is a small Parquet file in the run, `manifest/<fingerprint>/<number>.parquet`, with a row for each tile to
+read; its footer holds what the slide is and why other tiles were skipped. Shards then name ranges of its rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image, ImageDraw
+
+from apacs_ray.data.folder import Reject
+from apacs_ray.data.tiles import Box, grid, tile_id
+from apacs_ray.errors import BadInput
+from apacs_ray.settings import DataSettings, TilesSettings
+from apacs_ray.slides.cache import SlideCache
+from apacs_ray.slides.find import SlideFiles, fov_origin
+from apacs_ray.slides.masks import MaskSource, open_masks
+from apacs_ray.slides.reader import Slide, SlideInfo, open_slide
+from apacs_ray.slides.roi import Tissue, find_tissue
+from apacs_ray.storage import Entry, Store
+
+MIN_TISSUE = 0.02  # share of a tile that must be tissue, unless tiles.min_tissue says otherwise
+NATIVE = 0.01  # a wanted mpp this close to the slide's own means the slide's own: nothing is resampled
+FOOTER = b"apacs_ray.slide"
+MANIFEST_SCHEMA = pa.schema(
+    [
+        ("tile_id", pa.string()),
+        ("x", pa.int64()),  # level-0 px
+        ("y", pa.int64()),
+        ("column", pa.int64()),  # the same place in the grid's own px, from the slide's bounds on
+        ("row", pa.int64()),
+        ("width", pa.int32()),  # tile px
+        ("height", pa.int32()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class SlideSummary:
+    """What became of one slide before any tile was read."""
+
+    slide: SlideFiles
+    engine: str = ""
+    mpp: float | None = None  # um per level-0 px
+    downsample: float = 1.0  # level-0 px per tile px
+    grid_width: int = 0  # tile px
+    grid_height: int = 0
+    tiles: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    reject: Reject | None = None
+
+    @property
+    def image_id(self) -> str:
+        """The name of this slide in tile ids, unique in a run."""
+        return self.slide.path.rpartition(".")[0]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> SlideSummary:
+        tree = json.loads(text)
+        files = tree["slide"]
+        slide = SlideFiles(
+            **{
+                **files,
+                "files": tuple(Entry(**entry) for entry in files["files"]),
+                "annotation": tuple(Entry(**entry) for entry in files["annotation"]),
+            }
+        )
+        reject = None if tree["reject"] is None else Reject(**tree["reject"])
+        return cls(**{**tree, "slide": slide, "reject": reject, "notes": tuple(tree["notes"])})
+
+
+@dataclass(frozen=True)
+class SlideTask:
+    """What the inspection of every slide has in common."""
+
+    data: Store
+    masks: Store | None
+    output: Store
+    tiles: TilesSettings
+    settings: DataSettings
+    cache: SlideCache
+    fingerprint: str
+    mpps: dict[str, float] = field(default_factory=dict)  # of `data.mpps`, by slide id
+
+    def manifest_path(self, number: int) -> str:
+        return f"manifest/{self.fingerprint[:8]}/{number:06d}.parquet"
+
+
+def inspect_slide(task: SlideTask, number: int, slide: SlideFiles) -> SlideSummary:
+    """Find a slide's tissue and write its manifest; a manifest that is there already is left as it is.
+
+    A slide that does not open is a summary with its reject, and no manifest.
+    """
+    path = task.manifest_path(number)
+    if task.output.version(path) is not None:
+        with task.output.open(path) as stream:
+            return SlideSummary.from_json(pq.read_metadata(stream).metadata[FOOTER].decode())
+    try:
+        with opened(task, slide) as (opened_slide, masks):
+            tissue = find_tissue(opened_slide)
+            rows, summary = plan_slide(task, slide, opened_slide.info, tissue, masks)
+            picture = picture_of(tissue, opened_slide.info, rows, summary)
+    except BadInput as defect:
+        uri = task.data.uri_of(slide.path)
+        reject = Reject(uri, slide.slide_id, None, None, "ingest", defect.code, defect.reason)
+        return SlideSummary(slide, reject=reject)
+    task.output.write(path.replace(".parquet", ".jpg"), picture)
+    table = pa.Table.from_pylist(rows, MANIFEST_SCHEMA.with_metadata({FOOTER: summary.to_json().encode()}))
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    task.output.write(path, sink.getvalue())
+    return summary
+
+
+@contextlib.contextmanager
+def opened(task: SlideTask, slide: SlideFiles) -> Iterator[tuple[Slide, MaskSource | None]]:
+    """The slide and its masks (None without annotation), staged if need be, while they are in use."""
+    settings = task.settings
+    own = SlideFiles(slide.slide_id, slide.stem, slide.split, slide.files)
+    drawn = SlideFiles(slide.slide_id, slide.stem, slide.split, slide.annotation)
+    with task.cache.slide(task.data, own) as folder:
+        reader = open_slide(folder / own.path, settings.engine)
+        try:
+            if slide.kind is None:
+                yield reader, None
+                return
+            with task.cache.slide(task.masks or task.data, drawn) as beside:
+                files = [
+                    (beside / entry.path, *(fov_origin(entry) if slide.kind == "fovs" else (0, 0)))
+                    for entry in slide.annotation
+                ]
+                masks = open_masks(
+                    slide.kind,
+                    files,
+                    reader.info,
+                    classes=settings.mask_classes,
+                    threshold=settings.mask_threshold,
+                    max_pixels=settings.max_pixels,
+                )
+                yield reader, masks
+        finally:
+            reader.close()
+
+
+def plan_slide(
+    task: SlideTask, slide: SlideFiles, info: SlideInfo, tissue: Tissue, masks: MaskSource | None
+) -> tuple[list[dict[str, Any]], SlideSummary]:
+    """The tiles of a slide that hold tissue, as manifest rows in reading order, and the slide's summary."""
+    tiles = task.tiles
+    mpp = task.mpps.get(slide.slide_id) or task.settings.mpp or info.mpp
+    notes = [] if masks is None else [*masks.notes]
+    if mpp is None:
+        notes.append("no mpp: cut at native resolution" + (", tiles.mpp is not kept" if tiles.mpp else ""))
+    downsample = tiles.mpp / mpp if tiles.mpp and mpp else 1.0
+    if abs(downsample - 1) < NATIVE:
+        downsample = 1.0
+    bounds = info.bounds
+    width, height = max(1, int(bounds.width / downsample)), max(1, int(bounds.height / downsample))
+    least = MIN_TISSUE if tiles.min_tissue is None else tiles.min_tissue
+    image_id = slide.path.rpartition(".")[0]
+    rows: list[dict[str, Any]] = []
+    skipped: dict[str, int] = {}
+    for box in grid(width, height, tiles.size, tiles.stride or tiles.size, tiles.last):
+        x, y = level0(bounds, box, downsample)
+        share = tissue.fraction(Box(x, y, 0, 0), box.width * downsample, box.height * downsample)
+        if share < least:
+            skipped["background"] = skipped.get("background", 0) + 1
+            continue
+        place = {"tile_id": tile_id(image_id, x, y), "x": x, "y": y, "column": box.x, "row": box.y}
+        rows.append({**place, "width": box.width, "height": box.height})
+    summary = SlideSummary(slide, info.engine, mpp, downsample, width, height, len(rows), skipped, tuple(notes))
+    return rows, summary
+
+
+def level0(bounds: Box, box: Box, downsample: float) -> tuple[int, int]:
+    """Level-0 px where a tile begins: whole, so that a tile's row in the table says exactly where its pixels are."""
+    return bounds.x + round(box.x * downsample), bounds.y + round(box.y * downsample)
+
+
+def qupath_point(x: float, y: float, bounds: Box) -> tuple[float, float]:
+    """Level-0 px as QuPath counts them: from the slide's bounds on."""
+    return x - bounds.x, y - bounds.y
+
+
+def picture_of(tissue: Tissue, info: SlideInfo, rows: Sequence[dict[str, Any]], summary: SlideSummary) -> bytes:
+    """The slide small, as JPEG: what was taken for background is greyed, kept tiles are framed."""
+    picture = tissue.picture.copy()
+    faded = picture[~tissue.mask].astype(np.float32)
+    picture[~tissue.mask] = (0.5 * faded + 0.5 * faded.mean(axis=1, keepdims=True) * 0.92).astype(np.uint8)
+    image = Image.fromarray(picture)
+    draw = ImageDraw.Draw(image)
+    bounds, scale = info.bounds, tissue.downsample
+    frame = [bounds.x, bounds.y, bounds.x + bounds.width, bounds.y + bounds.height]
+    draw.rectangle([value / scale for value in frame], outline=(120, 120, 120))
+    for row in rows:
+        left, top = row["x"] / scale, row["y"] / scale
+        right = left + row["width"] * summary.downsample / scale
+        bottom = top + row["height"] * summary.downsample / scale
+        draw.rectangle([left, top, right - 1, bottom - 1], outline=(0, 114, 178))
+    image.thumbnail((1600, 1600))
+    sink = io.BytesIO()
+    image.save(sink, "JPEG", quality=88)
+    return sink.getvalue()
+
+
+def read_manifest(store: Store, path: str, rows: Sequence[int] | None = None) -> list[dict[str, Any]]:
+    """Rows of a manifest, all or these."""
+    with store.open(path) as stream:
+        table = pq.read_table(stream)
+    return (table if rows is None else table.take(list(rows))).to_pylist()

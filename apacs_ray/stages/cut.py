@@ -1,0 +1,41 @@
+"""What cutting any kind of data into tiles comes to, before it is committed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from apacs_ray.data.folder import Reject
+from apacs_ray.data.shards import Receipt
+from apacs_ray.errors import UsageError
+from apacs_ray.storage import open_store
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Shards that are written, and what was refused before there were tiles.
+
+    `tiles` were planned, `skipped` of them before a shard was. `unit` names what `units` were listed and what
+    `rejects` refuse.
+    """
+
+    receipts: Sequence[Receipt]
+    rejects: Sequence[Reject]
+    unit: str
+    units: int
+    tiles: int
+    val_unit: str
+    skipped: dict[str, int] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def open_store_file(uri: str | None) -> str | None:
+    """The text of a small file at a URI. Raises UsageError when it is not there."""
+    if uri is None:
+        return None
+    folder, _, name = uri.rpartition("/")
+    try:
+        return open_store(folder or ".").read(name).decode("utf-8-sig")
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        raise UsageError(f"{uri}: no such text file") from error

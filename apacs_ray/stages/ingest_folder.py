@@ -1,0 +1,68 @@
+"""Ingest of the data set's folder layout: images and masks joined by stem."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from apacs_ray.adapters.ingest import probe_pairs, write_shards
+from apacs_ray.console import bars, say
+from apacs_ray.data.folder import FolderData, Pair, find_pairs
+from apacs_ray.data.ingest import ShardTask, plan_tiles
+from apacs_ray.data.splits import read_splits
+from apacs_ray.errors import ApacsError, UsageError
+from apacs_ray.stages.cut import Cut, open_store_file
+from apacs_ray.stages.pipeline import Context
+from apacs_ray.storage import Entry, Store
+
+
+def cut_folder(context: Context, store: Store, entries: Sequence[Entry], mark: str) -> Cut:
+    """Probe all pairs, plan their tiles, and write the shards."""
+    run, settings = context.run, context.settings
+    found = find_pairs(entries, root=store.uri, slide_regex=settings.data.slide_regex)
+    pairs = _with_given_splits(found.pairs, open_store_file(settings.data.splits))
+    _require_parts(store, found, pairs)
+    if found.shared_slides:
+        names = ", ".join(sorted(found.shared_slides)[:3])
+        say(f"ingest: slides in more than one split, so results leak: {names}")
+    if settings.data.slide_regex is None:
+        say("ingest: slides unknown: validation by image")
+    context.ray.start()
+    with bars() as shown:
+        sources, defective = probe_pairs(
+            store, pairs, settings.data.max_pixels, lambda done: shown.show("headers", done, len(pairs))
+        )
+        manifest = plan_tiles(sources, settings.tiles, settings.data, seed=settings.run.seed)
+        task = ShardTask(store, run.store, settings.tiles, settings.data, mark)
+        receipts = write_shards(task, manifest.shards, lambda done: shown.show("tiles", done, manifest.tiles))
+    if len(sources) + len(defective) != len(pairs):
+        raise ApacsError(f"ingest: {len(pairs)} pairs listed, {len(sources)} + {len(defective)} came back (a defect)")
+    rejects = [*found.rejects, *defective]
+    units = len(pairs) + len(found.rejects)
+    facts = {
+        "pairs": {"listed": units, "used": len(sources), "rejected": len(rejects)},
+        "ignored_files": len(found.ignored),
+    }
+    return Cut(receipts, rejects, "pairs", units, manifest.tiles, manifest.val_unit, facts=facts)
+
+
+def _with_given_splits(pairs: Sequence[Pair], table: str | None) -> list[Pair]:
+    """Pairs with the split that `data.splits` gives their slide, where there is such a file."""
+    if table is None:
+        return list(pairs)
+    given = read_splits(table)
+    missing = sorted({pair.slide_id for pair in pairs} - set(given))
+    if missing:
+        raise UsageError(f"data.splits: {len(missing)} slides have no line there, first {missing[0]!r}")
+    return [replace(pair, split=given[pair.slide_id]) for pair in pairs]
+
+
+def _require_parts(store: Store, found: FolderData, pairs: Sequence[Pair]) -> None:
+    """Raise UsageError unless there is something to train on and something to test on."""
+    for part in ("train", "test"):
+        if not any(pair.split == part for pair in pairs):
+            seen = ", ".join(found.folders) or "no folder whose name holds train|val|test and input|groundtruth"
+            raise UsageError(
+                f"{store.uri}: no {part} image with a mask of the same stem (found: {seen}; "
+                f"{len(found.rejects)} files rejected)"
+            )

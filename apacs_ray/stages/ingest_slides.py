@@ -1,0 +1,135 @@
+"""Ingest of whole slides: tissue, grid, annotations and shards; and the synthetic smears, which are slides as well."""
+
+from __future__ import annotations
+
+import csv
+import io
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from apacs_ray.adapters.ingest import render_smears
+from apacs_ray.adapters.slides import inspect_slides, write_slide_shards
+from apacs_ray.console import bars, say
+from apacs_ray.data import synthetic
+from apacs_ray.data.folder import Split
+from apacs_ray.data.shards import Receipt
+from apacs_ray.data.splits import read_splits
+from apacs_ray.errors import UsageError
+from apacs_ray.slides.cache import SlideCache
+from apacs_ray.slides.find import SlideFiles, find_slides
+from apacs_ray.slides.plan import SlideSummary, SlideTask
+from apacs_ray.slides.shards import SlideShard, plan_shards
+from apacs_ray.stages.cut import Cut, open_store_file
+from apacs_ray.stages.pipeline import Context
+from apacs_ray.storage import Entry, Store, open_store
+
+GIB = 1 << 30
+NOTES_SHOWN = 5
+
+
+def make_smears(context: Context, store: Store) -> None:
+    """Render the synthetic smears of this run as slides, those that are not there yet."""
+    made = context.settings.synthetic
+    specs = synthetic.slide_specs(
+        context.settings.run.seed, made.width, made.height, train=made.train_slides, test=made.test_slides, mpp=made.mpp
+    )
+    render_smears(store, specs)
+
+
+def cut_slides(context: Context, store: Store, entries: Sequence[Entry], mark: str) -> Cut:
+    """Inspect every slide, plan the shards over all of them, and write them."""
+    run, settings = context.run, context.settings
+    masks = open_store(settings.data.masks) if settings.data.masks else None
+    found = find_slides(entries, masks.list() if masks else (), slide_regex=settings.data.slide_regex, root=store.uri)
+    given = open_store_file(settings.data.splits)
+    slides = [*found.slides] if given is None else _with_given_splits(found.slides, read_splits(given))
+    if any(slide.split is None for slide in slides):
+        say("ingest: no split is known (no data.splits, no folder train|val|test): all slides become train")
+    task = SlideTask(
+        store,
+        masks,
+        run.store,
+        settings.tiles,
+        settings.data,
+        SlideCache(Path(settings.data.cache or _default_cache()), round(settings.data.cache_gb * GIB)),
+        mark,
+        _read_mpps(open_store_file(settings.data.mpps)),
+    )
+    context.ray.start()
+    with bars() as shown:
+        summaries = inspect_slides(task, slides, lambda done: shown.show("slides", done, len(slides)))
+        _say_notes(summaries)
+        good = [(number, summary) for number, summary in enumerate(summaries) if summary.reject is None]
+        splits: list[Split] = [summary.slide.split or "train" for _, summary in good]
+        shards, val_unit = plan_shards(task, good, splits, settings.run.seed)
+        planned = sum(summary.tiles for _, summary in good)
+        receipts = write_slide_shards(task, summaries, shards, lambda done: shown.show("tiles", done, planned))
+    rejects = [*found.rejects, *(summary.reject for summary in summaries if summary.reject is not None)]
+    skipped: Counter[str] = Counter()
+    for _, summary in good:
+        skipped.update(summary.skipped)
+    facts = {
+        "slides": {"listed": len(slides) + len(found.rejects), "used": len(good), "rejected": len(rejects)},
+        "splits_known": all(slide.split is not None for slide in slides),
+        "engines": dict(Counter(summary.engine for _, summary in good)),
+        "ignored_files": len(found.ignored),
+        "unreadable": _unreadable(summaries, shards, receipts),
+    }
+    for old in list(run.store.list("manifest")):
+        if not old.path.startswith(f"manifest/{mark[:8]}/"):
+            run.store.delete(old.path)
+    units = len(slides) + len(found.rejects)
+    return Cut(receipts, rejects, "slides", units, planned + sum(skipped.values()), val_unit, dict(skipped), facts)
+
+
+def _default_cache() -> str:
+    return str(Path(tempfile.gettempdir()) / "apacs_ray-slides")
+
+
+def _with_given_splits(slides: Sequence[SlideFiles], given: dict[str, Split]) -> list[SlideFiles]:
+    missing = sorted({slide.slide_id for slide in slides} - set(given))
+    if missing:
+        raise UsageError(f"data.splits: {len(missing)} slides have no line there, first {missing[0]!r}")
+    return [replace(slide, split=given[slide.slide_id]) for slide in slides]
+
+
+def _read_mpps(text: str | None) -> dict[str, float]:
+    """Slide id -> um per px, of the CSV text of `data.mpps` (slide_id,mpp). Raises UsageError naming the line."""
+    if text is None:
+        return {}
+    mpps: dict[str, float] = {}
+    for row in (reader := csv.DictReader(io.StringIO(text))):
+        try:
+            mpps[row["slide_id"]] = float(row["mpp"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"data.mpps, line {reader.line_num}: expected slide_id,mpp with a number") from error
+        if not mpps[row["slide_id"]] > 0:
+            raise UsageError(f"data.mpps, line {reader.line_num}: um per px must be positive")
+    return mpps
+
+
+def _say_notes(summaries: Sequence[SlideSummary]) -> None:
+    notes = [f"{summary.slide.slide_id}: {note}" for summary in summaries for note in summary.notes]
+    for note in notes[:NOTES_SHOWN]:
+        say(f"ingest: {note}")
+    if len(notes) > NOTES_SHOWN:
+        say(f"ingest: {len(notes) - NOTES_SHOWN} more notes of this kind, in the manifests")
+
+
+def _unreadable(
+    summaries: Sequence[SlideSummary], shards: Sequence[SlideShard], receipts: Sequence[Receipt]
+) -> dict[str, str]:
+    """Slides with tiles that could not be read: slide id -> the share that could."""
+    lost: Counter[int] = Counter()
+    for shard, receipt in zip(shards, receipts, strict=True):
+        lost[shard.slide] += len(receipt.rejects)
+    shares = {}
+    for number, count in lost.items():
+        if count:
+            summary = summaries[number]
+            shares[summary.slide.slide_id] = f"{1 - count / summary.tiles:.1%}"
+            say(f"ingest: {summary.slide.slide_id}: {count} of {summary.tiles} tiles cannot be read")
+    return shares
