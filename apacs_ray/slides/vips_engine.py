@@ -1,4 +1,4 @@
-"""libvips (by pyvips) on tiled TIFF pyramids: generic, BigTIFF, OME (SubIFDs) and Aperio's with JPEG tiles."""
+"""Tiled TIFF pyramids (generic, BigTIFF, OME with SubIFDs, Aperio's): libvips, and libjpeg-turbo for JPEG tiles."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import Any
 
 os.environ.setdefault("VIPS_CONCURRENCY", "1")  # Ray runs a process a core; threads on top of that only cost memory
 
+import numpy as np
+import numpy.typing as npt
 import pyvips
+import simplejpeg
 import tifffile
 
 from apacs_ray.data.images import DAMAGE
@@ -18,7 +21,10 @@ from apacs_ray.data.tiles import Box
 from apacs_ray.errors import BadInput
 from apacs_ray.slides.reader import Level, Rgb, SlideInfo, filled
 
-DECODED = {"NONE", "JPEG", "LZW", "ADOBE_DEFLATE", "DEFLATE", "PACKBITS", "WEBP", "ZSTD", "CCITT_T6"}
+DECODED = {"NONE", "JPEG", "LZW", "ADOBE_DEFLATE", "DEFLATE", "PACKBITS", "WEBP", "ZSTD"}
+PHOTOMETRICS = {"RGB", "YCBCR", "MINISBLACK"}
+SOI = b"\xff\xd8"
+ADOBE_RGB, ADOBE_YCC = (b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([kind]) for kind in (0, 1))
 UM_PER_UNIT = {2: 25400.0, 3: 10000.0}  # TIFF ResolutionUnit: inch, centimetre
 MPP_RANGE = (0.02, 20.0)  # um; a resolution outside is a printer's default and says nothing of the slide
 APERIO_MPP = re.compile(r"\|\s*MPP\s*=\s*([0-9.]+)")
@@ -28,12 +34,13 @@ TO_UM = {"": 1.0, "µm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3}
 
 @dataclass(frozen=True)
 class Page:
-    """Where libvips finds a level: its page, and which SubIFD of it (None: the page itself)."""
+    """A level: its page for libvips and which SubIFD of it (None: the page itself); `jpeg` where its tiles are JPEG."""
 
     page: int
     subifd: int | None
     width: int
     height: int
+    jpeg: JpegTiles | None = None
 
 
 @dataclass(frozen=True)
@@ -53,30 +60,36 @@ def tiff_levels(path: Path) -> Pyramid | None:
     try:
         with tifffile.TiffFile(path) as tiff:
             series = tiff.series[0]
-            pages = [_page(tiff, level.keyframe) for level in series.levels]
             first = series.keyframe
-            if any(page is None for page in pages) or first.photometric is None:
-                return None
             if first.bitspersample != 8 or first.samplesperpixel not in (1, 3, 4) or first.planarconfig != 1:
                 return None
+            pages = [_page(level.keyframe) for level in series.levels]
             known = [page for page in pages if page is not None]
+            if len(known) < len(pages):
+                return None
             return Pyramid(tuple(sorted(known, key=lambda page: -page.width)), _mpp(first))
     except (tifffile.TiffFileError, *DAMAGE):
         return None
 
 
-def _page(tiff: Any, page: Any) -> Page | None:
-    if (
-        not page.is_tiled
-        or page.compression.name not in DECODED
-        or page.subsampling not in (None, (1, 1), (2, 2), (2, 1))
-    ):
+def _page(page: Any) -> Page | None:
+    if not page.is_tiled or page.compression.name not in DECODED or page.photometric.name not in PHOTOMETRICS:
         return None
-    index = page.index if isinstance(page.index, int) else None
-    if index is not None:
-        return Page(index, None, page.imagewidth, page.imagelength)
-    parent, *rest = page.treeindex if hasattr(page, "treeindex") else page.index
-    return Page(parent, rest[0], page.imagewidth, page.imagelength) if len(rest) == 1 else None
+    number, *subifd = page.treeindex
+    if len(subifd) > 1:
+        return None
+    jpeg = None
+    if page.compression.name == "JPEG" and page.samplesperpixel == 3:
+        jpeg = JpegTiles(
+            np.asarray(page.dataoffsets, np.int64),
+            np.asarray(page.databytecounts, np.int64),
+            page.tilewidth,
+            page.tilelength,
+            page.jpegtables or b"",
+            page.photometric.name == "YCBCR",
+        )
+    # libvips counts SubIFDs from 0, tifffile the level itself as 0
+    return Page(number, subifd[0] - 1 if subifd else None, page.imagewidth, page.imagelength, jpeg)
 
 
 def _mpp(page: Any) -> float | None:
@@ -99,6 +112,35 @@ def _sensible(mpp: float) -> float | None:
     return mpp if MPP_RANGE[0] <= mpp <= MPP_RANGE[1] else None
 
 
+@dataclass(frozen=True)
+class JpegTiles:
+    """Where the JPEG tiles of a level lie. They are decoded strictly, by libjpeg-turbo itself: libvips passes over
+    damage within a JPEG stream without a word, and takes longer for the same pixels."""
+
+    offsets: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+    width: int
+    height: int
+    tables: bytes
+    ycbcr: bool
+
+    def read(self, file: int, across: int, column: int, row: int) -> Rgb | None:
+        """A tile, or None where the file holds none. Raises ValueError when its stream is damaged."""
+        place = row * across + column
+        size = int(self.sizes[place])
+        if size == 0:
+            return None
+        stream = os.pread(file, size, int(self.offsets[place]))
+        if len(stream) < size:
+            raise ValueError("the file ends before it")
+        # the tables and the colour space of an abbreviated stream stand in the TIFF's tags
+        whole = SOI + (ADOBE_YCC if self.ycbcr else ADOBE_RGB) + self.tables[2:-2] + stream[2:]
+        rgb: Rgb = simplejpeg.decode_jpeg(whole, strict=True)
+        if rgb.shape != (self.height, self.width, 3):
+            raise ValueError(f"it measures {rgb.shape[1]} x {rgb.shape[0]} px")
+        return rgb
+
+
 class VipsSlide:
     """A tiled TIFF, its levels opened when they are first read."""
 
@@ -109,18 +151,21 @@ class VipsSlide:
         levels = tuple(Level(page.width, page.height, first.width / page.width) for page in pyramid.pages)
         self.info = SlideInfo("vips", levels, pyramid.mpp, Box(0, 0, first.width, first.height))
         self._images: dict[int, pyvips.Image] = {}
-        image = self._level(0)  # a file that libvips cannot open is known now
+        self._file = path.open("rb")
+        image = self._image(0)  # a file that libvips cannot open is known now
         if (image.width, image.height) != (first.width, first.height):
             raise BadInput("unreadable", f"{path.name}: libvips finds {image.width} x {image.height} px in its header")
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> Rgb:
-        size = self.info.levels[level]
+        page = self._pages[level]
         left, top = max(x, 0), max(y, 0)
-        right, bottom = min(x + width, size.width), min(y + height, size.height)
+        right, bottom = min(x + width, page.width), min(y + height, page.height)
         if right <= left or bottom <= top:
             return filled(self.info, width, height)
+        if page.jpeg is not None:
+            return self._joined(page, page.jpeg, Box(x, y, width, height), Box(left, top, right - left, bottom - top))
         try:
-            part = self._level(level).crop(left, top, right - left, bottom - top).numpy()
+            part: Rgb = self._image(level).crop(left, top, right - left, bottom - top).numpy()
         except pyvips.Error as error:
             raise BadInput("unreadable_region", f"{self._path.name}: {_reason(error)}") from error
         if part.shape[:2] == (height, width):
@@ -129,10 +174,31 @@ class VipsSlide:
         whole[top - y : bottom - y, left - x : right - x] = part
         return whole
 
+    def _joined(self, page: Page, tiles: JpegTiles, wanted: Box, inside: Box) -> Rgb:
+        """`wanted`, of which `inside` lies in the level, from the JPEG tiles below it."""
+        whole = filled(self.info, wanted.width, wanted.height)
+        across = -(-page.width // tiles.width)
+        right, bottom = inside.x + inside.width, inside.y + inside.height
+        for row in range(inside.y // tiles.height, -(-bottom // tiles.height)):
+            for column in range(inside.x // tiles.width, -(-right // tiles.width)):
+                try:
+                    tile = tiles.read(self._file.fileno(), across, column, row)
+                except (ValueError, IndexError) as error:
+                    what = f"{self._path.name}: JPEG tile {column}, {row} of {page.width} x {page.height} px"
+                    raise BadInput("unreadable_region", f"{what}: {error}") from error
+                if tile is not None:
+                    x, y = column * tiles.width, row * tiles.height
+                    left, top = max(x, inside.x), max(y, inside.y)
+                    end, foot = min(x + tiles.width, right), min(y + tiles.height, bottom)
+                    part = tile[top - y : foot - y, left - x : end - x]
+                    whole[top - wanted.y : foot - wanted.y, left - wanted.x : end - wanted.x] = part
+        return whole
+
     def close(self) -> None:
         self._images.clear()
+        self._file.close()
 
-    def _level(self, number: int) -> pyvips.Image:
+    def _image(self, number: int) -> pyvips.Image:
         if number not in self._images:
             page = self._pages[number]
             where: dict[str, Any] = {"page": page.page} | ({} if page.subifd is None else {"subifd": page.subifd})
