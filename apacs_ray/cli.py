@@ -31,6 +31,7 @@ class Command:
     data: str | None
     output: str
     settings: Settings
+    dry_run: bool = False
 
 
 def find_config(name: str) -> Path:
@@ -59,13 +60,14 @@ def parse(argv: Sequence[str], program: str, summary: str) -> Command:
     parser = _parser(program, summary)
     given = vars(parser.parse_args(argv))
     data, output, config = given.pop("data"), given.pop("output"), given.pop("config")
+    dry_run = given.pop("dry_run")
     layers: list[tuple[str, dict[str, Any]]] = []
     if data is None:
         layers.append((SYNTHETIC_CONFIG, read_yaml(find_config(SYNTHETIC_CONFIG))))
     if config is not None:
         layers.append((config, read_yaml(find_config(config))))
     layers.append(("command line", _nested({key: value for key, value in given.items() if value is not None})))
-    return Command(data, output or default_output(data), merge_settings(layers))
+    return Command(data, output or default_output(data), merge_settings(layers), dry_run)
 
 
 def default_output(data: str | None) -> str:
@@ -101,6 +103,11 @@ def _parser(program: str, summary: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", metavar="URI", help="the run (default: runs/<name of the data, or synthetic>)")
     parser.add_argument("--config", metavar="FILE.yaml", help="settings, looked up here, then in the repository")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only plan the tiles: manifests and a picture of each slide, and what cutting them will cost",
+    )
     for section, model in _sections():
         group = parser.add_argument_group(section, (model.__doc__ or "").strip().splitlines()[0])
         for name, field in model.model_fields.items():

@@ -118,7 +118,7 @@ def inspect_slide(task: SlideTask, number: int, slide: SlideFiles) -> SlideSumma
         uri = task.data.uri_of(slide.path)
         reject = Reject(uri, slide.slide_id, None, None, "ingest", defect.code, defect.reason)
         return SlideSummary(slide, reject=reject)
-    task.output.write(path.replace(".parquet", ".jpg"), picture)
+    task.output.write(path.replace(".parquet", ".png"), picture)
     table = pa.Table.from_pylist(rows, MANIFEST_SCHEMA.with_metadata({FOOTER: summary.to_json().encode()}))
     sink = io.BytesIO()
     pq.write_table(table, sink)
@@ -197,7 +197,7 @@ def qupath_point(x: float, y: float, bounds: Box) -> tuple[float, float]:
 
 
 def picture_of(tissue: Tissue, info: SlideInfo, rows: Sequence[dict[str, Any]], summary: SlideSummary) -> bytes:
-    """The slide small, as JPEG: what was taken for background is greyed, kept tiles are framed."""
+    """The slide small, as PNG: what was taken for background is greyed, kept tiles are framed."""
     picture = tissue.picture.copy()
     faded = picture[~tissue.mask].astype(np.float32)
     picture[~tissue.mask] = (0.5 * faded + 0.5 * faded.mean(axis=1, keepdims=True) * 0.92).astype(np.uint8)
@@ -213,7 +213,7 @@ def picture_of(tissue: Tissue, info: SlideInfo, rows: Sequence[dict[str, Any]], 
         draw.rectangle([left, top, right - 1, bottom - 1], outline=(0, 114, 178))
     image.thumbnail((1600, 1600))
     sink = io.BytesIO()
-    image.save(sink, "JPEG", quality=88)
+    image.save(sink, "PNG")
     return sink.getvalue()
 
 

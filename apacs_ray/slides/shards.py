@@ -105,6 +105,16 @@ def write_slide_shard(task: SlideTask, summary: SlideSummary, shard: SlideShard)
     if finished is not None:
         return finished
     rows = read_manifest(task.output, task.manifest_path(shard.slide), shard.rows)
+    kept, rejects = measure_tiles(task, summary, rows)
+    receipt = Receipt(path, len(rows), len(kept), {}, rejects)
+    write_table(task.output, pa.Table.from_pylist(kept, TILE_SCHEMA), receipt)
+    return receipt
+
+
+def measure_tiles(
+    task: SlideTask, summary: SlideSummary, rows: Sequence[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of `TILE_SCHEMA` for manifest rows of one slide, and rejects for those that cannot be read."""
     kept: list[dict[str, Any]] = []
     rejects: list[dict[str, Any]] = []
 
@@ -129,9 +139,7 @@ def write_slide_shard(task: SlideTask, summary: SlideSummary, shard: SlideShard)
     except BadInput as defect:  # it opened when it was inspected, and does not now
         for row in rows[len(kept) + len(rejects) :]:
             refuse(row, defect)
-    receipt = Receipt(path, len(rows), len(kept), {}, rejects)
-    write_table(task.output, pa.Table.from_pylist(kept, TILE_SCHEMA), receipt)
-    return receipt
+    return kept, rejects
 
 
 def _tile_row(

@@ -7,19 +7,19 @@ import io
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from apacs_ray.adapters.ingest import render_smears
 from apacs_ray.adapters.slides import inspect_slides, write_slide_shards
 from apacs_ray.console import bars, say
 from apacs_ray.data import synthetic
-from apacs_ray.data.folder import Split
+from apacs_ray.data.folder import Reject, Split
 from apacs_ray.data.shards import Receipt
 from apacs_ray.data.splits import read_splits
 from apacs_ray.errors import UsageError
 from apacs_ray.slides.cache import SlideCache
-from apacs_ray.slides.find import SlideFiles, find_slides
+from apacs_ray.slides.find import SlideData, SlideFiles, find_slides
 from apacs_ray.slides.plan import SlideSummary, SlideTask
 from apacs_ray.slides.shards import SlideShard, plan_shards
 from apacs_ray.stages.cut import Cut, open_store_file
@@ -39,50 +39,81 @@ def make_smears(context: Context, store: Store) -> None:
     render_smears(store, specs)
 
 
-def cut_slides(context: Context, store: Store, entries: Sequence[Entry], mark: str) -> Cut:
-    """Inspect every slide, plan the shards over all of them, and write them."""
+@dataclass(frozen=True)
+class Inspected:
+    """Slides that were looked at: how to read them, the listing, and a summary each."""
+
+    task: SlideTask
+    found: SlideData
+    slides: Sequence[SlideFiles]
+    summaries: Sequence[SlideSummary]
+
+    @property
+    def good(self) -> list[tuple[int, SlideSummary]]:
+        """Slides that open, by their number."""
+        return [(number, summary) for number, summary in enumerate(self.summaries) if summary.reject is None]
+
+    @property
+    def rejects(self) -> list[Reject]:
+        """Slides that were refused."""
+        late = [summary.reject for summary in self.summaries if summary.reject is not None]
+        return [*self.found.rejects, *late]
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """Tiles that are not worth reading, by reason."""
+        total: Counter[str] = Counter()
+        for _, summary in self.good:
+            total.update(summary.skipped)
+        return total
+
+    @property
+    def tiles(self) -> int:
+        """Tiles to read."""
+        return sum(summary.tiles for _, summary in self.good)
+
+
+def look_at_slides(context: Context, store: Store, entries: Sequence[Entry], mark: str) -> Inspected:
+    """Find every slide and its tissue, and write its manifest."""
     run, settings = context.run, context.settings
     masks = open_store(settings.data.masks) if settings.data.masks else None
     found = find_slides(entries, masks.list() if masks else (), slide_regex=settings.data.slide_regex, root=store.uri)
     given = open_store_file(settings.data.splits)
     slides = [*found.slides] if given is None else _with_given_splits(found.slides, read_splits(given))
-    if any(slide.split is None for slide in slides):
-        say("ingest: no split is known (no data.splits, no folder train|val|test): all slides become train")
-    task = SlideTask(
-        store,
-        masks,
-        run.store,
-        settings.tiles,
-        settings.data,
-        SlideCache(Path(settings.data.cache or _default_cache()), round(settings.data.cache_gb * GIB)),
-        mark,
-        _read_mpps(open_store_file(settings.data.mpps)),
-    )
+    _require_splits(context, store, slides)
+    cache = SlideCache(Path(settings.data.cache or _default_cache()), round(settings.data.cache_gb * GIB))
+    mpps = _read_mpps(open_store_file(settings.data.mpps))
+    task = SlideTask(store, masks, run.store, settings.tiles, settings.data, cache, mark, mpps)
     context.ray.start()
     with bars() as shown:
         summaries = inspect_slides(task, slides, lambda done: shown.show("slides", done, len(slides)))
-        _say_notes(summaries)
-        good = [(number, summary) for number, summary in enumerate(summaries) if summary.reject is None]
-        splits: list[Split] = [summary.slide.split or "train" for _, summary in good]
-        shards, val_unit = plan_shards(task, good, splits, settings.run.seed)
-        planned = sum(summary.tiles for _, summary in good)
-        receipts = write_slide_shards(task, summaries, shards, lambda done: shown.show("tiles", done, planned))
-    rejects = [*found.rejects, *(summary.reject for summary in summaries if summary.reject is not None)]
-    skipped: Counter[str] = Counter()
-    for _, summary in good:
-        skipped.update(summary.skipped)
+    _say_notes(summaries)
+    return Inspected(task, found, slides, summaries)
+
+
+def cut_slides(context: Context, store: Store, entries: Sequence[Entry], mark: str) -> Cut:
+    """Inspect every slide, plan the shards over all of them, and write them."""
+    run = context.run
+    seen = look_at_slides(context, store, entries, mark)
+    splits: list[Split] = [summary.slide.split or "train" for _, summary in seen.good]
+    shards, val_unit = plan_shards(seen.task, seen.good, splits, context.settings.run.seed)
+    with bars() as shown:
+        receipts = write_slide_shards(
+            seen.task, seen.summaries, shards, lambda done: shown.show("tiles", done, seen.tiles)
+        )
+    units = len(seen.slides) + len(seen.found.rejects)
     facts = {
-        "slides": {"listed": len(slides) + len(found.rejects), "used": len(good), "rejected": len(rejects)},
-        "splits_known": all(slide.split is not None for slide in slides),
-        "engines": dict(Counter(summary.engine for _, summary in good)),
-        "ignored_files": len(found.ignored),
-        "unreadable": _unreadable(summaries, shards, receipts),
+        "slides": {"listed": units, "used": len(seen.good), "rejected": len(seen.rejects)},
+        "splits_known": all(slide.split is not None for slide in seen.slides),
+        "engines": dict(Counter(summary.engine for _, summary in seen.good)),
+        "ignored_files": len(seen.found.ignored),
+        "unreadable": _unreadable(seen.summaries, shards, receipts),
     }
     for old in list(run.store.list("manifest")):
         if not old.path.startswith(f"manifest/{mark[:8]}/"):
             run.store.delete(old.path)
-    units = len(slides) + len(found.rejects)
-    return Cut(receipts, rejects, "slides", units, planned + sum(skipped.values()), val_unit, dict(skipped), facts)
+    planned = seen.tiles + sum(seen.skipped.values())
+    return Cut(receipts, seen.rejects, "slides", units, planned, val_unit, dict(seen.skipped), facts)
 
 
 def _default_cache() -> str:
@@ -94,6 +125,22 @@ def _with_given_splits(slides: Sequence[SlideFiles], given: dict[str, Split]) ->
     if missing:
         raise UsageError(f"data.splits: {len(missing)} slides have no line there, first {missing[0]!r}")
     return [replace(slide, split=given[slide.slide_id]) for slide in slides]
+
+
+def _require_splits(context: Context, store: Store, slides: Sequence[SlideFiles]) -> None:
+    """Raise UsageError when training would not know which slides to train and test on; without training, say so."""
+    unknown = [slide.slide_id for slide in slides if slide.split is None]
+    if context.training:
+        if unknown:
+            raise UsageError(
+                f"{store.uri}: to train or to test? {len(unknown)} slides say neither, first {unknown[0]!r}: put them "
+                "in folders named train, val and test, or name their splits in data.splits"
+            )
+        for part in ("train", "test"):
+            if not any(slide.split == part for slide in slides):
+                raise UsageError(f"{store.uri}: no {part} slide among {len(slides)}")
+    elif unknown:
+        say(f"ingest: no split is known for {len(unknown)} slides (no data.splits, no folder): they become train")
 
 
 def _read_mpps(text: str | None) -> dict[str, float]:

@@ -16,10 +16,11 @@ from apacs_ray.settings import Settings
 
 @dataclass
 class Context:
-    """What a stage works with: the run, Ray, and the committed stages before it."""
+    """What a stage works with: the run, Ray, what is to come, and the committed stages before it."""
 
     run: Run
     ray: RaySession
+    training: bool = True  # whether stages after ingest will follow
     markers: dict[str, Marker] = field(default_factory=dict)
 
     @property

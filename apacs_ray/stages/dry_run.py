@@ -1,0 +1,88 @@
+"""`--dry-run`: what cutting the data will give and cost, before any of it is cut."""
+
+from __future__ import annotations
+
+import time
+
+from rich.table import Table
+
+from apacs_ray.console import console, say
+from apacs_ray.data.folder import find_pairs
+from apacs_ray.slides.plan import read_manifest
+from apacs_ray.slides.shards import measure_tiles
+from apacs_ray.stages.ingest import INGEST, data_store, holds_folders
+from apacs_ray.stages.ingest_slides import Inspected, look_at_slides, make_smears
+from apacs_ray.stages.pipeline import Context
+
+SLIDES_SHOWN = 30
+SAMPLE_SLIDES, SAMPLE_TILES = 3, 8  # of which tiles are read, measured and encoded
+
+
+def dry_run(context: Context) -> None:
+    """Write manifests and pictures, and say how many tiles, bytes and minutes it will be."""
+    store = data_store(context)
+    if context.run.data is None:
+        context.ray.start()
+        make_smears(context, store)
+    entries = list(store.list())
+    if holds_folders(store.uri, entries):
+        found = find_pairs(entries, root=store.uri, slide_regex=context.settings.data.slide_regex)
+        say(
+            f"{len(found.pairs)} pairs of image and mask, {len(found.rejects)} rejects, {len(found.ignored)} other files"
+        )
+        return
+    mark = INGEST.fingerprint(context)
+    seen = look_at_slides(context, store, entries, mark)
+    _table(seen)
+    seconds, size, sample = _measured(seen)
+    cpus = context.ray.cluster().cpus
+    if sample:
+        minutes = seen.tiles * seconds / cpus / 60
+        say(
+            f"{seen.tiles} tiles, about {seen.tiles * size / 1e9:.2f} GB and {minutes:.1f} min on {cpus:.0f} CPUs "
+            f"({seconds * 1000:.0f} ms and {size / 1e3:.0f} kB a tile, measured on {sample})"
+        )
+    else:
+        say("no tile can be read")
+    say(f"pictures: {context.run.store.uri_of(f'manifest/{mark[:8]}')}/*.png")
+
+
+def _table(seen: Inspected) -> None:
+    table = Table(title="slides", title_justify="left")
+    for heading in ("slide", "split", "engine", "um/px", "tiles", "skipped", "annotation"):
+        table.add_column(heading, justify="right" if heading in ("um/px", "tiles", "skipped") else "left")
+    for summary in seen.summaries[:SLIDES_SHOWN]:
+        slide = summary.slide
+        if summary.reject is not None:
+            table.add_row(slide.slide_id, slide.split or "-", f"rejected: {summary.reject.reason}")
+            continue
+        mpp = "-" if summary.mpp is None else f"{summary.mpp * summary.downsample:.4g}"
+        cells = (
+            slide.split or "-",
+            summary.engine,
+            mpp,
+            summary.tiles,
+            sum(summary.skipped.values()),
+            slide.kind or "-",
+        )
+        table.add_row(slide.slide_id, *(str(cell) for cell in cells))
+    console.print(table)
+    if len(seen.summaries) > SLIDES_SHOWN:
+        say(f"and {len(seen.summaries) - SLIDES_SHOWN} more slides")
+
+
+def _measured(seen: Inspected) -> tuple[float, float, int]:
+    """Seconds and bytes a tile on one core, and of how many tiles this is the mean."""
+    known = [(number, summary) for number, summary in seen.good if summary.tiles]
+    chosen = known[:: max(1, len(known) // SAMPLE_SLIDES)][:SAMPLE_SLIDES]
+    count, size, seconds = 0, 0, 0.0
+    for number, summary in chosen:
+        step = max(1, summary.tiles // SAMPLE_TILES)
+        places = list(range(0, summary.tiles, step))[:SAMPLE_TILES]
+        rows = read_manifest(seen.task.output, seen.task.manifest_path(number), places)
+        started = time.perf_counter()
+        kept, _ = measure_tiles(seen.task, summary, rows)
+        seconds += time.perf_counter() - started
+        count += len(kept)
+        size += sum(len(row["image"]) + len(row["mask"] or b"") for row in kept)
+    return (seconds / count, size / count, count) if count else (0.0, 0.0, 0)
