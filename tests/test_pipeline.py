@@ -11,15 +11,24 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from PIL import Image
 from runs import ROOT, SMALL, Done, kill_when, read_json, run, start, write_cells
+from slide_files import write_slide, write_tiff
+from test_annotations import collection, polygon
 
+from apacs_ray.data.synthetic import render, slide_specs
+from apacs_ray.data.tiles import Box
 from apacs_ray.lease import Lease
 from apacs_ray.models.spec import ModelSpec
+from apacs_ray.slides.reader import open_slide, read_box
 from apacs_ray.storage import open_store
+from apacs_ray.training.feed import decode_pixels
 
 COUNTS = ("tp", "fp", "tn", "fn")
 
@@ -254,3 +263,96 @@ def test_as_a_submitted_job(head: dict[str, str], undisturbed: Path, cells: Path
     failed = submit(head, "--data", str(tmp_path / "nowhere"), "--output", str(tmp_path / "no"), *SMALL)
     assert failed.status != 0
     assert "nowhere" in failed.text
+
+
+@pytest.fixture(scope="session")
+def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Slides of several kinds, one of them with QuPath's polygons and a bounds offset, and two that do not open."""
+    folder = tmp_path_factory.mktemp("data") / "my slides"
+    for number, spec in enumerate(slide_specs(5, 512, 384, train=2, test=2)):
+        rgb, cells = render(spec)
+        path = folder / spec.split / f"slïde {number}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if number == 0:
+            write_slide(path.with_suffix(".mrxs"), rgb, margin=1, codec="PNG")
+            areas = [polygon([[0, 0], [300, 0], [300, 200], [0, 200]]), polygon([[1, 1], [2, 2], [3, 3]])]
+            path.with_suffix(".geojson").write_bytes(collection(*areas))
+        elif number == 3:
+            write_tiff(path.with_suffix(".tif"), rgb, mpp=None)  # neither mpp nor annotation
+        else:
+            write_tiff(path.with_suffix(".tif"), rgb, kind="ome" if number == 1 else "classic")
+            Image.fromarray(cells).save(path.parent / f"{path.name}_mask.png")
+    (folder / "train/broken.svs").write_bytes(b"no slide" * 100)
+    write_slide(folder / "test/gone.mrxs", rgb)
+    (folder / "test/gone/Data0000.dat").unlink()
+    return folder
+
+
+TILES = ["--tiles.size", "128", "--tiles.shard", "4", "--tiles.image_format", "png"]
+
+
+def tile_table(output: Path) -> dict[str, dict[str, Any]]:
+    return {row["tile_id"]: row for row in pq.read_table(output / "tiles").to_pylist()}
+
+
+def test_slides_become_tiles(slides: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    done = run("--data", str(slides), "--output", str(output), *TILES, script="ingest.py")
+    assert done.status == 0, done.summary
+    record = read_json(output / "run.json")
+    assert record["facts"]["slides"] == {"listed": 6, "used": 4, "rejected": 2}
+    assert record["facts"]["engines"] == {"openslide": 1, "vips": 3}
+    (rejects,) = (output / "rejects").glob("*.parquet")
+    found = {Path(row["uri"]).name: row for row in pq.read_table(rejects).to_pylist()}
+    assert (found["broken.svs"]["code"], found["gone.mrxs"]["code"]) == ("unsupported_slide", "unreadable")
+    assert "Data0000.dat" in found["gone.mrxs"]["reason"]
+    assert "no mpp" in done.text
+    assert "feature 1" in done.text  # the polygon without area
+    rows = tile_table(output)
+    assert {row["downsample"] for row in rows.values()} == {1.0}
+    for row in rows.values():
+        slide = open_slide(Path(row["source_uri"]))
+        expected = read_box(slide, Box(row["x"], row["y"], 0, 0), 1.0, row["width"], row["height"])
+        assert np.array_equal(decode_pixels(row["image"]), expected)
+        if "slïde 3" in row["slide_id"]:
+            assert row["mask"] is None
+            assert row["mpp"] is None
+        elif "slïde 0" in row["slide_id"]:
+            x, y = np.meshgrid(row["x"] - 128 + np.arange(row["width"]), row["y"] - 128 + np.arange(row["height"]))
+            assert np.array_equal(decode_pixels(row["mask"]), (x < 300) & (y < 200))
+        else:
+            truth = np.asarray(Image.open(Path(row["source_uri"]).with_name(f"{row['slide_id']}_mask.png")))
+            part = truth[row["y"] : row["y"] + row["height"], row["x"] : row["x"] + row["width"]]
+            assert np.array_equal(decode_pixels(row["mask"]), part)
+
+
+def test_killed_slides_resume_to_the_same_shards_also_from_s3(slides: Path, s3: str, tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    assert run("--data", str(slides), "--output", str(plain), *TILES, script="ingest.py").status == 0
+    data = open_store(f"{s3}/the slides")
+    for path in slides.rglob("*.*"):
+        if path.is_file():
+            data.write(path.relative_to(slides).as_posix(), path.read_bytes())
+    killed = tmp_path / "killed"
+    options = ["--data", data.uri, "--output", str(killed), "--data.cache", str(tmp_path / "cache"), *TILES]
+    for pattern in ("manifest/*/*.parquet", "tiles/split=*/*.parquet"):
+        died = kill_when(start(*options, script="ingest.py"), lambda p=pattern: any(killed.glob(p)))
+        assert died.status == -signal.SIGKILL
+    done = run(*options, script="ingest.py")
+    assert done.status == 0, done.summary
+    first, second = tile_table(plain), tile_table(killed)
+    assert first.keys() == second.keys()
+    for name, row in first.items():
+        for column in ("image", "mask", "x", "y", "split", "tissue_fraction", "focus"):
+            assert second[name][column] == row[column]
+
+
+def test_a_dry_run_plans_and_draws(slides: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    done = run("--data", str(slides), "--output", str(output), "--dry-run", *TILES)
+    assert done.status == 0, done.summary
+    assert "tiles, about" in done.text
+    assert len(list(output.glob("manifest/*/*.png"))) == 4
+    assert not (output / "tiles").exists()
+    refused = run("--data", str(slides), "--output", str(tmp_path / "no"), "--data.splits", str(tmp_path / "none.csv"))
+    assert refused.status == 2

@@ -69,7 +69,8 @@ def _draw_val(
     task: SlideTask, training: Sequence[tuple[int, SlideSummary]], seed: int
 ) -> tuple[dict[int, set[int]], str]:
     """Manifest rows of each training slide that become val."""
-    known = [(number, summary) for number, summary in training if summary.tiles]
+    # slides without annotation teach nothing, so they cannot judge either
+    known = [(number, summary) for number, summary in training if summary.tiles and summary.slide.kind is not None]
     fraction = task.settings.val_fraction
     if len({summary.slide.slide_id for _, summary in known}) >= 3:
         units = [

@@ -27,9 +27,7 @@ def dry_run(context: Context) -> None:
     entries = list(store.list())
     if holds_folders(store.uri, entries):
         found = find_pairs(entries, root=store.uri, slide_regex=context.settings.data.slide_regex)
-        say(
-            f"{len(found.pairs)} pairs of image and mask, {len(found.rejects)} rejects, {len(found.ignored)} other files"
-        )
+        say(f"{len(found.pairs)} pairs of image and mask, {len(found.rejects)} rejects, {len(found.ignored)} others")
         return
     mark = INGEST.fingerprint(context)
     seen = look_at_slides(context, store, entries, mark)
