@@ -44,7 +44,7 @@ class Predictor:
     @torch.inference_mode()
     def logits(self, rgb: npt.NDArray[np.uint8]) -> dict[str, Array]:
         """Logits (H, W) float32 of every network for one tile (H, W, 3) uint8."""
-        pixels = torch.from_numpy(np.ascontiguousarray(rgb)).to(self._device)
+        pixels = torch.from_numpy(np.array(rgb)).to(self._device)  # a copy: decoded pictures are read-only
         image = pixels.permute(2, 0, 1)[None].float() / 255
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half):
             outputs = self._ensemble(image)

@@ -1,7 +1,8 @@
 """What a sweep costs with the members' heatmaps stored once, against running the members in every trial and epoch.
 
 Both ways do the same work on the same tiles in this process, alternating: (a) a fusion epoch that reads stored
-heatmaps, (b) the same epoch with the three members run on every tile, and (c) storing the heatmaps once.
+heatmaps, (b) the same epoch with the three members run on every tile, in float32 as everywhere in a run, and (c)
+storing the heatmaps once.
 A sweep of 20 trials of E epochs costs (c) + 20 E (a), or 20 E (b).
 """
 
