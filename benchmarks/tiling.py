@@ -58,14 +58,14 @@ def main() -> None:
         for kind in arguments.formats.split(","):
             data = Path(folder) / kind
             data.mkdir()
-            _write_slide(data / f"slide.{kind}", side)
+            write_slide(data / f"slide.{kind}", side)
             figures[kind] = _measure(data, Path(folder) / f"out-{kind}", repetitions)
             _show(kind, figures[kind])
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1))
 
 
-def _write_slide(path: Path, side: int) -> None:
+def write_slide(path: Path, side: int) -> None:
     """A smear of 4000 x 4000 px, repeated; whole, so that every tile of the grid is full."""
     rgb, _ = render(slide_specs(0, 4000, 4000, train=1, test=0)[0])
     times = side // 4000

@@ -28,6 +28,7 @@ from apacs_ray.storage import Entry, Store, open_store
 
 GIB = 1 << 30
 NOTES_SHOWN = 5
+ENGINES = {"vips": "libvips", "openslide": "OpenSlide"}
 
 
 def make_smears(context: Context, store: Store) -> None:
@@ -88,6 +89,9 @@ def look_at_slides(context: Context, store: Store, entries: Sequence[Entry], mar
     with bars() as shown:
         summaries = inspect_slides(task, slides, lambda done: shown.show("slides", done, len(slides)))
     _say_notes(summaries)
+    engines = Counter(summary.engine for summary in summaries if summary.reject is None)
+    read = ", ".join(f"{count} by {ENGINES[engine]}" for engine, count in sorted(engines.items()))
+    say(f"ingest: {len(slides)} slides{f' ({read})' if read else ''}, {sum(s.tiles for s in summaries)} tiles")
     return Inspected(task, found, slides, summaries)
 
 
