@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class ApacsError(Exception):
     """A run cannot go on. The message is one line for a person; scripts exit with `exit_status`."""
@@ -28,3 +30,12 @@ class BadInput(Exception):
 
     def __str__(self) -> str:
         return f"{self.code}: {self.reason}"
+
+
+def carried_message(error: BaseException) -> str | None:
+    """The message of an ApacsError that a worker raised; None when it raised something else.
+
+    Ray passes a worker's exception on as text: the traceback, whose last words are the type and the message.
+    """
+    found = re.findall(r"^(?:apacs_ray\.errors\.)?(?:ApacsError|UsageError): (.+)$", str(error), re.MULTILINE)
+    return found[-1] if found else None

@@ -26,6 +26,8 @@ OPTIONS = [
     "--fusion.crop", "128", "--fusion.from_best", "false",
 ]  # fmt: skip
 
+SLIDES = ["--synthetic.width", "3072", "--synthetic.height", "3072", "--tiles.size", "256", "--tiles.shard", "6"]
+
 
 @dataclass
 class Standing:
@@ -41,6 +43,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="5 kills")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ingest", action="store_true", help="only the cutting of larger slides")
     parser.add_argument("--json", type=Path, help="write the table there")
     arguments = parser.parse_args()
     kills = 5 if arguments.quick else arguments.kills
@@ -50,7 +53,7 @@ def main() -> None:
         started = time.monotonic()
         _start(plain).wait()
         whole = time.monotonic() - started
-        if not (plain / "evaluation/metrics.json").exists():
+        if not (plain / "tiles/_committed.json").exists():
             raise SystemExit(f"the undisturbed run did not end well; try: {' '.join(_command(plain))}")
         print(f"undisturbed run: {whole:.0f} s\n{'kill':>4} {'after s':>8}  {'in':<14} shards epochs  done again")
         rows = []
@@ -82,7 +85,8 @@ def main() -> None:
 
 
 def _command(output: Path) -> list[str]:
-    return [sys.executable, str(ROOT / "pipelines/full.py"), "--output", str(output), *OPTIONS]
+    script, options = ("ingest.py", SLIDES) if "--ingest" in sys.argv else ("full.py", OPTIONS)
+    return [sys.executable, str(ROOT / "pipelines" / script), "--output", str(output), *options]
 
 
 def _start(output: Path) -> subprocess.Popen[bytes]:

@@ -99,4 +99,4 @@ def configure_data() -> None:
     context.execution_options.preserve_order = True
     context.print_on_execution_start = False
     context.max_errored_blocks = 0
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors reach the user as exceptions

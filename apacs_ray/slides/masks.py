@@ -25,9 +25,9 @@ SLACK = 2  # px that a mask image may lack or have over after its size was round
 
 
 class MaskSource(Protocol):
-    """The annotation of one slide. `notes` are defects of parts of it, for the log."""
+    """The annotation of one slide. `defects` are its parts that are no area."""
 
-    notes: Sequence[str]
+    defects: Sequence[str]
 
     def tile(self, x: float, y: float, width: int, height: int, downsample: float) -> Mask | None:
         """(height, width) bool, True on cells; None where nobody annotated. Raises BadInput where it is damaged."""
@@ -62,8 +62,8 @@ def open_masks(
 class _Drawn:
     """Polygons."""
 
-    def __init__(self, mask: PolygonMask, notes: Sequence[str]) -> None:
-        self.notes = notes
+    def __init__(self, mask: PolygonMask, defects: Sequence[str]) -> None:
+        self.defects = defects
         self._mask = mask
 
     def tile(self, x: float, y: float, width: int, height: int, downsample: float) -> Mask:
@@ -74,7 +74,7 @@ class ImageMask:
     """A mask image of the whole slide or of its bounds, of the same size or an integer fraction of it."""
 
     def __init__(self, path: Path, info: SlideInfo, threshold: int | None) -> None:
-        self.notes: Sequence[str] = ()
+        self.defects: Sequence[str] = ()
         self._name = path.name
         self._threshold = threshold
         try:
@@ -139,7 +139,7 @@ class FovMasks:
     """Masks of single FOVs at full resolution. A tile that they do not cover wholly is not annotated."""
 
     def __init__(self, files: Sequence[tuple[Path, int, int]], threshold: int | None, max_pixels: int) -> None:
-        self.notes: Sequence[str] = ()
+        self.defects: Sequence[str] = ()
         self._files = files
         self._threshold = threshold
         self._max_pixels = max_pixels

@@ -57,7 +57,8 @@ class SlideSummary:
     grid_height: int = 0
     tiles: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what a person should know
+    defects: tuple[str, ...] = ()  # parts of its annotation that are no area
     reject: Reject | None = None
 
     @property
@@ -80,7 +81,15 @@ class SlideSummary:
             }
         )
         reject = None if tree["reject"] is None else Reject(**tree["reject"])
-        return cls(**{**tree, "slide": slide, "reject": reject, "notes": tuple(tree["notes"])})
+        return cls(
+            **{
+                **tree,
+                "slide": slide,
+                "reject": reject,
+                "notes": tuple(tree["notes"]),
+                "defects": tuple(tree["defects"]),
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -161,8 +170,8 @@ def plan_slide(
 ) -> tuple[list[dict[str, Any]], SlideSummary]:
     """The tiles of a slide that hold tissue, as manifest rows in reading order, and the slide's summary."""
     tiles = task.tiles
-    mpp = task.mpps.get(slide.slide_id) or task.settings.mpp or info.mpp
-    notes = [] if masks is None else [*masks.notes]
+    mpp = task.mpps.get(slide.slide_id) or info.mpp or task.settings.mpp
+    notes = []
     if mpp is None:
         notes.append("no mpp: cut at native resolution" + (", tiles.mpp is not kept" if tiles.mpp else ""))
     downsample = tiles.mpp / mpp if tiles.mpp and mpp else 1.0
@@ -182,7 +191,10 @@ def plan_slide(
             continue
         place = {"tile_id": tile_id(image_id, x, y), "x": x, "y": y, "column": box.x, "row": box.y}
         rows.append({**place, "width": box.width, "height": box.height})
-    summary = SlideSummary(slide, info.engine, mpp, downsample, width, height, len(rows), skipped, tuple(notes))
+    defects = () if masks is None else tuple(masks.defects)
+    summary = SlideSummary(
+        slide, info.engine, mpp, downsample, width, height, len(rows), skipped, tuple(notes), defects
+    )
     return rows, summary
 
 

@@ -28,6 +28,7 @@ class Cut:
     val_unit: str
     skipped: dict[str, int] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    defects: Sequence[Reject] = ()  # parts of inputs, such as one polygon: told among the rejects, not counted
 
 
 def open_store_file(uri: str | None) -> str | None:

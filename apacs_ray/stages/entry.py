@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
 from apacs_ray.cli import Command, parse
-from apacs_ray.errors import ApacsError
+from apacs_ray.errors import ApacsError, carried_message
 
 INTERRUPTED = 130
 
@@ -22,6 +23,13 @@ def main(program: str, summary: str, stages: Sequence[str] | None, argv: Sequenc
     except ApacsError as error:
         print(f"error: {error}", file=sys.stderr)
         status = error.exit_status
+    except Exception as error:  # Ray's forms of a worker's error, or a defect of ours  # noqa: BLE001
+        message = carried_message(error)
+        if message is None:
+            traceback.print_exc()
+            message = f"{type(error).__name__}, as above; if this is no trouble of your machine, please report it"
+        print(f"error: {message}", file=sys.stderr)
+        status = 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         status = INTERRUPTED

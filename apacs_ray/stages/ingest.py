@@ -90,7 +90,7 @@ def _work(context: Context, mark: str) -> Outcome:
     rows_out = sum(receipt.rows_out for receipt in receipts)
     counts = Counts(cut.tiles, rows_out, dict(skipped), len(tile_rejects))
     counts.reconcile("ingest")
-    _write_rejects(run.store, mark, [*cut.rejects, *tile_rejects])
+    _write_rejects(run.store, mark, [*cut.rejects, *tile_rejects, *cut.defects])
     current = {receipt.path for receipt in receipts}
     for split in ("train", "val", "test"):
         for path in shard_paths(run.store, "tiles", split):

@@ -117,7 +117,25 @@ def cut_slides(context: Context, store: Store, entries: Sequence[Entry], mark: s
         if not old.path.startswith(f"manifest/{mark[:8]}/"):
             run.store.delete(old.path)
     planned = seen.tiles + sum(seen.skipped.values())
-    return Cut(receipts, seen.rejects, "slides", units, planned, val_unit, dict(seen.skipped), facts)
+    return Cut(receipts, seen.rejects, "slides", units, planned, val_unit, dict(seen.skipped), facts, _defects(seen))
+
+
+def _defects(seen: Inspected) -> list[Reject]:
+    """A row for each part of an annotation that is no area."""
+    store = seen.task.masks or seen.task.data
+    return [
+        Reject(
+            store.uri_of(summary.slide.annotation[0].path),
+            summary.slide.slide_id,
+            None,
+            None,
+            "ingest",
+            "bad_annotation",
+            defect,
+        )
+        for summary in seen.summaries
+        for defect in summary.defects
+    ]
 
 
 def _default_cache() -> str:
@@ -164,6 +182,7 @@ def _read_mpps(text: str | None) -> dict[str, float]:
 
 def _say_notes(summaries: Sequence[SlideSummary]) -> None:
     notes = [f"{summary.slide.slide_id}: {note}" for summary in summaries for note in summary.notes]
+    notes += [f"{s.slide.slide_id}: {len(s.defects)} annotations are no area" for s in summaries if s.defects]
     for note in notes[:NOTES_SHOWN]:
         say(f"ingest: {note}")
     if len(notes) > NOTES_SHOWN:
