@@ -20,7 +20,7 @@ from apacs_ray.data.images import decode_image, decode_mask, encode_image, encod
 from apacs_ray.data.shards import Receipt, read_receipt, shard_path, write_table
 from apacs_ray.data.splits import assign_val
 from apacs_ray.data.tiles import TILE_SCHEMA, grid, once_region, tile_id
-from apacs_ray.data.tissue import focus, tissue_fraction
+from apacs_ray.data.tissue import measure
 from apacs_ray.errors import BadInput
 from apacs_ray.settings import DataSettings, TilesSettings
 from apacs_ray.storage import Store
@@ -153,11 +153,11 @@ def write_shard(task: ShardTask, plan: pa.Table) -> Receipt:
             reject = Reject(uri, row["slide_id"], row["x"], row["y"], STAGE, defect.code, defect.reason)
             rejects.append(asdict(reject))
             continue
-        tissue = tissue_fraction(rgb)
+        tissue, focus = measure(rgb)
         if tissue < (task.tiles.min_tissue or 0.0):
             skipped["background"] = skipped.get("background", 0) + 1
             continue
-        kept.append(_tile_row(task, row, rgb, mask, tissue))
+        kept.append(_tile_row(task, row, rgb, mask, tissue, focus))
     receipt = Receipt(path, len(rows), len(kept), skipped, rejects)
     write_table(task.output, pa.Table.from_pylist(kept, TILE_SCHEMA), receipt)
     return receipt
@@ -201,6 +201,7 @@ def _tile_row(
     rgb: npt.NDArray[np.uint8],
     mask: npt.NDArray[np.bool_],
     tissue: float,
+    focus: float,
 ) -> dict[str, Any]:
     tiles = task.tiles
     left, top, right, bottom = once_region(
@@ -231,7 +232,7 @@ def _tile_row(
         "mask": encode_mask(mask),
         "mask_fraction": float(mask.mean()),
         "tissue_fraction": tissue,
-        "focus": focus(rgb),
+        "focus": focus,
         "source_uri": task.data.uri_of(row["image"]),
         "source_version": row["source_version"],
     }

@@ -18,11 +18,7 @@ UNSCANNED = 8.0  # luminance 0..255: scanners fill what they did not scan with b
 
 def tissue_fraction(rgb: npt.NDArray[np.uint8]) -> float:
     """Share (0..1) of a tile, (H, W, 3) uint8 sRGB, that is stained or dark, and not the black of no scan."""
-    pixels = _shrunk(rgb)
-    highest = pixels.max(axis=2)
-    saturation = (highest - pixels.min(axis=2)) / np.maximum(highest, 1.0)
-    light = _luminance(pixels)
-    return float((((saturation >= SATURATION) | (light <= DARK)) & (light >= UNSCANNED)).mean())
+    return measure(rgb)[0]
 
 
 def focus(rgb: npt.NDArray[np.uint8]) -> float:
@@ -31,14 +27,16 @@ def focus(rgb: npt.NDArray[np.uint8]) -> float:
     Its unit is grey levels squared. It grows with sharpness and with contrast, so compare tiles of one slide;
     on bare glass it is near 0.
     """
-    return float(ndimage.laplace(_luminance(_shrunk(rgb)), mode="nearest").var())
+    return measure(rgb)[1]
 
 
-def _shrunk(rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
-    return np.asarray(Image.fromarray(np.ascontiguousarray(rgb)).reduce(SHRINK), np.float64)
-
-
-def _luminance(pixels: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Rec. 601 luma, 0..255."""
-    light: npt.NDArray[np.float64] = pixels @ np.array([0.299, 0.587, 0.114])
-    return light
+def measure(rgb: npt.NDArray[np.uint8]) -> tuple[float, float]:
+    """`tissue_fraction` and `focus` of a tile, from one shrinking of it."""
+    shrunk = np.asarray(Image.fromarray(np.ascontiguousarray(rgb)).reduce(SHRINK), np.float32)
+    red, green, blue = (np.ascontiguousarray(shrunk[..., channel]) for channel in range(3))
+    highest = np.maximum(np.maximum(red, green), blue)
+    lowest = np.minimum(np.minimum(red, green), blue)
+    light = 0.299 * red + 0.587 * green + 0.114 * blue  # Rec. 601 luma, 0..255
+    stained = highest - lowest >= SATURATION * np.maximum(highest, 1)
+    tissue = float(((stained | (light <= DARK)) & (light >= UNSCANNED)).mean())
+    return tissue, float(ndimage.laplace(light, mode="nearest").var(dtype=np.float64))

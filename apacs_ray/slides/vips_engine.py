@@ -176,7 +176,10 @@ class VipsSlide:
 
     def _joined(self, page: Page, tiles: JpegTiles, wanted: Box, inside: Box) -> Rgb:
         """`wanted`, of which `inside` lies in the level, from the JPEG tiles below it."""
-        whole = filled(self.info, wanted.width, wanted.height)
+        if (inside.width, inside.height) == (wanted.width, wanted.height):
+            whole = np.empty((wanted.height, wanted.width, 3), np.uint8)
+        else:
+            whole = filled(self.info, wanted.width, wanted.height)
         across = -(-page.width // tiles.width)
         right, bottom = inside.x + inside.width, inside.y + inside.height
         for row in range(inside.y // tiles.height, -(-bottom // tiles.height)):
@@ -186,12 +189,11 @@ class VipsSlide:
                 except (ValueError, IndexError) as error:
                     what = f"{self._path.name}: JPEG tile {column}, {row} of {page.width} x {page.height} px"
                     raise BadInput("unreadable_region", f"{what}: {error}") from error
-                if tile is not None:
-                    x, y = column * tiles.width, row * tiles.height
-                    left, top = max(x, inside.x), max(y, inside.y)
-                    end, foot = min(x + tiles.width, right), min(y + tiles.height, bottom)
-                    part = tile[top - y : foot - y, left - x : end - x]
-                    whole[top - wanted.y : foot - wanted.y, left - wanted.x : end - wanted.x] = part
+                x, y = column * tiles.width, row * tiles.height
+                left, top = max(x, inside.x), max(y, inside.y)
+                end, foot = min(x + tiles.width, right), min(y + tiles.height, bottom)
+                part = self.info.background if tile is None else tile[top - y : foot - y, left - x : end - x]
+                whole[top - wanted.y : foot - wanted.y, left - wanted.x : end - wanted.x] = part
         return whole
 
     def close(self) -> None:
