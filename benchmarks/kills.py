@@ -58,7 +58,7 @@ def main() -> None:
         print(f"undisturbed run: {whole:.0f} s\n{'kill':>4} {'after s':>8}  {'in':<14} shards epochs  done again")
         rows = []
         while len(rows) < kills:
-            process, after = _start(killed), moments.uniform(0.1, 0.6) * whole
+            process, after = _start(killed), moments.uniform(0.15, 0.9) * whole
             if _ends_within(process, after):
                 _require_equal(plain, killed)
                 shutil.rmtree(killed)
