@@ -20,13 +20,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from apacs_ray.data.synthetic import slide_specs  # noqa: E402
+from apacs_ray.slides.smears import write_smear  # noqa: E402
+from apacs_ray.storage import LocalStore  # noqa: E402
+
 OPTIONS = [
-    "--synthetic.width", "512", "--synthetic.height", "384", "--tiles.size", "128", "--tiles.shard", "4",
+    "--tiles.size", "128", "--tiles.shard", "4", "--members.batch_size", "2", "--members.learning_rate", "1e-3",
     "--members.width", "0.05", "--members.epochs", "5", "--members.crop", "128", "--fusion.epochs", "4",
     "--fusion.crop", "128", "--fusion.from_best", "false",
 ]  # fmt: skip
 
-SLIDES = ["--synthetic.width", "3072", "--synthetic.height", "3072", "--tiles.size", "256", "--tiles.shard", "6"]
+SLIDES = ["--tiles.size", "256", "--tiles.shard", "6"]
 
 
 @dataclass
@@ -50,6 +56,7 @@ def main() -> None:
     moments = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
         plain, killed = Path(folder, "plain"), Path(folder, "killed")
+        _write_smears(Path(folder, "data"), *((3072, 3072) if arguments.ingest else (512, 384)))
         started = time.monotonic()
         _start(plain).wait()
         whole = time.monotonic() - started
@@ -84,9 +91,17 @@ def main() -> None:
             arguments.json.write_text(json.dumps([{"in": doing} for doing, _ in rows], indent=1))
 
 
+def _write_smears(folder: Path, width: int, height: int) -> None:
+    """The slides that both runs read: the same files, for their rows name them."""
+    store = LocalStore(str(folder))
+    for number, spec in enumerate(slide_specs(0, width, height)):
+        write_smear(store, spec, number)
+
+
 def _command(output: Path) -> list[str]:
     script, options = ("ingest.py", SLIDES) if "--ingest" in sys.argv else ("full.py", OPTIONS)
-    return [sys.executable, str(ROOT / "pipelines" / script), "--output", str(output), *options]
+    data = ["--data", str(output.parent / "data"), "--output", str(output)]
+    return [sys.executable, str(ROOT / "pipelines" / script), *data, *options]
 
 
 def _start(output: Path) -> subprocess.Popen[bytes]:

@@ -1,0 +1,109 @@
+"""Training that starts from ImageNet's or released weights."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from golden import weight
+from torch import Tensor, nn
+
+from apacs_ray.errors import ApacsError
+from apacs_ray.models.fcn import build_member
+from apacs_ray.models.start import DEVIATION, MEAN, read_checkpoint, start_from_imagenet, start_from_released
+from apacs_ray.models.weights import PUBLISHED_NAMES
+
+
+def _normalised(image: Tensor) -> Tensor:
+    return (image - torch.tensor(MEAN)[:, None, None]) / torch.tensor(DEVIATION)[:, None, None]
+
+
+@pytest.fixture(scope="module")
+def vgg() -> nn.Module:
+    torch.manual_seed(0)
+    return torchvision.models.vgg16(weights=None, init_weights=False).eval()
+
+
+def test_alexnet_features_are_torchvisions_inside_the_frame() -> None:
+    """With 2 px cut off, our stride-4 grid (padding 100) meets theirs (padding 2): our index is theirs + 24."""
+    torch.manual_seed(0)
+    theirs = torchvision.models.alexnet(weights=None).eval()
+    ours = build_member("fcn32").eval()
+    start_from_imagenet(ours, "fcn32", theirs.state_dict())
+    image = torch.rand(1, 3, 322, 322)
+    with torch.inference_mode():
+        conv1 = theirs.features[:2](_normalised(image))[..., 2:70, 2:70]  # clear of their padding
+        mine = ours.trunk(image[..., 2:, 2:])[0][..., 26:94, 26:94]
+        assert torch.allclose(mine, conv1, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["fcn16", "fcn8"])
+def test_vgg_features_are_torchvisions_inside_the_frame(vgg: nn.Module, name: Any) -> None:
+    """With 3 px cut off, 100 px of padding begin 96 px before theirs: 12 px of pool3."""
+    ours = build_member(name).eval()
+    start_from_imagenet(ours, name, vgg.state_dict())
+    image = torch.rand(1, 3, 291, 291)
+    with torch.inference_mode():
+        pool3 = vgg.features[:17](_normalised(image))
+        mine = ours.trunk(image[..., 3:, 3:])[0]
+    inside = slice(4, 30)  # clear of both frames by the reach of a pool3 feature
+    shifted = slice(4 + 12, 30 + 12)
+    assert torch.allclose(mine[..., shifted, shifted], pool3[..., inside, inside], atol=1e-4)
+    assert float(pool3[..., inside, inside].std()) > 1e-3
+
+
+def test_the_classifier_becomes_convolutions(vgg: nn.Module) -> None:
+    ours = build_member("fcn8")
+    start_from_imagenet(ours, "fcn8", vgg.state_dict())
+    features = torch.rand(1, 512, 7, 7)
+    with torch.inference_mode():
+        dense = vgg.classifier[0](features.flatten(1))
+        assert torch.allclose(ours.trunk.fc6(features)[..., 0, 0], dense, atol=1e-4)
+
+
+def test_narrow_networks_cannot_take_them(vgg: nn.Module) -> None:
+    with pytest.raises(ApacsError, match=r"members\.width 1\.0"):
+        start_from_imagenet(build_member("fcn8", width=0.25), "fcn8", vgg.state_dict())
+    with pytest.raises(ApacsError, match=r"lack features\.0\.weight"):
+        start_from_imagenet(build_member("fcn8", width=0.25), "fcn8", {})
+
+
+def _released(name: str, prefix: str) -> dict[str, Tensor]:
+    shapes = build_member(name).state_dict()  # type: ignore[arg-type]
+    return {
+        f"{prefix}{theirs}.{part}": weight(f"{name}.{theirs}.{part}", tuple(shapes[f"{ours}.{part}"].shape))
+        for ours, theirs in PUBLISHED_NAMES[name].items()
+        for part in ("weight", "bias")
+        if f"{ours}.{part}" in shapes
+    }
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_released_checkpoint_is_read_as_tensors_only(prefix: str) -> None:
+    sink = io.BytesIO()
+    torch.save(_released("fcn32", prefix), sink)
+    state = read_checkpoint(sink.getvalue(), "fcn32.pth")
+    network = build_member("fcn32")
+    start_from_released(network, "fcn32", state)
+    assert torch.equal(network.score.weight, weight("fcn32.score_fr.weight", (1, 4096, 1, 1)))
+    with pytest.raises(ApacsError, match="shape"):
+        start_from_released(build_member("fcn32", width=0.25), "fcn32", state)
+
+
+class _Harm:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (print, ("harm",))
+
+
+@pytest.mark.parametrize("content", [{"a": _Harm()}, [1, 2], {"a": 3}])
+def test_what_is_no_state_dict_of_tensors_is_refused(content: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    sink = io.BytesIO()
+    torch.save(content, sink)
+    with pytest.raises(ApacsError, match=r"x\.pth"):
+        read_checkpoint(sink.getvalue(), "x.pth")
+    assert "harm" not in capsys.readouterr().out
+    with pytest.raises(ApacsError, match="no checkpoint"):
+        read_checkpoint(b"not a zip", "x.pth")
