@@ -152,7 +152,23 @@ class MembersSettings(TrainingSettings):
     """The three members FCN-32, FCN-16 and FCN-8."""
 
     width: float = Field(1.0, gt=0, le=1, description="share of the published channel counts; 1.0: as published")
-    init: Literal["random"] = Field("random", description="start of the weights")
+    init: Literal["random", "imagenet", "published"] = Field(
+        "random",
+        description="start of the weights: random, imagenet (AlexNet, VGG-16 of torchvision) or published (released)",
+    )
+    checkpoint: str | None = Field(
+        None,
+        description="URI of a folder with alexnet.pth and vgg16.pth (imagenet; default: torchvision downloads them) or "
+        "fcn32.pth, fcn16.pth and fcn8.pth (published)",
+    )
+
+    @model_validator(mode="after")
+    def _pretrained_weights_fit(self) -> MembersSettings:
+        if self.init != "random" and self.width != 1.0:
+            raise ValueError(f"init {self.init} needs width 1.0, not {self.width}")
+        if self.init == "published" and self.checkpoint is None:
+            raise ValueError("init published needs checkpoint, the folder of the released files")
+        return self
 
 
 class FusionSettings(TrainingSettings):

@@ -47,6 +47,7 @@ class NetworkTask:
     plan: NetworkPlan
     max_failures: int
     source: str
+    start: str | None = None  # safetensors to begin with
 
     @property
     def store(self) -> Store:
@@ -131,7 +132,7 @@ def _train_loop(config: dict[str, Any]) -> None:
     import torch
     import torch.distributed as dist
 
-    from apacs_ray.models.weights import build
+    from apacs_ray.models.weights import build, load_model
     from apacs_ray.training.loop import Trainer, describe_device
     from apacs_ray.training.order import schedule
     from apacs_ray.training.record import EpochRecord, score
@@ -151,7 +152,10 @@ def _train_loop(config: dict[str, Any]) -> None:
         return tensor
 
     # laid out before DDP wraps it: a layout changed afterwards gives wrong gradients
-    model = build(task.spec).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = build(task.spec)
+    if task.start is not None:
+        model = load_model(task.store.read(task.start), task.spec)
+    model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = ray.train.torch.prepare_model(model, move_to_device=False)
     trainer = Trainer(model, task.config, device=device, rank=rank, world=world, all_reduce=all_reduce)
     _resume(trainer, task)

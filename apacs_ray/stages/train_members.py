@@ -6,6 +6,7 @@ from apacs_ray.models.spec import MEMBERS, ModelSpec
 from apacs_ray.run import Counts, fingerprint
 from apacs_ray.settings import MemberName
 from apacs_ray.stages.pipeline import Context, Outcome, Stage
+from apacs_ray.stages.start import start_version, start_weights
 from apacs_ray.stages.training import Network, forget_state, train_networks
 
 
@@ -14,6 +15,7 @@ def _fingerprint(context: Context) -> str:
         stage="train_members",
         tiles=context.done("ingest").fingerprint,
         members=context.settings.members.model_dump(exclude={"workers"}),
+        start={name: start_version(context.settings.members, name) for name in MEMBERS},
         seed=context.settings.run.seed,
     )
 
@@ -22,7 +24,7 @@ def member_network(context: Context, name: MemberName, folder: str) -> Network:
     """One member as the settings describe it, its model to lie in `folder`."""
     members = context.settings.members
     spec = ModelSpec("member", name, width=members.width, dropout=members.dropout)
-    return Network(name, spec, folder, members)
+    return Network(name, spec, folder, members, start=lambda: start_weights(members, name))
 
 
 def _work(context: Context, mark: str) -> Outcome:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,10 +22,12 @@ from apacs_ray.training.config import TrainConfig
 from apacs_ray.training.feed import Crop, Feed, Heatmaps
 from apacs_ray.training.record import EpochRecord, history_csv
 
+START = "start.safetensors"
+
 
 @dataclass(frozen=True)
 class Network:
-    """A network to train: its key, what it is, and the folder of its model in the run."""
+    """A network to train: its key, what it is, the folder of its model in the run, and what it learns from."""
 
     name: str
     spec: ModelSpec
@@ -33,6 +35,7 @@ class Network:
     settings: TrainingSettings
     heatmaps: Heatmaps | None = None
     indices: dict[str, TileIndex] | None = None
+    start: Callable[[], bytes | None] = lambda: None  # safetensors to begin with; None: as the network is built
 
 
 def read_indices(store: Store) -> dict[str, TileIndex]:
@@ -71,6 +74,7 @@ def train_networks(context: Context, networks: Sequence[Network], mark: str) -> 
             feed = Feed(run.store, network.heatmaps, Crop(how.crop, how.flips, how.turns))
             config = TrainConfig.of(how, settings.run.seed)
             state = state_folder(network, mark)
+            start = _write_start(run.store, f"{state}/{START}", network)
             tasks.append(
                 NetworkTask(
                     network.name,
@@ -82,6 +86,7 @@ def train_networks(context: Context, networks: Sequence[Network], mark: str) -> 
                     resources,
                     settings.run.max_failures,
                     source_hash(),
+                    start,
                 )
             )
         with bars() as shown:
@@ -95,6 +100,16 @@ def train_networks(context: Context, networks: Sequence[Network], mark: str) -> 
             progress = read_progress(run.store, task.state) or {}
             run.facts["device"] = {**run.facts.get("device", {}), network.name: progress.get("device")}
     return {network.name: _facts(run.store, network) for network in networks}
+
+
+def _write_start(store: Store, path: str, network: Network) -> str | None:
+    """Put the weights that training starts from where its workers find them."""
+    if store.version(path) is None:
+        weights = network.start()
+        if weights is None:
+            return None
+        store.write(path, weights)
+    return path
 
 
 def state_folder(network: Network, mark: str) -> str:
