@@ -1,65 +1,333 @@
-"""The report: complete, self-contained, and no name in it becomes markup."""
+"""The report: complete, self-contained, right in what it says, and no name in it becomes markup."""
 
 from __future__ import annotations
 
+import base64
 import io
+import math
+import re
+from html.parser import HTMLParser
+from importlib.resources import files
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pytest
 from PIL import Image
 
-from apacs_ray.report.overlays import COLOURS, overlay, panel
+from apacs_ray.evaluation.metrics import compare, summarize
+from apacs_ray.evaluation.predictions import MEMBERS, MODEL_KEYS
+from apacs_ray.evaluation.tile_rows import per_tile_schema, tile_row
+from apacs_ray.report.charts import VARIABLES, dice_chart, difference_chart, slide_chart, sweep_charts, training_charts
+from apacs_ray.report.overlays import COLOURS, LARGEST, overlay, panel
 from apacs_ray.report.page import ReportContext, TilePicture, build_report
+from apacs_ray.report.summary import best_member, headline, kept_epoch, read_sweep_table, verdict
+from apacs_ray.settings import Settings
 from apacs_ray.training.record import EpochRecord
 
-HOSTILE = "<script>alert('x')</script>"
+HOSTILE = "<script>alert('x')</script>\"><img src=x onerror=y> 切片 &amp;"
+KINDS = ("best", "median", "worst", "disagree")
+SHARES = {"fcn32": 0.3, "fcn16": 0.25, "fcn8": 0.2, "majority": 0.2, "mean": 0.18, "fusion": 0.05, "otsu": 0.7}
+TRIALS = (
+    "trial_id,val_dice,epochs,seconds,error,learning_rate,members\n"
+    "a,0.5,2,1.0,,0.0001,fcn32+fcn8\nb,0.6,4,1.0,,0.01,fcn16+fcn8\nc,,0,1.0,RuntimeError: memory,0.1,fcn16+fcn8\n"
+)
 
 
-def metrics(dice: float | None) -> dict[str, object]:
-    ratios = {"tp": 1, "fp": 1, "tn": 1, "fn": 1, "accuracy": 0.5, "iou": dice, "dice": dice}
-    more = {"mean_iou": dice, "mean_dice": dice, "boundary_iou": None, "tiles": 4, "undefined_tiles": 1}
-    interval = None if dice is None else [dice - 0.1, dice + 0.1]
-    objects = {"objects": {"tp": 1, "fp": 0, "fn": 2}, "object_f1": 0.5, "per_slide": {HOSTILE: {**ratios, "tiles": 4}}}
-    return {**ratios, **more, **objects, "iou_ci95": interval, "dice_ci95": interval, "ci_unit": "tile"}
+def history(*val: float) -> list[EpochRecord]:
+    return [EpochRecord(at, 1.0, 0.6, math.nan, dice, 1e-3, 70.0) for at, dice in enumerate(val)]
 
 
-def context(**changes: object) -> ReportContext:
-    history = [EpochRecord(0, 1.0, 0.5, 1.0, 0.4, 1e-3, 2.0), EpochRecord(1, 0.9, 0.6, float("nan"), 0.5, 1e-3, 2.0)]
-    rgb = np.zeros((8, 8, 3), np.uint8)
-    png = panel(rgb, np.zeros((8, 8), bool), np.ones((8, 8), bool))
+def charted(dice: float | None) -> dict[str, Any]:
+    """Of one model what the charts show."""
+    return {"dice": dice, "dice_ci95": None, "per_slide": {"s": {"dice": dice}}}
+
+
+def per_tile(slides: list[str], fusion: str = "fusion") -> pa.Table:
+    """Noise as cells; each model misses its share of them."""
+    rng = np.random.default_rng(0)
+    models = [key for key in MODEL_KEYS if key in SHARES]
+    rows = []
+    for number, slide in enumerate(slides):
+        truth = rng.random((24, 24)) < 0.5
+        masks = {model: truth & (rng.random((24, 24)) > SHARES[model]) for model in models}
+        place = {"tile_id": f"{slide}_{number}", "slide_id": slide, "x": 0, "y": 0, "width": 24, "height": 24}
+        once = {"once_left": 0, "once_top": 0, "once_right": 24, "once_bottom": 24}
+        rows.append(tile_row(place | once, masks, truth, border=0, disputed=MEMBERS))
+    return pa.Table.from_pylist(rows, per_tile_schema(models))
+
+
+def context(**changes: Any) -> ReportContext:
+    table = per_tile([HOSTILE, "b", "c", "d", "e", "f"])
+    models = [key for key in MODEL_KEYS if key in SHARES]
+    png = panel(np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), bool), np.ones((8, 8), bool))
+    done = {"state": "done", "seconds": 130.0, "rows_in": 9, "rows_out": 6, "skipped": {HOSTILE: 2}, "rejected": 1}
+    reject = {"uri": HOSTILE, "slide_id": None, "x": None, "y": None, "code": "truncated", "reason": HOSTILE}
     values = {
         "title": HOSTILE,
-        "output": "runs/x",
-        "metrics": {"fcn8": metrics(0.8), "fusion": metrics(0.9), "otsu": metrics(None)},
-        "comparison": {"fcn8": {"dice_difference": 0.1, "ci95": [0.05, 0.2], "unit": "tile", "significant": True}},
-        "histories": {"fcn8": history, "fusion": history},
-        "trials": "trial_id,val_dice,epochs,seconds,error,learning_rate\na,0.5,2,1.0,,0.001\nb,0.6,2,1.0,,0.01\n",
-        "best": {"learning_rate": 0.01},
-        "stages": {
-            "ingest": {"state": "done", "seconds": 3.0, "rows_in": 4, "rows_out": 4, "skipped": {}, "rejected": 0}
-        },
+        "output": HOSTILE,
+        "metrics": summarize(table, models, 0),
+        "comparison": compare(table, models, "fusion", 0),
+        "histories": {name: history(0.4, 0.5) for name in (*MEMBERS, "fusion")},
+        "trials": TRIALS.replace("a,", HOSTILE.replace('"', "") + ",", 1),
+        "best": {"learning_rate": 0.01, "members": ["fcn16", "fcn8"]},
+        "stages": {"ingest": done, "evaluate": {"state": "running"}},
         "facts": {"val_unit": "image", "pairs": {"listed": 5, "used": 4, "rejected": 1}},
-        "rejects": [{"uri": HOSTILE, "slide_id": None, "x": None, "y": None, "code": "truncated", "reason": HOSTILE}],
-        "pictures": [TilePicture(kind, 1, HOSTILE, "s", "c", png) for kind in ("best", "median", "worst", "disagree")],
-        "settings": {"a": HOSTILE},
-        "environment": {"python": "3"},
+        "rejects": [reject] * 25,
+        "pictures": [TilePicture(kind, 1, HOSTILE, HOSTILE, HOSTILE, png) for kind in KINDS],
+        "settings": Settings().model_dump(mode="json") | {"data": {"slide_regex": HOSTILE}},
+        "environment": {"python": "3", "packages": {"ray": "2"}, "git": None},
     }
-    return ReportContext(**{**values, **changes})  # type: ignore[arg-type]
+    return ReportContext(**{**values, **changes})
 
 
-def test_every_part_is_there_and_names_are_escaped() -> None:
-    page = build_report(context())
-    assert "<script" not in page
-    assert "&lt;script&gt;" in page
-    assert page.count("data:image/png;base64,") == 4
-    assert page.count("<svg") == 4
-    for text in ("68.77%", "truncated", "fusion is better", "Annotations to look at again", "0.9000", "learning_rate"):
-        assert text in page
-    assert 'src="http' not in page
-    assert 'href="http' not in page.replace('href="http://www.w3.org', "")
+class Page(HTMLParser):
+    """Collects tags with their attributes, and checks that they close in order."""
+
+    VOID = frozenset(["meta", "img", "br"])
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self._open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.tags)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
 
 
-def test_without_a_sweep_there_is_no_sweep_section() -> None:
-    assert "Sweep of the fusion" not in build_report(context(trials="", best={}))
+# --- the page
+
+
+def test_no_name_becomes_markup_and_nothing_is_fetched() -> None:
+    html = build_report(context())
+    page = Page(html)
+    assert "<script" not in html
+    assert page.count("img") == 4
+    for name, attributes in page.tags:
+        assert not [key for key in attributes if key.startswith("on")], name
+        for key in ("src", "href", "xlink:href"):
+            value = attributes.get(key)
+            assert value is None or value.startswith(("data:image/jpeg;base64,", "#")), value
+    assert not re.search(r"url\([^#]|@import|https?:", html)
+    assert HOSTILE in page.text
+
+
+def test_every_part_of_the_report_is_there() -> None:
+    page = Page(build_report(context()))
+    for words in (
+        "All models",
+        "Is the fusion better?",
+        "best member on validation",
+        "Training",
+        "Sweep of the fusion",
+        "1 trial failed",
+        "What it looks like",
+        "Annotations to look at again",
+        "Cells as objects",
+        "Slide by slide",
+        "25 × truncated",
+        "20 of 25; all are in rejects/",
+        "2 min 10 s",
+        "5 listed, 4 used, 1 rejected",
+        "ray 2",
+        "writes this page",
+        "tiles.size",
+        "learning rate 0.01, members fcn16+fcn8",
+    ):
+        assert words in page.text, words
+    anchors = {attributes["href"] for name, attributes in page.tags if name == "a"}
+    assert {f"#{attributes['id']}" for name, attributes in page.tags if name == "section"} == anchors
+
+
+def test_our_figures_stand_beside_the_paper() -> None:
+    made = context()
+    html = build_report(made)
+    for model, paper in (("fcn8", "0.6877"), ("fusion", "0.7336"), ("majority", "–")):
+        row = next(row for row in re.findall(r"<tr.*?</tr>", html, re.S) if f"{made.metrics[model]['iou']:.4f}" in row)
+        cells = re.findall(r"<td[^>]*>(.*?)</td>", row)
+        assert cells[3] == f"{made.metrics[model]['dice']:.4f}"
+        assert cells[-1] == paper
+
+
+def test_what_the_run_says_of_whole_slides() -> None:
+    slides = {"listed": 3, "used": 2, "rejected": 1}
+    facts = {"slides": slides, "engines": {"openslide": 2}, "unreadable": {HOSTILE: "99.0%"}}
+    page = Page(build_report(context(facts=facts)))
+    for words in ("3 listed, 2 used, 1 rejected", "2 openslide", f"{HOSTILE} (99.0% of them read)"):
+        assert words in page.text
+
+
+def test_a_report_without_sweep_rejects_or_several_units() -> None:
+    table = per_tile(["only"])
+    models = [key for key in MODEL_KEYS if key in SHARES]
+    metrics, comparison = summarize(table, models, 0), compare(table, models, "fusion", 0)
+    made = context(metrics=metrics, comparison=comparison, trials="", best={}, rejects=[], facts={}, pictures=[])
+    page = Page(build_report(made))
+    assert "Sweep of the fusion" not in page.text
+    assert "one unit, no interval" in page.text
+    assert "cannot be compared" in page.text
+    assert "#sweep" not in {attributes.get("href") for _, attributes in page.tags}
+
+
+def test_a_test_set_without_cells_still_gives_a_report() -> None:
+    empty = dict.fromkeys(("tp", "fp", "fn"), 0)
+    undefined = dict.fromkeys(("iou", "dice", "mean_iou", "mean_dice", "boundary_iou", "object_f1"))
+    row = {**empty, "tn": 9, "accuracy": 1.0, **undefined, "objects": empty, "tiles": 1, "undefined_tiles": 1}
+    row |= {"iou_ci95": None, "dice_ci95": None, "ci_unit": "tile"}
+    row["per_slide"] = {"s": {**empty, "tn": 9, "accuracy": 1.0, "iou": None, "dice": None, "tiles": 1}}
+    none = {"otsu": {"dice_difference": None, "ci95": None, "unit": "tile", "significant": False}}
+    page = Page(build_report(context(metrics={"fusion": row, "otsu": row}, comparison=none, histories={})))
+    assert "Dice and IoU are undefined" in page.text
+    assert "1 tile has no cell" in page.text
+
+
+# --- what it says
+
+
+def test_the_headline_names_the_member_that_was_best_on_validation() -> None:
+    made = context(histories={"fcn32": history(0.3, 0.7), "fcn16": history(0.6), "fusion": history(0.9)})
+    assert best_member(made.histories) == "fcn32"
+    words = headline(made.metrics, made.comparison, made.histories)
+    difference = made.metrics["fusion"]["dice"] - made.metrics["fcn32"]["dice"]
+    assert f"FCN-32 was the best single network on validation; the fusion's Dice is {difference:.3f} higher" in words
+    assert "Resampling confirms" in words
+    assert best_member({}) is None
+
+
+@pytest.mark.parametrize(
+    ("difference", "span", "words"),
+    [
+        (0.1, [0.05, 0.2], "fusion is better"),
+        (-0.1, [-0.2, -0.05], "fusion is worse"),
+        (0.1, [-0.05, 0.2], "not told apart"),
+        (None, None, "cannot be compared"),
+    ],
+)
+def test_verdicts(difference: float | None, span: list[float] | None, words: str) -> None:
+    significant = span is not None and not span[0] <= 0 <= span[1]
+    assert verdict({"dice_difference": difference, "ci95": span, "significant": significant}) == words
+
+
+def test_the_kept_epoch_is_the_first_best_and_never_an_undefined_one() -> None:
+    kept = kept_epoch(history(0.2, math.nan, 0.7, 0.7, 0.1))
+    assert kept is not None
+    assert kept.epoch == 2
+    assert kept_epoch(history(math.nan)) is None
+
+
+def test_the_sweep_is_read_best_first_without_failed_trials() -> None:
+    sweep = read_sweep_table(TRIALS)
+    assert [trial.name for trial in sweep.trials] == ["b", "a"]
+    assert (sweep.failed, sweep.longest, sweep.drawn) == (1, 4, ["learning_rate", "members"])
+    assert read_sweep_table("").trials == ()
+
+
+# --- charts
+
+
+def test_charts_are_the_same_each_time_and_their_ids_their_own() -> None:
+    html = build_report(context())
+    assert build_report(context()) == html
+    page = Page(html)
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    used = re.findall(r"url\(#([^)]*)\)", html) + re.findall(r'xlink:href="#([^"]*)"', html)
+    assert used
+    assert set(used) <= set(ids)
+    assert page.count("svg") == 3 + 4 + 2  # by model; networks; drawn settings
+
+
+def test_charts_take_every_colour_from_the_style_sheet() -> None:
+    css = files("apacs_ray.report").joinpath("templates/report.css").read_text()
+    for value, name in VARIABLES.items():
+        assert f"--{name}: {value};" in css
+    drawings = re.findall(r"<svg.*?</svg>", build_report(context()), re.S)
+    assert drawings
+    for drawing in drawings:
+        assert "var(--" in drawing
+        assert not re.search(r"#[0-9a-f]{6}\b|<style", drawing)
+
+
+def test_a_name_in_a_chart_stays_text() -> None:
+    page = Page(dice_chart({"<script>&amp;\"'": charted(0.5), "$x^2$ {": charted(0.6)}))
+    assert {"<script>&amp;\"'", "$x^2$ {"} <= set(page.words)
+    assert {name for name, _ in page.tags} <= {"svg", "g", "defs", "path", "use", "clippath", "rect", "text"}
+    trials = "trial_id,val_dice,epochs,seconds,error,$head$\na,0.5,1,1.0,,<script>\nb,0.6,1,1.0,,$y_0$\n"
+    (chart,) = sweep_charts(read_sweep_table(trials))
+    assert {"<script>", "$y_0$", "$head$"} <= set(Page(chart).words)
+
+
+def test_no_chart_without_figures() -> None:
+    undefined = {"dice_difference": None, "ci95": None, "unit": "tile", "significant": False}
+    assert dice_chart({"fusion": charted(None)}) == ""
+    assert slide_chart({"fusion": charted(None)}) == ""
+    assert difference_chart({"fcn8": undefined}) == ""
+    assert difference_chart({}) == ""
+    assert training_charts({"fcn8": []}) == []
+    assert sweep_charts(read_sweep_table("")) == []
+
+
+def test_the_dice_chart_shows_every_model_that_has_a_dice() -> None:
+    words = Page(dice_chart({"fcn8": charted(0.8), "fusion": charted(0.85), "otsu": charted(None)})).words
+    assert {"FCN-8", "fusion", "0.8000", "0.8500"} <= set(words)
+    assert "Otsu, green channel" not in words
+
+
+def test_many_slides_are_thinned() -> None:
+    chart = slide_chart({"fusion": {"per_slide": {f"s{at}": {"dice": at / 1000} for at in range(1000)}}})
+    assert chart.count("<use") == 200
+
+
+@pytest.mark.parametrize(("floor", "words"), [(0.5, "further right"), (-0.5, "further left")])
+def test_a_far_floor_does_not_flatten_the_other_differences(floor: float, words: str) -> None:
+    rows = {"fcn8": (0.01, [-0.01, 0.02]), "otsu": (floor, [floor - 0.05, floor + 0.05])}
+    made = {
+        name: {"dice_difference": difference, "ci95": span, "significant": name == "otsu"}
+        for name, (difference, span) in rows.items()
+    }
+    texts = Page(difference_chart(made)).words
+    assert any(words in text for text in texts)
+    ticks = [float(text.replace("\N{MINUS SIGN}", "-")) for text in texts if re.fullmatch(r"\W?0\.\d{2,3}", text)]
+    assert max(ticks) < 0.05
+    assert "off the scale" not in difference_chart({"otsu": made["otsu"]})
+
+
+def test_training_charts_live_with_undefined_epochs() -> None:
+    (chart,) = training_charts({"fcn8": history(0.2, math.nan, 0.7), "fusion": history()})
+    assert {"FCN-8", "0.7000", "epoch"} <= set(Page(chart).words)
+    assert "nan" not in chart
+    assert len(training_charts({"fcn8": history(math.nan)})) == 1
+
+
+def test_a_sweep_has_a_chart_for_each_drawn_setting_and_none_for_the_epochs() -> None:
+    rate, members = sweep_charts(read_sweep_table(TRIALS))
+    assert "learning rate" in Page(rate).words
+    assert {"members", "16+8", "32+8"} <= set(Page(members).words)
+    for chart in (rate, members):
+        marks = re.findall(r"<use [^>]*fill: var\(--(\w+)\)", chart)
+        assert sorted(marks) == ["card", "fusion"]  # the trial that was stopped early, and the best
+
+
+# --- pictures
 
 
 def test_overlay_colours_say_what_they_mean() -> None:
@@ -72,5 +340,36 @@ def test_overlay_colours_say_what_they_mean() -> None:
     assert tuple(drawn[27, 10]) == COLOURS["fp"]
     assert tuple(drawn[2, 10]) == COLOURS["fn"]
     assert tuple(drawn[0, 0]) == (255, 255, 255)
-    picture = Image.open(io.BytesIO(panel(np.zeros((900, 600, 3), np.uint8), *np.zeros((2, 900, 600), bool))))
-    assert picture.size == (2 * 280 + 6, 420)
+    inside_tp, inside_fp = drawn[15, 10].astype(int), drawn[24, 10].astype(int)
+    assert np.abs(inside_tp - 255).sum() < np.abs(inside_fp - 255).sum()
+
+
+def test_outlines_survive_the_shrinking_of_a_large_tile() -> None:
+    truth = np.zeros((1500, 1500), bool)
+    truth[300:900, 300:900] = True
+    picture = Image.open(io.BytesIO(panel(np.full((1500, 1500, 3), 200, np.uint8), truth, truth)))
+    drawn = np.asarray(picture)
+    assert drawn.shape[1] == LARGEST
+    outline = (drawn == COLOURS["tp"]).all(axis=2).sum()
+    assert outline >= 4 * 0.9 * 600 * LARGEST / 1500
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"), [((900, 600), (2 * 320 + 6, 480)), ((300, 300), (300, 606)), ((40, 2000), (480, 26))]
+)
+def test_a_panel_holds_both_pictures(shape: tuple[int, int], size: tuple[int, int]) -> None:
+    png = panel(np.zeros((*shape, 3), np.uint8), *np.zeros((2, *shape), bool))
+    assert Image.open(io.BytesIO(png)).size == size
+
+
+def test_pictures_are_small_in_the_page_and_still_the_picture() -> None:
+    y, x = np.mgrid[:200, :200]
+    rgb = np.stack([120 + 60 * np.sin(x / 30), 120 + 60 * np.cos(y / 20), x / 2 + 40], axis=2).astype(np.uint8)
+    png = panel(rgb, x < 90, x < 110)
+    html = build_report(context(pictures=[TilePicture("best", 1, "t", "s", "c", png)]))
+    encoded = re.search(r'src="data:image/jpeg;base64,([^"]+)"', html)
+    assert encoded is not None
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded[1]))), np.int64)
+    stored = np.asarray(Image.open(io.BytesIO(png)), np.int64)
+    assert shown.shape == stored.shape
+    assert np.abs(shown - stored).mean() < 3

@@ -1,105 +1,226 @@
-"""Charts of the report as inline SVG, with matplotlib."""
+"""The charts of the report, by matplotlib, as inline SVG that takes its colours and font from `report.css`."""
 
 from __future__ import annotations
 
-import csv
 import io
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
+from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from apacs_ray.training.record import EpochRecord, score
+from apacs_ray.report.summary import NAMES, PAPER, Sweep, kept_epoch
+from apacs_ray.training.record import EpochRecord
 
-TRAIN, VAL, ACCENT, GREY = "#9aa5b1", "#0b7285", "#d9480f", "#868e96"
-
-
-def training_curves(histories: Mapping[str, Sequence[EpochRecord]]) -> str:
-    """Train and val Dice by epoch, a panel a network."""
-    figure, axes = plt.subplots(1, len(histories), figsize=(3.1 * len(histories), 2.7), sharey=True, squeeze=False)
-    for axis, (name, history) in zip(axes[0], histories.items(), strict=True):
-        epochs = [record.epoch + 1 for record in history]
-        axis.plot(epochs, [record.train_dice for record in history], color=TRAIN, label="train (crops)")
-        axis.plot(epochs, [record.val_dice for record in history], color=VAL, label="val")
-        best = max(history, key=score)
-        axis.plot(best.epoch + 1, best.val_dice, "o", color=ACCENT, markersize=5, label="kept")
-        axis.set_title(f"{name}: {best.val_dice:.3f}", fontsize=10, loc="left")
-        axis.set_xlabel("epoch")
-        axis.set_ylim(0, 1)
-    axes[0][0].set_ylabel("Dice")
-    axes[0][-1].legend(fontsize=8, frameon=False, loc="lower right")
-    return _svg(figure)
-
-
-def dice_bars(metrics: Mapping[str, Mapping[str, Any]]) -> str:
-    """Pooled Dice of every model with its interval."""
-    names = [name for name, row in metrics.items() if row["dice"] is not None]
-    figure, axis = plt.subplots(figsize=(6.6, 0.36 * len(names) + 0.7))
-    for place, name in enumerate(reversed(names)):
-        row = metrics[name]
-        colour = ACCENT if name.startswith("fusion") else VAL
-        axis.barh(place, row["dice"], color=colour, alpha=0.85, height=0.62)
-        if row["dice_ci95"]:
-            axis.plot(row["dice_ci95"], [place, place], color="#212529", linewidth=1.6)
-        axis.text(0.01, place, f"{row['dice']:.4f}", va="center", color="white", fontsize=8)
-    axis.set_yticks(range(len(names)), list(reversed(names)))
-    axis.set_xlim(0, 1)
-    axis.set_xlabel("pooled Dice, with 95 % interval")
-    return _svg(figure)
+# the variables of report.css with their values in light mode; a chart names the variable, so dark mode applies to it
+INK, SOFT, LINE, CARD = "#1c2733", "#5b6977", "#dfe4ea", "#ffffff"
+FUSION, PLAIN, TRAIN, VAL = "#c2410c", "#4b6478", "#9aa7b4", "#0e7490"
+VARIABLES = {
+    **{INK: "ink", SOFT: "soft", LINE: "line", CARD: "card"},
+    **{FUSION: "fusion", PLAIN: "plain", TRAIN: "train", VAL: "val"},
+}
+STYLE = {
+    "svg.fonttype": "none",  # text stays text: the page's font, found by a search
+    "text.parse_math": False,  # a '$' in a name is a '$'
+    "font.size": 9,
+    "font.sans-serif": ["DejaVu Sans"],  # its widths, which no font of a page exceeds by much
+    **{"text.color": INK, "axes.labelcolor": SOFT, "xtick.color": SOFT, "ytick.color": SOFT},
+    **{"axes.edgecolor": LINE, "grid.color": LINE, "axes.facecolor": "none", "figure.facecolor": "none"},
+    **{"axes.grid": True, "axes.axisbelow": True, "grid.linewidth": 0.8},
+    **{"xtick.major.size": 0, "ytick.major.size": 0, "xtick.minor.size": 0, "lines.markersize": 7},
+    **{f"axes.spines.{side}": False for side in ("left", "right", "top", "bottom")},
+}
+WIDTH, ROW = 7.2, 0.28  # inches: a chart with a row a model
+PANEL = (3.0, 2.1)  # inches: one of several charts in a row
+SLIDES_DRAWN = 200  # a model at most
+FLOOR = "otsu"  # no rival of the fusion; it must not set the scale on which rivals are told apart
+Rows = Mapping[str, Mapping[str, Any]]
 
 
-def sweep_chart(trials: str) -> str:
-    """Val Dice of every trial against each number that was drawn."""
-    rows = [row for row in csv.DictReader(io.StringIO(trials)) if row["val_dice"]]
-    numbers = [name for name in (rows[0] if rows else {}) if name not in ("trial_id", "val_dice", "seconds", "error")]
-    drawn = [name for name in numbers if all(_is_number(row[name]) for row in rows)]
-    if not rows or not drawn:
-        return ""
-    figure, axes = plt.subplots(1, len(drawn), figsize=(2.5 * len(drawn), 2.5), sharey=True, squeeze=False)
-    best = max(rows, key=lambda row: float(row["val_dice"]))
-    for axis, name in zip(axes[0], drawn, strict=True):
-        values = [float(row[name]) for row in rows]
-        axis.scatter(values, [float(row["val_dice"]) for row in rows], color=VAL, alpha=0.7, s=18)
-        axis.scatter([float(best[name])], [float(best["val_dice"])], color=ACCENT, s=34)
-        axis.set_xlabel(name)
-        if min(values) > 0 and max(values) > 20 * min(values):
-            axis.set_xscale("log")
-    axes[0][0].set_ylabel("val Dice")
-    return _svg(figure)
+def dice_chart(metrics: Rows) -> Markup:
+    """Pooled Dice of every model with its interval; the paper's figure as a hollow diamond."""
+    rows = {name: row for name, row in metrics.items() if row["dice"] is not None}
+
+    def paint(axes: Axes) -> None:
+        for place, (name, row) in enumerate(rows.items()):
+            _interval(axes, place, row["dice"], row["dice_ci95"], _colour(name))
+            if name in PAPER:
+                axes.plot(PAPER[name][2], place, "D", markersize=6, markerfacecolor="none", markeredgecolor=SOFT)
+        _name_rows(axes, {name: f"{row['dice']:.4f}" for name, row in rows.items()})
+        axes.set_xlim(_floor(axes.dataLim.x0), 1)
+
+    return _by_model("Pooled Dice of each model with its 95 % interval", rows, paint)
 
 
-def stage_chart(stages: Mapping[str, Mapping[str, Any]]) -> str:
-    """Seconds of each stage."""
-    timed = {name: stage["seconds"] for name, stage in stages.items() if stage.get("seconds")}
-    if not timed:
-        return ""
-    figure, axis = plt.subplots(figsize=(6.6, 0.32 * len(timed) + 0.6))
-    axis.barh(range(len(timed)), list(timed.values()), color=GREY, height=0.6)
-    axis.set_yticks(range(len(timed)), list(timed))
-    axis.invert_yaxis()
-    axis.set_xlabel("seconds")
-    return _svg(figure)
+def difference_chart(comparison: Rows) -> Markup:
+    """Dice of the fusion less that of each other model, with its interval; left of 0 the other is better."""
+    rows = {name: row for name, row in comparison.items() if row["ci95"] and row["dice_difference"] is not None}
+    bounds = [bound for name, row in rows.items() if name != FLOOR or len(rows) == 1 for bound in row["ci95"]]
+
+    def paint(axes: Axes) -> None:
+        low, high = min(0.0, *bounds), max(0.0, *bounds)
+        room = 0.06 * (high - low) or 0.01
+        axes.set_xlim(low - room, high + room)
+        axes.axvline(0, color=SOFT, linewidth=1.2)
+        for place, (name, row) in enumerate(rows.items()):
+            difference = row["dice_difference"]
+            if name == FLOOR and not low <= difference <= high:
+                right = difference > high
+                words = "off the scale, further right →" if right else "← off the scale, further left"
+                at = (high if right else low, place)
+                axes.text(*at, words, color=SOFT, ha="right" if right else "left", va="center")
+            else:
+                _interval(axes, place, difference, row["ci95"], FUSION if row["significant"] else PLAIN)
+        _name_rows(axes, {name: f"{row['dice_difference']:+.4f}" for name, row in rows.items()})
+
+    return _by_model("Difference of Dice between the fusion and each other model", rows, paint)
 
 
-def _is_number(text: str) -> bool:
+def slide_chart(metrics: Rows) -> Markup:
+    """A row a model, a dot a slide: its Dice. The bar is the median."""
+    slides = {name: row["per_slide"].values() for name, row in metrics.items()}
+    dice = {name: sorted(row["dice"] for row in rows if row["dice"] is not None) for name, rows in slides.items()}
+    dice = {name: values for name, values in dice.items() if values}
+
+    def paint(axes: Axes) -> None:
+        for place, (name, values) in enumerate(dice.items()):
+            shown = _thinned(values)
+            heights = [place + 0.13 * (order % 3 - 1) for order in range(len(shown))]
+            colour = _colour(name)
+            axes.plot(shown, heights, "o", markersize=5, color=colour, alpha=0.55, markeredgewidth=0, clip_on=False)
+            axes.plot([median(values)] * 2, [place - 0.33, place + 0.33], color=INK, linewidth=2)
+        _name_rows(axes, {name: f"{median(values):.4f}" for name, values in dice.items()})
+        axes.set_xlim(_floor(axes.dataLim.x0), 1)
+
+    return _by_model("Dice of each slide by model", dice, paint)
+
+
+def training_charts(histories: Mapping[str, Sequence[EpochRecord]]) -> list[Markup]:
+    """A panel a network: train and val Dice by epoch, on one scale for all."""
+    values = [value for history in histories.values() for r in history for value in (r.train_dice, r.val_dice)]
+    lowest = _floor(min((value for value in values if math.isfinite(value)), default=0.0))
+
+    def panel(name: str, history: Sequence[EpochRecord]) -> Markup:
+        def paint(axes: Axes) -> None:
+            epochs = [record.epoch + 1 for record in history]
+            # a dot too, for an epoch between two undefined ones is no line
+            axes.plot(epochs, [r.train_dice for r in history], ".--", color=TRAIN, linewidth=1.6, markersize=3)
+            axes.plot(epochs, [r.val_dice for r in history], ".-", color=VAL, linewidth=1.6, markersize=3)
+            kept = kept_epoch(history)
+            if kept is not None:
+                axes.plot(kept.epoch + 1, kept.val_dice, "o", color=FUSION, clip_on=False)
+                axes.set_title(f"{kept.val_dice:.4f}", loc="right", fontsize=10)
+            axes.set_title(NAMES.get(name, name), loc="left", fontsize=10)
+            axes.set_xlabel("epoch")
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+            axes.set_ylim(lowest, 1)
+
+        return _svg(f"Train and val Dice of {NAMES.get(name, name)} by epoch", PANEL, paint)
+
+    return [panel(name, history) for name, history in histories.items() if history]
+
+
+def sweep_charts(sweep: Sweep) -> list[Markup]:
+    """A panel a drawn setting: val Dice of every trial against it; trials stopped early are hollow."""
+
+    def panel(name: str) -> Markup:
+        values = [trial.setting[name] for trial in sweep.trials]
+        numeric = all(_is_number(value) for value in values)
+        kinds = sorted(set(values))
+        places = [float(value) if numeric else float(kinds.index(value)) for value in values]
+
+        def paint(axes: Axes) -> None:
+            # the best is drawn last, on top
+            for order, (place, trial) in reversed(list(enumerate(zip(places, sweep.trials, strict=True)))):
+                edge = FUSION if order == 0 else VAL
+                face = edge if order == 0 or trial.epochs == sweep.longest else CARD
+                axes.plot(
+                    place, trial.val_dice, "o", color=edge, markerfacecolor=face, markersize=8 if order == 0 else 6
+                )
+            axes.set_xlabel(name.replace("_", " "), color=INK)
+            if not numeric:
+                axes.set_xticks(range(len(kinds)), [kind.replace("fcn", "") for kind in kinds])
+                axes.set_xlim(-0.5, len(kinds) - 0.5)
+            elif len(kinds) <= 5 and all(place.is_integer() for place in places):
+                axes.set_xticks(sorted(set(places)))
+            elif _spread_over_decades(places):
+                axes.set_xscale("log")
+                axes.xaxis.set_major_locator(LogLocator(numticks=5))
+                axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("e-0", "e-")))
+                axes.xaxis.set_minor_locator(NullLocator())
+            else:
+                axes.xaxis.set_major_locator(MaxNLocator(5))
+
+        return _svg(f"Val Dice of the trials by {name}", PANEL, paint)
+
+    return [panel(name) for name in sweep.drawn]
+
+
+def _by_model(label: str, rows: Mapping[str, Any], paint: Callable[[Axes], None]) -> Markup:
+    """A chart with a row a model; none without rows."""
+    return _svg(label, (WIDTH, 0.4 + ROW * len(rows)), paint) if rows else Markup()
+
+
+def _name_rows(axes: Axes, figures: Mapping[str, str]) -> None:
+    """The models' names to the left, from top to bottom, and a figure of each to the right."""
+    axes.set_yticks(range(len(figures)), [NAMES.get(name, name) for name in figures], color=INK)
+    axes.set_ylim(len(figures) - 0.5, -0.5)
+    axes.grid(visible=False, axis="y")
+    for place, figure in enumerate(figures.values()):
+        axes.text(1.015, place, figure, transform=axes.get_yaxis_transform(), va="center")
+
+
+def _interval(axes: Axes, place: int, value: float, span: Sequence[float] | None, colour: str) -> None:
+    if span:
+        axes.plot(span, [place, place], color=colour, linewidth=3, alpha=0.45, solid_capstyle="round")
+    axes.plot(value, place, "o", color=colour, clip_on=False)
+
+
+def _svg(label: str, size: tuple[float, float], paint: Callable[[Axes], None]) -> Markup:
+    """The chart that `paint` draws, `size` in inches. `label` is read out instead of it and keeps its ids its own."""
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": label}):
+        figure = Figure(figsize=size, layout="constrained")
+        paint(figure.add_subplot())
+        sink = io.StringIO()
+        figure.savefig(sink, format="svg", metadata={"Date": None})
+    box, drawing = re.findall(r'<svg [^>]*viewBox="([^"]*)"[^>]*>(.*)</svg>', sink.getvalue(), re.S)[0]
+    # matplotlib's rule for all elements would hold in the whole page; its names of groups are the same in every chart
+    drawing = re.sub(r"<metadata>.*?</metadata>|<style [^>]*>.*?</style>", "", drawing, flags=re.S)
+    drawing = re.sub(r'<g id="[^"]*"', "<g", drawing)
+    drawing = re.sub("|".join(VARIABLES), lambda colour: f"var(--{VARIABLES[colour[0]]})", drawing)
+    return Markup('<svg viewBox="{}" role="img" aria-label="{}">{}</svg>').format(box, label, Markup(drawing))
+
+
+def _colour(model: str) -> str:
+    return FUSION if model.startswith("fusion") else PLAIN
+
+
+def _floor(value: float) -> float:
+    """The next tenth below, where an axis of Dice starts."""
+    return max(0, math.ceil(value * 10) - 1) / 10
+
+
+def _thinned(values: list[float]) -> list[float]:
+    """Evenly spaced ranks, the ends among them, where there are too many to draw."""
+    if len(values) <= SLIDES_DRAWN:
+        return values
+    return [values[round(at * (len(values) - 1) / (SLIDES_DRAWN - 1))] for at in range(SLIDES_DRAWN)]
+
+
+def _spread_over_decades(values: Sequence[float]) -> bool:
+    """Whether a linear axis would crowd most of the values at its low end."""
+    low, high = min(values), max(values)
+    return low > 0 and high > 20 * low and median(values) < low + (high - low) / 4
+
+
+def _is_number(value: str) -> bool:
     try:
-        float(text)
+        return math.isfinite(float(value))
     except ValueError:
         return False
-    return True
-
-
-def _svg(figure: Figure) -> str:
-    for axis in figure.axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=8)
-    sink = io.StringIO()
-    figure.savefig(sink, format="svg", bbox_inches="tight", transparent=True, metadata={"Date": None})
-    plt.close(figure)
-    text = sink.getvalue()
-    return text[text.index("<svg") :]

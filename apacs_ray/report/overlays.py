@@ -1,7 +1,8 @@
-"""Pictures of single tiles: the image, and over it where a prediction and the annotation agree and differ."""
+"""Pictures of a tile: where prediction and annotation agree and differ."""
 
 from __future__ import annotations
 
+import base64
 import io
 
 import numpy as np
@@ -9,36 +10,83 @@ import numpy.typing as npt
 from PIL import Image
 from scipy import ndimage
 
-# colours that stay apart for colour-blind readers (Okabe and Ito): both, prediction only, annotation only
-COLOURS = {"tp": (0, 158, 115), "fp": (230, 159, 0), "fn": (204, 51, 160)}
-FILL = 0.32
-LARGEST = 420  # px, side of a picture in the report
+Rgb = npt.NDArray[np.uint8]
+Mask = npt.NDArray[np.bool_]
+Shares = npt.NDArray[np.float32]
+
+# Three of the colours of Okabe and Ito, which colour-blind readers tell apart: both, prediction only, annotation only
+COLOURS = {"tp": (0, 158, 115), "fp": (240, 160, 0), "fn": (20, 90, 220)}
+TINT = {"tp": 0.22, "fp": 0.55, "fn": 0.55}  # errors stand out, agreement lets the cell be seen
+GREYED = 0.6  # the overlay's picture is greyed by this much: the colours of a stain must not pass for a mark
+LARGEST = 480  # px, side of one picture
+GAP = 6  # px between the two
+JPEG_QUALITY = 88
 
 
-def overlay(
-    rgb: npt.NDArray[np.uint8], truth: npt.NDArray[np.bool_], mask: npt.NDArray[np.bool_]
-) -> npt.NDArray[np.uint8]:
-    """RGB (H, W, 3) with TP, FP and FN tinted, their outlines drawn in full colour."""
-    picture = rgb.astype(np.float32)
-    for kind, region in (("tp", mask & truth), ("fp", mask & ~truth), ("fn", truth & ~mask)):
-        colour = np.array(COLOURS[kind], np.float32)
-        picture[region] = (1 - FILL) * picture[region] + FILL * colour
-        picture[region & ~ndimage.binary_erosion(region, iterations=1, border_value=1)] = colour
-    return picture.astype(np.uint8)
+def overlay(rgb: Rgb, truth: Mask, mask: Mask) -> Rgb:
+    """The tile (H, W, 3) greyed, with TP, FP and FN tinted and their outlines drawn in full colour."""
+    return _painted(rgb, {kind: part.astype(np.float32) for kind, part in _kinds(truth, mask).items()})
 
 
-def panel(rgb: npt.NDArray[np.uint8], truth: npt.NDArray[np.bool_], mask: npt.NDArray[np.bool_]) -> bytes:
-    """The tile and its overlay side by side, as PNG, each at most `LARGEST` px a side."""
-    pair = [_shrunk(Image.fromarray(rgb)), _shrunk(Image.fromarray(overlay(rgb, truth, mask)))]
-    width, height = pair[0].size
-    picture = Image.new("RGB", (2 * width + 6, height), "white")
+def panel(rgb: Rgb, truth: Mask, mask: Mask) -> bytes:
+    """The tile and its overlay as one PNG, each at most `LARGEST` px a side.
+
+    The pictures lie above each other, or beside each other where the tile is tall. Masks are shrunk as
+    shares, and outlines drawn after that, so that they show in a picture of a large tile too.
+    """
+    size = _fitting(rgb.shape[1], rgb.shape[0])
+    small = np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.LANCZOS))
+    shares = {kind: _shrunk(part, size) for kind, part in _kinds(truth, mask).items()}
+    pair = [Image.fromarray(small), Image.fromarray(_painted(small, shares))]
+    width, height = size
+    beside = height > 1.4 * width
+    whole = (2 * width + GAP, height) if beside else (width, 2 * height + GAP)
+    picture = Image.new("RGB", whole, "white")
     picture.paste(pair[0], (0, 0))
-    picture.paste(pair[1], (width + 6, 0))
+    picture.paste(pair[1], (width + GAP, 0) if beside else (0, height + GAP))
+    return _encoded(picture, "png")
+
+
+def data_uri(png: bytes) -> str:
+    """A picture for a page that needs no other file, as JPEG: a photograph's PNG would be five times larger."""
+    with Image.open(io.BytesIO(png)) as image:
+        jpeg = _encoded(image.convert("RGB"), "jpeg", quality=JPEG_QUALITY, subsampling="4:4:4")
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
+
+
+def _kinds(truth: Mask, mask: Mask) -> dict[str, Mask]:
+    return {"tp": mask & truth, "fp": mask & ~truth, "fn": truth & ~mask}
+
+
+def _painted(rgb: Rgb, shares: dict[str, Shares]) -> Rgb:
+    """`shares`: for each kind how much of a pixel is of that kind, (H, W) 0..1."""
+    colour = rgb.astype(np.float32)
+    grey = (colour @ np.array([0.299, 0.587, 0.114], np.float32))[:, :, None]
+    picture = (1 - GREYED) * colour + GREYED * grey
+    for kind, share in shares.items():
+        painted = np.array(COLOURS[kind], np.float32)
+        tint = (TINT[kind] * share)[:, :, None]
+        picture = (1 - tint) * picture + tint * painted
+    for kind, share in shares.items():
+        region = share >= 0.5
+        thickness = max(1, round(max(region.shape) / 400))
+        inner = ndimage.binary_erosion(region, iterations=thickness, border_value=1)
+        picture[region & ~inner] = COLOURS[kind]
+    return np.rint(picture).astype(np.uint8)
+
+
+def _fitting(width: int, height: int) -> tuple[int, int]:
+    """The size in which a tile is shown; small tiles keep theirs."""
+    factor = min(1.0, LARGEST / max(width, height))
+    return max(1, round(width * factor)), max(1, round(height * factor))
+
+
+def _shrunk(part: Mask, size: tuple[int, int]) -> Shares:
+    shares = Image.fromarray(part.astype(np.float32)).resize(size, Image.Resampling.BOX)
+    return np.asarray(shares, np.float32)
+
+
+def _encoded(picture: Image.Image, kind: str, **options: int | str) -> bytes:
     sink = io.BytesIO()
-    picture.save(sink, "PNG")
+    picture.save(sink, kind, **options)
     return sink.getvalue()
-
-
-def _shrunk(image: Image.Image) -> Image.Image:
-    image.thumbnail((LARGEST, LARGEST), Image.Resampling.BOX)
-    return image

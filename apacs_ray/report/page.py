@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-import base64
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
-from apacs_ray.report.charts import dice_bars, stage_chart, sweep_chart, training_curves
-from apacs_ray.report.overlays import COLOURS
+from apacs_ray.report import charts
+from apacs_ray.report.overlays import COLOURS, data_uri
+from apacs_ray.report.summary import NAMES, PAPER, best_member, headline, kept_epoch, read_sweep_table, verdict
 from apacs_ray.training.record import EpochRecord
 
-# accuracy, IoU, Dice on APACS23's own test slides (Scientific Data 11:733, 2024)
-PAPER = {
-    "fcn32": (0.9740, 0.5630, 0.7204),
-    "fcn16": (0.9739, 0.4934, 0.6608),
-    "fcn8": (0.9751, 0.5241, 0.6877),
-    "fusion": (0.9776, 0.5793, 0.7336),
-}
 REJECTS_SHOWN = 20
+SLIDES_SHOWN = 30
+TRIALS_SHOWN = 10
+KINDS = (
+    ("best", "Best", "what the fusion does well"),
+    ("median", "Median", "what to expect"),
+    ("worst", "Worst", "where it fails"),
+)
+LEGEND = (
+    ("tp", "found and annotated (TP)"),
+    ("fp", "found only (FP)"),
+    ("fn", "annotated only (FN)"),
+)
 
 
 @dataclass(frozen=True)
 class TilePicture:
-    """A tile beside its overlay. `kind`: best, median, worst or disagree."""
+    """A tile and its overlay. `kind`: best, median, worst or disagree; `rank` counts from 1 within it."""
 
     kind: str
     rank: int
@@ -39,7 +44,11 @@ class TilePicture:
 
 @dataclass(frozen=True)
 class ReportContext:
-    """Everything the report shows."""
+    """Everything the report shows.
+
+    `metrics` and `comparison` are those of `evaluation.metrics`, `stages` and `facts` those of `run.json`,
+    `trials` is the text of `tune/trials.csv` (empty without a sweep), `best` its winner, `rejects` all rows.
+    """
 
     title: str
     output: str
@@ -59,36 +68,133 @@ class ReportContext:
 def build_report(context: ReportContext) -> str:
     """The page as HTML text."""
     environment = Environment(
-        loader=PackageLoader("apacs_ray.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("apacs_ray.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.filters |= {"ratio": _ratio, "percent": _percent, "data_uri": _data_uri}
+    environment.filters |= {
+        "ratio": lambda value: "–" if value is None or math.isnan(value) else f"{value:.4f}",
+        "signed": lambda value: "–" if value is None else f"{value:+.4f}",
+        "span": lambda bounds, sign="": "–" if not bounds else f"{bounds[0]:{sign}.4f} to {bounds[1]:{sign}.4f}",
+        "count": lambda value: f"{value:,}".replace(",", "\N{THIN SPACE}"),
+        "duration": _duration,
+        "setting": _rounded,
+        "name": lambda key: NAMES.get(key, key),
+        "data_uri": data_uri,
+    }
+    sweep = read_sweep_table(context.trials)
+    fusion = context.metrics["fusion"]
+    slides = sorted(fusion["per_slide"].items(), key=lambda item: (item[1]["dice"] is None, item[1]["dice"], item[0]))
     return environment.get_template("report.html.j2").render(
         report=context,
+        headline=headline(context.metrics, context.comparison, context.histories),
+        fusion=fusion,
         paper=PAPER,
+        best_member=best_member(context.histories),
+        verdicts={name: verdict(row) for name, row in context.comparison.items()},
+        kept={name: kept_epoch(history) for name, history in context.histories.items()},
+        sweep=sweep,
+        top_trials=sweep.trials[:TRIALS_SHOWN],
+        kinds=KINDS,
+        legend=LEGEND,
         colours={kind: f"rgb{colour}" for kind, colour in COLOURS.items()},
-        charts={
-            "dice": Markup(dice_bars(context.metrics)),
-            "training": Markup(training_curves(context.histories)),
-            "sweep": Markup(sweep_chart(context.trials)),
-            "stages": Markup(stage_chart(context.stages)),
-        },
-        kinds=(
-            ("best", "Best tiles", "What the fusion does well."),
-            ("median", "Median tiles", "What to expect."),
-            ("worst", "Worst tiles", "Where it fails; look here first."),
-        ),
-        codes=Counter(str(reject["code"]) for reject in context.rejects),
+        slides=slides[:SLIDES_SHOWN],
+        stages=_stage_rows(context.stages),
+        codes=Counter(str(reject["code"]) for reject in context.rejects).most_common(),
         rejects=list(context.rejects)[:REJECTS_SHOWN],
+        settings=_flat(context.settings),
+        facts=_environment_rows(context),
+        charts=charts,
     )
 
 
-def _ratio(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+@dataclass(frozen=True)
+class _StageRow:
+    """One stage; `share` is its part of the longest stage's seconds, in percent."""
+
+    name: str
+    state: str
+    seconds: float | None
+    share: float
+    rows_in: int | None
+    rows_out: int | None
+    skipped: str
+    rejected: int | None
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2%}"
+def _stage_rows(stages: Mapping[str, Mapping[str, Any]]) -> list[_StageRow]:
+    """Stages with their counts. The one that writes this page is still at work: what it recorded is older."""
+    longest = max((stage.get("seconds") or 0.0 for stage in stages.values()), default=0.0) or 1.0
+    rows = []
+    for name, stage in stages.items():
+        if stage.get("state") == "running":
+            rows.append(_StageRow(name, "writes this page", None, 0.0, None, None, "", None))
+            continue
+        skipped = {reason: count for reason, count in (stage.get("skipped") or {}).items() if count}
+        seconds = stage.get("seconds")
+        rows.append(
+            _StageRow(
+                name,
+                str(stage.get("state", "")),
+                seconds,
+                round(100 * (seconds or 0.0) / longest, 1),
+                stage.get("rows_in"),
+                stage.get("rows_out"),
+                ", ".join(f"{count} {reason}" for reason, count in skipped.items()),
+                stage.get("rejected"),
+            )
+        )
+    return rows
 
 
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+def _environment_rows(context: ReportContext) -> list[tuple[str, str]]:
+    """What the run knows of itself, a line each."""
+    known = {name.replace("_", " "): value for name, value in context.facts.items() if name != "device"}
+    rows = []
+    for name, value in (known | dict(context.environment)).items():
+        if name == "packages":
+            rows.append((name, ", ".join(f"{key} {version}" for key, version in value.items() if version)))
+        elif name == "unreadable":
+            lost = ", ".join(f"{slide} ({share} of them read)" for slide, share in value.items())
+            rows.append(("slides with unreadable tiles", lost or "–"))
+        elif isinstance(value, Mapping):
+            rows.append((name, ", ".join(f"{count} {kind}" for kind, count in value.items()) or "–"))
+        elif value not in (None, ""):
+            rows.append((name, str(value)))
+    return rows
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """`section.key` and value of every setting, as they are typed on the command line."""
+    rows: list[tuple[str, str]] = []
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        rows += _flat(value, f"{name}.") if isinstance(value, Mapping) else [(name, _shown(value))]
+    return rows
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value is None:
+        return "–"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _rounded(value: str) -> str:
+    """A drawn setting, numbers with 3 digits."""
+    try:
+        return f"{float(value):.3g}"
+    except ValueError:
+        return value
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

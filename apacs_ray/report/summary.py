@@ -1,0 +1,130 @@
+"""What the report says in words, and the figures it derives: the paper's, kept epochs, trials, the verdict."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from apacs_ray.evaluation.predictions import MEMBERS
+from apacs_ray.training.record import EpochRecord, score
+
+# accuracy, IoU, Dice on APACS23's own test slides (Scientific Data 11:733, 2024)
+PAPER = {
+    "fcn32": (0.9740, 0.5630, 0.7204),
+    "fcn16": (0.9739, 0.4934, 0.6608),
+    "fcn8": (0.9751, 0.5241, 0.6877),
+    "fusion": (0.9776, 0.5793, 0.7336),
+}
+NAMES = {
+    "fcn32": "FCN-32",
+    "fcn16": "FCN-16",
+    "fcn8": "FCN-8",
+    "majority": "majority of the three",
+    "mean": "mean probability",
+    "fusion": "fusion",
+    "fusion_published": "fusion, published head",
+    "otsu": "Otsu, green channel",
+}
+NOT_DRAWN = ("trial_id", "val_dice", "epochs", "seconds", "error")  # columns of trials.csv that no trial draws
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial that ended well; `setting` is what was drawn, as written in `trials.csv`."""
+
+    name: str
+    val_dice: float
+    epochs: int
+    seconds: float
+    setting: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The trials of `trials.csv`, best first, and how many failed."""
+
+    trials: tuple[Trial, ...]
+    failed: int
+
+    @property
+    def drawn(self) -> list[str]:
+        """Settings that differ between trials."""
+        names = self.trials[0].setting if self.trials else {}
+        return [name for name in names if len({trial.setting[name] for trial in self.trials}) > 1]
+
+    @property
+    def longest(self) -> int:
+        """Epochs of the longest trial; a shorter one was stopped early."""
+        return max((trial.epochs for trial in self.trials), default=0)
+
+
+def read_sweep_table(trials_csv: str) -> Sweep:
+    """The sweep as `tune/trials.csv` holds it; empty text is no sweep."""
+    rows = list(csv.DictReader(io.StringIO(trials_csv)))
+    ended = [row for row in rows if row["val_dice"] and not row["error"] and math.isfinite(float(row["val_dice"]))]
+    trials = [
+        Trial(
+            row["trial_id"],
+            float(row["val_dice"]),
+            int(row["epochs"]),
+            float(row["seconds"]),
+            {name: value for name, value in row.items() if name not in NOT_DRAWN},
+        )
+        for row in ended
+    ]
+    trials.sort(key=lambda trial: (trial.val_dice, trial.name), reverse=True)  # of equals the one that the stage takes
+    return Sweep(tuple(trials), len(rows) - len(trials))
+
+
+def kept_epoch(history: Sequence[EpochRecord]) -> EpochRecord | None:
+    """The epoch whose weights are kept: best validation Dice, the first of equals. None without any."""
+    known = [record for record in history if math.isfinite(record.val_dice)]
+    return max(known, key=score, default=None)
+
+
+def best_member(histories: Mapping[str, Sequence[EpochRecord]]) -> str | None:
+    """The member that was best on validation, which is how one would choose a single network."""
+    kept = {name: kept_epoch(histories[name]) for name in MEMBERS if name in histories}
+    dice = {name: record.val_dice for name, record in kept.items() if record is not None}
+    return max(dice, key=dice.__getitem__, default=None)
+
+
+def verdict(row: Mapping[str, Any]) -> str:
+    """One comparison in words."""
+    if row["dice_difference"] is None or row["ci95"] is None:
+        return "cannot be compared"
+    if not row["significant"]:
+        return "not told apart"
+    return "fusion is better" if row["dice_difference"] > 0 else "fusion is worse"
+
+
+def headline(
+    metrics: Mapping[str, Mapping[str, Any]],
+    comparison: Mapping[str, Mapping[str, Any]],
+    histories: Mapping[str, Sequence[EpochRecord]],
+) -> str:
+    """The result in two or three sentences."""
+    fusion = metrics["fusion"]
+    if fusion["dice"] is None:
+        return "The test tiles hold no cell, annotated or found, so Dice and IoU are undefined."
+    span = fusion["dice_ci95"]
+    shown = f" (95 % interval {span[0]:.3f} to {span[1]:.3f})" if span else ""
+    words = [f"The fusion reaches a pooled Dice of {fusion['dice']:.3f}{shown} on tiles that no selection has seen."]
+    member = best_member(histories)
+    row = comparison.get(member) if member else None
+    if member and row and row["dice_difference"] is not None:
+        words.append(
+            f"{NAMES[member]} was the best single network on validation; the fusion's Dice is "
+            f"{abs(row['dice_difference']):.3f} {'higher' if row['dice_difference'] >= 0 else 'lower'} than its own."
+        )
+        if row["ci95"]:
+            words.append(
+                "Resampling confirms this difference."
+                if row["significant"]
+                else "Resampling cannot tell this difference from zero."
+            )
+    return " ".join(words)
