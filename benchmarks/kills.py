@@ -63,32 +63,35 @@ def main() -> None:
         if not (plain / "tiles/_committed.json").exists():
             raise SystemExit(f"the undisturbed run did not end well; try: {' '.join(_command(plain))}")
         print(f"undisturbed run: {whole:.0f} s\n{'kill':>4} {'after s':>8}  {'in':<14} shards epochs  done again")
-        rows = []
+        rows: list[str] = []
+        before = Standing()
         while len(rows) < kills:
             process, after = _start(killed), moments.uniform(0.15, 0.9) * whole
             if _ends_within(process, after):
                 _require_equal(plain, killed)
                 shutil.rmtree(killed)
+                before = Standing()
                 continue
             process.kill()
             process.wait()
             standing = _standing(killed)
-            again = _done_again(rows[-1][1], standing) if rows else []
+            again = _done_again(before, standing)
+            before = standing
             doing = next((name for name, state in standing.stages.items() if state == "running"), "start")
             epochs = sum(map(len, standing.epochs.values()))
-            rows.append((doing, standing))
+            rows.append(doing)
             print(
                 f"{len(rows):>4} {after:8.1f}  {doing:<14} {len(standing.shards):>6} {epochs:>6}  {again or 'nothing'}"
             )
         if _start(killed).wait() != 0:
             raise SystemExit("the last start failed")
         _require_equal(plain, killed)
-        again = _done_again(rows[-1][1], _standing(killed))
+        again = _done_again(before, _standing(killed))
         print(
             f"after {kills} kills: same shards, metrics and weights; done again in the last start: {again or 'nothing'}"
         )
         if arguments.json:
-            arguments.json.write_text(json.dumps([{"in": doing} for doing, _ in rows], indent=1))
+            arguments.json.write_text(json.dumps([{"in": doing} for doing in rows], indent=1))
 
 
 def _write_smears(folder: Path, width: int, height: int) -> None:
