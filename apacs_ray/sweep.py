@@ -21,6 +21,7 @@ SWEPT = (
     "jitter",
     "batch_size",
 )
+MUTABLE = ("learning_rate", "weight_decay", "dropout", "dice_weight", "jitter")  # that training may change on its way
 DISTRIBUTIONS = ("uniform", "loguniform", "quniform", "randint", "choice", "grid")
 
 
@@ -62,11 +63,12 @@ class Distribution(_Strict):
 
 
 class Scheduler(_Strict):
-    """Which trials are stopped early: `async_hyperband` (ASHA) or `fifo` (none)."""
+    """Which trials are stopped early (`async_hyperband`, that is ASHA), go on from better ones (`pbt`), or neither."""
 
-    kind: Literal["async_hyperband", "fifo"] = "fifo"
+    kind: Literal["async_hyperband", "pbt", "fifo"] = "fifo"
     grace_period: int = Field(1, ge=1, description="epochs every trial gets")
     reduction_factor: float = Field(3, gt=1, description="one in so many trials goes on at each rung")
+    interval: int = Field(2, ge=1, description="pbt: epochs between looks at the population")
 
 
 class Resources(_Strict):
@@ -82,10 +84,22 @@ class Sweep(_Strict):
     trials: int = Field(ge=1)
     epochs: int = Field(ge=1, description="of a trial at most")
     concurrency: int = Field(0, ge=0, description="trials at a time; 0: as the cluster allows")
-    searcher: Literal["random"] = "random"
+    searcher: Literal["random", "optuna"] = "random"
     scheduler: Scheduler = Scheduler()
     resources: Resources = Resources()
     space: dict[str, Distribution]
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Sweep:
+        grids = [name for name, drawn in self.space.items() if drawn.kind == "grid"]
+        if self.searcher == "optuna" and grids:
+            raise ValueError(f"searcher optuna draws for itself and takes no grid ({', '.join(grids)})")
+        if self.scheduler.kind == "pbt":
+            if self.searcher != "random":
+                raise ValueError("scheduler pbt changes settings for itself: give searcher random")
+            if not set(self.space) & set(MUTABLE):
+                raise ValueError(f"scheduler pbt changes {', '.join(MUTABLE)} on the way; none is in the space")
+        return self
 
     @field_validator("space")
     @classmethod

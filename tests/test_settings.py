@@ -125,3 +125,23 @@ def test_a_bad_sweep_is_refused_by_name(tmp_path: Path, text: str, words: str) -
     path.write_text(text)
     with pytest.raises(UsageError, match=words):
         read_sweep(str(path))
+
+
+@pytest.mark.parametrize("name", ["fusion_asha", "fusion_optuna", "fusion_pbt", "smoke"])
+def test_every_sweep_of_the_repository_is_valid(name: str) -> None:
+    assert read_sweep(f"tune_configs/{name}.yaml").trials >= 4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("searcher: optuna\nspace: {learning_rate: {grid: [0.1, 0.2]}}", "takes no grid"),
+        ("scheduler: {kind: pbt}\nspace: {members: {choice: [[fcn32, fcn8]]}}", "none is in the space"),
+        ("scheduler: {kind: pbt}\nsearcher: optuna\nspace: {dropout: {uniform: [0, 0.1]}}", "searcher random"),
+        ("space: {epochs: {choice: [1]}}", "cannot be swept"),
+    ],
+)
+def test_impossible_sweeps_are_one_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "sweep.yaml").write_text(f"trials: 2\nepochs: 1\n{text}\n")
+    with pytest.raises(UsageError, match=message):
+        read_sweep(str(tmp_path / "sweep.yaml"))

@@ -187,6 +187,10 @@ def _train_loop(config: dict[str, Any]) -> None:
         trainer.run(ray_samples(task.feed, task.indices, refs, task.plan, task.source), steps, on_epoch)
     except ApacsError as error:  # trying again would end the same way, so it is told and not retried
         task.store.write(f"{task.state}/{ERROR}", str(error).encode())
+    except torch.OutOfMemoryError as error:
+        section = "fusion" if task.spec.kind == "fusion" else "members"
+        message = f"the GPU's memory is too small: raise {section}.accumulate, or lower {section}.batch_size or .crop"
+        task.store.write(f"{task.state}/{ERROR}", f"{message} ({str(error).splitlines()[0][:200]})".encode())
 
 
 def _resume(trainer: Trainer, task: NetworkTask) -> None:

@@ -18,12 +18,13 @@ from typing import Any
 from ray.tune import Callback
 
 from apacs_ray.data.shards import TileIndex
+from apacs_ray.errors import ApacsError
 from apacs_ray.models.spec import ModelSpec
 from apacs_ray.plan import Cluster
 from apacs_ray.run import require_source
 from apacs_ray.settings import FusionSettings
 from apacs_ray.storage import Store
-from apacs_ray.sweep import Distribution, Sweep
+from apacs_ray.sweep import MUTABLE, Distribution, Sweep
 from apacs_ray.training.config import TrainConfig
 from apacs_ray.training.feed import Crop, Feed, Heatmaps, in_memory, one_by_one
 
@@ -95,16 +96,17 @@ def sweep(
         except (EOFError, pickle.UnpicklingError, RuntimeError, ValueError):
             store.delete_folder("sweep")  # a kill cut its state before the first trial: begin again
     if tuner is None:
+        domains = {name: _domain(drawn) for name, drawn in plan.space.items()}
         tuner = tune.Tuner(
             trainable,
-            param_space={name: _domain(drawn) for name, drawn in plan.space.items()},
+            param_space=domains,
             tune_config=tune.TuneConfig(
                 metric="val_dice",
                 mode="max",
                 num_samples=plan.trials,
                 max_concurrent_trials=plan.concurrency or None,
                 scheduler=_scheduler(plan),
-                search_alg=_searcher(task.seed),
+                search_alg=_searcher(plan, task.seed),
             ),
             run_config=tune.RunConfig(
                 name="sweep",
@@ -122,18 +124,24 @@ def sweep(
 def _domain(drawn: Distribution) -> Any:
     from ray import tune
 
-    if drawn.kind == "grid":
-        return tune.grid_search(list(drawn.values))
-    if drawn.kind == "choice":
-        return tune.choice(list(drawn.values))
+    if drawn.kind in ("grid", "choice"):
+        # searchers compare choices: a list of members travels as one word
+        values = ["+".join(value) if isinstance(value, list | tuple) else value for value in drawn.values]
+        return tune.grid_search(values) if drawn.kind == "grid" else tune.choice(values)
     return getattr(tune, drawn.kind)(*drawn.values)
 
 
 def _scheduler(plan: Sweep) -> Any:
-    from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
+    from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, PopulationBasedTraining
 
     if plan.scheduler.kind == "fifo":
         return FIFOScheduler()
+    if plan.scheduler.kind == "pbt":
+        return PopulationBasedTraining(
+            time_attr="epoch",
+            perturbation_interval=plan.scheduler.interval,
+            hyperparam_mutations={name: _domain(drawn) for name, drawn in plan.space.items() if name in MUTABLE},
+        )
     return AsyncHyperBandScheduler(
         time_attr="epoch",
         max_t=plan.epochs,
@@ -142,9 +150,17 @@ def _scheduler(plan: Sweep) -> Any:
     )
 
 
-def _searcher(seed: int) -> Any:
+def _searcher(plan: Sweep, seed: int) -> Any:
     from ray.tune.search import BasicVariantGenerator
 
+    if plan.searcher == "optuna":
+        try:
+            import optuna  # noqa: F401 - an extra; Ray imports it later and then fails in its own words
+        except ImportError as error:
+            raise ApacsError("tune.config: searcher optuna needs the package: pip install '.[optuna]'") from error
+        from ray.tune.search.optuna import OptunaSearch
+
+        return OptunaSearch(seed=seed)
     return BasicVariantGenerator(random_state=seed)
 
 
@@ -160,7 +176,7 @@ def _trial(config: dict[str, Any], task: TrialTask) -> None:
 
     require_source(task.source)
     torch.set_num_threads(task.threads)
-    settings = FusionSettings.model_validate({**task.fusion.model_dump(), **config})
+    settings = FusionSettings.model_validate({**task.fusion.model_dump(), **plain_setting(config)})
     spec = fusion_spec(settings, task.width)
     train_config = replace(TrainConfig.of(settings, task.seed, epochs=task.epochs), patience=0)
     torch.manual_seed(task.seed)
@@ -170,6 +186,8 @@ def _trial(config: dict[str, Any], task: TrialTask) -> None:
         checkpoint = tune.get_checkpoint()
         if checkpoint is not None:
             trainer.resume(Path(stack.enter_context(checkpoint.as_directory())))
+            for group in trainer.optimizer.param_groups:  # PBT may have changed it since
+                group["weight_decay"] = train_config.weight_decay
     feed = Feed(
         task.store,
         Heatmaps(settings.members, task.heatmaps),
@@ -199,6 +217,11 @@ def _trial(config: dict[str, Any], task: TrialTask) -> None:
     trainer.run(samples, -(-len(train_index) // settings.batch_size), on_epoch)
 
 
+def plain_setting(config: dict[str, Any]) -> dict[str, Any]:
+    """A trial's setting as `FusionSettings` takes it: members as a list again."""
+    return {name: value.split("+") if name == "members" else value for name, value in config.items()}
+
+
 def fusion_spec(settings: FusionSettings, width: float, name: str = "fusion") -> ModelSpec:
     """The fusion network that settings describe."""
     return ModelSpec(
@@ -216,7 +239,7 @@ def _result(result: Any) -> TrialResult:
     metrics = result.metrics or {}
     return TrialResult(
         str(metrics.get("trial_id", Path(result.path).name)),
-        dict(result.config or {}),
+        plain_setting(result.config or {}),
         metrics.get("best_val_dice"),
         int(metrics.get("epoch", 0)),
         round(float(metrics.get("time_total_s", 0.0)), 2),

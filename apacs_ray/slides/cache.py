@@ -48,7 +48,7 @@ class SlideCache:
         entries = (*slide.files, *slide.annotation)
         key = hashlib.sha256("\0".join([store.uri, *(f"{e.path}\0{e.version}" for e in entries)]).encode()).hexdigest()
         place = self.folder / key[:24]
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with (self.folder / f"{place.name}{LOCK}").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not place.is_dir():

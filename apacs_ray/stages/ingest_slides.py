@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -139,7 +140,8 @@ def _defects(seen: Inspected) -> list[Reject]:
 
 
 def _default_cache() -> str:
-    return str(Path(tempfile.gettempdir()) / "apacs_ray-slides")
+    """A folder of this user's own: others could put slides of theirs into one that all share."""
+    return str(Path(tempfile.gettempdir()) / f"apacs_ray-slides-{os.getuid()}")
 
 
 def _with_given_splits(slides: Sequence[SlideFiles], given: dict[str, Split]) -> list[SlideFiles]:
