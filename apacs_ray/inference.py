@@ -30,16 +30,7 @@ class Predictor:
     @classmethod
     def load(cls, store: Store, folders: Mapping[str, str], *, threads: int, precision: str) -> Predictor:
         """Load `folders` (model key -> folder in the store): three members, and fusions by key."""
-        members: dict[MemberName, torch.nn.Module] = {}
-        fusions: dict[str, tuple[ModelSpec, torch.nn.Module]] = {}
-        for key, folder in folders.items():
-            spec = ModelSpec.from_json(store.read(f"{folder}/model.json"))
-            model = load_model(store.read(f"{folder}/model.safetensors"), spec)
-            if spec.kind == "member":
-                members[key] = model  # type: ignore[index]
-            else:
-                fusions[key] = (spec, model)
-        return cls(Ensemble(members, fusions), threads=threads, precision=precision)
+        return cls(load_ensemble(store, folders), threads=threads, precision=precision)
 
     @torch.inference_mode()
     def logits(self, rgb: npt.NDArray[np.uint8]) -> dict[str, Array]:
@@ -53,3 +44,17 @@ class Predictor:
     def probabilities(self, rgb: npt.NDArray[np.uint8]) -> dict[str, Array]:
         """Probabilities (H, W) float32 in 0..1 of every network."""
         return {name: sigmoid(logits) for name, logits in self.logits(rgb).items()}
+
+
+def load_ensemble(store: Store, folders: Mapping[str, str]) -> Ensemble:
+    """The networks in `folders` (model key -> folder in the store): three members, and fusions by key."""
+    members: dict[MemberName, torch.nn.Module] = {}
+    fusions: dict[str, tuple[ModelSpec, torch.nn.Module]] = {}
+    for key, folder in folders.items():
+        spec = ModelSpec.from_json(store.read(f"{folder}/model.json"))
+        model = load_model(store.read(f"{folder}/model.safetensors"), spec)
+        if spec.kind == "member":
+            members[key] = model  # type: ignore[index]
+        else:
+            fusions[key] = (spec, model)
+    return Ensemble(members, fusions)
