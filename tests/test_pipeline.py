@@ -150,6 +150,9 @@ def test_from_and_to_s3_the_numbers_are_the_same(undisturbed: Path, cells: Path,
     assert done.status == 0, done.summary
     output = open_store(f"{s3}/the run")
     assert json.loads(output.read("evaluation/metrics.json")) == read_json(undisturbed / "evaluation/metrics.json")
+    for model in ("members/fcn8", "fusion"):
+        weights = output.read(f"{model}/model.safetensors")
+        assert weights == (undisturbed / model / "model.safetensors").read_bytes()
     assert set(tmp_path.iterdir()) == before
     everything = b"".join(output.read(entry.path) for entry in output.list() if entry.path.endswith((".json", ".html")))
     assert b"secret-of-the-test" not in everything
@@ -281,6 +284,7 @@ def test_as_a_submitted_job(head: dict[str, str], undisturbed: Path, cells: Path
     done = submit(head, "--data", str(cells), "--output", str(output), *SMALL)
     assert done.status == 0, done.summary
     assert read_json(output / "evaluation/metrics.json") == read_json(undisturbed / "evaluation/metrics.json")
+    assert (output / "fusion/model.safetensors").read_bytes() == (undisturbed / "fusion/model.safetensors").read_bytes()
     failed = submit(head, "--data", str(tmp_path / "nowhere"), "--output", str(tmp_path / "no"), *SMALL)
     assert failed.status != 0
     assert "nowhere" in failed.text
