@@ -98,12 +98,14 @@ def _measure(data: Path, output: Path, repetitions: int) -> dict[str, float]:
         for number, start in enumerate(starts)
     ]
     path = data / slide.path
+    plain = multiprocessing.get_context("spawn").Pool(WORKERS)  # before Ray: its threads do not bear forks
+    plain.starmap(_plain_part, [(str(path), boxes[:1])] * WORKERS)  # warm
     ray_started = _start_ray()
-    ways: dict[str, Callable[[SlideTask], None]] = {
+    ways: dict[str, Callable[[SlideTask], object]] = {
         "bare": lambda task: _bare(path, boxes),
         "floor": lambda task: _floor(task, summary, shards),
         "pipeline": lambda task: _pipeline(task, summary, shards),
-        "plain": lambda task: _plain(path, boxes),
+        "plain": lambda task: plain.starmap(_plain_part, [(str(path), boxes[n::WORKERS]) for n in range(WORKERS)]),
     }
     ways["pipeline"](_fresh(base, 1))  # workers warm
     times: dict[str, list[float]] = {name: [] for name in ways}
@@ -115,6 +117,7 @@ def _measure(data: Path, output: Path, repetitions: int) -> dict[str, float]:
             way(task)
             times[name].append(time.perf_counter() - begun)
             shutil.rmtree(output / "tiles", ignore_errors=True)
+    plain.terminate()
     rates = {name: len(boxes) / statistics.median(taken) for name, taken in times.items()}
     return {
         **{f"{name}_tiles_per_s": rate for name, rate in rates.items()},
@@ -175,11 +178,6 @@ def _pipeline(task: SlideTask, summary: SlideSummary, shards: Sequence[SlideShar
 
     receipts = write_slide_shards(task, [summary], shards, lambda done: None)
     assert sum(receipt.rows_out for receipt in receipts) == summary.tiles * TIMES
-
-
-def _plain(path: Path, boxes: Sequence[Box]) -> None:
-    with multiprocessing.get_context("fork").Pool(WORKERS) as pool:
-        pool.starmap(_plain_part, [(str(path), boxes[number::WORKERS]) for number in range(WORKERS)])
 
 
 def _plain_part(path: str, boxes: Sequence[Box]) -> None:
