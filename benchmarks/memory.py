@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import resource
 import sys
 import tempfile
 from pathlib import Path
@@ -58,7 +57,9 @@ def _cut(folder: str) -> float:
     for number, start in enumerate(range(0, summary.tiles, SHARD)):
         rows = tuple(range(start, min(start + SHARD, summary.tiles)))
         write_slide_shard(task, summary, SlideShard("train", number, 0, rows))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # not ru_maxrss, which a process takes over from the one that started it
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) / 1024
 
 
 if __name__ == "__main__":
