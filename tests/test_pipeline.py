@@ -129,16 +129,16 @@ def test_other_ways_to_sweep(undisturbed: Path, cells: Path, tmp_path: Path, how
     sweep = tmp_path / "sweep.yaml"
     members = "members: {choice: [[fcn32, fcn16], [fcn16, fcn8]]}"
     space = f"{{learning_rate: {{loguniform: [0.0001, 0.01]}}, {members}}}"
-    sweep.write_text(f"trials: 3\nepochs: 3\n{how}space: {space}\n")
+    sweep.write_text(f"trials: 2\nepochs: 2\n{how}space: {space}\n")
     options = [*SMALL, "--fusion.from_best", "true", "--tune.config", str(sweep)]
     done = run("--data", str(cells), "--output", str(output), *options, script="tune_fusion.py")
     assert done.status == 0, done.summary
     best = yaml.safe_load((output / "tune/best.yaml").read_text())["fusion"]
     assert best["members"] in (["fcn32", "fcn16"], ["fcn16", "fcn8"])
     lines = (output / "tune/trials.csv").read_text().splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 3
     # under PBT a trial that takes over finished weights has nothing left to do
-    assert max(line.split(",")[2] for line in lines[1:]) == "3"
+    assert max(line.split(",")[2] for line in lines[1:]) == "2"
 
 
 def test_from_and_to_s3_the_numbers_are_the_same(undisturbed: Path, cells: Path, s3: str, tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_bad_input_is_rejected_and_the_limit_is_kept(cells: Path, tmp_path: Path
     shutil.copytree(cells, data)
     (data / "Cells_Train_Input/alone.jpg").write_bytes((data / "Cells_Train_Input/fïeld 00.jpg").read_bytes())
     cut = data / "Cells_Train_Input/fïeld 01.jpg"
-    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size * 4 // 5])  # within the pixels, behind the header
     options = ["--data", str(data), "--output", str(tmp_path / "run"), *SMALL]
     done = run(*options, script="ingest.py")
     assert done.status == 0, done.summary
@@ -258,7 +258,11 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
     )
     yield {**env, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}"}
     os.killpg(process.pid, signal.SIGTERM)
-    process.wait(timeout=60)
+    try:
+        process.wait(timeout=8)
+    except subprocess.TimeoutExpired:  # it waits half a minute for its parts, which have ended
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(timeout=8)
     shutil.rmtree(folder, ignore_errors=True)
 
 
