@@ -118,7 +118,7 @@ def _gpu_shares(names: Sequence[str], gpus: int) -> dict[str, tuple[int, float]]
 def _with_data(
     name: str, workers: int, cpus: float, gpus: float, threads: int, cluster: Cluster, datasets: int
 ) -> NetworkPlan:
-    free = max(cluster.cpus - cpus * datasets, 0.1 * datasets)
+    free = max(cluster.cpus - cpus * datasets, 0.01 * datasets)
     data_cpus = min(1.0, _floor(free / datasets))
     return NetworkPlan(name, workers, cpus, gpus, threads, data_cpus, max(1, int(free / datasets / data_cpus)))
 

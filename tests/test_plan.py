@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from apacs_ray.models.spec import MEMBERS
@@ -24,6 +24,7 @@ def used(plan: TrainingPlan) -> tuple[float, float]:
     batch=st.integers(1, 16),
     names=st.sampled_from([MEMBERS, ("fusion",), ("fusion", "fusion_published"), ("fcn16", "fcn8")]),
 )
+@example(cpus=1, gpus=13, workers=0, batch=6, names=MEMBERS)  # far more GPUs than CPUs
 def test_a_plan_is_feasible(cpus: int, gpus: int, workers: int, batch: int, names: tuple[str, ...]) -> None:
     plan = plan_training(names, Cluster(cpus, gpus, cpus), workers=workers, batch_size=batch)
     asked_cpus, asked_gpus = used(plan)
