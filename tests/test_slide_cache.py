@@ -34,11 +34,11 @@ def staged(cache: SlideCache) -> int:
 
 def test_a_slide_is_staged_once_with_all_its_files(tmp_path: Path, slides: tuple[str, list[SlideFiles]]) -> None:
     store, cache = open_store(slides[0]), SlideCache(tmp_path / "cache", 1 << 30)
-    with cache.slide(store, slides[1][0]) as folder:
+    with cache.staged(store, slides[1][0].files) as folder:
         assert (folder / "a.mrxs").read_bytes() == b"x"
         assert (folder / "a/Data 0.dat").stat().st_size == SIZE
         stamp = (folder / "a/Data 0.dat").stat().st_ino
-    with cache.slide(store, slides[1][0]) as folder:
+    with cache.staged(store, slides[1][0].files) as folder:
         assert (folder / "a/Data 0.dat").stat().st_ino == stamp
     assert staged(cache) == 1
 
@@ -46,34 +46,34 @@ def test_a_slide_is_staged_once_with_all_its_files(tmp_path: Path, slides: tuple
 def test_the_least_recently_used_makes_room(tmp_path: Path, slides: tuple[str, list[SlideFiles]]) -> None:
     store, cache = open_store(slides[0]), SlideCache(tmp_path / "cache", 2 * SIZE + 1000)
     a, b, c = slides[1]
-    with cache.slide(store, a) as at_a:
+    with cache.staged(store, a.files) as at_a:
         pass
-    with cache.slide(store, b) as at_b:
+    with cache.staged(store, b.files) as at_b:
         os.utime(at_a, (1, 1))
         os.utime(at_b, (2, 2))
-        with cache.slide(store, c) as at_c:
+        with cache.staged(store, c.files) as at_c:
             assert not at_a.exists()
             assert at_b.exists()
             os.utime(at_b, (1, 1))
-            with cache.slide(store, a):  # both others are in use: the limit gives way, they stay
+            with cache.staged(store, a.files):  # both others are in use: the limit gives way, they stay
                 assert at_b.exists()
                 assert at_c.exists()
 
 
 def test_another_version_is_another_slide(tmp_path: Path, slides: tuple[str, list[SlideFiles]]) -> None:
     store, cache = open_store(slides[0]), SlideCache(tmp_path / "cache", 1 << 30)
-    with cache.slide(store, slides[1][0]):
+    with cache.staged(store, slides[1][0].files):
         pass
     store.write("a/Data 0.dat", b"new")
     fresh = next(iter(find_slides(store.list()).slides))
-    with cache.slide(store, fresh) as folder:
+    with cache.staged(store, fresh.files) as folder:
         assert (folder / "a/Data 0.dat").read_bytes() == b"new"
 
 
 def test_a_file_that_is_gone_is_named_and_nothing_stays(tmp_path: Path, slides: tuple[str, list[SlideFiles]]) -> None:
     store, cache = open_store(slides[0]), SlideCache(tmp_path / "cache", 1 << 30)
     store.delete("a/Data 0.dat")
-    with pytest.raises(BadInput, match=r"a/Data 0\.dat is gone"), cache.slide(store, slides[1][0]):
+    with pytest.raises(BadInput, match=r"a/Data 0\.dat is gone"), cache.staged(store, slides[1][0].files):
         pass
     assert staged(cache) == 0
 
@@ -87,13 +87,13 @@ def test_a_full_disk_is_one_clear_line(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("apacs_ray.slides.cache._copy", full)
-    with pytest.raises(ApacsError, match=r"no space left .* data\.cache"), cache.slide(store, slides[1][0]):
+    with pytest.raises(ApacsError, match=r"no space left .* data\.cache"), cache.staged(store, slides[1][0].files):
         pass
     assert staged(cache) == 0
 
 
 def _stage(uri: str, folder: str, slide: SlideFiles, found: multiprocessing.Queue) -> None:  # type: ignore[type-arg]
-    with SlideCache(Path(folder), 1 << 30).slide(open_store(uri), slide) as place:
+    with SlideCache(Path(folder), 1 << 30).staged(open_store(uri), slide.files) as place:
         found.put((place / "a/Data 0.dat").stat().st_ino)
 
 
@@ -121,7 +121,7 @@ def _hang(uri: str, folder: str, slide: SlideFiles) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     cache._copy = half  # type: ignore[assignment]
-    with SlideCache(Path(folder), 1 << 30).slide(open_store(uri), slide):
+    with SlideCache(Path(folder), 1 << 30).staged(open_store(uri), slide.files):
         pass
 
 
@@ -133,7 +133,7 @@ def test_a_kill_half_way_leaves_nothing_that_looks_whole(tmp_path: Path, slides:
     process.join()
     assert process.exitcode == -signal.SIGKILL
     cache = SlideCache(tmp_path / "cache", 1 << 30)
-    with cache.slide(open_store(slides[0]), slides[1][0]) as folder:
+    with cache.staged(open_store(slides[0]), slides[1][0].files) as folder:
         assert (folder / "a/Data 0.dat").stat().st_size == SIZE
     assert staged(cache) == 1
 
@@ -148,6 +148,6 @@ def test_a_local_slide_is_used_where_it_lies(tmp_path: Path) -> None:
     (tmp_path / "a.svs").write_bytes(b"x")
     store = open_store(str(tmp_path))
     (slide,) = find_slides(store.list()).slides
-    with SlideCache(tmp_path / "cache", 1).slide(store, slide) as folder:
+    with SlideCache(tmp_path / "cache", 1).staged(store, slide.files) as folder:
         assert folder == tmp_path
     assert not (tmp_path / "cache").exists()

@@ -8,12 +8,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from apacs_ray.adapters.session import configure_data
+from apacs_ray.adapters.session import map_blocks
 from apacs_ray.data.folder import Entry, Pair, Reject
 from apacs_ray.data.ingest import ShardTask, Source, probe_pair, write_shard
 from apacs_ray.data.shards import Receipt
 from apacs_ray.data.synthetic import SlideSpec
-from apacs_ray.run import require_source, source_hash
 from apacs_ray.slides.smears import write_smear
 from apacs_ray.storage import Store
 
@@ -22,33 +21,24 @@ PROBES_A_TASK = 64  # headers: mostly waiting for the store
 
 def render_smears(store: Store, specs: Sequence[SlideSpec]) -> None:
     """Render the synthetic slides that are not there yet, one task each."""
-    import ray
 
-    expected = source_hash()
+    def render(block: pa.Table) -> pa.Table:
+        for index in block["index"].to_pylist():
+            write_smear(store, specs[index], index)
+        return block
 
-    def render(batch: dict[str, Any]) -> dict[str, Any]:
-        require_source(expected)
-        for index in batch["index"]:
-            write_smear(store, specs[index], int(index))
-        return batch
-
-    configure_data()
-    indices = [pa.table({"index": [index]}) for index in range(len(specs))]
-    ray.data.from_arrow(indices).map_batches(render, batch_size=None, num_cpus=1).materialize()
+    for _ in map_blocks(render, [pa.table({"index": [index]}) for index in range(len(specs))]):
+        pass
 
 
 def probe_pairs(
     store: Store, pairs: Sequence[Pair], max_pixels: int, on_done: Callable[[int], None]
 ) -> tuple[list[Source], list[Reject]]:
     """Read every pair's headers, in tasks of `PROBES_A_TASK`."""
-    import ray
 
-    expected = source_hash()
-
-    def probe(batch: pa.Table) -> pa.Table:
-        require_source(expected)
+    def probe(block: pa.Table) -> pa.Table:
         rows = []
-        for row in batch.to_pylist():
+        for row in block.to_pylist():
             pair = Pair(row["split"], row["stem"], Entry(**row["image"]), Entry(**row["mask"]), row["slide_id"])
             found = probe_pair(store, pair, max_pixels)
             row = {"index": row["index"], "width": None, "height": None, "reject": None}
@@ -63,9 +53,7 @@ def probe_pairs(
     blocks = [pa.Table.from_pylist(rows[i : i + PROBES_A_TASK]) for i in range(0, len(rows), PROBES_A_TASK)]
     sources: list[Source] = []
     rejects: list[Reject] = []
-    configure_data()
-    probed = ray.data.from_arrow(blocks).map_batches(probe, batch_size=None, batch_format="pyarrow", num_cpus=0.5)
-    for row in probed.iter_rows():
+    for row in map_blocks(probe, blocks, cpus=0.5):
         if row["reject"] is None:
             sources.append(Source(pairs[row["index"]], row["width"], row["height"]))
         else:
@@ -76,20 +64,19 @@ def probe_pairs(
 
 def write_shards(task: ShardTask, shards: Sequence[pa.Table], on_done: Callable[[int], None]) -> list[Receipt]:
     """Write every shard, one task each; only receipts come back."""
-    import ray
+    return receipts_of(lambda plan: write_shard(task, plan), shards, on_done)
 
-    expected = source_hash()
 
-    def write(plan: pa.Table) -> pa.Table:
-        require_source(expected)
-        return receipt_table(write_shard(task, plan))
-
+def receipts_of(
+    write: Callable[[pa.Table], Receipt], blocks: Sequence[pa.Table], on_done: Callable[[int], None]
+) -> list[Receipt]:
+    """What `write` returns for every block, in order; `on_done` hears how many tiles are settled."""
     receipts: list[Receipt] = []
-    configure_data()
-    written = ray.data.from_arrow(list(shards)).map_batches(write, batch_size=None, batch_format="pyarrow", num_cpus=1)
-    for row in written.iter_rows():
-        receipts.append(receipt_of(row))
-        on_done(sum(receipt.rows_in for receipt in receipts))
+    settled = 0
+    for row in map_blocks(lambda block: _receipt_table(write(block)), blocks):
+        receipts.append(_receipt(row))
+        settled += receipts[-1].rows_in
+        on_done(settled)
     return receipts
 
 
@@ -118,10 +105,10 @@ RECEIPT_SCHEMA = pa.schema(
 )
 
 
-def receipt_table(receipt: Receipt) -> pa.Table:
+def _receipt_table(receipt: Receipt) -> pa.Table:
     row = {**asdict(receipt), "skipped": list(receipt.skipped.items())}
     return pa.Table.from_pylist([row], RECEIPT_SCHEMA)
 
 
-def receipt_of(row: dict[str, Any]) -> Receipt:
+def _receipt(row: dict[str, Any]) -> Receipt:
     return Receipt(**{**row, "skipped": dict(row["skipped"] or ()), "rejects": list(row["rejects"] or ())})

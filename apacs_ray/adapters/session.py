@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
 
 from apacs_ray.errors import ApacsError
 from apacs_ray.plan import Cluster
-from apacs_ray.run import ROOT, Run
+from apacs_ray.run import ROOT, Run, require_source, source_hash
 from apacs_ray.storage import open_store
 
 
@@ -100,3 +104,20 @@ def configure_data() -> None:
     context.print_on_execution_start = False
     context.max_errored_blocks = 0
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors reach the user as exceptions
+
+
+def map_blocks(
+    work: Callable[[pa.Table], pa.Table], blocks: Sequence[pa.Table], *, cpus: float = 1
+) -> Iterator[dict[str, Any]]:
+    """Rows of the tables that `work(block)` returns, in the order of `blocks`; one Ray Data task a block."""
+    import ray
+
+    expected = source_hash()
+
+    def checked(block: pa.Table) -> pa.Table:
+        require_source(expected)
+        return work(block)
+
+    configure_data()
+    dataset = ray.data.from_arrow(list(blocks))
+    yield from dataset.map_batches(checked, batch_size=None, batch_format="pyarrow", num_cpus=cpus).iter_rows()

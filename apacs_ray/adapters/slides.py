@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 
 import pyarrow as pa
 
-from apacs_ray.adapters.ingest import receipt_of, receipt_table
-from apacs_ray.adapters.session import configure_data
+from apacs_ray.adapters.ingest import receipts_of
+from apacs_ray.adapters.session import map_blocks
 from apacs_ray.data.shards import Receipt
-from apacs_ray.run import require_source, source_hash
 from apacs_ray.slides.find import SlideFiles
 from apacs_ray.slides.plan import SlideSummary, SlideTask, inspect_slide
 from apacs_ray.slides.shards import SlideShard, write_slide_shard
@@ -17,20 +16,13 @@ from apacs_ray.slides.shards import SlideShard, write_slide_shard
 
 def inspect_slides(task: SlideTask, slides: Sequence[SlideFiles], on_done: Callable[[int], None]) -> list[SlideSummary]:
     """The summary of every slide, in order; manifests are in the run."""
-    import ray
-
-    expected = source_hash()
 
     def inspect(block: pa.Table) -> pa.Table:
-        require_source(expected)
         found = [inspect_slide(task, number, slides[number]) for number in block["number"].to_pylist()]
         return pa.table({"summary": [summary.to_json() for summary in found]})
 
-    configure_data()
-    blocks = [pa.table({"number": [number]}) for number in range(len(slides))]
-    dataset = ray.data.from_arrow(blocks).map_batches(inspect, batch_size=None, batch_format="pyarrow", num_cpus=1)
     summaries: list[SlideSummary] = []
-    for row in dataset.iter_rows():
+    for row in map_blocks(inspect, [pa.table({"number": [number]}) for number in range(len(slides))]):
         summaries.append(SlideSummary.from_json(row["summary"]))
         on_done(len(summaries))
     return summaries
@@ -40,17 +32,12 @@ def write_slide_shards(
     task: SlideTask, summaries: Sequence[SlideSummary], shards: Sequence[SlideShard], on_done: Callable[[int], None]
 ) -> list[Receipt]:
     """Write every shard, one task each; only receipts come back, in order."""
-    import ray
 
-    expected = source_hash()
-
-    def write(block: pa.Table) -> pa.Table:
-        require_source(expected)
+    def write(block: pa.Table) -> Receipt:
         (row,) = block.to_pylist()
         shard = SlideShard(row["split"], row["number"], row["slide"], tuple(row["rows"]))
-        return receipt_table(write_slide_shard(task, SlideSummary.from_json(row["summary"]), shard))
+        return write_slide_shard(task, SlideSummary.from_json(row["summary"]), shard)
 
-    configure_data()
     blocks = [
         pa.table(
             {
@@ -63,9 +50,4 @@ def write_slide_shards(
         )
         for shard in shards
     ]
-    dataset = ray.data.from_arrow(blocks).map_batches(write, batch_size=None, batch_format="pyarrow", num_cpus=1)
-    receipts: list[Receipt] = []
-    for row in dataset.iter_rows():
-        receipts.append(receipt_of(row))
-        on_done(sum(receipt.rows_in for receipt in receipts))
-    return receipts
+    return receipts_of(write, blocks, on_done)

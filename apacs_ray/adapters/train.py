@@ -145,6 +145,7 @@ def _train_loop(config: dict[str, Any]) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.manual_seed(task.config.seed)
     device = ray.train.torch.get_device()
+    device_name = describe_device(device)
 
     def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
         if world > 1:
@@ -152,9 +153,7 @@ def _train_loop(config: dict[str, Any]) -> None:
         return tensor
 
     # laid out before DDP wraps it: a layout changed afterwards gives wrong gradients
-    model = build(task.spec)
-    if task.start is not None:
-        model = load_model(task.store.read(task.start), task.spec)
+    model = build(task.spec) if task.start is None else load_model(task.store.read(task.start), task.spec)
     model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = ray.train.torch.prepare_model(model, move_to_device=False)
     trainer = Trainer(model, task.config, device=device, rank=rank, world=world, all_reduce=all_reduce)
@@ -179,7 +178,7 @@ def _train_loop(config: dict[str, Any]) -> None:
             save_state(Path(folder), state)
             checkpoint = ray.train.Checkpoint.from_directory(folder)
             ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=f"epoch_{record.epoch:05d}")
-        progress = {**metrics, "epochs": task.config.epochs, "device": describe_device(device)}
+        progress = {**metrics, "epochs": task.config.epochs, "device": device_name}
         task.store.write(f"{task.state}/{PROGRESS}", json.dumps(progress).encode())
 
     steps = -(-len(train_index) // task.config.batch_size)

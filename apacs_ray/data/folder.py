@@ -23,6 +23,7 @@ Split = Literal["train", "val", "test"]
 Role = Literal["input", "groundtruth"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 SUFFIXES = ("jpg", "jpeg", "png", "tif", "tiff", "bmp")
+STAGE = "ingest"  # that refuses inputs
 SYSTEM_FILES = {"thumbs.db", "desktop.ini", "ehthumbs.db"}
 
 _WORD_START = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")  # TrainInput -> Train Input
@@ -57,6 +58,11 @@ class Reject:
     stage: str
     code: str
     reason: str
+
+    @classmethod
+    def of(cls, defect: BadInput, uri: str, slide_id: str | None, x: int | None = None, y: int | None = None) -> Reject:
+        """The row for a defect that ingest met."""
+        return cls(uri, slide_id, x, y, STAGE, defect.code, defect.reason)
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ class _Refused:
 
     def row(self, root: str) -> Reject:
         uri = f"{root.rstrip('/')}/{self.culprit.path}" if root else self.culprit.path
-        return Reject(uri, self.slide_id, None, None, "ingest", self.defect.code, self.defect.reason)
+        return Reject.of(self.defect, uri, self.slide_id)
 
 
 def is_folder_layout(entries: Iterable[Entry]) -> bool:

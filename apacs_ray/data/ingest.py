@@ -25,8 +25,6 @@ from apacs_ray.errors import BadInput
 from apacs_ray.settings import DataSettings, TilesSettings
 from apacs_ray.storage import Store
 
-STAGE = "ingest"
-
 
 @dataclass(frozen=True)
 class Source:
@@ -50,7 +48,7 @@ def probe_pair(store: Store, pair: Pair, max_pixels: int) -> Source | Reject:
             (width, height), (mask_width, mask_height) = sizes
             raise BadInput("size_mismatch", f"image {width} x {height} px, mask {mask_width} x {mask_height} px")
     except BadInput as defect:
-        return Reject(store.uri_of(pair.image.path), pair.slide_id, None, None, STAGE, defect.code, defect.reason)
+        return Reject.of(defect, store.uri_of(pair.image.path), pair.slide_id)
     return Source(pair, *sizes[0])
 
 
@@ -150,8 +148,7 @@ def write_shard(task: ShardTask, plan: pa.Table) -> Receipt:
             rgb, mask = pixels.cut(row)
         except BadInput as defect:
             uri = task.data.uri_of(row["image"])
-            reject = Reject(uri, row["slide_id"], row["x"], row["y"], STAGE, defect.code, defect.reason)
-            rejects.append(asdict(reject))
+            rejects.append(asdict(Reject.of(defect, uri, row["slide_id"], row["x"], row["y"])))
             continue
         tissue, focus = measure(rgb)
         if tissue < (task.tiles.min_tissue or 0.0):

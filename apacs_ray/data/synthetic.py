@@ -21,7 +21,8 @@ from scipy.ndimage import gaussian_filter
 from apacs_ray.data.synthetic_cells import Stamp
 from apacs_ray.data.synthetic_scene import Thing, things_near
 from apacs_ray.data.synthetic_stain import Look, blend, look_of
-from apacs_ray.data.synthetic_texture import Box, Floats, field, overlap, sensor_noise
+from apacs_ray.data.synthetic_texture import Floats, field, overlap, sensor_noise
+from apacs_ray.data.tiles import Box
 
 VERSION = 2  # goes up when the same seed gives other pixels
 

@@ -11,7 +11,8 @@ import numpy as np
 from apacs_ray.data.synthetic_cells import REACH, SOFT_UM, CellKind, Stamp, cell_radius, cell_stamp
 from apacs_ray.data.synthetic_clutter import ClutterKind, clutter_radius, clutter_stamp
 from apacs_ray.data.synthetic_stain import Look
-from apacs_ray.data.synthetic_texture import Box, field_at, place_rng
+from apacs_ray.data.synthetic_texture import field_at, place_rng
+from apacs_ray.data.tiles import Box
 
 _BLOCK_UM = 200  # one block of a slide has its own random objects
 _GROUP_UM = 180  # no cell's centre is farther than this from where its group began

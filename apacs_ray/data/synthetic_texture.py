@@ -9,26 +9,14 @@ import numpy as np
 import numpy.typing as npt
 from scipy.ndimage import gaussian_filter
 
+from apacs_ray.data.tiles import Box
+
 Floats = npt.NDArray[np.float32]
 
 _ATLAS_UM = 256  # side of the texture atlas; stamps take their texture from a random place in it
 _NOISE_BLOCK = 256  # px
 _ORIGIN = 1 << 24  # blocks left of or above the slide have negative indices; SeedSequence takes none
 _SPLINE_STD = 0.48  # of a cubic B-spline through lattice values of unit variance
-
-
-@dataclass(frozen=True)
-class Box:
-    """A rectangle of a slide in px; the slide's corner is (0, 0), and objects exist beyond its edges too."""
-
-    x: int
-    y: int
-    width: int
-    height: int
-
-    def grown(self, margin: int) -> Box:
-        """The box with `margin` px more on every side."""
-        return Box(self.x - margin, self.y - margin, self.width + 2 * margin, self.height + 2 * margin)
 
 
 def place_rng(seed: int, stream: int, column: int, row: int) -> np.random.Generator:

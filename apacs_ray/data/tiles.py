@@ -42,12 +42,16 @@ _UNSAFE = re.compile(r"[^\w.-]")
 
 @dataclass(frozen=True)
 class Box:
-    """A tile's place in its image, px."""
+    """A rectangle of an image, px; the image's corner is (0, 0)."""
 
     x: int
     y: int
     width: int
     height: int
+
+    def grown(self, margin: int) -> Box:
+        """The box with `margin` px more on every side, beyond the image's edges too."""
+        return Box(self.x - margin, self.y - margin, self.width + 2 * margin, self.height + 2 * margin)
 
 
 def grid(width: int, height: int, size: int, stride: int, last: LastTile) -> list[Box]:

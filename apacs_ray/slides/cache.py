@@ -16,12 +16,11 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from apacs_ray.errors import ApacsError, BadInput
-from apacs_ray.slides.find import SlideFiles
 from apacs_ray.storage import Entry, Store
 
 CHUNK = 8 << 20  # bytes
@@ -36,8 +35,8 @@ class SlideCache:
     limit: int
 
     @contextlib.contextmanager
-    def slide(self, store: Store, slide: SlideFiles) -> Iterator[Path]:
-        """The local path of a slide's folder root while it is in use; join it with paths of its entries.
+    def staged(self, store: Store, entries: Sequence[Entry]) -> Iterator[Path]:
+        """Where the files of a slide, or of its annotation, lie while they are in use; join it with their paths.
 
         A local store is used where it lies. Raises BadInput (missing_file) when a file is gone, ApacsError when the
         disk is full.
@@ -45,7 +44,6 @@ class SlideCache:
         if store.is_local:
             yield Path(store.full_path())
             return
-        entries = (*slide.files, *slide.annotation)
         key = hashlib.sha256("\0".join([store.uri, *(f"{e.path}\0{e.version}" for e in entries)]).encode()).hexdigest()
         place = self.folder / key[:24]
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -57,7 +55,7 @@ class SlideCache:
             fcntl.flock(lock, fcntl.LOCK_SH)
             yield place
 
-    def _stage(self, store: Store, entries: tuple[Entry, ...], place: Path) -> None:
+    def _stage(self, store: Store, entries: Sequence[Entry], place: Path) -> None:
         self._make_room(sum(entry.size for entry in entries), place.name)
         for left in self.folder.glob(f"{place.name}.part-*"):  # of a process that was killed: the lock was free
             shutil.rmtree(left, ignore_errors=True)

@@ -42,6 +42,11 @@ class SlideFiles:
         return self.files[0].path
 
     @property
+    def image_id(self) -> str:
+        """The name of this slide in tile ids, unique in a run."""
+        return self.path.rpartition(".")[0]
+
+    @property
     def version(self) -> str:
         """Changes when any of its files does."""
         return "+".join(entry.version for entry in (*self.files, *self.annotation))
@@ -75,7 +80,6 @@ def find_slides(
     STEM.png or STEM_mask.tif, or masks of single FOVs, STEM_X_Y.png or STEM/X_Y.png (level-0 px).
     """
     listed = sorted(entries, key=lambda entry: entry.path)
-    beside = {entry.path: entry for entry in masks}
     companions = _companions(listed)
     owned = {entry.path for files in companions.values() for entry in files[1:]}
     stems: dict[str, list[tuple[Entry, ...]]] = defaultdict(list)
@@ -83,9 +87,8 @@ def find_slides(
         if files[0].path not in owned:
             stems[_stem(files[0].path)].append(files)
     main = {files[0].path for same in stems.values() for files in same}
-    annotations = _annotations(
-        [entry for entry in listed if entry.path not in owned | main], beside.values(), set(stems)
-    )
+    free = [entry for entry in listed if entry.path not in owned | main]
+    annotations = _annotations(free, masks, set(stems))
     slides: list[SlideFiles] = []
     rejects: list[Reject] = []
     used: set[str] = set()
@@ -97,8 +100,7 @@ def find_slides(
                 slide = _named(_annotated(slide, annotations, alone=len(same) == 1), slide_regex)
                 slides.append(slide)
             except BadInput as defect:
-                uri = f"{root.rstrip('/')}/{slide.path}"
-                rejects.append(Reject(uri, slide.slide_id, None, None, "ingest", defect.code, defect.reason))
+                rejects.append(Reject.of(defect, f"{root.rstrip('/')}/{slide.path}", slide.slide_id))
             used |= {entry.path for entry in slide.annotation}
     ignored = [entry for entry in listed if entry.path not in owned | main | used]
     return SlideData(tuple(sorted(slides, key=lambda slide: slide.path)), tuple(rejects), tuple(ignored))

@@ -61,11 +61,6 @@ class SlideSummary:
     defects: tuple[str, ...] = ()  # parts of its annotation that are no area
     reject: Reject | None = None
 
-    @property
-    def image_id(self) -> str:
-        """The name of this slide in tile ids, unique in a run."""
-        return self.slide.path.rpartition(".")[0]
-
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
 
@@ -124,9 +119,7 @@ def inspect_slide(task: SlideTask, number: int, slide: SlideFiles) -> SlideSumma
             rows, summary = plan_slide(task, slide, opened_slide.info, tissue, masks)
             picture = picture_of(tissue, opened_slide.info, rows, summary)
     except BadInput as defect:
-        uri = task.data.uri_of(slide.path)
-        reject = Reject(uri, slide.slide_id, None, None, "ingest", defect.code, defect.reason)
-        return SlideSummary(slide, reject=reject)
+        return SlideSummary(slide, reject=Reject.of(defect, task.data.uri_of(slide.path), slide.slide_id))
     task.output.write(path.replace(".parquet", ".png"), picture)
     table = pa.Table.from_pylist(rows, MANIFEST_SCHEMA.with_metadata({FOOTER: summary.to_json().encode()}))
     sink = io.BytesIO()
@@ -139,15 +132,13 @@ def inspect_slide(task: SlideTask, number: int, slide: SlideFiles) -> SlideSumma
 def opened(task: SlideTask, slide: SlideFiles) -> Iterator[tuple[Slide, MaskSource | None]]:
     """The slide and its masks (None without annotation), staged if need be, while they are in use."""
     settings = task.settings
-    own = SlideFiles(slide.slide_id, slide.stem, slide.split, slide.files)
-    drawn = SlideFiles(slide.slide_id, slide.stem, slide.split, slide.annotation)
-    with task.cache.slide(task.data, own) as folder:
-        reader = open_slide(folder / own.path, settings.engine)
+    with task.cache.staged(task.data, slide.files) as folder:
+        reader = open_slide(folder / slide.path, settings.engine)
         try:
             if slide.kind is None:
                 yield reader, None
                 return
-            with task.cache.slide(task.masks or task.data, drawn) as beside:
+            with task.cache.staged(task.masks or task.data, slide.annotation) as beside:
                 files = [
                     (beside / entry.path, *(fov_origin(entry) if slide.kind == "fovs" else (0, 0)))
                     for entry in slide.annotation
@@ -180,7 +171,6 @@ def plan_slide(
     bounds = info.bounds
     width, height = max(1, int(bounds.width / downsample)), max(1, int(bounds.height / downsample))
     least = MIN_TISSUE if tiles.min_tissue is None else tiles.min_tissue
-    image_id = slide.path.rpartition(".")[0]
     rows: list[dict[str, Any]] = []
     skipped: dict[str, int] = {}
     for box in grid(width, height, tiles.size, tiles.stride or tiles.size, tiles.last):
@@ -189,7 +179,7 @@ def plan_slide(
         if share < least:
             skipped["background"] = skipped.get("background", 0) + 1
             continue
-        place = {"tile_id": tile_id(image_id, x, y), "x": x, "y": y, "column": box.x, "row": box.y}
+        place = {"tile_id": tile_id(slide.image_id, x, y), "x": x, "y": y, "column": box.x, "row": box.y}
         rows.append({**place, "width": box.width, "height": box.height})
     defects = () if masks is None else tuple(masks.defects)
     summary = SlideSummary(

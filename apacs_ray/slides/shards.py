@@ -74,7 +74,7 @@ def _draw_val(
     fraction = task.settings.val_fraction
     if len({summary.slide.slide_id for _, summary in known}) >= 3:
         units = [
-            {"slide_id": summary.slide.slide_id, "image": summary.image_id, "tile_id": str(number)}
+            {"slide_id": summary.slide.slide_id, "image": summary.slide.image_id, "tile_id": str(number)}
             for number, summary in known
         ]
         chosen, unit = assign_val(units, fraction, seed, slides_known=True)
@@ -121,8 +121,7 @@ def measure_tiles(
 
     def refuse(row: dict[str, Any], defect: BadInput) -> None:
         uri = task.data.uri_of(summary.slide.path)
-        reject = Reject(uri, summary.slide.slide_id, row["x"], row["y"], "ingest", defect.code, defect.reason)
-        rejects.append(asdict(reject))
+        rejects.append(asdict(Reject.of(defect, uri, summary.slide.slide_id, row["x"], row["y"])))
 
     try:
         with opened(task, summary.slide) as (slide, masks):

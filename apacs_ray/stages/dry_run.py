@@ -24,7 +24,7 @@ def dry_run(context: Context) -> None:
     if context.run.data is None:
         context.ray.start()
         make_smears(context, store)
-    entries = list(store.list())
+    entries = context.listed(store)
     if holds_folders(store.uri, entries):
         found = find_pairs(entries, root=store.uri, slide_regex=context.settings.data.slide_regex)
         say(f"{len(found.pairs)} pairs of image and mask, {len(found.rejects)} rejects, {len(found.ignored)} others")

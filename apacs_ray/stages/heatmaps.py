@@ -14,7 +14,7 @@ from apacs_ray.models.spec import MEMBERS
 from apacs_ray.run import Counts, fingerprint
 from apacs_ray.stages.pipeline import Context, Outcome, Stage
 from apacs_ray.stages.train_members import member_network
-from apacs_ray.stages.training import read_indices, train_networks
+from apacs_ray.stages.training import read_indices, state_folder, train_networks
 from apacs_ray.training.feed import Heatmaps
 
 SPLITS = ("train", "val")  # test tiles are read by `evaluate` only
@@ -76,7 +76,7 @@ def _train_fold(
     networks = [replace(member_network(context, name, folders[name]), indices=part) for name in MEMBERS]
     train_networks(context, networks, mark)
     for network in networks:
-        context.run.store.delete_folder(f"{network.folder}/.state-{mark[:8]}")
+        context.run.store.delete_folder(state_folder(network, mark))
     return folders
 
 

@@ -20,7 +20,7 @@ from apacs_ray.data.folder import Reject, is_folder_layout
 from apacs_ray.data.shards import Receipt, shard_paths
 from apacs_ray.errors import ApacsError, UsageError
 from apacs_ray.run import Counts, environment, fingerprint
-from apacs_ray.slides.find import is_slide
+from apacs_ray.slides.find import PLAIN, is_slide
 from apacs_ray.stages.cut import open_store_file
 from apacs_ray.stages.pipeline import Context, Outcome, Stage
 from apacs_ray.storage import Entry, Store, open_store
@@ -51,13 +51,13 @@ def _fingerprint(context: Context) -> str:
     if context.run.data is None:
         source: object = _smears(context)
     else:
-        source = _listed(data_store(context))
+        source = _versions(context.listed(data_store(context)))
         if not source:
             raise UsageError(f"{context.run.data}: nothing there")
     return fingerprint(
         stage="ingest",
         source=source,
-        masks=_listed(open_store(settings.data.masks)) if settings.data.masks else None,
+        masks=_versions(context.listed(open_store(settings.data.masks))) if settings.data.masks else None,
         splits=open_store_file(settings.data.splits),
         mpps=open_store_file(settings.data.mpps),
         data=settings.data.model_dump(exclude={"max_rejects", "cache", "cache_gb"}),
@@ -67,8 +67,8 @@ def _fingerprint(context: Context) -> str:
     )
 
 
-def _listed(store: Store) -> list[tuple[str, int, str]]:
-    return sorted((entry.path, entry.size, entry.version) for entry in store.list())
+def _versions(entries: Sequence[Entry]) -> list[tuple[str, int, str]]:
+    return sorted((entry.path, entry.size, entry.version) for entry in entries)
 
 
 def _work(context: Context, mark: str) -> Outcome:
@@ -80,7 +80,7 @@ def _work(context: Context, mark: str) -> Outcome:
     if run.data is None:
         context.ray.start()
         make_smears(context, store)
-    entries = list(store.list())
+    entries = context.listed(store)
     cut = (cut_folder if holds_folders(store.uri, entries) else cut_slides)(context, store, entries, mark)
     receipts = cut.receipts
     tile_rejects = [Reject(**reject) for receipt in receipts for reject in receipt.rejects]
@@ -112,8 +112,7 @@ def holds_folders(uri: str, entries: Sequence[Entry]) -> bool:
     folders = is_folder_layout(entries)
     suffixes = Counter(entry.path.rpartition(".")[2].lower() for entry in entries if is_slide(entry.path))
     if folders:
-        plain = {"tif", "tiff"}
-        slides = {suffix: count for suffix, count in suffixes.items() if suffix not in plain}
+        slides = {suffix: count for suffix, count in suffixes.items() if suffix not in PLAIN}
         if slides:
             raise UsageError(
                 f"{uri}: holds folders of images and masks, and slides ({_counted(slides)}): give one of them"

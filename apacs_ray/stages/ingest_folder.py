@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from apacs_ray.adapters.ingest import probe_pairs, write_shards
 from apacs_ray.console import bars, say
 from apacs_ray.data.folder import FolderData, Pair, find_pairs
 from apacs_ray.data.ingest import ShardTask, plan_tiles
-from apacs_ray.data.splits import read_splits
 from apacs_ray.errors import ApacsError, UsageError
-from apacs_ray.stages.cut import Cut, open_store_file
+from apacs_ray.stages.cut import Cut, with_given_splits
 from apacs_ray.stages.pipeline import Context
 from apacs_ray.storage import Entry, Store
 
@@ -20,7 +18,7 @@ def cut_folder(context: Context, store: Store, entries: Sequence[Entry], mark: s
     """Probe all pairs, plan their tiles, and write the shards."""
     run, settings = context.run, context.settings
     found = find_pairs(entries, root=store.uri, slide_regex=settings.data.slide_regex)
-    pairs = _with_given_splits(found.pairs, open_store_file(settings.data.splits))
+    pairs = with_given_splits(found.pairs, settings.data.splits)
     _require_parts(store, found, pairs)
     if found.shared_slides:
         names = ", ".join(sorted(found.shared_slides)[:3])
@@ -44,17 +42,6 @@ def cut_folder(context: Context, store: Store, entries: Sequence[Entry], mark: s
         "ignored_files": len(found.ignored),
     }
     return Cut(receipts, rejects, "pairs", units, manifest.tiles, manifest.val_unit, facts=facts)
-
-
-def _with_given_splits(pairs: Sequence[Pair], table: str | None) -> list[Pair]:
-    """Pairs with the split that `data.splits` gives their slide, where there is such a file."""
-    if table is None:
-        return list(pairs)
-    given = read_splits(table)
-    missing = sorted({pair.slide_id for pair in pairs} - set(given))
-    if missing:
-        raise UsageError(f"data.splits: {len(missing)} slides have no line there, first {missing[0]!r}")
-    return [replace(pair, split=given[pair.slide_id]) for pair in pairs]
 
 
 def _require_parts(store: Store, found: FolderData, pairs: Sequence[Pair]) -> None:

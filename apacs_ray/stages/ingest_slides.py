@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from apacs_ray.adapters.ingest import render_smears
@@ -17,13 +17,12 @@ from apacs_ray.console import bars, say
 from apacs_ray.data import synthetic
 from apacs_ray.data.folder import Reject, Split
 from apacs_ray.data.shards import Receipt
-from apacs_ray.data.splits import read_splits
-from apacs_ray.errors import UsageError
+from apacs_ray.errors import BadInput, UsageError
 from apacs_ray.slides.cache import SlideCache
 from apacs_ray.slides.find import SlideData, SlideFiles, find_slides
 from apacs_ray.slides.plan import SlideSummary, SlideTask
 from apacs_ray.slides.shards import SlideShard, plan_shards
-from apacs_ray.stages.cut import Cut, open_store_file
+from apacs_ray.stages.cut import Cut, open_store_file, with_given_splits
 from apacs_ray.stages.pipeline import Context
 from apacs_ray.storage import Entry, Store, open_store
 
@@ -79,9 +78,10 @@ def look_at_slides(context: Context, store: Store, entries: Sequence[Entry], mar
     """Find every slide and its tissue, and write its manifest."""
     run, settings = context.run, context.settings
     masks = open_store(settings.data.masks) if settings.data.masks else None
-    found = find_slides(entries, masks.list() if masks else (), slide_regex=settings.data.slide_regex, root=store.uri)
-    given = open_store_file(settings.data.splits)
-    slides = [*found.slides] if given is None else _with_given_splits(found.slides, read_splits(given))
+    found = find_slides(
+        entries, context.listed(masks) if masks else (), slide_regex=settings.data.slide_regex, root=store.uri
+    )
+    slides = with_given_splits(found.slides, settings.data.splits)
     _require_splits(context, store, slides)
     cache = SlideCache(Path(settings.data.cache or _default_cache()), round(settings.data.cache_gb * GIB))
     mpps = _read_mpps(open_store_file(settings.data.mpps))
@@ -125,14 +125,8 @@ def _defects(seen: Inspected) -> list[Reject]:
     """A row for each part of an annotation that is no area."""
     store = seen.task.masks or seen.task.data
     return [
-        Reject(
-            store.uri_of(summary.slide.annotation[0].path),
-            summary.slide.slide_id,
-            None,
-            None,
-            "ingest",
-            "bad_annotation",
-            defect,
+        Reject.of(
+            BadInput("bad_annotation", defect), store.uri_of(summary.slide.annotation[0].path), summary.slide.slide_id
         )
         for summary in seen.summaries
         for defect in summary.defects
@@ -142,13 +136,6 @@ def _defects(seen: Inspected) -> list[Reject]:
 def _default_cache() -> str:
     """A folder of this user's own: others could put slides of theirs into one that all share."""
     return str(Path(tempfile.gettempdir()) / f"apacs_ray-slides-{os.getuid()}")
-
-
-def _with_given_splits(slides: Sequence[SlideFiles], given: dict[str, Split]) -> list[SlideFiles]:
-    missing = sorted({slide.slide_id for slide in slides} - set(given))
-    if missing:
-        raise UsageError(f"data.splits: {len(missing)} slides have no line there, first {missing[0]!r}")
-    return [replace(slide, split=given[slide.slide_id]) for slide in slides]
 
 
 def _require_splits(context: Context, store: Store, slides: Sequence[SlideFiles]) -> None:

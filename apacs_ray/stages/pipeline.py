@@ -12,6 +12,7 @@ from apacs_ray.console import say
 from apacs_ray.errors import ApacsError
 from apacs_ray.run import Counts, Marker, Run
 from apacs_ray.settings import Settings
+from apacs_ray.storage import Entry, Store
 
 
 @dataclass
@@ -22,10 +23,17 @@ class Context:
     ray: RaySession
     training: bool = True  # whether stages after ingest will follow
     markers: dict[str, Marker] = field(default_factory=dict)
+    _listings: dict[str, list[Entry]] = field(default_factory=dict)
 
     @property
     def settings(self) -> Settings:
         return self.run.settings
+
+    def listed(self, store: Store) -> list[Entry]:
+        """All objects of a store, listed once: what is cut is what the fingerprint saw."""
+        if store.uri not in self._listings:
+            self._listings[store.uri] = list(store.list())
+        return self._listings[store.uri]
 
     def done(self, stage: str) -> Marker:
         """The marker of a stage that must come first. Raises ApacsError naming the command."""
