@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import zlib
+from functools import cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apacs_ray.models.spec import ModelSpec
@@ -29,16 +31,82 @@ def image(height: int, width: int) -> Tensor:
     return torch.from_numpy(np.stack(waves)[None].astype(np.float32))
 
 
-def published(name: str, prefix: str = "") -> tuple[ModelSpec, nn.Module]:
-    """A published network at width 1 with the golden weights, loaded under the released names."""
-    spec = ModelSpec("fusion" if name == "fusion" else "member", name, head="published")
+@cache
+def released(name: str) -> dict[str, Tensor]:
+    """The golden weights of a published network at width 1, under the released names."""
     with torch.device("meta"):
-        model = build(spec)
-    released = {}
+        shapes = build(_spec(name)).state_dict()
+    tensors = {}
     for ours, theirs in PUBLISHED_NAMES[name].items():
         for part in ("weight", "bias"):
-            if f"{ours}.{part}" in (shapes := model.state_dict()):
-                shape = tuple(shapes[f"{ours}.{part}"].shape)
-                released[f"{prefix}{theirs}.{part}"] = weight(f"{name}.{theirs}.{part}", shape)
-    model.load_state_dict(from_published(name, released), assign=True)
-    return spec, model.eval()
+            if f"{ours}.{part}" in shapes:
+                tensors[f"{theirs}.{part}"] = weight(f"{name}.{theirs}.{part}", tuple(shapes[f"{ours}.{part}"].shape))
+    return tensors
+
+
+def published(name: str, prefix: str = "") -> tuple[ModelSpec, nn.Module]:
+    """A published network at width 1 with the golden weights, loaded under the released names."""
+    with torch.device("meta"):
+        model = build(_spec(name))
+    state = {prefix + key: value for key, value in released(name).items()}
+    model.load_state_dict(from_published(name, state), assign=True)
+    return _spec(name), model.eval()
+
+
+def _spec(name: str) -> ModelSpec:
+    return ModelSpec("fusion" if name == "fusion" else "member", name, head="published")
+
+
+def reference(name: str, image: Tensor) -> Tensor:
+    """Logits of a published network, layer by layer as its description has them, of the size that it returns.
+
+    The fusion takes probabilities of FCN-32, FCN-16 and FCN-8 before RGB.
+    """
+    return _alex(name, image) if name in ("fcn32", "fusion") else _vgg(name, image)
+
+
+def _layer(name: str, key: str, x: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
+    tensors = released(name)
+    return F.conv2d(x, tensors[f"{key}.weight"], tensors[f"{key}.bias"], stride, padding)
+
+
+def _up(name: str, key: str, x: Tensor, stride: int) -> Tensor:
+    return F.conv_transpose2d(x, released(name)[f"{key}.weight"], stride=stride)
+
+
+def _part(x: Tensor, offset: int, like: Tensor) -> Tensor:
+    return x[:, :, offset : offset + like.shape[2], offset : offset + like.shape[3]]
+
+
+def _alex(name: str, image: Tensor) -> Tensor:
+    keys = [f"conv{number}" for number in range(1, 6)] + ["fc6", "fc7"]
+    if name == "fusion":
+        keys = [f"convolution.{index}" for index in (0, 3, 6, 8, 10, 14, 17)]
+    x = F.max_pool2d(F.relu(_layer(name, keys[0], image, 4, 100)), 3, 2)
+    x = F.max_pool2d(F.relu(_layer(name, keys[1], x, 1, 2)), 3, 2)
+    for key in keys[2:5]:
+        x = F.relu(_layer(name, key, x, 1, 1))
+    x = F.max_pool2d(x, 3, 2, ceil_mode=True)
+    for key in keys[5:]:
+        x = F.relu(_layer(name, key, x))
+    return _part(_up(name, "upscore", _layer(name, "score_fr", x), 32), 43, image)
+
+
+def _vgg(name: str, image: Tensor) -> Tensor:
+    def convs(x: Tensor, group: str, indices: tuple[int, ...], first_padding: int = 1) -> Tensor:
+        for index in indices:
+            x = F.relu(_layer(name, f"{group}.{index}", x, 1, first_padding if index == 0 else 1))
+        return F.max_pool2d(x, 2)
+
+    x = convs(image, "pool3", (0, 2), first_padding=100)
+    pool3 = convs(convs(x, "pool3", (5, 7)), "pool3", (10, 12, 14))
+    pool4 = convs(pool3, "pool4", (0, 2, 4))
+    x = convs(pool4, "conv7", (0, 2, 4))
+    x = F.relu(_layer(name, "conv7.10", F.relu(_layer(name, "conv7.7", x))))
+    x = _up(name, "upsample2", _layer(name, "score_fr", x), 2)
+    x = x + _part(_layer(name, "score_pool4", pool4), 5, x)
+    if name == "fcn16":
+        return _part(_up(name, "upsample16", x, 16), 27, image)
+    x = _up(name, "upsample_pool4", x, 2)
+    x = x + _part(_layer(name, "score_pool3", pool3), 9, x)
+    return _part(_up(name, "upsample8", x, 8), 36, image)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from golden import image, published
+from golden import image, published, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,6 +41,40 @@ def test_logits_equal_the_released_networks(golden_outputs: dict[str, np.ndarray
     if WHOLE.exists():
         whole = np.load(WHOLE)[f"{name}_176x176"].reshape(176, 176)
         assert np.abs(golden_outputs[name] - whole).max() <= 1e-4
+
+
+def test_the_reference_gives_the_golden_outputs(golden_outputs: dict[str, np.ndarray]) -> None:
+    picture = image(176, 176)
+    with torch.inference_mode():
+        logits = {name: reference(name, picture) for name in MEMBERS}
+        inputs = torch.cat([*(torch.sigmoid(logits[name]) for name in MEMBERS), picture], dim=1)
+        logits["fusion"] = reference("fusion", inputs)
+    for name, values in GOLDEN.items():
+        assert all(logits[name][0, 0, y, x].item() == pytest.approx(value, abs=1e-4) for y, x, value in values)
+
+
+@pytest.mark.parametrize(("height", "width"), [(44, 147), (176, 211), (240, 81)])
+def test_logits_equal_the_published_description_at_other_sizes(height: int, width: int) -> None:
+    """At sizes that the released networks give back whole; `reference` is held to the golden outputs as well."""
+    picture = image(height, width)
+    with torch.inference_mode():
+        heatmaps = []
+        for name in MEMBERS:
+            logits = reference(name, picture)
+            heatmaps.append(torch.sigmoid(logits))
+            assert logits.shape == (1, 1, height, width)
+            assert (published(name)[1](picture) - logits).abs().max() <= 1e-4
+        inputs = torch.cat([*heatmaps, picture], dim=1)
+        assert (published("fusion")[1](inputs) - reference("fusion", inputs)).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize(("name", "side", "padded"), [("fcn32", 53, 75), ("fcn16", 54, 58), ("fcn8", 55, 58)])
+def test_other_sizes_equal_the_padded_and_cropped_description(name: str, side: int, padded: int) -> None:
+    picture = image(side, side)
+    with torch.inference_mode():
+        whole = reference(name, F.pad(picture, (0, padded - side, 0, padded - side)))
+        assert reference(name, picture).shape[2] < side
+        assert (published(name)[1](picture) - whole[:, :, :side, :side]).abs().max() <= 1e-4
 
 
 @pytest.fixture(scope="module")
