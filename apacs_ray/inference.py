@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from apacs_ray.evaluation.predictions import sigmoid
 from apacs_ray.models.ensemble import Ensemble
@@ -24,8 +25,10 @@ class Predictor:
     def __init__(self, ensemble: Ensemble, *, threads: int, precision: str) -> None:
         torch.set_num_threads(threads)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._ensemble = ensemble.to(self._device).eval()
         self._half = precision == "bfloat16"
+        self._ensemble = ensemble.to(self._device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        if self._half:
+            _halve_convolutions(self._ensemble)
 
     @classmethod
     def load(cls, store: Store, folders: Mapping[str, str], *, threads: int, precision: str) -> Predictor:
@@ -36,7 +39,7 @@ class Predictor:
     def logits(self, rgb: npt.NDArray[np.uint8]) -> dict[str, Array]:
         """Logits (H, W) float32 of every network for one tile (H, W, 3) uint8."""
         pixels = torch.from_numpy(np.array(rgb)).to(self._device)  # a copy: decoded pictures are read-only
-        image = pixels.permute(2, 0, 1)[None].float() / 255
+        image = pixels.permute(2, 0, 1)[None].float() / 255  # channels_last, as pictures are stored
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half):
             outputs = self._ensemble(image)
         return {name: output[0, 0].float().cpu().numpy() for name, output in outputs.items()}
@@ -44,6 +47,13 @@ class Predictor:
     def probabilities(self, rgb: npt.NDArray[np.uint8]) -> dict[str, Array]:
         """Probabilities (H, W) float32 in 0..1 of every network."""
         return {name: sigmoid(logits) for name, logits in self.logits(rgb).items()}
+
+
+def _halve_convolutions(network: nn.Module) -> None:
+    """Keep the weights that autocast would cast for every tile as bfloat16; scores and upsampling stay float32."""
+    for module in network.modules():
+        if type(module) is nn.Conv2d:
+            module.to(torch.bfloat16)
 
 
 def load_ensemble(store: Store, folders: Mapping[str, str]) -> Ensemble:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from apacs_ray.adapters.pool import PoolPlan, map_shards
-from apacs_ray.data.shards import ROW_GROUP, Receipt, read_receipt, write_table
+from apacs_ray.data.shards import Receipt, read_receipt, write_table
 from apacs_ray.storage import Store
 from apacs_ray.training.feed import HEATMAP_ORDER, Heatmaps, decode_pixels
 
@@ -71,13 +71,15 @@ class _HeatmapWriter:
     def _write(self, path: str, target: str) -> Receipt:
         rows = []
         with self._task.store.open(path) as stream:
-            for batch in pq.ParquetFile(stream).iter_batches(ROW_GROUP, columns=["tile_id", "image"]):
-                for tile in batch.to_pylist():
+            file = pq.ParquetFile(stream)
+            group = file.metadata.row_group(0).num_rows if file.num_row_groups else None
+            for number in range(file.num_row_groups):
+                for tile in file.read_row_group(number, columns=["tile_id", "image"]).to_pylist():
                     predictor = self._predictors[self._task.fold_of.get(tile["tile_id"], ALL)]
                     probabilities = predictor.probabilities(decode_pixels(tile["image"]))
                     rows.append({"tile_id": tile["tile_id"], "heatmaps": encode_heatmaps(probabilities)})
         receipt = Receipt(target, len(rows), len(rows))
-        write_table(self._task.store, pa.Table.from_pylist(rows, HEATMAP_SCHEMA), receipt)
+        write_table(self._task.store, pa.Table.from_pylist(rows, HEATMAP_SCHEMA), receipt, group)
         return receipt
 
 

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from apacs_ray.storage import Store
 
-ROW_GROUP = 16  # tiles: a reader that wants one tile reads this many
+ROW_GROUP, GROUP_BYTES = 16, 2 << 20  # tiles at most, and about so many bytes: who wants one tile reads its whole group
 RECEIPT = b"apacs_ray.receipt"
 READERS = 16  # threads for footers, which wait for the store and not for the processor
 
@@ -50,8 +50,17 @@ def read_receipt(store: Store, path: str) -> Receipt | None:
     return Receipt(**{**json.loads(metadata[RECEIPT]), "reused": True})
 
 
-def write_table(store: Store, table: pa.Table, receipt: Receipt) -> None:
-    """Write a shard at once: equal rows give equal bytes with equal library versions."""
+def rows_in_group(table: pa.Table) -> int:
+    """Rows of each row group of a shard but the last: fewer of large tiles, as training reads them in random order."""
+    return max(1, min(ROW_GROUP, GROUP_BYTES * len(table) // max(1, table.nbytes)))
+
+
+def write_table(store: Store, table: pa.Table, receipt: Receipt, group: int | None = None) -> None:
+    """Write a shard at once: equal rows give equal bytes with equal library versions.
+
+    `group`: rows of a row group, where they must be those of another shard.
+    """
+    group = group or rows_in_group(table)
     kept = asdict(receipt)
     del kept["reused"]
     table = table.replace_schema_metadata({RECEIPT: json.dumps(kept, sort_keys=True).encode()})
@@ -64,7 +73,7 @@ def write_table(store: Store, table: pa.Table, receipt: Receipt) -> None:
         use_dictionary=[name for name in table.column_names if pa.types.is_string(table.schema.field(name).type)],
         write_statistics=[name for name in table.column_names if name not in encoded],
     ) as writer:
-        writer.write_table(table, row_group_size=ROW_GROUP)
+        writer.write_table(table, row_group_size=group)
     store.write(receipt.path, sink.getvalue())
 
 
@@ -131,24 +140,24 @@ def read_index(store: Store, split: str, folder: str = "tiles") -> TileIndex:
     paths = shard_paths(store, folder, split)
     columns = ["tile_id", "slide_id", "width", "height", "mask_fraction"]
 
-    def read(path: str) -> pa.Table:
+    def read(path: str) -> tuple[pa.Table, list[int]]:
         with store.open(path) as stream:
-            return pq.read_table(stream, columns=columns)
+            file = pq.ParquetFile(stream)
+            groups = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+            return file.read(columns=columns), groups
 
     with ThreadPoolExecutor(READERS) as pool:
-        tables = list(pool.map(read, paths))
-    if not tables:
+        found = list(pool.map(read, paths))
+    if not found:
         nothing = np.zeros(0, np.int32)
         return TileIndex((), nothing, nothing, nothing, (), (), 0)
-    shard = np.concatenate([np.full(len(table), number, np.int32) for number, table in enumerate(tables)])
-    position = np.concatenate([np.arange(len(table), dtype=np.int32) for table in tables])
-    table = pa.concat_tables(tables)
+    table = pa.concat_tables([part for part, _ in found])
     areas = table["width"].to_numpy().astype(np.int64) * table["height"].to_numpy()
     index = TileIndex(
         tuple(paths),
-        shard,
-        position // ROW_GROUP,
-        position % ROW_GROUP,
+        np.concatenate([np.full(len(part), number, np.int32) for number, (part, _) in enumerate(found)]),
+        np.concatenate([np.repeat(np.arange(len(groups), dtype=np.int32), groups) for _, groups in found]),
+        np.concatenate([np.arange(rows, dtype=np.int32) for _, groups in found for rows in groups]),
         tuple(table["tile_id"].to_pylist()),
         tuple(table["slide_id"].to_pylist()),
         int(areas.max(initial=0)),
