@@ -1,4 +1,4 @@
-"""Training checkpoints of one network in a run: which are complete, which is the newest, which the best.
+"""Training checkpoints of one network in a run: keeping them, which are complete, which is the newest, the best.
 
 Every attempt (a start of the same training) has its folder `attempt-N` with `epoch_NNNNN` checkpoints in it. A
 checkpoint counts when the files that its `state.json` names are there with the sizes it gives; hashes are checked when
@@ -8,15 +8,20 @@ it is loaded.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from apacs_ray.errors import StoreTroubleError
 from apacs_ray.storage import Store
 from apacs_ray.training.record import EpochRecord, score
 
 STATE = "state.json"
+PATIENCE = 600.0  # s that a store in trouble gets to recover
+_EPOCH = re.compile(r".*/attempt-\d+/epoch_\d+(?=/)")
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,39 @@ def complete_checkpoints(store: Store, folder: str) -> list[Checkpoint]:
             if checkpoint is not None:
                 found.append(checkpoint)
     return sorted(found, key=lambda checkpoint: (checkpoint.epoch, checkpoint.path))
+
+
+def keep_checkpoint(store: Store, folder: str, attempt: int, local: Path) -> None:
+    """Put the checkpoint in a local folder into the run, and delete all but the newest and the best there.
+
+    `state.json` goes last. A store that is in trouble is given `PATIENCE` seconds to recover. Raises ApacsError.
+    """
+    state = json.loads((local / STATE).read_text())
+    path = f"{folder}/attempt-{attempt}/epoch_{state['epoch']:05d}"
+
+    def keep() -> None:
+        for name in (*state["files"], STATE):
+            store.upload(f"{path}/{name}", local / name)
+        complete = complete_checkpoints(store, folder)
+        kept = {complete[-1].path, best_checkpoint(complete).path}
+        epochs = {match[0] for entry in store.list(folder) if (match := _EPOCH.match(entry.path))}
+        for other in epochs - kept:
+            store.delete_folder(other)
+
+    _patiently(keep)
+
+
+def _patiently(work: Callable[[], None]) -> None:
+    """Do `work` again while its store is in trouble, with growing pauses: what is trained is not lost for that."""
+    deadline, pause = time.monotonic() + PATIENCE, 1.0
+    while True:
+        try:
+            return work()
+        except StoreTroubleError:
+            if time.monotonic() + pause > deadline:
+                raise
+            time.sleep(pause)
+            pause = min(2 * pause, 30.0)
 
 
 def best_checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint:

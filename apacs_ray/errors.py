@@ -11,6 +11,10 @@ class ApacsError(Exception):
     exit_status = 1
 
 
+class StoreTroubleError(ApacsError):
+    """A store does not answer as it should, after several attempts; later it may."""
+
+
 class UsageError(ApacsError):
     """The command or its settings cannot be carried out as given; nothing was started."""
 
@@ -37,5 +41,7 @@ def carried_message(error: BaseException) -> str | None:
 
     Ray passes a worker's exception on as text: the traceback, whose last words are the type and the message.
     """
-    found = re.findall(r"^(?:apacs_ray\.errors\.)?(?:ApacsError|UsageError): (.+)$", str(error), re.MULTILINE)
+    found = re.findall(
+        r"^(?:apacs_ray\.errors\.)?(?:ApacsError|UsageError|StoreTroubleError): (.+)$", str(error), re.MULTILINE
+    )
     return found[-1] if found else None

@@ -10,24 +10,56 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
+
+from apacs_ray.errors import ApacsError
 
 COST: Mapping[str, float] = {"fcn32": 1.0, "fcn16": 7.0, "fcn8": 7.0, "fusion": 1.0, "fusion_published": 1.0}
+TOGETHER = "together"
 SHARED_GPU = 0.2  # of a GPU, for an FCN-32 that shares it with a larger member
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Logical resources of all nodes together, and the CPUs of the smallest one (threads must fit it)."""
+    """Logical resources of all nodes together, and those of the smallest node that trains: a worker must fit it."""
 
     cpus: float
     gpus: float = 0.0
     node_cpus: float = 0.0
+    node_gpus: float = 0.0
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Nodes of one kind: how many there are, or how many an autoscaler may start."""
+
+    cpus: float
+    gpus: float
+    count: int
+
+
+def cluster_of(alive: Sequence[Nodes], startable: Sequence[Nodes]) -> Cluster:
+    """What can be planned with: the nodes there are, or all that an autoscaler may start, where that is more.
+
+    Kinds of equal resources are stand-ins for each other (spot and on demand) and counted once.
+    """
+    kinds: dict[tuple[float, float], int] = {}
+    for nodes in startable:
+        kinds[nodes.cpus, nodes.gpus] = max(nodes.count, kinds.get((nodes.cpus, nodes.gpus), 0))
+    planned = [Nodes(cpus, gpus, count) for (cpus, gpus), count in kinds.items()]
+    cpus, gpus = (
+        max(sum(getattr(nodes, what) * nodes.count for nodes in group) for group in (alive, planned))
+        for what in ("cpus", "gpus")
+    )
+    training = [nodes for nodes in (*alive, *planned) if nodes.cpus and (nodes.gpus or not gpus)]
+    smallest = min(training, key=lambda nodes: nodes.cpus, default=Nodes(1.0, 0.0, 1))
+    return Cluster(cpus or 1.0, gpus, smallest.cpus, smallest.gpus)
 
 
 @dataclass(frozen=True)
 class NetworkPlan:
-    """One training run: DDP workers, the resources of each, and of the tasks that feed them."""
+    """One training run: DDP workers, the resources of each, and of the tasks that feed them (0: they decode alone)."""
 
     name: str
     workers: int
@@ -45,35 +77,81 @@ class NetworkPlan:
         return f"{self.name}: {workers} x {device}, {threads}, {self.data_tasks} x {self.data_cpus:g} CPU for data"
 
 
+Mode = Literal["parallel", "in turn", "together"]
+T = TypeVar("T")
+
+
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Runs that train at the same time (`parallel`) or one after the other."""
+    """Runs of Ray Train: a network each (at the same time, or one after the other), or one that steps them together."""
 
     networks: tuple[NetworkPlan, ...]
-    parallel: bool
+    mode: Mode
+
+    def runs(self, items: Sequence[T]) -> list[tuple[Sequence[T], NetworkPlan]]:
+        """What each run trains, of `items` in the order of the names that were planned, and its resources."""
+        if self.mode == "together":
+            return [(items, self.networks[0])]
+        return [([item], network) for item, network in zip(items, self.networks, strict=True)]
 
     def describe(self) -> str:
-        how = "at the same time" if self.parallel and len(self.networks) > 1 else "in turn"
+        how = {"parallel": "at the same time", "in turn": "in turn", "together": "together"}[self.mode]
         return f"training {how}: " + "; ".join(network.describe() for network in self.networks)
 
 
-def plan_training(names: Sequence[str], cluster: Cluster, *, workers: int = 0, batch_size: int = 4) -> TrainingPlan:
+def plan_training(
+    names: Sequence[str],
+    cluster: Cluster,
+    *,
+    workers: int = 0,
+    batch_size: int = 4,
+    mode: Literal["auto", "parallel", "together"] = "parallel",
+) -> TrainingPlan:
     """Resources for training `names` on `cluster`.
 
     On CPUs each network gets an equal fraction, all together at most half of the CPUs; on GPUs the split that ends
     first by `COST`. `workers` > 0 fixes the DDP workers of each network; a worker gets at least one tile of a batch.
+    `together`: one run for all of them, which decodes each batch once; `auto`: that on one GPU or one CPU, which runs
+    of their own would only fight for. On two CPUs and more, processes of one thread each are no slower.
     """
+    if mode == "auto":
+        mode = "together" if math.floor(cluster.gpus) == 1 or cluster.cpus < 2 else "parallel"
+    if mode == "together" and len(names) > 1:
+        (one,) = plan_training([TOGETHER], cluster, workers=workers, batch_size=batch_size).networks
+        return TrainingPlan((replace(one, name=" + ".join(names)),), "together")
     gpus = math.floor(cluster.gpus)
     if gpus >= 1:
-        networks = _on_gpus(names, gpus, cluster, workers, batch_size)
-        return TrainingPlan(networks, parallel=True)
+        return TrainingPlan(_on_gpus(names, gpus, cluster, workers, batch_size), "parallel")
     parallel = cluster.cpus >= 2
     sharing = len(names) if parallel else 1
     count = min(workers or 1, batch_size)
     threads = max(1, int((cluster.node_cpus or cluster.cpus) // (sharing * count)))
-    cpus = _floor(cluster.cpus / 2 / (sharing * count))
+    cpus = min(_floor(cluster.cpus / 2 / (sharing * count)), cluster.node_cpus or cluster.cpus)
     networks = tuple(_with_data(name, count, cpus, 0.0, threads, cluster, sharing * count) for name in names)
-    return TrainingPlan(networks, parallel)
+    return TrainingPlan(networks, "parallel" if parallel else "in turn")
+
+
+def plan_trials(
+    cluster: Cluster, *, workers: int, cpu: float, gpu: float, batch_size: int, concurrency: int = 0
+) -> tuple[NetworkPlan, int]:
+    """Resources of a trial that trains with `workers` DDP workers, and how many such trials may run at a time.
+
+    Trials start their workers one after the other: more trials than fit would wait for each other forever. Workers
+    decode for themselves, as Ray Data would heed what trials that were stopped had reserved for minutes after.
+    """
+    workers = min(workers, batch_size)
+    gpu = gpu if cluster.gpus else 0.0
+    spare = 0.05 * cluster.cpus  # for the processes that start the workers
+    cpu = min(cpu, _floor((cluster.cpus - spare) / workers))
+    fit = math.floor((cluster.cpus - spare) / (workers * cpu) + 1e-9)
+    if gpu:
+        fit = min(fit, math.floor(cluster.gpus / (workers * gpu) + 1e-9))
+        if not fit:
+            asked = f"{workers * gpu:g} of {cluster.gpus:g} GPUs"
+            raise ApacsError(f"tune.config: a trial of {workers} workers asks for {asked}")
+    trials = max(1, min(fit, concurrency or fit))
+    threads = max(1, int(min(cpu, cluster.node_cpus or cluster.cpus)))
+    return NetworkPlan("fusion", workers, cpu, gpu, threads, 0.0, 0), trials
 
 
 def _on_gpus(
@@ -85,7 +163,9 @@ def _on_gpus(
     counts = {name: min(count, batch_size) for name, (count, _) in shares.items()}
     total = sum(counts.values())
     cpus = min(1.0, _floor(cluster.cpus / 2 / total))
-    threads = max(1, int(cluster.cpus / 2 // total))
+    share = min(gpu for _, gpu in shares.values())
+    on_node = min(total, math.floor((cluster.node_gpus or cluster.gpus) / share + 1e-9))
+    threads = max(1, int((cluster.node_cpus or cluster.cpus) / 2 // max(1, on_node)))
     return tuple(_with_data(name, counts[name], cpus, shares[name][1], threads, cluster, total) for name in names)
 
 

@@ -152,6 +152,11 @@ class MembersSettings(TrainingSettings):
     """The three members FCN-32, FCN-16 and FCN-8."""
 
     width: float = Field(1.0, gt=0, le=1, description="share of the published channel counts; 1.0: as published")
+    mode: Literal["auto", "parallel", "together"] = Field(
+        "auto",
+        description="parallel: a training run for each member at the same time; together: one run steps all three on "
+        "each batch; auto: together on one GPU or one CPU",
+    )
     init: Literal["random", "imagenet", "published"] = Field(
         "random",
         description="start of the weights: random, imagenet (AlexNet, VGG-16 of torchvision) or published (released)",
@@ -183,6 +188,9 @@ class FusionSettings(TrainingSettings):
         ("fcn32", "fcn16", "fcn8"), description="members whose heatmaps it reads (two or all three)"
     )
     heatmap_init: HeatmapInit = Field("random", description="start of the heatmap channels in the first layer")
+    trunk: Literal["random", "fcn32"] = Field(
+        "random", description="start of the trunk: random, or that of the trained FCN-32 (of the same width)"
+    )
     from_best: bool = Field(True, description="train with the best setting of the sweep")
     compare: bool = Field(False, description="train and evaluate the published head as well")
 

@@ -14,7 +14,7 @@ import os
 import shutil
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,12 +23,14 @@ from urllib.parse import urlsplit
 import boto3
 import pyarrow as pa
 import pyarrow.fs as pafs
+from boto3.exceptions import Boto3Error
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from apacs_ray.errors import ApacsError, UsageError
+from apacs_ray.errors import ApacsError, StoreTroubleError, UsageError
 
 ATTEMPTS = 10  # of a request to S3, with exponential backoff: throttling (503 SlowDown) is normal there
+BUSY = (429, 500, 502, 503, 504)  # answers of a store that may do better later
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,10 @@ class Store(ABC):
     @abstractmethod
     def write(self, path: str, content: bytes) -> None:
         """Replace an object as a whole."""
+
+    @abstractmethod
+    def upload(self, path: str, source: Path) -> None:
+        """Replace an object by a local file, of any size."""
 
     @abstractmethod
     def create(self, path: str, content: bytes) -> str:
@@ -143,11 +149,17 @@ class LocalStore(Store):
             return None
 
     def write(self, path: str, content: bytes) -> None:
+        self._place(path, lambda beside: beside.write_bytes(content))
+
+    def upload(self, path: str, source: Path) -> None:
+        self._place(path, lambda beside: shutil.copyfile(source, beside))
+
+    def _place(self, path: str, put: Callable[[Path], object]) -> None:
         target = Path(self.root, path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
-            beside.write_bytes(content)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            put(beside)
             beside.replace(target)
         except OSError as error:
             with contextlib.suppress(OSError):
@@ -235,10 +247,11 @@ class S3Store(Store):
             Bucket=self.bucket, Prefix=f"{key.rstrip('/')}/" if key else ""
         )
         strip = len(self.prefix) + 1 if self.prefix else 0
-        for page in _named(self.uri, lambda: iter(pages)):
-            for item in page.get("Contents", ()):
-                if not item["Key"].endswith("/"):  # a folder made by a console
-                    yield Entry(item["Key"][strip:], item["Size"], item["ETag"].strip('"'))
+        with _named(f"{self.uri}: cannot be listed"):
+            for page in pages:
+                for item in page.get("Contents", ()):
+                    if not item["Key"].endswith("/"):  # a folder made by a console
+                        yield Entry(item["Key"][strip:], item["Size"], item["ETag"].strip('"'))
 
     def read(self, path: str) -> bytes:
         with self.open(path) as stream:
@@ -248,7 +261,7 @@ class S3Store(Store):
         try:
             return str(self._client.head_object(Bucket=self.bucket, Key=self._key(path))["ETag"])
         except ClientError as error:
-            if error.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
+            if _status(error) == 404:
                 return None
             raise
 
@@ -262,23 +275,29 @@ class S3Store(Store):
         return self._put(path, content, IfMatch=version)
 
     def _put(self, path: str, content: bytes, **condition: str) -> str:
-        try:
-            answer = self._client.put_object(Bucket=self.bucket, Key=self._key(path), Body=content, **condition)
-        except ClientError as error:
-            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-            if condition and status in (404, 409, 412):
-                raise Conflict(self.uri_of(path)) from error
-            raise ApacsError(f"{self.uri_of(path)}: cannot write ({error})") from error
+        with _named(f"{self.uri_of(path)}: cannot write"):
+            try:
+                answer = self._client.put_object(Bucket=self.bucket, Key=self._key(path), Body=content, **condition)
+            except ClientError as error:
+                if condition and _status(error) in (404, 409, 412):
+                    raise Conflict(self.uri_of(path)) from error
+                raise
         return str(answer["ETag"])
 
+    def upload(self, path: str, source: Path) -> None:
+        with _named(f"{self.uri_of(path)}: cannot write"):
+            self._client.upload_file(str(source), self.bucket, self._key(path))
+
     def delete(self, path: str) -> None:
-        self._client.delete_object(Bucket=self.bucket, Key=self._key(path))
+        with _named(f"{self.uri_of(path)}: cannot delete"):
+            self._client.delete_object(Bucket=self.bucket, Key=self._key(path))
 
     def delete_folder(self, path: str) -> None:
         keys = [entry.path for entry in self.list(path)]
         for start in range(0, len(keys), 1000):
             objects = [{"Key": self._key(key)} for key in keys[start : start + 1000]]
-            self._client.delete_objects(Bucket=self.bucket, Delete={"Objects": objects, "Quiet": True})
+            with _named(f"{self.uri_of(path)}: cannot delete"):
+                self._client.delete_objects(Bucket=self.bucket, Delete={"Objects": objects, "Quiet": True})
 
     @property
     def filesystem(self) -> pafs.FileSystem:
@@ -348,12 +367,19 @@ def _s3_filesystem(access: S3Access) -> pafs.FileSystem:
     return pafs.S3FileSystem(**options)
 
 
-def _named(uri: str, pages: Any) -> Iterator[dict[str, Any]]:
-    """The pages of a listing; what goes wrong names the URI."""
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Errors of the store say what was being done, and whether it may work later."""
     try:
-        yield from pages()
-    except (ClientError, BotoCoreError) as error:
-        raise ApacsError(f"{uri}: cannot be listed ({error})") from error
+        yield
+    except (ClientError, BotoCoreError, Boto3Error) as error:
+        # a Boto3Error (of an upload) hides the status; other BotoCoreErrors are lost connections and time-outs
+        kind = ApacsError if isinstance(error, ClientError) and _status(error) not in BUSY else StoreTroubleError
+        raise kind(f"{what} ({error})") from error
+
+
+def _status(error: ClientError) -> int:
+    return int(error.response["ResponseMetadata"]["HTTPStatusCode"])
 
 
 def _local_version(status: os.stat_result) -> str:

@@ -17,6 +17,7 @@ SWEPT = (
     "dice_weight",
     "members",
     "heatmap_init",
+    "trunk",
     "head",
     "jitter",
     "batch_size",
@@ -72,14 +73,18 @@ class Scheduler(_Strict):
 
 
 class Resources(_Strict):
-    """What one trial asks for. `gpu` counts only where the cluster has GPUs."""
+    """What one trial asks for: one process, or with `workers` a trainer of so many, each with `cpu` and `gpu`.
+
+    `gpu` counts only where the cluster has GPUs.
+    """
 
     cpu: float = Field(1, gt=0)
     gpu: float = Field(0.25, ge=0, le=1)
+    workers: int = Field(1, ge=1, description="DDP workers of a trial; 1: a single process, which shares GPUs best")
 
 
 class Sweep(_Strict):
-    """One sweep. A trial is one process, so trials cannot wait for each other's workers."""
+    """One sweep, as a YAML file describes it."""
 
     trials: int = Field(ge=1)
     epochs: int = Field(ge=1, description="of a trial at most")
@@ -97,6 +102,8 @@ class Sweep(_Strict):
         if self.scheduler.kind == "pbt":
             if self.searcher != "random":
                 raise ValueError("scheduler pbt changes settings for itself: give searcher random")
+            if self.resources.workers > 1:
+                raise ValueError("scheduler pbt copies trials of one process only: give resources.workers 1")
             if not set(self.space) & set(MUTABLE):
                 raise ValueError(f"scheduler pbt changes {', '.join(MUTABLE)} on the way; none is in the space")
         return self

@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 SHARED = ROOT.parent / "shared"
 
+from runs import SMALL, run, write_cells  # noqa: E402 - the path stands only now
+
 
 @pytest.fixture(scope="session")
 def real_cells() -> Path:
@@ -21,6 +23,20 @@ def real_cells() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real images at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_cells(tmp_path_factory.mktemp("data") / "my cells")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(cells: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One run without a disturbance; the others must come to the same."""
+    output = tmp_path_factory.mktemp("runs") / "undisturbed"
+    done = run("--data", str(cells), "--output", str(output), *SMALL)
+    assert done.status == 0, done.summary
+    return output
 
 
 @pytest.fixture(scope="session")

@@ -75,13 +75,18 @@ def run(*argv: str, script: str = "full.py", env: dict[str, str] | None = None) 
     return Done(process.returncode, text)
 
 
-def kill_when(process: subprocess.Popen[str], reached: Callable[[], bool], how: int = signal.SIGKILL) -> Done:
-    """Signal the driver as soon as `reached`; fails the test when the run ends before."""
+def wait_for(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
+    """Wait until `reached`; fails the test when the run ends before."""
     deadline = time.monotonic() + PATIENCE
     while not reached():
         assert process.poll() is None, f"the run ended too early: {process.communicate()[0][-2000:]}"
         assert time.monotonic() < deadline, "the moment to kill never came"
         time.sleep(0.02)
+
+
+def kill_when(process: subprocess.Popen[str], reached: Callable[[], bool], how: int = signal.SIGKILL) -> Done:
+    """Signal the driver as soon as `reached`."""
+    wait_for(process, reached)
     process.send_signal(how)
     text, _ = process.communicate(timeout=PATIENCE)
     return Done(process.returncode, text)

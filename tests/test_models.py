@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from apacs_ray.errors import ApacsError
 from apacs_ray.models.ensemble import Ensemble
 from apacs_ray.models.fcn import FCN8, FCN16, SMALLEST, AlexTrunk, Upsample, build_member, sufficient
-from apacs_ray.models.fusion import RefinedFusion, build_fusion, mean_logit
+from apacs_ray.models.fusion import RefinedFusion, build_fusion, mean_logit, start_from_fcn32
 from apacs_ray.models.spec import MEMBERS, ModelSpec
 from apacs_ray.models.weights import build, from_published, load_model, weights_bytes
 
@@ -173,6 +173,20 @@ def test_heatmap_channels_start_as_asked(init) -> None:
             assert filters[:, channel].std() > 0
         else:
             torch.testing.assert_close(filters[:, channel], expected[init])
+
+
+def test_the_fusion_may_start_on_the_trunk_of_fcn32() -> None:
+    torch.manual_seed(1)
+    member = build_member("fcn32", width=TINY)
+    network = build_fusion("published", ("fcn16", "fcn8"), width=TINY, heatmap_init="zero").eval()
+    start_from_fcn32(network, member.state_dict())
+    inputs = torch.rand(1, 5, 60, 70)
+    with torch.inference_mode():
+        ours, theirs = network.trunk(inputs), member.eval().trunk(inputs[:, 2:])
+    for mine, other in zip(ours, theirs, strict=True):  # without a say of the heatmaps it sees what FCN-32 sees
+        torch.testing.assert_close(mine, other)
+    with pytest.raises(ApacsError, match=r"members\.width"):
+        start_from_fcn32(network, build_member("fcn32", width=0.5).state_dict())
 
 
 def test_models_travel_as_safetensors_and_json() -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
-from runs import ROOT, SMALL, Done, kill_when, read_json, run, start, write_cells
+from ray_cluster import RAY, RayCluster
+from runs import ROOT, SMALL, Done, kill_when, read_json, run, start
 from slide_files import write_slide, write_tiff
 from test_annotations import collection, polygon
 
@@ -31,20 +31,6 @@ from apacs_ray.storage import open_store
 from apacs_ray.training.feed import decode_pixels
 
 COUNTS = ("tp", "fp", "tn", "fn")
-
-
-@pytest.fixture(scope="session")
-def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_cells(tmp_path_factory.mktemp("data") / "my cells")
-
-
-@pytest.fixture(scope="session")
-def undisturbed(cells: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One run without a disturbance; the others must come to the same."""
-    output = tmp_path_factory.mktemp("runs") / "undisturbed"
-    done = run("--data", str(cells), "--output", str(output), *SMALL)
-    assert done.status == 0, done.summary
-    return output
 
 
 def test_what_a_run_leaves(undisturbed: Path) -> None:
@@ -120,15 +106,19 @@ def test_changed_fusion_settings_redo_fusion_and_evaluation_only(
 
 @pytest.mark.parametrize(
     "how",
-    ["searcher: optuna\nconcurrency: 1\n", "scheduler: {kind: pbt, interval: 1}\n"],
-    ids=["optuna", "pbt"],
+    [
+        "searcher: optuna\nconcurrency: 1\n",
+        "scheduler: {kind: pbt, interval: 1}\n",
+        "resources: {cpu: 0.4, workers: 2}\nscheduler: {kind: async_hyperband}\n",
+    ],
+    ids=["optuna", "pbt", "several workers"],
 )
 def test_other_ways_to_sweep(undisturbed: Path, cells: Path, tmp_path: Path, how: str) -> None:
     output = tmp_path / "swept"
     shutil.copytree(undisturbed, output)
     sweep = tmp_path / "sweep.yaml"
     members = "members: {choice: [[fcn32, fcn16], [fcn16, fcn8]]}"
-    space = f"{{learning_rate: {{loguniform: [0.0001, 0.01]}}, {members}}}"
+    space = f"{{learning_rate: {{loguniform: [0.0001, 0.01]}}, trunk: {{choice: [random, fcn32]}}, {members}}}"
     sweep.write_text(f"trials: 2\nepochs: 2\n{how}space: {space}\n")
     options = [*SMALL, "--fusion.from_best", "true", "--tune.config", str(sweep)]
     done = run("--data", str(cells), "--output", str(output), *options, script="tune_fusion.py")
@@ -175,6 +165,8 @@ def test_killed_in_every_stage_and_resumed_the_numbers_are_the_same(
         "evaluation/per_tile.parquet",
     )
     for pattern in moments:
+        for snapshot in output.glob("members/*/.state-*/attempt-*/*.json"):  # as a kill in the middle of a write
+            snapshot.write_bytes(snapshot.read_bytes()[:20])
         died = kill_when(start("--data", str(cells), "--output", str(output), *SMALL), lambda p=pattern: there(p))
         assert died.status == -signal.SIGKILL
     done = run("--data", str(cells), "--output", str(output), *SMALL)
@@ -221,53 +213,14 @@ def test_bad_input_is_rejected_and_the_limit_is_kept(cells: Path, tmp_path: Path
 
 @pytest.fixture
 def head(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """A Ray head of this test's own: ports, folder, token. Yields the environment that submits to it."""
-    ports = []
-    for _ in range(3):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            ports.append(probe.getsockname()[1])
-    token = tmp_path / "token"
-    token.write_text("a-token-of-this-test-and-no-other-one")
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    env = {
-        **clean,
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
-    folder = f"/tmp/r{os.getpid()}"  # short: paths of sockets are limited
-    command = [
-        sys.executable,
-        "-m",
-        "ray.scripts.scripts",
-        "start",
-        "--head",
-        "--block",
-        f"--port={ports[0]}",
-    ]
-    command += [f"--dashboard-port={ports[1]}", "--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1"]
-    command += [
-        f"--temp-dir={folder}",
-        "--num-cpus=2",
-        f"--dashboard-agent-listen-port={ports[2]}",
-        "--include-dashboard=true",
-    ]
-    process = subprocess.Popen(
-        command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    yield {**env, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}"}
-    os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(timeout=8)
-    except subprocess.TimeoutExpired:  # it waits half a minute for its parts, which have ended
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait(timeout=8)
-    shutil.rmtree(folder, ignore_errors=True)
+    """The environment that submits to a Ray head of this test's own."""
+    cluster = RayCluster(tmp_path)
+    yield cluster.env
+    cluster.stop()
 
 
 def submit(env: dict[str, str], *argv: str) -> Done:
-    command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--working-dir", ".", "--"]
+    command = [*RAY, "job", "submit", "--working-dir", ".", "--"]
     done = subprocess.run(
         [*command, sys.executable, "pipelines/full.py", *argv],
         cwd=ROOT,
@@ -280,10 +233,6 @@ def submit(env: dict[str, str], *argv: str) -> Done:
 
 
 def test_as_a_submitted_job(head: dict[str, str], undisturbed: Path, cells: Path, tmp_path: Path) -> None:
-    ready = [sys.executable, "-m", "ray.scripts.scripts", "job", "list"]
-    for _ in range(60):
-        if subprocess.run(ready, env=head, capture_output=True).returncode == 0:
-            break
     output = tmp_path / "job"
     done = submit(head, "--data", str(cells), "--output", str(output), *SMALL)
     assert done.status == 0, done.summary

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from apacs_ray.errors import ApacsError
 from apacs_ray.models.spec import MEMBERS
-from apacs_ray.plan import Cluster, TrainingPlan, plan_training
+from apacs_ray.plan import Cluster, Nodes, TrainingPlan, cluster_of, plan_training, plan_trials
 
 
 def used(plan: TrainingPlan) -> tuple[float, float]:
     """CPUs and GPUs asked for at one time."""
     cpus = [network.cpus * network.workers for network in plan.networks]
     gpus = [network.gpus * network.workers for network in plan.networks]
-    return (sum(cpus), sum(gpus)) if plan.parallel else (max(cpus), max(gpus))
+    return (sum(cpus), sum(gpus)) if plan.mode == "parallel" else (max(cpus), max(gpus))
 
 
 @given(
@@ -22,11 +25,13 @@ def used(plan: TrainingPlan) -> tuple[float, float]:
     gpus=st.integers(0, 16),
     workers=st.integers(0, 4),
     batch=st.integers(1, 16),
+    mode=st.sampled_from(["auto", "parallel", "together"]),
     names=st.sampled_from([MEMBERS, ("fusion",), ("fusion", "fusion_published"), ("fcn16", "fcn8")]),
 )
-@example(cpus=1, gpus=13, workers=0, batch=6, names=MEMBERS)  # far more GPUs than CPUs
-def test_a_plan_is_feasible(cpus: int, gpus: int, workers: int, batch: int, names: tuple[str, ...]) -> None:
-    plan = plan_training(names, Cluster(cpus, gpus, cpus), workers=workers, batch_size=batch)
+@example(cpus=1, gpus=13, workers=0, batch=6, mode="parallel", names=MEMBERS)  # far more GPUs than CPUs
+def test_a_plan_is_feasible(cpus: int, gpus: int, workers: int, batch: int, mode: Any, names: tuple[str, ...]) -> None:
+    plan = plan_training(names, Cluster(cpus, gpus, cpus), workers=workers, batch_size=batch, mode=mode)
+    assert [name for group, _ in plan.runs(names) for name in group] == list(names)
     asked_cpus, asked_gpus = used(plan)
     assert asked_cpus <= cpus / 2 + 1e-9 or asked_cpus <= 0.01 * 16 * len(names)
     assert asked_gpus <= gpus + 1e-9
@@ -37,19 +42,21 @@ def test_a_plan_is_feasible(cpus: int, gpus: int, workers: int, batch: int, name
         assert 0 < network.data_cpus <= 1
         assert network.gpus in (0.0, 1.0) or network.gpus < 1
     data = [network.data_cpus * network.workers for network in plan.networks]
-    assert asked_cpus + (sum(data) if plan.parallel else max(data)) <= max(cpus, 1) + 0.2 * len(names) * max(1, workers)
+    assert asked_cpus + (sum(data) if plan.mode == "parallel" else max(data)) <= max(cpus, 1) + 0.2 * len(names) * max(
+        1, workers
+    )
 
 
 def test_two_cpus_train_all_three_at_once_on_half_of_them() -> None:
     plan = plan_training(MEMBERS, Cluster(2, 0, 2))
-    assert plan.parallel
+    assert plan.mode == "parallel"
     assert used(plan)[0] <= 1.0
     assert [network.threads for network in plan.networks] == [1, 1, 1]
     assert "fcn8: 1 worker x 0.33 CPU" in plan.describe()
 
 
 def test_one_cpu_trains_in_turn() -> None:
-    assert not plan_training(MEMBERS, Cluster(1, 0, 1)).parallel
+    assert plan_training(MEMBERS, Cluster(1, 0, 1)).mode == "in turn"
 
 
 @pytest.mark.parametrize(
@@ -60,3 +67,66 @@ def test_gpus_go_where_the_work_is(gpus: int, workers: tuple[int, ...]) -> None:
     plan = plan_training(MEMBERS, Cluster(8 * gpus, gpus, 8), batch_size=8)
     assert tuple(network.workers for network in plan.networks) == workers
     assert used(plan)[1] <= gpus + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("cluster", "mode"),
+    [
+        (Cluster(1, 0, 1), "together"),
+        (Cluster(16, 1, 16), "together"),
+        (Cluster(2, 0, 2), "parallel"),
+        (Cluster(32, 4, 32), "parallel"),
+    ],
+)
+def test_one_gpu_or_one_cpu_steps_the_members_together(cluster: Cluster, mode: str) -> None:
+    plan = plan_training(MEMBERS, cluster, mode="auto")
+    assert plan.mode == mode
+    if mode == "together":
+        ((names, network),) = plan.runs(MEMBERS)
+        assert names == MEMBERS
+        assert network.workers == 1
+        assert network.threads == (1 if not cluster.gpus else 8)
+
+
+@given(
+    cpus=st.integers(1, 64),
+    gpus=st.integers(0, 8),
+    workers=st.integers(2, 6),
+    cpu=st.sampled_from([0.25, 1.0, 4.0]),
+    gpu=st.sampled_from([0.5, 1.0]),
+    concurrency=st.integers(0, 5),
+)
+def test_trials_of_several_workers_never_wait_for_each_other(
+    cpus: int, gpus: int, workers: int, cpu: float, gpu: float, concurrency: int
+) -> None:
+    cluster = Cluster(cpus, gpus, cpus)
+    if 0 < gpus < workers * gpu:
+        with pytest.raises(ApacsError, match="GPUs"):
+            plan_trials(cluster, workers=workers, cpu=cpu, gpu=gpu, batch_size=8)
+        return
+    plan, trials = plan_trials(cluster, workers=workers, cpu=cpu, gpu=gpu, batch_size=8, concurrency=concurrency)
+    assert 1 <= trials <= (concurrency or trials)
+    assert trials * plan.workers * plan.gpus <= gpus + 1e-9
+    assert trials * (plan.workers * plan.cpus + 0.01) <= cpus
+
+
+def test_an_autoscaler_is_planned_with_before_its_nodes_are_there() -> None:
+    head = Nodes(0, 0, 1)
+    kinds = [Nodes(32, 0, 8), Nodes(48, 4, 2), Nodes(48, 4, 2)]  # the last two: spot, and on demand in its place
+    cluster = cluster_of([head], kinds)
+    assert cluster == Cluster(8 * 32 + 2 * 48, 8, 48, 4)
+    plan = plan_training(MEMBERS, cluster, batch_size=8)
+    assert [network.gpus for network in plan.networks] == [1.0, 1.0, 1.0]
+    assert all(network.threads * 4 <= 48 for network in plan.networks)  # four workers on a node
+    assert cluster_of([head, Nodes(48, 4, 3)], kinds).gpus == 12
+    assert cluster_of([Nodes(2, 0, 1)], []) == Cluster(2, 0, 2, 0)
+    assert cluster_of([head], []) == Cluster(1.0, 0, 1.0, 0)
+
+
+@given(cpus=st.integers(1, 64), nodes=st.integers(1, 16), workers=st.integers(0, 8))
+def test_a_worker_fits_a_node(cpus: int, nodes: int, workers: int) -> None:
+    cluster = cluster_of([Nodes(cpus, 0, nodes)], [])
+    for names in (MEMBERS, ("fusion",)):
+        for network in plan_training(names, cluster, workers=workers, batch_size=8).networks:
+            assert network.cpus <= cpus
+            assert network.threads <= cpus

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from apacs_ray.adapters.session import configure_data
+from apacs_ray.adapters.session import KEEP_MEMORY, configure_data
 from apacs_ray.plan import Cluster
 from apacs_ray.run import require_source, source_hash
 
@@ -58,5 +58,6 @@ def map_shards(
         num_cpus=plan.cpus,
         num_gpus=plan.gpus or None,
         compute=ray.data.ActorPoolStrategy(size=plan.actors),
+        runtime_env=KEEP_MEMORY,
     )
     yield from dataset.iter_rows()

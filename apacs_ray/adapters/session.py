@@ -14,9 +14,21 @@ from typing import Any
 import pyarrow as pa
 
 from apacs_ray.errors import ApacsError
-from apacs_ray.plan import Cluster
+from apacs_ray.plan import Cluster, Nodes, cluster_of
 from apacs_ray.run import ROOT, Run, require_source, source_hash
 from apacs_ray.storage import open_store
+
+UNLIMITED = 8  # nodes that are planned with where an autoscaler sets no limit
+# For processes that run networks: glibc keeps large freed blocks instead of giving them back, so that a step does not
+# wait for the kernel to clear the pages of every tensor anew (a quarter of a CPU step). One arena: the others always
+# give back.
+KEEP_MEMORY = {
+    "env_vars": {
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_THRESHOLD_": str(2**31 - 1),
+        "MALLOC_TRIM_THRESHOLD_": str(2**63 - 1),
+    }
+}
 
 
 class RaySession:
@@ -56,13 +68,8 @@ class RaySession:
             self._started = False
 
     def cluster(self) -> Cluster:
-        """What the cluster has."""
-        import ray
-
-        total = ray.cluster_resources()
-        nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-        node_cpus = max((cpus for cpus in nodes if cpus), default=1.0)
-        return Cluster(total.get("CPU", 1.0), total.get("GPU", 0.0), node_cpus)
+        """What the cluster has, or what its autoscaler may give it."""
+        return joined_cluster()
 
     def _refuse_local_paths_on_several_nodes(self) -> None:
         import ray
@@ -78,6 +85,24 @@ class RaySession:
             raise ApacsError(
                 f"{self._run.data}: local --data cannot be seen by all {len(machines)} nodes; give s3://bucket/prefix"
             )
+
+
+def joined_cluster() -> Cluster:
+    """What the cluster that this process has joined has, or what its autoscaler may give it."""
+    import ray
+
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    config = ray._private.state.state.get_cluster_config()  # no public call tells the kinds of nodes
+    groups = list(config.node_group_configs) if config is not None else []
+    return cluster_of(
+        [Nodes(node.get("CPU", 0.0), node.get("GPU", 0.0), 1) for node in alive],
+        [
+            # -1: as many as are asked for; a plan needs a number
+            Nodes(group.resources.get("CPU", 0), group.resources.get("GPU", 0), UNLIMITED if count < 0 else count)
+            for group in groups
+            if (count := group.max_count)
+        ],
+    )
 
 
 def _quiet() -> None:

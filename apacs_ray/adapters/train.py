@@ -1,7 +1,8 @@
-"""Training runs on Ray Train: one `TorchTrainer` a network, several at the same time.
+"""Training runs on Ray Train: a `TorchTrainer` for each network, several at the same time, or one for all of them.
 
-Training state lives in the run under its fingerprint. Each start is an attempt of its own for Ray; where training goes
-on is decided by our own checkpoints (complete by size and hash), so a snapshot that a kill cut in half does not matter.
+Training state lives in the run under its fingerprint. Each start is an attempt of its own for Ray, which keeps no
+checkpoints: ours (`apacs_ray.checkpoints`, complete by size and hash) say where training goes on, so that a snapshot
+of Ray's that a kill cut in half does not matter, and each of several networks keeps its own best.
 """
 
 from __future__ import annotations
@@ -11,20 +12,21 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apacs_ray.adapters.feed import ray_samples
-from apacs_ray.checkpoints import attempts, complete_checkpoints, fetch
+from apacs_ray.adapters.session import KEEP_MEMORY
+from apacs_ray.checkpoints import attempts, complete_checkpoints, fetch, keep_checkpoint
 from apacs_ray.data.shards import TileIndex
-from apacs_ray.errors import ApacsError
+from apacs_ray.errors import ApacsError, StoreTroubleError
 from apacs_ray.models.spec import ModelSpec
-from apacs_ray.plan import NetworkPlan, TrainingPlan
+from apacs_ray.plan import NetworkPlan
 from apacs_ray.run import require_source
 from apacs_ray.storage import Store
 from apacs_ray.training.config import TrainConfig
-from apacs_ray.training.feed import Feed
+from apacs_ray.training.feed import Feed, one_by_one
 
 if TYPE_CHECKING:
     from apacs_ray.training.loop import Trainer
@@ -36,28 +38,44 @@ POLL = 1.0  # s between looks at the progress of runs
 
 @dataclass(frozen=True)
 class NetworkTask:
-    """Everything a training worker needs. `spec` builds the network, `state` is its folder in the run."""
+    """One network to train. `spec` builds it, `state` is the folder of its checkpoints in the run."""
 
     name: str
     spec: ModelSpec
     config: TrainConfig
+    state: str
+    start: str | None = None  # safetensors to begin with
+
+
+@dataclass(frozen=True)
+class TrainingTask:
+    """Everything the workers of one `TorchTrainer` need: the networks that learn from one stream of samples."""
+
+    networks: tuple[NetworkTask, ...]
     feed: Feed
     indices: dict[str, TileIndex]
-    state: str
     plan: NetworkPlan
     max_failures: int
     source: str
-    start: str | None = None  # safetensors to begin with
+    attempt: int = 0
 
     @property
     def store(self) -> Store:
         return self.feed.store
 
+    @property
+    def state(self) -> str:
+        """The folder of Ray's own state and of what workers tell the driver."""
+        return self.networks[0].state
 
-def train(tasks: Sequence[NetworkTask], plan: TrainingPlan, on_progress: Callable[[str, dict[str, Any]], None]) -> None:
-    """Train every network to its end, at the same time where the plan says so. Raises ApacsError naming the network."""
-    groups = [list(tasks)] if plan.parallel else [[task] for task in tasks]
-    for group in groups:
+    @property
+    def name(self) -> str:
+        return ", ".join(network.name for network in self.networks)
+
+
+def train(tasks: Sequence[TrainingTask], *, parallel: bool, on_progress: Callable[[str, dict[str, Any]], None]) -> None:
+    """Train every network to its end, tasks at the same time or one after the other. Raises ApacsError naming it."""
+    for group in [list(tasks)] if parallel else [[task] for task in tasks]:
         errors: dict[str, BaseException] = {}
         threads = [threading.Thread(target=_fit, args=(task, errors), daemon=True) for task in group]
         for thread in threads:
@@ -65,8 +83,9 @@ def train(tasks: Sequence[NetworkTask], plan: TrainingPlan, on_progress: Callabl
         while any(thread.is_alive() for thread in threads):
             time.sleep(POLL)  # the main thread stays here: only it hears Ctrl-C
             for task in group:
-                if (now := read_progress(task.store, task.state)) is not None:
-                    on_progress(task.name, now)
+                for network in task.networks:
+                    if (now := read_progress(task.store, network.state)) is not None:
+                        on_progress(network.name, now)
         for name, error in errors.items():
             raise ApacsError(f"{name}: training stopped: {_cause(error)}") from error
 
@@ -80,12 +99,20 @@ def read_progress(store: Store, state: str) -> dict[str, Any] | None:
     return now
 
 
-def _fit(task: NetworkTask, errors: dict[str, BaseException]) -> None:
+def _fit(task: TrainingTask, errors: dict[str, BaseException]) -> None:
+    try:
+        fit(task)
+    except BaseException as error:  # carried to the main thread, which raises it  # noqa: BLE001
+        errors[task.name] = error
+
+
+def fit(task: TrainingTask, callbacks: Sequence[Any] = ()) -> None:
+    """One run of Ray Train, from the newest checkpoints to the end. Raises ApacsError, or what ended Ray's run."""
     import ray.train
     from ray.train.torch import TorchTrainer
 
     store = task.store.child(task.state)
-    attempt = 1 + max(attempts(store, ""), default=0)
+    task = replace(task, attempt=1 + max(attempts(store, ""), default=0))
     plan = task.plan
     local = {} if store.is_local else {"storage_filesystem": store.filesystem}
     trainer = TorchTrainer(
@@ -97,22 +124,18 @@ def _fit(task: NetworkTask, errors: dict[str, BaseException]) -> None:
             resources_per_worker={"CPU": plan.cpus, **({"GPU": plan.gpus} if plan.gpus else {})},
         ),
         run_config=ray.train.RunConfig(
-            name=f"attempt-{attempt}",
+            name=f"attempt-{task.attempt}",
             storage_path=store.full_path(),
-            failure_config=ray.train.FailureConfig(max_failures=task.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=1, checkpoint_score_attribute="score", checkpoint_score_order="max"
-            ),
+            failure_config=ray.train.FailureConfig(max_failures=task.max_failures, max_preemption_failures=-1),
+            worker_runtime_env=KEEP_MEMORY,
+            callbacks=list(callbacks),
             **local,
         ),
     )
     store.delete(ERROR)
-    try:
-        trainer.fit()
-        if store.version(ERROR) is not None:
-            errors[task.name] = ApacsError(store.read(ERROR).decode())
-    except BaseException as error:  # carried to the main thread, which raises it  # noqa: BLE001
-        errors[task.name] = error
+    trainer.fit()
+    if store.version(ERROR) is not None:
+        raise ApacsError(store.read(ERROR).decode())
 
 
 def _cause(error: BaseException) -> str:
@@ -132,18 +155,16 @@ def _train_loop(config: dict[str, Any]) -> None:
     import torch
     import torch.distributed as dist
 
-    from apacs_ray.models.weights import build, load_model
-    from apacs_ray.training.loop import Trainer, describe_device
+    from apacs_ray.training.loop import Trainer, describe_device, train_epochs
     from apacs_ray.training.order import schedule
-    from apacs_ray.training.record import EpochRecord, score
-    from apacs_ray.training.state import TrainState, save_state
+    from apacs_ray.training.record import EpochRecord, told
+    from apacs_ray.training.state import save_state
 
-    task: NetworkTask = config["task"]
+    task: TrainingTask = config["task"]
     require_source(task.source)
     torch.set_num_threads(task.plan.threads)
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    torch.manual_seed(task.config.seed)
     device = ray.train.torch.get_device()
     device_name = describe_device(device)
 
@@ -152,51 +173,67 @@ def _train_loop(config: dict[str, Any]) -> None:
             dist.all_reduce(tensor)
         return tensor
 
-    # laid out before DDP wraps it: a layout changed afterwards gives wrong gradients
-    model = build(task.spec) if task.start is None else load_model(task.store.read(task.start), task.spec)
-    model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model = ray.train.torch.prepare_model(model, move_to_device=False)
-    trainer = Trainer(model, task.config, device=device, rank=rank, world=world, all_reduce=all_reduce)
-    _resume(trainer, task)
-    train_index = task.indices["train"]
+    of: dict[Trainer, NetworkTask] = {}
+    for network in task.networks:
+        model = ray.train.torch.prepare_model(_network(task, network).to(device), move_to_device=False)
+        trainer = Trainer(model, network.config, device=device, rank=rank, world=world, all_reduce=all_reduce)
+        _resume(trainer, task.store, network.state)
+        of[trainer] = network
+    how = task.networks[0].config
     refs = schedule(
-        train_index.groups(),
+        task.indices["train"].groups(),
         len(task.indices["val"]),
-        epochs=range(trainer.next_epoch, task.config.epochs),
-        batch_size=task.config.batch_size,
+        epochs=range(min(trainer.next_epoch for trainer in of), how.epochs),
+        batch_size=how.batch_size,
         rank=rank,
         world=world,
-        seed=task.config.seed,
+        seed=how.seed,
     )
 
-    def on_epoch(record: EpochRecord, state: TrainState) -> None:
-        metrics = {"epoch": record.epoch, "val_dice": record.val_dice, "score": score(record)}
-        if rank > 0:
-            ray.train.report(metrics)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            save_state(Path(folder), state)
-            checkpoint = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=f"epoch_{record.epoch:05d}")
-        progress = {**metrics, "epochs": task.config.epochs, "device": device_name}
-        task.store.write(f"{task.state}/{PROGRESS}", json.dumps(progress).encode())
+    def on_epoch(trainer: Trainer, record: EpochRecord) -> None:
+        network = of[trainer]
+        metrics = told(trainer.history)
+        if rank == 0:
+            with tempfile.TemporaryDirectory() as folder:
+                save_state(Path(folder), trainer.state())
+                keep_checkpoint(task.store, network.state, task.attempt, Path(folder))
+            progress = {**metrics, "epochs": network.config.epochs, "device": device_name}
+            task.store.write(f"{network.state}/{PROGRESS}", json.dumps(progress).encode())
+        ray.train.report({"network": network.name, **metrics})
 
-    steps = -(-len(train_index) // task.config.batch_size)
+    steps = -(-len(task.indices["train"]) // how.batch_size)
+    if task.plan.data_tasks:
+        samples = ray_samples(task.feed, task.indices, refs, task.plan, task.source)
+    else:
+        samples = one_by_one(task.feed, task.indices, refs)
     try:
-        trainer.run(ray_samples(task.feed, task.indices, refs, task.plan, task.source), steps, on_epoch)
+        train_epochs(list(of), samples, steps, on_epoch)
+    except StoreTroubleError:
+        raise  # a new worker, later, may have better luck
     except ApacsError as error:  # trying again would end the same way, so it is told and not retried
         task.store.write(f"{task.state}/{ERROR}", str(error).encode())
     except torch.OutOfMemoryError as error:
-        section = "fusion" if task.spec.kind == "fusion" else "members"
+        section = "fusion" if task.networks[0].spec.kind == "fusion" else "members"
         message = f"the GPU's memory is too small: raise {section}.accumulate, or lower {section}.batch_size or .crop"
         task.store.write(f"{task.state}/{ERROR}", f"{message} ({str(error).splitlines()[0][:200]})".encode())
 
 
-def _resume(trainer: Trainer, task: NetworkTask) -> None:
+def _network(task: TrainingTask, network: NetworkTask) -> Any:
+    """The network as its training starts, laid out before DDP wraps it: a later change gives wrong gradients."""
+    import torch
+
+    from apacs_ray.models.weights import build, load_model
+
+    torch.manual_seed(network.config.seed)
+    model = build(network.spec) if network.start is None else load_model(task.store.read(network.start), network.spec)
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _resume(trainer: Trainer, store: Store, state: str) -> None:
     """Go on from the newest checkpoint that is whole; a damaged one is passed over."""
-    for checkpoint in reversed(complete_checkpoints(task.store, task.state)):
+    for checkpoint in reversed(complete_checkpoints(store, state)):
         with tempfile.TemporaryDirectory() as folder:
-            fetch(task.store, checkpoint, Path(folder))
+            fetch(store, checkpoint, Path(folder))
             try:
                 trainer.resume(Path(folder))
                 return

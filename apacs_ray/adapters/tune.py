@@ -1,15 +1,8 @@
-"""The sweep on Ray Tune: a trial is one process that trains a fusion network from stored heatmaps.
-
-A trial starts no workers of its own, so trials cannot wait for each other's. An interrupted sweep is restored; each
-trial then goes on from its last epoch.
-"""
+"""The sweep on Ray Tune: searcher, scheduler, and what became of each trial. An interrupted sweep is restored."""
 
 from __future__ import annotations
 
-import contextlib
-import math
 import pickle
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,33 +10,12 @@ from typing import Any
 
 from ray.tune import Callback
 
-from apacs_ray.data.shards import TileIndex
+from apacs_ray.adapters.trial import TrialTask, plain_setting, run_trial
 from apacs_ray.errors import ApacsError
-from apacs_ray.models.spec import ModelSpec
-from apacs_ray.plan import Cluster
-from apacs_ray.run import require_source
-from apacs_ray.settings import FusionSettings
-from apacs_ray.storage import Store
+from apacs_ray.plan import Cluster, plan_trials
 from apacs_ray.sweep import MUTABLE, Distribution, Sweep
-from apacs_ray.training.config import TrainConfig
-from apacs_ray.training.feed import Crop, Feed, Heatmaps, in_memory, one_by_one
 
 IN_MEMORY = 2**30  # bytes of decoded tiles that a trial may keep
-
-
-@dataclass(frozen=True)
-class TrialTask:
-    """What all trials have in common."""
-
-    store: Store
-    indices: dict[str, TileIndex]
-    fusion: FusionSettings
-    width: float
-    heatmaps: str
-    epochs: int
-    seed: int
-    threads: int
-    source: str
 
 
 @dataclass(frozen=True)
@@ -74,17 +46,26 @@ class TrialCount(Callback):  # type: ignore[misc]
         return {"_on_done": None, "_done": self._done}
 
 
-def sweep(
-    task: TrialTask, plan: Sweep, cluster: Cluster, state: str, on_done: Callable[[int], None]
-) -> list[TrialResult]:
-    """Run or restore the sweep whose state lies in `state` of the run."""
+def sweep(task: TrialTask, plan: Sweep, cluster: Cluster, on_done: Callable[[int], None]) -> list[TrialResult]:
+    """Run or restore the sweep whose state lies in `task.state` of the run."""
     from ray import tune
 
-    resources = {"cpu": min(plan.resources.cpu, cluster.cpus)}
-    if cluster.gpus and plan.resources.gpu:
+    resources, concurrency = {"cpu": min(plan.resources.cpu, cluster.cpus)}, plan.concurrency
+    if plan.resources.workers > 1:
+        asked = plan.resources
+        nested, concurrency = plan_trials(
+            cluster,
+            workers=asked.workers,
+            cpu=asked.cpu,
+            gpu=asked.gpu,
+            batch_size=task.fusion.batch_size,
+            concurrency=plan.concurrency,
+        )
+        task, resources = replace(task, plan=nested), {"cpu": 0.01}
+    elif cluster.gpus and plan.resources.gpu:
         resources["gpu"] = plan.resources.gpu
-    trainable = tune.with_resources(tune.with_parameters(_trial, task=task), resources)
-    store = task.store.child(state)
+    trainable = tune.with_resources(tune.with_parameters(run_trial, task=task), resources)
+    store = task.store.child(task.state)
     filesystem = None if store.is_local else store.filesystem
     path = f"{store.full_path()}/sweep"
     tuner = None
@@ -104,9 +85,10 @@ def sweep(
                 metric="val_dice",
                 mode="max",
                 num_samples=plan.trials,
-                max_concurrent_trials=plan.concurrency or None,
+                # Ray Tune heeds this for searchers; the random one is told itself
+                max_concurrent_trials=concurrency or None if plan.searcher == "optuna" else None,
                 scheduler=_scheduler(plan),
-                search_alg=_searcher(plan, task.seed),
+                search_alg=_searcher(plan, task.seed, concurrency),
             ),
             run_config=tune.RunConfig(
                 name="sweep",
@@ -150,7 +132,7 @@ def _scheduler(plan: Sweep) -> Any:
     )
 
 
-def _searcher(plan: Sweep, seed: int) -> Any:
+def _searcher(plan: Sweep, seed: int, concurrency: int) -> Any:
     from ray.tune.search import BasicVariantGenerator
 
     if plan.searcher == "optuna":
@@ -161,78 +143,7 @@ def _searcher(plan: Sweep, seed: int) -> Any:
         from ray.tune.search.optuna import OptunaSearch
 
         return OptunaSearch(seed=seed)
-    return BasicVariantGenerator(random_state=seed)
-
-
-def _trial(config: dict[str, Any], task: TrialTask) -> None:
-    import torch
-    from ray import tune
-
-    from apacs_ray.models.weights import build
-    from apacs_ray.training.loop import Trainer
-    from apacs_ray.training.order import schedule
-    from apacs_ray.training.record import EpochRecord
-    from apacs_ray.training.state import TrainState, save_state
-
-    require_source(task.source)
-    torch.set_num_threads(task.threads)
-    settings = FusionSettings.model_validate({**task.fusion.model_dump(), **plain_setting(config)})
-    spec = fusion_spec(settings, task.width)
-    train_config = replace(TrainConfig.of(settings, task.seed, epochs=task.epochs), patience=0)
-    torch.manual_seed(task.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trainer = Trainer(build(spec), train_config, device=device)
-    with contextlib.ExitStack() as stack:
-        checkpoint = tune.get_checkpoint()
-        if checkpoint is not None:
-            trainer.resume(Path(stack.enter_context(checkpoint.as_directory())))
-            for group in trainer.optimizer.param_groups:  # PBT may have changed it since
-                group["weight_decay"] = train_config.weight_decay
-    feed = Feed(
-        task.store,
-        Heatmaps(settings.members, task.heatmaps),
-        Crop(settings.crop, settings.flips, settings.turns),
-    )
-    train_index, val_index = task.indices["train"], task.indices["val"]
-    refs = schedule(
-        train_index.groups(),
-        len(val_index),
-        epochs=range(trainer.next_epoch, task.epochs),
-        batch_size=settings.batch_size,
-        rank=0,
-        world=1,
-        seed=task.seed,
-    )
-    size = (len(train_index) + len(val_index)) * max(train_index.largest, val_index.largest) * 7
-    samples = (in_memory if size <= IN_MEMORY else one_by_one)(feed, task.indices, refs)
-
-    def on_epoch(record: EpochRecord, state: TrainState) -> None:
-        dice = 0.0 if math.isnan(record.val_dice) else record.val_dice
-        best = max((past.val_dice for past in state.history if not math.isnan(past.val_dice)), default=0.0)
-        with tempfile.TemporaryDirectory() as folder:
-            save_state(Path(folder), state)
-            metrics = {"epoch": record.epoch + 1, "val_dice": dice, "best_val_dice": best}
-            tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
-
-    trainer.run(samples, -(-len(train_index) // settings.batch_size), on_epoch)
-
-
-def plain_setting(config: dict[str, Any]) -> dict[str, Any]:
-    """A trial's setting as `FusionSettings` takes it: members as a list again."""
-    return {name: value.split("+") if name == "members" else value for name, value in config.items()}
-
-
-def fusion_spec(settings: FusionSettings, width: float, name: str = "fusion") -> ModelSpec:
-    """The fusion network that settings describe."""
-    return ModelSpec(
-        "fusion",
-        name,
-        width=width,
-        dropout=settings.dropout,
-        head=settings.head,
-        members=settings.members,
-        heatmap_init=settings.heatmap_init,
-    )
+    return BasicVariantGenerator(random_state=seed, max_concurrent=concurrency)
 
 
 def _result(result: Any) -> TrialResult:

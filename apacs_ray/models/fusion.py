@@ -7,9 +7,12 @@ the members' logits. Its scores start at zero, so it starts as that mean and lea
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
+from apacs_ray.errors import ApacsError
 from apacs_ray.models.fcn import FCN32, AlexTrunk, Score, Upsample, crop, initialise, pad_to, scaled
 from apacs_ray.models.spec import Head
 from apacs_ray.settings import HeatmapInit, MemberName
@@ -96,6 +99,21 @@ def build_fusion(
         elif heatmap_init == "mean":
             filters[:, :count] = filters[:, count:].mean(dim=1, keepdim=True)
     return network
+
+
+def start_from_fcn32(network: nn.Module, member: Mapping[str, Tensor]) -> None:
+    """Put the trunk of a trained FCN-32 of the same width into a fusion, which has the same shapes behind its input.
+
+    In the first layer the filters on RGB are FCN-32's, those on heatmaps stay as they were started. Raises ApacsError.
+    """
+    wanted = network.state_dict()
+    tensors = {key: value.clone() for key, value in member.items() if key.startswith("trunk.")}
+    first = "trunk.conv1.weight"
+    filters = wanted[first].clone()
+    if filters.shape[0] != tensors[first].shape[0]:
+        raise ApacsError("fusion.trunk fcn32: fusion.width must be members.width")
+    filters[:, -3:] = tensors[first]
+    network.load_state_dict({**wanted, **tensors, first: filters})
 
 
 def fuse(network: nn.Module, probabilities: Tensor, image: Tensor) -> Tensor:

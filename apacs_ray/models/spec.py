@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from apacs_ray.errors import ApacsError
-from apacs_ray.settings import HeatmapInit, MemberName
+from apacs_ray.settings import FusionSettings, HeatmapInit, MemberName
 
 MEMBERS: tuple[MemberName, ...] = ("fcn32", "fcn16", "fcn8")
 Head = Literal["published", "refined"]
@@ -41,3 +41,16 @@ class ModelSpec:
         except (ValueError, TypeError) as error:
             raise ApacsError(f"model.json: not a model description ({error})") from error
         return replace(spec, members=tuple(spec.members))
+
+
+def fusion_spec(settings: FusionSettings, width: float, name: str = "fusion") -> ModelSpec:
+    """The fusion network that settings describe."""
+    return ModelSpec(
+        "fusion",
+        name,
+        width=width,
+        dropout=settings.dropout,
+        head=settings.head,
+        members=settings.members,
+        heatmap_init=settings.heatmap_init,
+    )

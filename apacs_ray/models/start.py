@@ -10,14 +10,18 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from apacs_ray.errors import ApacsError
-from apacs_ray.models.weights import from_published
+from apacs_ray.models.fusion import start_from_fcn32
+from apacs_ray.models.spec import ModelSpec
+from apacs_ray.models.weights import build, from_published, weights_bytes
 from apacs_ray.settings import MemberName
+from apacs_ray.storage import Store
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's RGB, as torchvision normalises it
 LARGEST = 2 << 30  # bytes of a checkpoint file
@@ -84,6 +88,16 @@ def start_from_released(network: nn.Module, name: MemberName, state: Mapping[str
                 f"{name}: {key} of the checkpoint has shape {tuple(tensors[key].shape)}, not {tuple(value.shape)}"
             )
     network.load_state_dict(tensors)
+
+
+def fusion_weights(store: Store, spec: ModelSpec, trunk: Literal["random", "fcn32"], seed: int) -> bytes | None:
+    """Safetensors of a fusion that starts on the trunk of the run's FCN-32; None when it starts at random."""
+    if trunk == "random":
+        return None
+    torch.manual_seed(seed)
+    network = build(spec)
+    start_from_fcn32(network, load_tensors(store.read("members/fcn32/model.safetensors")))
+    return weights_bytes(network)
 
 
 def download_imagenet(name: MemberName) -> Mapping[str, Any]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from apacs_ray.adapters.tune import fusion_spec
+from collections.abc import Callable
+
 from apacs_ray.console import say
+from apacs_ray.models.spec import ModelSpec, fusion_spec
+from apacs_ray.models.start import fusion_weights
 from apacs_ray.run import Counts, fingerprint
 from apacs_ray.settings import FusionSettings, Settings
 from apacs_ray.stages.fusion_settings import NOT_LEARNED, resolve_fusion
@@ -37,8 +40,12 @@ def _networks(context: Context, fusion: FusionSettings) -> list[Network]:
         how = fusion if key == "fusion" else fusion.model_copy(update={"head": "published"})
         heatmaps = Heatmaps(how.members, context.done("heatmaps").fingerprint)
         spec = fusion_spec(how, context.settings.fusion_width, key)
-        networks.append(Network(key, spec, folder, how, heatmaps))
+        networks.append(Network(key, spec, folder, how, heatmaps, start=_start(context, spec, how)))
     return networks
+
+
+def _start(context: Context, spec: ModelSpec, how: FusionSettings) -> Callable[[], bytes | None]:
+    return lambda: fusion_weights(context.run.store, spec, how.trunk, context.settings.run.seed)
 
 
 def _work(context: Context, mark: str) -> Outcome:

@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from apacs_ray.adapters.train import NetworkTask, read_progress, train
+from apacs_ray.adapters.train import NetworkTask, TrainingTask, read_progress, train
 from apacs_ray.checkpoints import best_checkpoint, complete_checkpoints
 from apacs_ray.console import bars, say
 from apacs_ray.data.shards import TileIndex, read_index
 from apacs_ray.errors import ApacsError
 from apacs_ray.models.spec import ModelSpec
-from apacs_ray.plan import plan_training
+from apacs_ray.plan import NetworkPlan, plan_training
 from apacs_ray.run import source_hash
-from apacs_ray.settings import TrainingSettings
+from apacs_ray.settings import MembersSettings, TrainingSettings
 from apacs_ray.stages.pipeline import Context
 from apacs_ray.storage import Store
 from apacs_ray.training.config import TrainConfig
@@ -54,7 +54,7 @@ def train_networks(context: Context, networks: Sequence[Network], mark: str) -> 
 
     Returns facts of each by name. Training state lies in `<folder>/.state-<mark>` until the stage commits.
     """
-    run, settings = context.run, context.settings
+    run = context.run
     indices = read_indices(run.store)
     waiting = [network for network in networks if run.store.version(f"{network.folder}/.done-{mark[:8]}") is None]
     if waiting:
@@ -65,41 +65,49 @@ def train_networks(context: Context, networks: Sequence[Network], mark: str) -> 
             context.ray.cluster(),
             workers=first.workers,
             batch_size=first.batch_size,
+            mode=first.mode if isinstance(first, MembersSettings) else "parallel",
         )
         say(plan.describe())
-        tasks = []
-        for network, resources in zip(waiting, plan.networks, strict=True):
-            how = network.settings
-            spec = replace(network.spec, training_data=context.done("ingest").fingerprint)
-            feed = Feed(run.store, network.heatmaps, Crop(how.crop, how.flips, how.turns))
-            config = TrainConfig.of(how, settings.run.seed)
-            state = state_folder(network, mark)
-            start = _write_start(run.store, f"{state}/{START}", network)
-            tasks.append(
-                NetworkTask(
-                    network.name,
-                    spec,
-                    config,
-                    feed,
-                    network.indices or indices,
-                    state,
-                    resources,
-                    settings.run.max_failures,
-                    source_hash(),
-                    start,
-                )
-            )
+        tasks = [_task(context, group, resources, indices, mark) for group, resources in plan.runs(waiting)]
         with bars() as shown:
             train(
                 tasks,
-                plan,
-                lambda name, now: shown.show(name, now["epoch"] + 1, now["epochs"], f"val Dice {now['val_dice']:.4f}"),
+                parallel=plan.mode == "parallel",
+                on_progress=lambda name, now: shown.show(
+                    name, now["epoch"], now["epochs"], f"val Dice {now['val_dice']:.4f}"
+                ),
             )
-        for network, task in zip(waiting, tasks, strict=True):
-            _keep_best(run.store, network, task.spec, mark)
-            progress = read_progress(run.store, task.state) or {}
+        for network in waiting:
+            _keep_best(run.store, network, _spec(context, network), mark)
+            progress = read_progress(run.store, state_folder(network, mark)) or {}
             run.facts["device"] = {**run.facts.get("device", {}), network.name: progress.get("device")}
     return {network.name: _facts(run.store, network) for network in networks}
+
+
+def _spec(context: Context, network: Network) -> ModelSpec:
+    return replace(network.spec, training_data=context.done("ingest").fingerprint)
+
+
+def _task(
+    context: Context, group: Sequence[Network], resources: NetworkPlan, indices: dict[str, TileIndex], mark: str
+) -> TrainingTask:
+    """One run of Ray Train for networks that see the same samples."""
+    store, seed = context.run.store, context.settings.run.seed
+    how = group[0].settings
+    networks = []
+    for network in group:
+        state = state_folder(network, mark)
+        start = _write_start(store, f"{state}/{START}", network)
+        config = TrainConfig.of(network.settings, seed)
+        networks.append(NetworkTask(network.name, _spec(context, network), config, state, start))
+    return TrainingTask(
+        tuple(networks),
+        Feed(store, group[0].heatmaps, Crop(how.crop, how.flips, how.turns)),
+        group[0].indices or indices,
+        resources,
+        context.settings.run.max_failures,
+        source_hash(),
+    )
 
 
 def _write_start(store: Store, path: str, network: Network) -> str | None:

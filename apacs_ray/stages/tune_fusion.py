@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import yaml
 
-from apacs_ray.adapters.tune import TrialResult, TrialTask, sweep
+from apacs_ray.adapters.trial import TrialTask
+from apacs_ray.adapters.tune import TrialResult, sweep
 from apacs_ray.console import bars, say
 from apacs_ray.errors import ApacsError
 from apacs_ray.run import Counts, fingerprint, source_hash
@@ -48,10 +49,10 @@ def _work(context: Context, mark: str) -> Outcome:
         settings.run.seed,
         max(1, int(plan.resources.cpu)),
         source_hash(),
+        f"tune/.state-{mark[:8]}",
     )
-    state = f"tune/.state-{mark[:8]}"
     with bars() as shown:
-        trials = sweep(task, plan, cluster, state, lambda done: shown.show("trials", done, plan.trials))
+        trials = sweep(task, plan, cluster, lambda done: shown.show("trials", done, plan.trials))
     scored = [trial for trial in trials if trial.val_dice is not None and trial.error is None]
     if not scored:
         raise ApacsError(f"tune_fusion: no trial ended well, first: {trials[0].error if trials else 'none ran'}")

@@ -6,7 +6,7 @@ import contextlib
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,37 @@ from apacs_ray.training.state import TrainState, bare_model, load_state
 
 AllReduce = Callable[[Tensor], Tensor]
 NAMES = 512  # bytes in which a rank tells the others its tiles with a loss that is not finite
+
+
+def train_epochs(
+    trainers: Sequence[Trainer],
+    samples: Iterator[Sample],
+    steps: int,
+    on_epoch: Callable[[Trainer, EpochRecord], None],
+) -> None:
+    """Train networks on one stream of `samples`, each batch made once and given to all, until all are finished.
+
+    The stream begins with the earliest `next_epoch` of the networks and has `steps` an epoch; a network that is ahead
+    (training was killed between two checkpoints) waits. All must have the same batch settings. Raises ApacsError when
+    a loss is not finite, naming the tiles, or when the stream lacks steps; `on_epoch` does not see such an epoch.
+    """
+    (micro_batch,) = {trainer.config.micro_batch(trainer.world) for trainer in trainers}
+    stream = batches(samples, micro_batch)
+    batch = next(stream, None)
+    while active := [trainer for trainer in trainers if not trainer.finished()]:
+        epoch, taken = min(trainer.next_epoch for trainer in active), 0
+        taking = [trainer for trainer in active if trainer.next_epoch == epoch]
+        for trainer in taking:
+            trainer.begin_epoch()
+        while batch is not None and batch.epoch == epoch:
+            for trainer in taking:
+                trainer.take(batch, steps)
+            taken += batch.phase == "train" and batch.ends_step
+            batch = next(stream, None)
+        if taken != steps:
+            raise ApacsError(f"epoch {epoch}: {taken} of {steps} steps arrived: training data was lost on its way")
+        for trainer in taking:
+            on_epoch(trainer, trainer.end_epoch())
 
 
 class Trainer:
@@ -73,38 +104,39 @@ class Trainer:
     def run(
         self, samples: Iterator[Sample], steps: int, on_epoch: Callable[[EpochRecord, TrainState], None]
     ) -> tuple[EpochRecord, ...]:
-        """Train on the stream of `samples` (from `next_epoch` on; `steps` an epoch) until `finished`.
-
-        Raises ApacsError when a loss is not finite, naming the tiles, or when the stream lacks steps;
-        `on_epoch` does not see such an epoch.
-        """
-        stream = batches(samples, self.config.micro_batch(self.world))
-        batch = next(stream, None)
-        while not self.finished():
-            epoch, started, taken = self.next_epoch, time.monotonic(), 0
-            train, val = _Tally(self.device), _Tally(self.device)
-            self.model.train()
-            while batch is not None and batch.epoch == epoch:
-                if batch.phase == "train":
-                    self._train_batch(batch, train, steps)
-                    taken += batch.ends_step
-                else:
-                    self._validate_batch(batch, val)
-                batch = next(stream, None)
-            if taken != steps:
-                raise ApacsError(f"epoch {epoch}: {taken} of {steps} steps arrived: training data was lost on its way")
-            self._end_epoch(epoch, train, val, time.monotonic() - started)
-            on_epoch(self.history[-1], TrainState(self.model, self.optimizer, self.history))
+        """Train this network alone; see `train_epochs`. Returns the history."""
+        train_epochs([self], samples, steps, lambda trainer, record: on_epoch(record, trainer.state()))
         return self.history
 
-    def _end_epoch(self, epoch: int, train: _Tally, val: _Tally, seconds: float) -> None:
-        self._require_finite(epoch, "train", train)
-        self._require_finite(epoch, "val", val)  # also meets weights that the epoch's last step broke
-        train_loss, train_dice = train.result(self._all_reduce)
-        val_loss, val_dice = val.result(self._all_reduce)
+    def state(self) -> TrainState:
+        """What a checkpoint holds."""
+        return TrainState(self.model, self.optimizer, self.history)
+
+    def begin_epoch(self) -> None:
+        """Make ready for the batches of `next_epoch`."""
+        self._started = time.monotonic()
+        self._train, self._val = _Tally(self.device), _Tally(self.device)
+        self.model.train()
+
+    def take(self, batch: Batch, steps: int) -> None:
+        """Learn from a training batch (of an epoch of `steps`), or judge a validation batch."""
+        if batch.phase == "train":
+            self._train_batch(batch, self._train, steps)
+        else:
+            self._validate_batch(batch, self._val)
+
+    def end_epoch(self) -> EpochRecord:
+        """Close the epoch; its record joins the history. Raises ApacsError naming tiles whose loss is not finite."""
+        epoch = self.next_epoch
+        self._require_finite(epoch, "train", self._train)
+        self._require_finite(epoch, "val", self._val)  # also meets weights that the epoch's last step broke
+        train_loss, train_dice = self._train.result(self._all_reduce)
+        val_loss, val_dice = self._val.result(self._all_reduce)
         rate = float(self.optimizer.param_groups[0]["lr"])
-        record = EpochRecord(epoch, train_loss, train_dice, val_loss, val_dice, rate, round(seconds, 3))
+        seconds = round(time.monotonic() - self._started, 3)
+        record = EpochRecord(epoch, train_loss, train_dice, val_loss, val_dice, rate, seconds)
         self.history = (*self.history, record)
+        return record
 
     def _forward(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, mask and valid, float32, on the device; uint8 travels there and is normalised there."""

@@ -27,6 +27,12 @@ def score(record: EpochRecord) -> float:
     return (-1.0 if math.isnan(record.val_dice) else record.val_dice) - 1e-9 * record.epoch
 
 
+def told(history: tuple[EpochRecord, ...]) -> dict[str, float]:
+    """What Ray and people hear after an epoch: epochs done, validation Dice (0 where it is not defined), the best."""
+    dice = [0.0 if math.isnan(record.val_dice) else record.val_dice for record in history]
+    return {"epoch": len(history), "val_dice": dice[-1], "best_val_dice": max(dice)}
+
+
 def history_csv(history: tuple[EpochRecord, ...]) -> str:
     """`history.csv`: a line an epoch."""
     header = ",".join(EpochRecord.__dataclass_fields__)

@@ -1,0 +1,92 @@
+"""A Ray cluster of a test's own on this machine: head and raylets as child processes, with ports and token apart."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+
+
+class RayCluster:
+    """Starts with a head of `head_cpus`; `env` is what joins or submits to it."""
+
+    def __init__(self, folder: Path, head_cpus: int = 2) -> None:
+        gcs, dashboard, agent = _free_ports(3)
+        token = folder / "token"
+        token.write_text("a-token-of-this-test-and-no-other-one")
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        self._address = f"127.0.0.1:{gcs}"
+        self._folder = f"/tmp/r{os.getpid()}-{gcs}"  # short: paths of sockets are limited
+        self._env = {
+            **clean,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+        self.env = {**self._env, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+        self._parts: list[subprocess.Popen[bytes]] = []
+        self._nodes = 1
+        self._start(
+            "--head", f"--port={gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",
+            "--node-ip-address=127.0.0.1", f"--temp-dir={self._folder}", f"--num-cpus={head_cpus}",
+            f"--dashboard-agent-listen-port={agent}", "--include-dashboard=true",
+        )  # fmt: skip
+        ready = [*RAY, "job", "list"]
+        for _ in range(60):
+            if subprocess.run(ready, env=self.env, capture_output=True).returncode == 0:
+                return
+        raise AssertionError("the head did not start")
+
+    @property
+    def joined(self) -> dict[str, str]:
+        """The environment of a driver on this cluster."""
+        return {**self._env, "RAY_ADDRESS": self._address}
+
+    def add_node(self, cpus: int = 2) -> subprocess.Popen[bytes]:
+        """Another raylet, with CPUs of its own."""
+        (agent,) = _free_ports(1)
+        return self._start(f"--address={self._address}", f"--num-cpus={cpus}", f"--dashboard-agent-listen-port={agent}")
+
+    def stop(self) -> None:
+        for part in reversed(self._parts):
+            if part.poll() is None:
+                os.killpg(part.pid, signal.SIGTERM)
+        for part in self._parts:
+            try:
+                part.wait(timeout=8)
+            except subprocess.TimeoutExpired:  # it waits half a minute for its parts, which have ended
+                kill_node(part)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _start(self, *options: str) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [*RAY, "start", "--block", *options],
+            env=self._env,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self._parts.append(process)
+        return process
+
+
+def kill_node(process: subprocess.Popen[bytes]) -> None:
+    """A raylet and all its workers, at once."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=8)
+
+
+def _free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports

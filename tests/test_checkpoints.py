@@ -1,0 +1,81 @@
+"""Keeping checkpoints: the newest and the best stay, a store in trouble is waited for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from apacs_ray import checkpoints
+from apacs_ray.checkpoints import best_checkpoint, complete_checkpoints, fetch, keep_checkpoint
+from apacs_ray.errors import ApacsError, StoreTroubleError
+from apacs_ray.storage import LocalStore, Store, open_store
+from apacs_ray.training.record import EpochRecord
+from apacs_ray.training.state import TrainState, load_state, save_state
+
+
+def state(dice: list[float]) -> TrainState:
+    model = nn.Linear(2, 1)
+    history = tuple(EpochRecord(epoch, 0.0, 0.0, 0.0, value, 0.1, 1.0) for epoch, value in enumerate(dice))
+    return TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1), history)
+
+
+def keep(store: Store, dice: list[float], folder: Path, attempt: int = 1) -> TrainState:
+    kept = state(dice)
+    save_state(folder, kept)
+    keep_checkpoint(store, "members/fcn8/.state-1", attempt, folder)
+    return kept
+
+
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_newest_and_best_are_kept(where: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    uri = str(tmp_path / "run") if where == "local" else f"{request.getfixturevalue('s3')}/run"
+    store = open_store(uri)
+    dice = [0.1, 0.7, 0.4, 0.5]
+    for epoch in range(len(dice)):
+        last = keep(store, dice[: epoch + 1], tmp_path / f"{epoch}", attempt=1 + epoch // 3)
+    found = complete_checkpoints(store, "members/fcn8/.state-1")
+    assert [checkpoint.epoch for checkpoint in found] == [1, 3]
+    assert best_checkpoint(found).epoch == 1
+    assert found[1].path.endswith("/attempt-2/epoch_00003")
+    assert len(list(store.list("members"))) == 2 * 3
+    (tmp_path / "again").mkdir()
+    fetch(store, found[1], tmp_path / "again")
+    model = nn.Linear(2, 1)
+    load_state(tmp_path / "again", model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert torch.equal(model.weight, last.model.weight)
+
+
+@dataclass(frozen=True)
+class Refusing(LocalStore):
+    """A store that refuses its first uploads."""
+
+    refusals: tuple[list[int], ...] = ()
+
+    def upload(self, path: str, source: Path) -> None:
+        if self.refusals[0]:
+            self.refusals[0].pop()
+            raise StoreTroubleError(f"{path}: cannot write (SlowDown)")
+        super().upload(path, source)
+
+
+def test_a_store_in_trouble_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(checkpoints.time, "sleep", pauses.append)
+    store = Refusing(str(tmp_path / "run"), ([1] * 7,))
+    keep(store, [0.1], tmp_path / "local")
+    assert [checkpoint.epoch for checkpoint in complete_checkpoints(store, "members")] == [0]
+    assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+    monkeypatch.setattr(checkpoints, "PATIENCE", 0.0)
+    with pytest.raises(StoreTroubleError, match="SlowDown"):
+        keep(Refusing(str(tmp_path / "run"), ([1] * 7,)), [0.1, 0.2], tmp_path / "local")
+
+
+def test_what_cannot_get_better_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints.time, "sleep", lambda seconds: pytest.fail("waited"))
+    (tmp_path / "run").write_text("a file where the run should be")
+    with pytest.raises(ApacsError, match="cannot write"):
+        keep(LocalStore(str(tmp_path / "run")), [0.1], tmp_path / "local")
