@@ -22,17 +22,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import pyarrow as pa
 import torch
+from tiles import MARK, write_tiles
 
 from apacs_ray.adapters.heatmaps import HEATMAP_SCHEMA, encode_heatmaps
-from apacs_ray.adapters.tune import fusion_spec
-from apacs_ray.data.images import encode_image, encode_mask
-from apacs_ray.data.shards import Receipt, read_index, shard_path, write_table
-from apacs_ray.data.synthetic import render, slide_specs
-from apacs_ray.data.tiles import TILE_SCHEMA, grid
+from apacs_ray.data.shards import Receipt, read_index, write_table
 from apacs_ray.inference import Predictor
 from apacs_ray.models.ensemble import Ensemble
 from apacs_ray.models.fcn import build_member
-from apacs_ray.models.spec import MEMBERS
+from apacs_ray.models.spec import MEMBERS, fusion_spec
 from apacs_ray.models.weights import build
 from apacs_ray.settings import FusionSettings
 from apacs_ray.storage import LocalStore, Store
@@ -42,7 +39,6 @@ from apacs_ray.training.loop import Trainer
 from apacs_ray.training.order import schedule
 
 TRIALS, EPOCHS = 20, 12
-MARK = "0" * 16
 
 
 def main() -> None:
@@ -55,7 +51,8 @@ def main() -> None:
     repetitions = 2 if arguments.quick else 5
     with tempfile.TemporaryDirectory() as folder:
         store = LocalStore(folder)
-        _write_tiles(store, 8 if arguments.quick else 20)
+        count = 8 if arguments.quick else 20
+        write_tiles(store, 256, {"train": count * 3 // 4, "val": count // 4}, smear=1280)
         predictor = Predictor(
             Ensemble({name: build_member(name, width=arguments.width) for name in MEMBERS}, {}),
             threads=1,
@@ -81,21 +78,6 @@ def main() -> None:
         print(f"{name:>16}  {value:.3f}")
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1))
-
-
-def _write_tiles(store: Store, count: int) -> None:
-    rgb, mask = render(slide_specs(0, 1280, 1024, train=1, test=0)[0])
-    rows = []
-    for number, box in enumerate(grid(1280, 1024, 256, 256, "keep")[:count]):
-        part = np.s_[box.y : box.y + box.height, box.x : box.x + box.width]
-        row = dict.fromkeys(TILE_SCHEMA.names, 0)
-        row |= {"tile_id": f"t{number}", "slide_id": "s", "width": box.width, "height": box.height}
-        row |= {"image": encode_image(rgb[part], "jpeg", 95, "4:4:4"), "mask": encode_mask(mask[part])}
-        row |= {"image_format": "jpeg", "source_uri": "", "source_version": "", "mask_fraction": 0.5}
-        rows.append(row)
-    for split, part in (("train", rows[: count * 3 // 4]), ("val", rows[count * 3 // 4 :])):
-        path = shard_path("tiles", split, MARK, 0)
-        write_table(store, pa.Table.from_pylist(part, TILE_SCHEMA), Receipt(path, len(part), len(part)))
 
 
 def _store_heatmaps(store: Store, predictor: Predictor) -> None:

@@ -1,0 +1,110 @@
+"""What Ray costs: images a second of a member's epoch through TorchTrainer and Ray Data, against the loop alone.
+
+Both train the same full-width network on the same 512 x 512 tiles with the same trainer, threads and allocator. Ray:
+as in a run, tiles read from Parquet shards and decoded by Ray Data's tasks on the same cores. Alone: one process, tiles
+decoded beforehand. The first epoch of each warms up and is not counted; starts are not counted either.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from measure import Elsewhere, medians, options, show
+from tiles import write_tiles
+
+from apacs_ray.adapters.session import KEEP_MEMORY
+from apacs_ray.adapters.train import NetworkTask, TrainingTask, train
+from apacs_ray.checkpoints import complete_checkpoints
+from apacs_ray.data.shards import read_index
+from apacs_ray.models.spec import ModelSpec
+from apacs_ray.models.weights import build
+from apacs_ray.plan import Cluster, plan_training
+from apacs_ray.run import ROOT, source_hash
+from apacs_ray.storage import LocalStore, Store
+from apacs_ray.training.config import TrainConfig
+from apacs_ray.training.feed import Crop, Feed, in_memory
+from apacs_ray.training.loop import Trainer
+from apacs_ray.training.order import schedule
+
+SIDE, BATCH = 512, 2
+FEED = Crop(0, True, True)
+
+
+def main() -> None:
+    parser = options(__doc__, "a quarter of the width, 2 repetitions")
+    parser.add_argument("--members", default="fcn32,fcn8", help="networks to measure")
+    parser.add_argument("--tiles", type=int, default=16, help="tiles of an epoch")
+    arguments = parser.parse_args()
+    width, repetitions = (0.25, 2) if arguments.quick else (1.0, 5)
+    os.environ["PYTHONPATH"] = str(ROOT)
+    import ray
+
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    resources = ray.cluster_resources()
+    cluster = Cluster(resources["CPU"], resources.get("GPU", 0.0), resources["CPU"])
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        write_tiles(LocalStore(folder), SIDE, {"train": arguments.tiles, "val": 1})
+        for name in arguments.members.split(","):
+            config = TrainConfig(2, BATCH, 0, precision="auto")
+            task = _task(LocalStore(folder), name, width, config, cluster)
+            alone = Elsewhere(partial(_alone, task), KEEP_MEMORY["env_vars"])
+            seconds: dict[str, list[float]] = {"alone": [], "Ray": []}
+            for repetition in range(repetitions):
+                seconds["alone"].append(float(alone()))  # type: ignore[arg-type]
+                seconds["Ray"].append(_with_ray(task, f"state/{name}-{repetition}"))
+            alone.end()
+            middle = medians(seconds)
+            speeds = {f"{way}_images_per_s": arguments.tiles / value for way, value in middle.items()}
+            rows.append({"network": name, **speeds, "ratio": middle["alone"] / middle["Ray"], "seconds": seconds})
+    show(f"an epoch of {arguments.tiles} tiles of {SIDE} px, {task.plan.describe()}", rows, arguments.json)
+
+
+def _task(store: Store, name: str, width: float, config: TrainConfig, cluster: Cluster) -> TrainingTask:
+    network = NetworkTask(name, ModelSpec("member", name, width=width), config, "state")
+    indices = {split: read_index(store, split) for split in ("train", "val")}
+    (plan,) = plan_training([name], cluster, batch_size=BATCH).networks
+    return TrainingTask((network,), Feed(store, None, FEED), indices, plan, 0, source_hash())
+
+
+def _with_ray(task: TrainingTask, state: str) -> float:
+    """Seconds of the second epoch of a run on Ray."""
+    (network,) = task.networks
+    fresh = TrainingTask(
+        (NetworkTask(network.name, network.spec, network.config, state),),
+        task.feed, task.indices, task.plan, 0, task.source,
+    )  # fmt: skip
+    train([fresh], parallel=True, on_progress=lambda name, now: None)
+    seconds = complete_checkpoints(task.store, state)[-1].state["history"][1]["seconds"]
+    task.store.delete_folder(state)
+    return float(seconds)
+
+
+def _alone(task: TrainingTask) -> Any:
+    """The same epochs without Ray, from decoded tiles."""
+    torch.set_num_threads(task.plan.threads)
+    (network,) = task.networks
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = task.indices["train"].groups(), len(task.indices["val"])
+
+    def work() -> float:
+        torch.manual_seed(0)
+        trainer = Trainer(build(network.spec), network.config, device=device)
+        refs = list(schedule(*sizes, epochs=range(2), batch_size=BATCH, rank=0, world=1, seed=0))
+        samples = list(in_memory(task.feed, task.indices, refs))
+        history = trainer.run(iter(samples), len(task.indices["train"]) // BATCH, lambda record, state: None)
+        return history[1].seconds
+
+    return work
+
+
+if __name__ == "__main__":
+    main()

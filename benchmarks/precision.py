@@ -1,0 +1,76 @@
+"""What bfloat16 costs in accuracy: the same trainings in both precisions, from the same seeds, on synthetic smears.
+
+FCN-8 learns from tiles of a smear and is judged on others of it; the pooled validation Dice of the last epoch and of
+the best, by seed and as mean.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from measure import options, show
+from tiles import write_tiles
+
+from apacs_ray.data.shards import read_index
+from apacs_ray.models.fcn import build_member
+from apacs_ray.storage import LocalStore
+from apacs_ray.training.config import TrainConfig
+from apacs_ray.training.feed import Crop, Feed, in_memory
+from apacs_ray.training.loop import Trainer
+from apacs_ray.training.order import schedule
+from apacs_ray.training.record import EpochRecord
+
+SIDE, BATCH = 256, 2
+
+
+def main() -> None:
+    parser = options(__doc__, "one seed, 2 epochs")
+    parser.add_argument("--width", type=float, default=0.25, help="of the network")
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--seeds", type=int, default=3)
+    arguments = parser.parse_args()
+    seeds, epochs = (1, 2) if arguments.quick else (arguments.seeds, arguments.epochs)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        store = LocalStore(folder)
+        write_tiles(store, SIDE, {"train": 32, "val": 16}, smear=2048)
+        for seed in range(seeds):
+            row: dict[str, float | int | str] = {"seed": seed}
+            for precision in ("float32", "bfloat16"):
+                config = TrainConfig(epochs, BATCH, seed, learning_rate=1e-3, dice_weight=0.5)
+                history = _train(store, replace(config, precision=precision), arguments.width)
+                row |= {
+                    f"{precision}_last": history[-1].val_dice,
+                    f"{precision}_best": max(r.val_dice for r in history),
+                }
+            row["difference_of_best"] = float(row["bfloat16_best"]) - float(row["float32_best"])
+            rows.append(row)
+            print(row, flush=True)
+    mean = {key: statistics.mean(float(row[key]) for row in rows) for key in rows[0] if key != "seed"}
+    show(
+        f"val Dice of FCN-8, width {arguments.width:g}, {epochs} epochs",
+        [*rows, {"seed": "mean", **mean}],
+        arguments.json,
+    )
+
+
+def _train(store: LocalStore, config: TrainConfig, width: float) -> tuple[EpochRecord, ...]:
+    indices = {split: read_index(store, split) for split in ("train", "val")}
+    sizes = indices["train"].groups(), len(indices["val"])
+    refs = schedule(*sizes, epochs=range(config.epochs), batch_size=BATCH, rank=0, world=1, seed=config.seed)
+    torch.manual_seed(config.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trainer = Trainer(build_member("fcn8", width=width, dropout=0.1), config, device=device)
+    samples = in_memory(Feed(store, None, Crop(0, True, True)), indices, refs)
+    return trainer.run(samples, len(indices["train"]) // BATCH, lambda record, state: None)
+
+
+if __name__ == "__main__":
+    main()

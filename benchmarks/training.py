@@ -1,0 +1,166 @@
+"""A training step of each member: this pipeline's epoch loop against a textbook float32 loop over the same networks.
+
+Textbook: contiguous layout, float32, plain Adam, one `loss.item()` a step. Ours: `training.loop.Trainer` as a run uses
+it (channels_last, bfloat16 autocast where the device computes it fast, fused Adam, freed memory kept), fed from memory;
+each in a process of its own. Both pass the same uint8 tiles, dropout and binary cross-entropy. CPU: 512 x 512, batch 2.
+GPU: 2000 x 2000, by batch size. The share of the measured bfloat16 peak is the model FLOPs utilisation (MFU).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from measure import Elsewhere, alternate, forward_flops, matmul_peak, medians, options, show
+from torch import nn
+
+from apacs_ray.adapters.session import KEEP_MEMORY
+from apacs_ray.models.fcn import build_member
+from apacs_ray.training.config import TrainConfig
+from apacs_ray.training.loop import Trainer
+from apacs_ray.training.order import SampleRef
+from apacs_ray.training.samples import Sample
+
+BACKWARD = 2  # times the cost of a forward pass
+
+
+def main() -> None:
+    parser = options(__doc__, "networks of a quarter of the width, 3 repetitions")
+    parser.add_argument("--members", default="fcn32,fcn8", help="networks to measure")
+    parser.add_argument("--compile", action="store_true", help="measure torch.compile as well")
+    parser.add_argument("--profile", action="store_true", help="say which operations a step spends its time in")
+    arguments = parser.parse_args()
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if gpu else "cpu")
+    peak, plain = (matmul_peak(device, dtype) for dtype in (torch.bfloat16, torch.float32))
+    print(f"matrix products: bfloat16 {peak / 1e12:.3g} TFLOP/s, float32 {plain / 1e12:.3g} TFLOP/s")
+    batches = (1, 2, 4) if gpu else (2,)
+    cases = [
+        Case(name, 0.25 if arguments.quick else 1.0, batch, 2000 if gpu else 512, device.type)
+        for name in arguments.members.split(",")
+        for batch in batches
+    ]
+    rows = [_measure(case, peak, arguments) for case in cases]
+    if not gpu:
+        print("GPU: not measured (no CUDA device here); the same command measures it where there is one")
+    show("training step", rows, arguments.json)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured."""
+
+    name: str
+    width: float
+    batch: int
+    side: int
+    device: str
+
+    def network(self) -> nn.Module:
+        torch.manual_seed(0)
+        return build_member(self.name, width=self.width)
+
+    def tiles(self) -> list[tuple[Any, Any]]:
+        rng = np.random.default_rng(0)
+        sides = (self.side, self.side)
+        return [
+            (rng.integers(0, 256, (*sides, 3), np.uint8), (rng.random(sides) < 0.1).astype(np.uint8))
+            for _ in range(self.batch)
+        ]
+
+
+def _measure(case: Case, peak: float, arguments: argparse.Namespace) -> dict[str, Any]:
+    ways = {
+        "textbook": Elsewhere(partial(Textbook, case), {}),
+        "ours": Elsewhere(partial(Ours, case), KEEP_MEMORY["env_vars"]),
+    }
+    if arguments.compile:
+        ways["compiled"] = Elsewhere(partial(Ours, case, compiled=True), KEEP_MEMORY["env_vars"])
+    seconds = medians(alternate(ways, 3 if arguments.quick else 5))
+    forward = forward_flops(case.network, (case.batch, 3, case.side, case.side))
+    speed = (1 + BACKWARD) * forward / seconds["ours"]
+    row: dict[str, Any] = {
+        "network": f"{case.name}, {case.batch} x {case.side} px",
+        **{f"{way}_s": value for way, value in seconds.items()},
+        "ratio": seconds["textbook"] / seconds["ours"],
+        "images_per_s": case.batch / seconds["ours"],
+        "TFLOP_per_s": speed / 1e12,
+        "share_of_bf16_peak": speed / peak,
+        "peak_GiB": ways["ours"].peak_memory() / 2**30,
+        "textbook_peak_GiB": ways["textbook"].peak_memory() / 2**30,
+    }
+    for way in ways.values():
+        way.end()
+    if arguments.profile:
+        row["spent_on"] = _profile(Ours(case))
+        for operation, share in row["spent_on"].items():
+            print(f"{row['network']}: {share:6.1%} {operation}")
+    return row
+
+
+class Textbook:
+    """One step as a textbook writes it."""
+
+    def __init__(self, case: Case) -> None:
+        self._device = torch.device(case.device)
+        self._model = case.network().to(self._device).train()
+        self._optimizer = torch.optim.Adam(self._model.parameters(), lr=1e-4)
+        tiles = case.tiles()
+        self._inputs = np.stack([image.transpose(2, 0, 1) for image, _ in tiles])
+        self._mask = np.stack([mask[None] for _, mask in tiles])
+
+    def __call__(self) -> float:
+        inputs = torch.from_numpy(self._inputs).to(self._device).float() / 255
+        mask = torch.from_numpy(self._mask).to(self._device).float()
+        loss = F.binary_cross_entropy_with_logits(self._model(inputs), mask)
+        self._optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        self._optimizer.step()
+        return loss.item()
+
+
+class Ours:
+    """One epoch of one step by the trainer of a run."""
+
+    def __init__(self, case: Case, compiled: bool = False) -> None:
+        config = TrainConfig(
+            epochs=1, batch_size=case.batch, seed=0, optimizer="adam", schedule="constant", precision="auto"
+        )
+        network = torch.compile(case.network()) if compiled else case.network()
+        self._trainer = Trainer(network, config, device=torch.device(case.device))
+        refs = [SampleRef(0, "train", 0, row, 1 / case.batch, row) for row in range(case.batch)]
+        self._samples = [Sample(ref, f"t{ref.row}", *tile) for ref, tile in zip(refs, case.tiles(), strict=True)]
+
+    def __call__(self) -> float:
+        self._trainer.history = ()
+        return self._trainer.run(iter(self._samples), 1, lambda record, state: None)[0].train_loss
+
+
+def _profile(work: Ours) -> dict[str, float]:
+    """Share of a step's time by operation, the largest eight."""
+    from torch.profiler import ProfilerActivity, profile
+
+    gpu = torch.cuda.is_available()
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as profiler:
+        work()
+    spent = {
+        event.key: event.self_device_time_total if gpu else event.self_cpu_time_total
+        for event in profiler.key_averages()
+    }
+    total = sum(spent.values())
+    largest = sorted(spent, key=spent.__getitem__, reverse=True)[:8]
+    shares = {name: spent[name] / total for name in largest}
+    return shares | {"other operations": 1 - sum(shares.values())}
+
+
+if __name__ == "__main__":
+    main()
