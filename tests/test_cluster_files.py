@@ -1,0 +1,479 @@
+"""The files in cluster/, checked offline: Ray's schema, EC2's request shape, and node types against what stages ask."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import botocore.session
+import pytest
+import ray
+import yaml
+from botocore.model import Shape
+from botocore.validate import ParamValidator
+from packaging.requirements import Requirement
+from ray._private import ray_constants
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_TYPE
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from apacs_ray.adapters.pool import plan_pool
+from apacs_ray.models.spec import MEMBERS
+from apacs_ray.plan import Cluster, TrainingPlan, plan_training
+from apacs_ray.settings import Settings
+from apacs_ray.sweep import read_sweep
+
+ROOT = Path(__file__).resolve().parent.parent
+CLUSTER = ROOT / "cluster"
+PINNED = f"ray[data,default,train,tune]=={ray.__version__}"
+CLOUDS = ("aws", "gcp")
+# CPUs and GPUs of the machine types, as the clouds document them
+MACHINES = {
+    "m7i.xlarge": (4, 0),
+    "c7i.8xlarge": (32, 0),
+    "g6.12xlarge": (48, 4),
+    "n2-standard-4": (4, 0),
+    "n2-standard-32": (32, 0),
+    "g2-standard-48": (48, 4),
+}
+SYSTEM_GIB = 100  # of a root disk: the image with its driver, and PyTorch
+SLIDE_GIB = 3  # of a slide that a task has in use
+
+
+def load(name: str) -> dict[str, Any]:
+    return yaml.safe_load((CLUSTER / f"{name}.yaml").read_text())
+
+
+def node_types(name: str) -> dict[str, dict[str, Any]]:
+    return load(name)["available_node_types"]
+
+
+def machine(node: dict[str, Any]) -> str:
+    return node["node_config"].get("InstanceType") or node["node_config"]["machineType"]
+
+
+def is_spot(node: dict[str, Any]) -> bool:
+    config = node["node_config"]
+    market = config.get("InstanceMarketOptions", {}).get("MarketType")
+    return market == "spot" or config.get("scheduling", {}).get("provisioningModel") == "SPOT"
+
+
+def gib(quantity: str) -> float:
+    """A Kubernetes quantity in Gi."""
+    assert quantity.endswith("Gi"), quantity
+    return float(quantity.removesuffix("Gi"))
+
+
+# what `ray up` reads
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_ray_accepts_the_file(name: str) -> None:
+    validate_config(prepare_config(load(name)))
+
+
+def test_ray_accepts_the_fake_cluster_as_it_stands() -> None:
+    config = load("local")
+    validate_config(config)  # `ray start` fills in no defaults
+    empty = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+    for key in [f"{part}_commands" for part in empty]:
+        assert config[key] == []
+    assert config["head_node_type"] == FAKE_HEAD_NODE_TYPE
+    assert config["provider"]["type"] == "fake_multinode"
+    assert config["provider"]["use_node_id_as_ip"] is True  # else no node is ever idle
+    assert config["provider"]["disable_node_updaters"] is True
+    workers = [node for kind, node in node_types("local").items() if kind != FAKE_HEAD_NODE_TYPE]
+    assert sorted(node["resources"].get("GPU", 0) for node in workers) == [0, 1]
+    assert all(node["resources"]["CPU"] == 1 for node in workers)
+
+
+@pytest.mark.parametrize("name", [*CLOUDS, "local"])
+def test_the_head_takes_no_tasks_and_everything_else_starts_from_zero(name: str) -> None:
+    config, nodes = load(name), node_types(name)
+    head = nodes.pop(config["head_node_type"])
+    assert head["resources"] == {"CPU": 0}
+    assert not is_spot(head)
+    assert nodes
+    for node in nodes.values():
+        assert node["min_workers"] == 0
+        assert 1 <= node["max_workers"] <= config["max_workers"]
+    assert 0 < config["idle_timeout_minutes"] <= 30
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_workers_are_spot_with_a_dearer_gpu_type_to_fall_back_on(name: str) -> None:
+    nodes = node_types(name)
+    assert {kind: is_spot(node) for kind, node in nodes.items()} == {
+        "head": False,
+        "cpu_spot": True,
+        "gpu_spot": True,
+        "gpu_on_demand": False,
+    }
+    spot, fallback = nodes["gpu_spot"], nodes["gpu_on_demand"]
+    assert spot["resources"] == fallback["resources"]
+    assert machine(spot) == machine(fallback)
+    assert spot["priority"] > fallback["priority"]
+    assert "GPU" not in nodes["cpu_spot"]["resources"]
+    assert load(name)["max_workers"] >= nodes["cpu_spot"]["max_workers"] + spot["max_workers"]
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_logical_resources_are_those_of_the_machine(name: str) -> None:
+    for kind, node in node_types(name).items():
+        cpus, gpus = MACHINES[machine(node)]
+        assert node["resources"].get("GPU", 0) == gpus, kind
+        assert node["resources"]["CPU"] == (0 if kind == "head" else cpus), kind
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_worker_disks_hold_the_slide_cache(name: str) -> None:
+    for kind, node in node_types(name).items():
+        config = node["node_config"]
+        if name == "aws":
+            (disk,) = config["BlockDeviceMappings"]
+            size, temporary = disk["Ebs"]["VolumeSize"], disk["Ebs"]["DeleteOnTermination"]
+        else:
+            (disk,) = config["disks"]
+            size, temporary = disk["initializeParams"]["diskSizeGb"], disk["autoDelete"]
+        cache = 0 if kind == "head" else Settings().data.cache_gb + SLIDE_GIB * MACHINES["c7i.8xlarge"][0]
+        assert size >= SYSTEM_GIB + cache, kind
+        assert temporary is True, kind
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_nodes_start_with_the_token_and_without_an_open_dashboard(name: str) -> None:
+    config = load(name)
+    for command in [config["head_start_ray_commands"][-1], config["worker_start_ray_commands"][-1]]:
+        assert re.search(r"RAY_AUTH_MODE=token ray start", command)
+        assert "0.0.0.0" not in command
+    assert "--dashboard-host=127.0.0.1" in config["head_start_ray_commands"][-1]
+    assert "--autoscaling-config=~/ray_bootstrap_config.yaml" in config["head_start_ray_commands"][-1]
+    assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+    local = [path for path in config["file_mounts"].values() if not path.startswith("~")]
+    assert "cluster/requirements.txt" in local
+    assert all((ROOT / path).is_file() for path in local)
+    assert "security_group" not in config["provider"]  # it could only open more than SSH
+
+
+# what the clouds read
+
+
+def wrong_words(value: Any, shape: Shape, where: str = "") -> Iterator[str]:
+    """Strings that are not in their shape's enumeration, which botocore's validator does not look at."""
+    if shape.type_name == "structure":
+        for key, item in value.items():
+            yield from wrong_words(item, shape.members[key], f"{where}.{key}")
+    elif shape.type_name == "list":
+        for item in value:
+            yield from wrong_words(item, shape.member, f"{where}[]")
+    elif getattr(shape, "enum", None) and value not in shape.enum:
+        yield f"{where}: {value}"
+
+
+@pytest.mark.parametrize("kind", node_types("aws"))
+def test_ec2_knows_every_field(kind: str) -> None:
+    shape = botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
+    request = {**node_types("aws")[kind]["node_config"], "MinCount": 1, "MaxCount": 1}
+    report = ParamValidator().validate(request, shape)
+    assert not report.has_errors(), report.generate_report()
+    assert list(wrong_words(request, shape)) == []
+    assert request["IamInstanceProfile"]["Name"] == ("apacs-ray-head" if kind == "head" else "apacs-ray-worker")
+    assert request["MetadataOptions"]["HttpTokens"] == "required"
+    assert request["ImageId"].startswith("resolve:ssm:/aws/service/")
+
+
+@pytest.mark.parametrize("kind", node_types("gcp"))
+def test_compute_engine_knows_every_field(kind: str) -> None:
+    nodes = node_types("gcp")
+    config = nodes[kind]["node_config"]
+    scheduling = config.get("scheduling", {})
+    assert set(config) <= {"machineType", "disks", "serviceAccounts", "scheduling"}
+    assert set(scheduling) <= {
+        "provisioningModel",
+        "instanceTerminationAction",
+        "onHostMaintenance",
+        "automaticRestart",
+    }
+    (disk,) = config["disks"]
+    assert set(disk) == {"boot", "autoDelete", "type", "initializeParams"}
+    assert set(disk["initializeParams"]) == {"diskSizeGb", "sourceImage"}
+    assert (
+        disk["initializeParams"]["sourceImage"]
+        == nodes["head"]["node_config"]["disks"][0]["initializeParams"]["sourceImage"]
+    )
+    if is_spot(nodes[kind]):
+        assert scheduling["instanceTerminationAction"] == "DELETE"
+    if is_spot(nodes[kind]) or "GPU" in nodes[kind]["resources"]:
+        assert scheduling["onHostMaintenance"] == "TERMINATE"
+        assert scheduling["automaticRestart"] is False
+    if kind != "head":
+        (account,) = config["serviceAccounts"]
+        assert account["email"].endswith(f"@{load('gcp')['provider']['project_id']}.iam.gserviceaccount.com")
+
+
+# what KubeRay reads: field names of ray.io/v1 in its API reference
+
+RAY_JOB = {
+    "entrypoint",
+    "backoffLimit",
+    "shutdownAfterJobFinishes",
+    "ttlSecondsAfterFinished",
+    "rayClusterSpec",
+}
+RAY_CLUSTER = {
+    "rayVersion",
+    "authOptions",
+    "enableInTreeAutoscaling",
+    "autoscalerOptions",
+    "headGroupSpec",
+    "workerGroupSpecs",
+}
+WORKER_GROUP = {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
+POD = {"serviceAccountName", "terminationGracePeriodSeconds", "securityContext", "containers", "volumes", "tolerations"}
+CONTAINER = {"name", "image", "env", "ports", "resources", "volumeMounts"}
+
+
+def ray_cluster() -> dict[str, Any]:
+    return load("kuberay")["spec"]["rayClusterSpec"]
+
+
+def groups() -> dict[str, dict[str, Any]]:
+    """Head and worker groups by name."""
+    cluster = ray_cluster()
+    return {"head": cluster["headGroupSpec"]} | {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
+
+
+def container(group: dict[str, Any]) -> dict[str, Any]:
+    (only,) = group["template"]["spec"]["containers"]
+    return only
+
+
+def pod_cpus(name: str) -> int:
+    return int(container(groups()[name])["resources"]["limits"]["cpu"])
+
+
+def test_the_ray_job_runs_the_pipeline_and_cleans_up() -> None:
+    job = load("kuberay")
+    assert (job["apiVersion"], job["kind"], set(job)) == (
+        "ray.io/v1",
+        "RayJob",
+        {"apiVersion", "kind", "metadata", "spec"},
+    )
+    spec = job["spec"]
+    assert set(spec) == RAY_JOB
+    script, *arguments = spec["entrypoint"].removeprefix("python ").split()
+    assert (ROOT / script.removeprefix("/app/")).is_file()
+    assert arguments[::2] == ["--data", "--output"]
+    assert all(uri.startswith("s3://") for uri in arguments[1::2])
+    assert spec["backoffLimit"] >= 1
+    assert spec["shutdownAfterJobFinishes"] is True
+    assert spec["ttlSecondsAfterFinished"] > 0
+
+
+def test_the_ray_cluster_scales_from_zero() -> None:
+    cluster = ray_cluster()
+    assert set(cluster) == RAY_CLUSTER
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert cluster["enableInTreeAutoscaling"] is True
+    options = cluster["autoscalerOptions"]
+    assert set(options) == {"version", "upscalingMode", "idleTimeoutSeconds", "resources"}
+    assert options["version"] in ("v1", "v2")
+    assert options["upscalingMode"] in ("Default", "Aggressive", "Conservative")
+    assert set(cluster["headGroupSpec"]) == {"serviceType", "rayStartParams", "template"}
+    assert cluster["headGroupSpec"]["serviceType"] == "ClusterIP"
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    assert {group["groupName"] for group in cluster["workerGroupSpecs"]} == {"cpu", "gpu"}
+    for group in cluster["workerGroupSpecs"]:
+        assert set(group) == WORKER_GROUP
+        assert group["replicas"] == group["minReplicas"] == 0
+        assert group["maxReplicas"] >= 1
+        assert "num-cpus" not in group["rayStartParams"]  # Ray takes the pod's limits
+
+
+@pytest.mark.parametrize("name", ["head", "cpu", "gpu"])
+def test_pods(name: str) -> None:
+    group = groups()[name]
+    pod, only = group["template"]["spec"], container(group)
+    assert set(pod) <= POD
+    assert set(only) <= CONTAINER
+    assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+    assert pod["serviceAccountName"] == "apacs-ray"
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert only["image"] == container(groups()["head"])["image"]
+    requests, limits = only["resources"]["requests"], only["resources"]["limits"]
+    assert requests == limits
+    assert {"cpu", "memory"} <= set(limits)
+    assert int(limits["cpu"]) >= 1  # whole CPUs, as Ray counts them
+
+    environment = {variable["name"]: variable["value"] for variable in only["env"]}
+    assert hasattr(ray_constants, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S")
+    drain = float(environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
+    assert 0 < drain < pod["terminationGracePeriodSeconds"]
+    assert environment["AWS_DEFAULT_REGION"]
+
+    volumes = {volume["name"]: volume["emptyDir"] for volume in pod["volumes"]}
+    mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in only["volumeMounts"]}
+    shared = mounts["/dev/shm"]
+    assert shared["medium"] == "Memory"
+    store = int(group["rayStartParams"]["object-store-memory"]) / 2**30
+    assert store < gib(shared["sizeLimit"]) < gib(limits["memory"]) / 2
+    if name != "head":
+        scratch = gib(mounts["/tmp"]["sizeLimit"])
+        assert Settings().data.cache_gb + SLIDE_GIB * pod_cpus("cpu") <= scratch <= gib(limits["ephemeral-storage"])
+
+
+def test_only_the_gpu_group_asks_for_gpus_and_tolerates_their_taint() -> None:
+    asked = {name: container(group)["resources"]["limits"].get("nvidia.com/gpu") for name, group in groups().items()}
+    assert asked == {"head": None, "cpu": None, "gpu": "4"}
+    tolerations = groups()["gpu"]["template"]["spec"]["tolerations"]
+    assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in tolerations
+
+
+# what the stages ask for, on the largest cluster of each file and on its first GPU node alone
+
+
+def workers(name: str) -> dict[str, tuple[int, int, int]]:
+    """CPUs, GPUs and largest number of the nodes for tiling (`cpu`) and for training (`gpu`)."""
+    if name == "kuberay":
+        found = {}
+        for kind in ("cpu", "gpu"):
+            limits = container(groups()[kind])["resources"]["limits"]
+            found[kind] = (int(limits["cpu"]), int(limits.get("nvidia.com/gpu", 0)), groups()[kind]["maxReplicas"])
+        return found
+    nodes = node_types(name)
+    return {
+        kind: (node["resources"]["CPU"], node["resources"].get("GPU", 0), node["max_workers"])
+        for kind, node in (("cpu", nodes["cpu_spot"]), ("gpu", nodes["gpu_spot"]))
+    }
+
+
+def left_after(plan: TrainingPlan, nodes: Sequence[tuple[int, int]]) -> float:
+    """CPUs left when every DDP worker has its place, each on one node and one GPU of it; fails when one has none."""
+    cpus = [float(cpu) for cpu, _ in nodes]
+    gpus = [(number, [1.0] * gpu) for number, (_, gpu) in enumerate(nodes)]
+    wanted = [(network.gpus, network.cpus, network.name) for network in plan.networks for _ in range(network.workers)]
+    for gpu, cpu, name in sorted(wanted, reverse=True):
+        place = next(
+            (
+                (number, free, index)
+                for number, free in gpus
+                for index, share in enumerate(free)
+                if share >= gpu - 1e-9 and cpus[number] >= cpu
+            ),
+            None,
+        )
+        assert place is not None, f"{name}: no node has {gpu} GPU and {cpu} CPU left"
+        number, free, index = place
+        free[index] -= gpu
+        cpus[number] -= cpu
+    return sum(cpus)
+
+
+@pytest.mark.parametrize("name", [*CLOUDS, "kuberay"])
+@pytest.mark.parametrize("networks", [MEMBERS, ("fusion",), ("fusion", "fusion_published")])
+@pytest.mark.parametrize("whole", [True, False])
+def test_training_fits_the_gpu_nodes(name: str, networks: tuple[str, ...], whole: bool) -> None:
+    cpus, gpus, most = workers(name)["gpu"]
+    count = most if whole else 1
+    plan = plan_training(networks, Cluster(cpus * count, gpus * count, cpus), batch_size=8)
+    left = left_after(plan, [(cpus, gpus)] * count)
+    data = sum(network.data_cpus * network.workers for network in plan.networks)
+    assert data <= left  # every worker has a task that decodes for it
+    for network in plan.networks:
+        assert network.gpus > 0, "trains on CPUs beside idle GPUs"
+        assert network.threads * gpus <= cpus
+    if networks == MEMBERS:
+        assert sum(network.gpus * network.workers for network in plan.networks) > 0.7 * gpus * count
+
+
+@pytest.mark.parametrize("name", [*CLOUDS, "kuberay"])
+def test_members_train_on_eight_gpus_at_most_and_four_a_node(name: str) -> None:
+    cpus, gpus, most = workers(name)["gpu"]
+    assert (gpus, gpus * most) == (4, 8)
+    plan = plan_training(MEMBERS, Cluster(cpus * most, gpus * most, cpus), batch_size=8)
+    assert {network.name: network.workers for network in plan.networks} == {"fcn32": 1, "fcn16": 3, "fcn8": 3}
+
+
+@pytest.mark.parametrize("name", [*CLOUDS, "kuberay"])
+def test_tiling_pools_and_trials_fit_a_node(name: str) -> None:
+    sizes = workers(name)
+    cpus, gpus, _ = sizes["cpu"]
+    assert (cpus >= 8, gpus) == (True, 0)  # a tiling task is one CPU
+    cpus, gpus, most = sizes["gpu"]
+    pool = plan_pool(Cluster(cpus * most, gpus * most, cpus), shards=1000)
+    assert pool.gpus == 1
+    assert pool.actors == gpus * most
+    assert pool.cpus * gpus <= cpus
+    for path in sorted((ROOT / "tune_configs").glob("*.yaml")):
+        trial = read_sweep(str(path)).resources
+        assert trial.gpu <= 1
+        assert trial.cpu * (gpus / max(trial.gpu, 0.01) if trial.gpu else 1) <= cpus, path.name
+
+
+# versions and secrets
+
+
+def pins() -> dict[str, Requirement]:
+    lines = (CLUSTER / "requirements.txt").read_text().splitlines()
+    found = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {requirement.name: requirement for requirement in found}
+
+
+def declared() -> dict[str, Requirement]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *project["optional-dependencies"]["optuna"]]
+    return {requirement.name: requirement for requirement in map(Requirement, lines)}
+
+
+def test_every_dependency_is_pinned_within_its_range() -> None:
+    wanted, pinned = declared(), pins()
+    assert wanted.pop("ray").specifier.contains(ray.__version__)
+    assert set(pinned) == set(wanted)
+    for name, requirement in pinned.items():
+        (exact,) = requirement.specifier
+        assert exact.operator == "==", name
+        assert wanted[name].specifier.contains(exact.version), name
+        assert requirement.extras == wanted[name].extras, name
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_nodes_install_the_pinned_ray(name: str) -> None:
+    config = prepare_config(load(name))
+    for commands in (config["head_setup_commands"], config["worker_setup_commands"]):
+        assert any(f"'{PINNED}' -r ~/requirements.txt" in command for command in commands)
+        assert not any(re.search(r"\.whl|ray-wheels|nightly|\.dev\d", command) for command in commands)
+
+
+def test_one_version_of_ray_everywhere() -> None:
+    dockerfile = (CLUSTER / "Dockerfile").read_text()
+    assert f"ARG RAY_VERSION={ray.__version__}\n" in dockerfile
+    assert '"ray[data,default,train,tune]==${RAY_VERSION}"' in dockerfile
+    assert ray_cluster()["rayVersion"] == ray.__version__
+    assert all(container(group)["image"].endswith(f"apacs_ray:{ray.__version__}") for group in groups().values())
+    for path in [*CLUSTER.glob("*.yaml"), CLUSTER / "Dockerfile", CLUSTER / "README.md"]:
+        named = re.findall(r"(?:apacs_ray:|ray\[[a-z,]+\]==|Ray )(\d+\.\d+\.\d+)", path.read_text())
+        assert set(named) <= {ray.__version__}, path.name
+
+
+def test_the_image_holds_what_the_job_runs() -> None:
+    dockerfile = (CLUSTER / "Dockerfile").read_text()
+    copied = re.findall(r"^COPY (\S+) (\S+)$", dockerfile, re.MULTILINE)
+    assert all((ROOT / source).exists() for source, _ in copied)
+    assert {f"/app/{folder}" for folder in ("apacs_ray", "pipelines", "configs", "tune_configs")} <= {
+        to for _, to in copied
+    }
+    assert "PYTHONPATH=/app" in dockerfile
+    uid = re.search(r"^USER (\d+)$", dockerfile, re.MULTILINE)
+    assert uid is not None
+    assert all(
+        group["template"]["spec"]["securityContext"]["runAsUser"] == int(uid[1]) != 0 for group in groups().values()
+    )
+
+
+@pytest.mark.parametrize("path", sorted(CLUSTER.iterdir()), ids=lambda path: path.name)
+def test_no_keys(path: Path) -> None:
+    text = path.read_text()
+    assert not re.search(r"\b(AKIA|ASIA)[A-Z0-9]{16}\b", text)
+    assert not re.search(r"(?i)aws_secret_access_key|aws_access_key_id|private_key|RAY_AUTH_TOKEN\b", text)
