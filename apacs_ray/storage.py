@@ -307,6 +307,11 @@ class S3Store(Store):
         return f"{self.bucket}/{self._key(path)}".rstrip("/")
 
 
+def is_local(uri: str) -> bool:
+    """Whether only this machine sees what lies there."""
+    return "://" not in uri or urlsplit(uri).scheme == "file"
+
+
 def open_store(uri: str) -> Store:
     """The store at a local path or `s3://bucket/prefix`. Raises UsageError for any other scheme."""
     if "://" not in uri:
@@ -323,8 +328,8 @@ def open_store(uri: str) -> Store:
 
 
 def _resolve_access() -> S3Access:
-    session = boto3.Session()
     try:
+        session = boto3.Session()
         client = session.client("s3")
     except (BotoCoreError, ValueError) as error:
         raise UsageError(f"S3: cannot be set up: {error}") from error
@@ -339,8 +344,8 @@ def _resolve_access() -> S3Access:
     return S3Access(region, endpoint, credentials.access_key, credentials.secret_key, credentials.token)
 
 
-@functools.lru_cache(maxsize=8)
-def _s3_client(access: S3Access) -> Any:
+def s3_client(access: S3Access, config: Config) -> Any:
+    """boto3's client, with its limits of time and attempts in `config`."""
     return boto3.Session().client(
         "s3",
         region_name=access.region,
@@ -348,8 +353,13 @@ def _s3_client(access: S3Access) -> Any:
         aws_access_key_id=access.access_key,
         aws_secret_access_key=access.secret_key,
         aws_session_token=access.session_token,
-        config=Config(retries={"mode": "standard", "max_attempts": ATTEMPTS}),
+        config=config,
     )
+
+
+@functools.lru_cache(maxsize=8)
+def _s3_client(access: S3Access) -> Any:
+    return s3_client(access, Config(retries={"mode": "standard", "max_attempts": ATTEMPTS}))
 
 
 @functools.lru_cache(maxsize=8)

@@ -16,7 +16,7 @@ import pyarrow as pa
 from apacs_ray.errors import ApacsError
 from apacs_ray.plan import Cluster, Nodes, cluster_of
 from apacs_ray.run import ROOT, Run, require_source, source_hash
-from apacs_ray.storage import open_store
+from apacs_ray.storage import is_local
 
 UNLIMITED = 8  # nodes that are planned with where an autoscaler sets no limit
 # For processes that run networks: glibc keeps large freed blocks instead of giving them back, so that a step does not
@@ -57,7 +57,9 @@ class RaySession:
             )
             self._run.lease.note_ray_session(ray._private.worker._global_node.get_session_dir_path())
         self._started = True
-        self._refuse_local_paths_on_several_nodes()
+        machines = joined_machines()
+        refuse_local(machines, self._run.store.uri, "--output")
+        refuse_local(machines, self._run.data, "--data")
 
     def stop(self) -> None:
         """Leave the cluster, or end the one that was started."""
@@ -71,20 +73,18 @@ class RaySession:
         """What the cluster has, or what its autoscaler may give it."""
         return joined_cluster()
 
-    def _refuse_local_paths_on_several_nodes(self) -> None:
-        import ray
 
-        machines = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-        if len(machines) < 2:
-            return
-        if self._run.store.is_local:
-            raise ApacsError(
-                f"{self._run.store.uri}: a local --output cannot be seen by all {len(machines)} nodes; give s3://bucket/prefix"
-            )
-        if self._run.data is not None and open_store(self._run.data).is_local:
-            raise ApacsError(
-                f"{self._run.data}: local --data cannot be seen by all {len(machines)} nodes; give s3://bucket/prefix"
-            )
+def joined_machines() -> int:
+    """How many machines it has."""
+    import ray
+
+    return len({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]})
+
+
+def refuse_local(machines: int, uri: str | None, option: str) -> None:
+    """Raise ApacsError when what `option` names is seen by this machine only, and there are several."""
+    if machines > 1 and uri is not None and is_local(uri):
+        raise ApacsError(f"{uri}: a local {option} cannot be seen by all {machines} nodes; give s3://bucket/prefix")
 
 
 def joined_cluster() -> Cluster:

@@ -27,6 +27,11 @@ CHUNK = 8 << 20  # bytes
 LOCK = ".lock"
 
 
+def default_cache() -> str:
+    """A folder of this user's own: others could put slides of theirs into one that all share."""
+    return str(Path(tempfile.gettempdir()) / f"apacs_ray-slides-{os.getuid()}")
+
+
 @dataclass(frozen=True)
 class SlideCache:
     """A folder of staged slides that holds at most `limit` bytes, beside what is in use."""

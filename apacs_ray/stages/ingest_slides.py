@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from apacs_ray.data import synthetic
 from apacs_ray.data.folder import Reject, Split
 from apacs_ray.data.shards import Receipt
 from apacs_ray.errors import BadInput, UsageError
-from apacs_ray.slides.cache import SlideCache
+from apacs_ray.slides.cache import SlideCache, default_cache
 from apacs_ray.slides.find import SlideData, SlideFiles, find_slides
 from apacs_ray.slides.plan import SlideSummary, SlideTask
 from apacs_ray.slides.shards import SlideShard, plan_shards
@@ -83,7 +81,7 @@ def look_at_slides(context: Context, store: Store, entries: Sequence[Entry], mar
     )
     slides = with_given_splits(found.slides, settings.data.splits)
     _require_splits(context, store, slides)
-    cache = SlideCache(Path(settings.data.cache or _default_cache()), round(settings.data.cache_gb * GIB))
+    cache = SlideCache(Path(settings.data.cache or default_cache()), round(settings.data.cache_gb * GIB))
     mpps = _read_mpps(open_store_file(settings.data.mpps))
     task = SlideTask(store, masks, run.store, settings.tiles, settings.data, cache, mark, mpps)
     context.ray.start()
@@ -131,11 +129,6 @@ def _defects(seen: Inspected) -> list[Reject]:
         for summary in seen.summaries
         for defect in summary.defects
     ]
-
-
-def _default_cache() -> str:
-    """A folder of this user's own: others could put slides of theirs into one that all share."""
-    return str(Path(tempfile.gettempdir()) / f"apacs_ray-slides-{os.getuid()}")
 
 
 def _require_splits(context: Context, store: Store, slides: Sequence[SlideFiles]) -> None:

@@ -1,0 +1,86 @@
+"""What there is to train on, and the plan that follows from it."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from urllib.parse import urlsplit
+
+from apacs_ray.adapters.session import refuse_local
+from apacs_ray.adapters.survey import Survey, survey
+from apacs_ray.cli import Command
+from apacs_ray.doctor.finding import Finding
+from apacs_ray.doctor.machine import usable_cpus
+from apacs_ray.errors import ApacsError
+from apacs_ray.models.spec import MEMBERS
+from apacs_ray.plan import Cluster, plan_training
+
+CONNECT = 3.0  # s
+START = "unset RAY_ADDRESS to run on this machine, or start the cluster (ray start --head) and give its address"
+
+
+def check_cluster(command: Command, look: Callable[[], Survey] = survey) -> Iterator[Finding]:
+    """The plan for the members on the cluster at `RAY_ADDRESS`, else on this machine, where Ray is not started."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    if not address or address == "local":
+        cluster = _this_machine()
+        yield Finding("cluster", "ok", f"this machine: {_resources(cluster)} (RAY_ADDRESS is not set)")
+        yield _plan(command, cluster)
+        return
+    problem = _unreachable(address)
+    if problem:
+        yield Finding("cluster", "failed", f"RAY_ADDRESS {address}: {problem}", START)
+        return
+    try:
+        found = look()
+    except ApacsError as error:
+        advice = "set RAY_AUTH_MODE=token and the cluster's RAY_AUTH_TOKEN here; run the same Ray and Python there"
+        yield Finding("cluster", "failed", f"RAY_ADDRESS {address}: {error}", advice)
+        return
+    machines = f"{found.machines} machine{'s' * (found.machines != 1)}"
+    yield Finding("cluster", "ok", f"RAY_ADDRESS {address}: {machines}, {_resources(found.cluster)}")
+    for uri, option in ((command.output, "--output"), (command.data, "--data")):
+        try:
+            refuse_local(found.machines, uri, option)
+        except ApacsError as error:
+            yield Finding("cluster", "failed", str(error), "copy it to S3: aws s3 sync; and give its URI")
+    yield _plan(command, found.cluster)
+
+
+def _this_machine() -> Cluster:
+    import torch
+
+    cpus = usable_cpus()
+    return Cluster(cpus, float(torch.cuda.device_count()), cpus)
+
+
+def _plan(command: Command, cluster: Cluster) -> Finding:
+    members = command.settings.members
+    plan = plan_training(MEMBERS, cluster, workers=members.workers, batch_size=members.batch_size, mode=members.mode)
+    asked = sum(network.workers * network.gpus for network in plan.networks)
+    if asked > cluster.gpus + 1e-6:
+        return Finding("plan", "failed", f"{plan.describe()}: more GPUs than there are", "lower --members.workers")
+    return Finding("plan", "ok", plan.describe())
+
+
+def _resources(cluster: Cluster) -> str:
+    return f"{cluster.cpus:g} CPU{'s' * (cluster.cpus != 1)}, {cluster.gpus:g} GPU{'s' * (cluster.gpus != 1)}"
+
+
+def _unreachable(address: str) -> str | None:
+    """Why nothing can be joined at an address with host and port; None where Ray itself has to find out."""
+    if address.startswith(("http://", "https://")):
+        return "the address of the job server, which takes jobs (ray job submit); a driver cannot join there"
+    parts = urlsplit(address if "://" in address else f"ray://{address}")
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        return "no host:port"
+    if host is None or port is None:
+        return None
+    try:
+        socket.create_connection((host, port), timeout=CONNECT).close()
+    except OSError as error:
+        return f"nobody answers ({error.strerror or error})"
+    return None

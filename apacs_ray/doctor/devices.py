@@ -1,0 +1,106 @@
+"""GPUs, their driver, and what the CPU computes."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from apacs_ray.doctor.finding import Finding, message_of
+from apacs_ray.settings import Settings
+
+DRIVER = Path("/proc/driver/nvidia/version")
+GIB = 1 << 30
+
+
+def check_gpus(settings: Settings, driver_file: Path = DRIVER) -> Iterator[Finding]:
+    """A line a GPU, or why there is none; each one computes something."""
+    import torch
+
+    with warnings.catch_warnings(record=True) as said:  # torch puts an unusable driver into a warning
+        warnings.simplefilter("always")
+        usable = torch.cuda.is_available()
+    if not usable:
+        yield _no_gpu([" ".join(str(warning.message).split()) for warning in said], driver_file)
+        return
+    for number in range(torch.cuda.device_count()):
+        yield _gpu(torch.device("cuda", number), settings, driver_file)
+
+
+def _no_gpu(said: list[str], driver_file: Path) -> Finding:
+    import torch
+
+    built = torch.version.cuda or torch.version.hip
+    if "CUDA_VISIBLE_DEVICES" in os.environ and not os.environ["CUDA_VISIBLE_DEVICES"].strip("-1 "):
+        return Finding("GPU", "ok", "hidden by CUDA_VISIBLE_DEVICES: runs on the CPU")
+    driver = driver_version(driver_file)
+    if driver is None:
+        kind = f"torch is built for CUDA {built}, and there is no driver" if built else "torch is built for the CPU"
+        return Finding("GPU", "ok", f"no GPU: runs on the CPU ({kind})")
+    if built is None:
+        advice = "install torch and torchvision built for CUDA (pytorch.org names the index)"
+        return Finding("GPU", "warning", f"NVIDIA driver {driver}, but torch is built for the CPU: runs there", advice)
+    reason = "; ".join(said) or "torch finds no device"
+    advice = (
+        f"use a driver for CUDA {built} or torch built for an older CUDA; in a container, pass the GPUs (--gpus all)"
+    )
+    return Finding("GPU", "warning", f"driver {driver}, torch for CUDA {built}, no GPU usable: {reason}", advice)
+
+
+def _gpu(device: object, settings: Settings, driver_file: Path) -> Finding:
+    import torch
+
+    from apacs_ray.training.loop import resolve_precision
+
+    assert isinstance(device, torch.device)
+    properties = torch.cuda.get_device_properties(device)
+    name = f"GPU {device.index}"
+    with torch.cuda.device(device):
+        bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        try:
+            half = resolve_precision(settings.members.precision, device)
+            with torch.autocast("cuda", torch.bfloat16, enabled=half):
+                layer = torch.nn.Conv2d(3, 4, 3).to(device)
+                layer(torch.ones(1, 3, 32, 32, device=device)).sum().backward()
+            torch.cuda.synchronize()
+            free = torch.cuda.mem_get_info()[0]
+        except RuntimeError as error:
+            advice = "nvidia-smi shows what holds the GPU; torch's build must know this GPU's compute capability"
+            return Finding(name, "failed", f"{properties.name} does not compute: {message_of(error)}", advice)
+    found = (
+        f"{properties.name}, {free / GIB:.0f} of {properties.total_memory / GIB:.0f} GiB free, compute capability "
+        f"{properties.major}.{properties.minor}, driver {driver_version(driver_file) or 'unknown'}, "
+        f"torch for CUDA {torch.version.cuda or torch.version.hip}, "
+        f"{'bfloat16' if bfloat16 else 'no bfloat16'}"
+    )
+    if not bfloat16 and settings.members.precision == "bfloat16":
+        return Finding(name, "warning", found, "bfloat16 is slow here: --members.precision float32")
+    return Finding(name, "ok", found)
+
+
+def driver_version(file: Path = DRIVER) -> str | None:
+    """Version of the NVIDIA kernel driver, None without one."""
+    try:
+        text = file.read_text(errors="replace")
+    except OSError:
+        return None
+    found = re.search(r"\b\d+\.\d+(?:\.\d+)*\b", text)
+    return found.group(0) if found else "of unknown version"
+
+
+def check_cpu(settings: Settings) -> Iterator[Finding]:
+    """The CPU, and whether training on it would use bfloat16."""
+    import torch
+
+    from apacs_ray.training.loop import describe_device, resolve_precision
+
+    device = torch.device("cpu")
+    amx, avx = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
+    units = [name for name, there in (("AMX", amx), ("AVX512-BF16", avx)) if there]
+    found = f"{describe_device(device)}; " + (f"bfloat16 by {' and '.join(units)}" if units else "no bfloat16")
+    if settings.members.precision == "bfloat16" and not resolve_precision("auto", device):
+        yield Finding("CPU", "warning", found, "bfloat16 is emulated and slow here: --members.precision auto")
+    else:
+        yield Finding("CPU", "ok", found)

@@ -1,0 +1,60 @@
+"""Data and output, wherever they are: which checks they get, and what is remembered of their stores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from botocore.exceptions import BotoCoreError
+
+from apacs_ray.doctor import folders, objects
+from apacs_ray.doctor.answers import explain_setup
+from apacs_ray.doctor.finding import Finding
+from apacs_ray.errors import ApacsError
+from apacs_ray.storage import LocalStore, S3Store, open_store
+
+
+@dataclass
+class Stores:
+    """The buckets that were asked: for their clocks, and for the secrets that must not be printed."""
+
+    buckets: list[objects.Bucket] = field(default_factory=list)
+
+    def check_data(self, name: str, uri: str | None) -> Iterable[Finding]:
+        """Whether it can be listed and read."""
+        if uri is None:
+            return [Finding(name, "ok", "none given: synthetic smears")] if name == "data" else []
+        store = self._open(name, uri)
+        if isinstance(store, LocalStore):
+            return folders.check_data(store, name)
+        return [store] if isinstance(store, Finding) else objects.check_data(store)
+
+    def check_output(self, name: str, uri: str) -> Iterable[Finding]:
+        """Whether a run could write there."""
+        store = self._open(name, uri)
+        if isinstance(store, LocalStore):
+            return folders.check_output(store, name)
+        return [store] if isinstance(store, Finding) else objects.check_output(store)
+
+    def check_clock(self) -> Iterable[Finding]:
+        """This machine's clock against theirs."""
+        return objects.check_clock(self.buckets)
+
+    def secrets(self) -> set[str]:
+        """What opens these stores."""
+        keys = [(bucket.store.access.secret_key, bucket.store.access.session_token) for bucket in self.buckets]
+        return {key for pair in keys for key in pair if key}
+
+    def _open(self, name: str, uri: str) -> LocalStore | objects.Bucket | Finding:
+        if uri.startswith("s3://") and any(letter in uri.removeprefix("s3://").split("/")[0] for letter in "@:"):
+            advice = "give s3://bucket/prefix, and the keys as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            return Finding(name, "failed", "the URI carries credentials or a port (not shown)", advice)
+        try:
+            store = open_store(uri)
+            if isinstance(store, S3Store):
+                self.buckets.append(objects.Bucket(store, name))
+                return self.buckets[-1]
+        except (BotoCoreError, ApacsError) as error:
+            return explain_setup(name, error)
+        assert isinstance(store, LocalStore)
+        return store

@@ -1,0 +1,422 @@
+"""`python -m apacs_ray doctor`: what it finds on machines and stores that would not do."""
+
+from __future__ import annotations
+
+import email.utils
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import numpy as np
+import pytest
+from s3_proxy import Behaviour, Proxy, proxy
+
+from apacs_ray.adapters.survey import Survey, cause
+from apacs_ray.cli import parse
+from apacs_ray.doctor import cluster, codecs, devices, folders, machine, objects, versions
+from apacs_ray.doctor.command import doctor
+from apacs_ray.doctor.finding import Finding, examine, shown
+from apacs_ray.doctor.stores import Stores
+from apacs_ray.errors import ApacsError
+from apacs_ray.plan import Cluster
+from apacs_ray.storage import LocalStore, open_store
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def only(findings: object) -> Finding:
+    (finding,) = list(findings)  # type: ignore[call-overload]
+    return finding
+
+
+def contents(uri: str) -> list[str]:
+    return sorted(entry.path for entry in open_store(uri).list())
+
+
+# what any check may do
+
+
+def test_a_check_that_raises_or_hangs_becomes_a_failed_line() -> None:
+    def breaks() -> Iterator[Finding]:
+        yield Finding("first", "ok", "fine")
+        raise ValueError("two\nlines")
+
+    first, second = examine("second", breaks)
+    assert (first.state, second.name, second.state, second.found) == ("ok", "second", "failed", "ValueError: two lines")
+    assert second.advice
+    hung = only(examine("slow", lambda: time.sleep(5) or (), limit=0.05))
+    assert hung.state == "failed"
+    assert "0.05 s" in hung.found
+
+
+def test_no_secret_and_no_control_character_is_shown() -> None:
+    text = "at http://me:pa/ss@host:9000/x with s3cr3t/key and s3cr3t%2Fkey\x1b[31m"
+    finding = shown(Finding("a", "failed", text, "s3cr3t/key"), {"s3cr3t/key", "at"})
+    assert finding.found == "at http://***@host:9000/x with *** and ***?[31m"
+    assert finding.advice == "***"
+
+
+# this machine
+
+
+def test_packages_that_are_missing_or_out_of_range() -> None:
+    assert only(versions.check_packages()).state == "ok"
+    texts = [f.found for f in versions.check_packages(["no-such-package>=1", "numpy<1", "numpy; python_version<'3'"])]
+    assert len(texts) == 2
+    assert "no-such-package is not installed" in texts[0]
+    assert "numpy" in texts[1]
+    assert "<1" in texts[1]
+
+
+def test_the_torch_pair_and_the_devices(tmp_path: Path) -> None:
+    settings = parse(["--data", "x"], "doctor", "").settings
+    assert only(versions.check_torch()).state == "ok"
+    assert only(devices.check_cpu(settings)).state == "ok"
+    import torch
+
+    if not torch.cuda.is_available():
+        assert "runs on the CPU" in only(devices.check_gpus(settings, tmp_path / "none")).found
+        driver = tmp_path / "version"
+        driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.82.01  Wed Oct 27")
+        finding = only(devices.check_gpus(settings, driver))
+        assert finding.state == "warning"
+        assert "470.82.01" in finding.found
+
+
+@pytest.mark.parametrize(
+    "check", [codecs.check_pillow, codecs.check_simplejpeg, codecs.check_vips, codecs.check_openslide]
+)
+def test_codecs_work_here(check: object) -> None:
+    assert {finding.state for finding in check()} == {"ok"}  # type: ignore[operator]
+
+
+def test_a_codec_that_swaps_channels_is_found() -> None:
+    assert codecs.compare("x", np.ascontiguousarray(codecs.picture()[:, :, ::-1]), codecs.LOSS, "p").state == "failed"
+    assert codecs.compare("x", codecs.picture()[:-1], codecs.LOSS, "p").state == "failed"
+
+
+def test_shared_memory_disk_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "available_memory", lambda: 1 << 50)
+    monkeypatch.setattr(machine, "STORE_BEYOND_SHARED_MEMORY", 1 << 49)
+    monkeypatch.setattr(machine, "STORE_MOST", 1 << 49)
+    finding = only(machine.check_shared_memory(tmp_path))
+    assert finding.state == "warning"
+    assert "--shm-size" in finding.advice
+    assert machine.check_disk("disk", tmp_path / "a/b", 0, "x").state == "ok"
+    assert machine.check_disk("disk", tmp_path / "a/b", 1 << 60, "x").state == "warning"
+    monkeypatch.setattr(machine, "FULLEST", 0.0)
+    assert "make room" in machine.check_disk("disk", tmp_path / "a/b", 0, "x").advice
+    monkeypatch.setattr(machine, "TOO_LITTLE", 1 << 60)
+    assert machine.check_disk("disk", tmp_path, 0, "x").state == "failed"
+    monkeypatch.setattr(machine, "FEWEST_FILES", 1 << 40)
+    assert "ulimit" in only(machine.check_open_files()).advice
+
+
+def test_cpus_and_memory_of_a_container(tmp_path: Path) -> None:
+    assert machine.usable_cpus(tmp_path) == os.cpu_count()
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert machine.usable_cpus(tmp_path) == os.cpu_count()
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    assert machine.usable_cpus(tmp_path) == 1
+    (tmp_path / "memory.max").write_text("3000000\n")
+    (tmp_path / "memory.current").write_text("1000000\n")
+    assert machine.available_memory(tmp_path) == 2000000
+
+
+# local folders
+
+
+@pytest.fixture
+def readable_only() -> Iterator[Path]:
+    """A folder in which this process may read and not write, although tests may run as root."""
+    folder = Path(tempfile.mkdtemp())
+    (folder / "a.png").write_bytes(b"x")
+    folder.chmod(0o555)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield folder
+    finally:
+        if root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+        shutil.rmtree(folder)
+
+
+def test_local_output_leaves_nothing(tmp_path: Path) -> None:
+    finding = only(folders.check_output(LocalStore(str(tmp_path / "new/run"))))
+    assert finding.state == "ok"
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.json").write_text("{}")
+    assert only(folders.check_output(LocalStore(str(tmp_path / "run")))).state == "ok"
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
+    assert only(folders.check_output(LocalStore(str(tmp_path / "run/run.json")))).state == "failed"
+
+
+def test_a_read_only_folder(readable_only: Path) -> None:
+    assert only(folders.check_data(LocalStore(str(readable_only)))).state == "ok"
+    for output in (readable_only, readable_only / "runs/new"):
+        finding = only(folders.check_output(LocalStore(str(output))))
+        assert finding.state == "failed"
+        assert str(readable_only) in finding.advice
+    assert [path.name for path in readable_only.iterdir()] == ["a.png"]
+    assert machine.check_disk("disk", readable_only, 0, "x").state == "failed"
+
+
+def test_local_data(tmp_path: Path) -> None:
+    assert "no such folder" in only(folders.check_data(LocalStore(str(tmp_path / "none")))).found
+    assert "no file" in only(folders.check_data(LocalStore(str(tmp_path)))).found
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep/a [b].png").write_bytes(b"x")
+    finding = only(folders.check_data(LocalStore(str(tmp_path))))
+    assert finding.state == "ok"
+    assert "deep/a [b].png" in finding.found
+    assert only(folders.check_data(LocalStore(str(tmp_path / "deep/a [b].png")))).state == "failed"
+
+
+# S3
+
+
+@pytest.fixture(scope="module")
+def one_proxy(s3_endpoint: str) -> Iterator[Proxy]:
+    with proxy(s3_endpoint) as running:
+        yield running
+
+
+@pytest.fixture
+def between(one_proxy: Proxy, s3: str, monkeypatch: pytest.MonkeyPatch) -> Proxy:
+    """A proxy that stands between the bucket `s3` and us, and behaves until a test says otherwise."""
+    one_proxy.behaviour = Behaviour()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", one_proxy.url)
+    return one_proxy
+
+
+def test_a_bucket_that_does_is_left_as_it_was(s3: str) -> None:
+    open_store(s3).write("cells/a b.png", b"pixels")
+    stores = Stores()
+    assert only(stores.check_data("data", f"{s3}/cells")).found.endswith("reads a b.png")
+    assert only(stores.check_output("output", f"{s3}/runs/one")).state == "ok"
+    assert only(stores.check_output("output", s3)).state == "ok"
+    assert only(stores.check_clock()).state == "ok"
+    assert contents(s3) == ["cells/a b.png"]
+    assert "no objects" in only(stores.check_data("data", f"{s3}/nothing")).found
+
+
+def test_a_bucket_with_versions_keeps_none_of_ours(s3: str) -> None:
+    client, bucket = boto3.client("s3"), s3.removeprefix("s3://")
+    client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+    assert only(Stores().check_output("output", f"{s3}/run")).state == "ok"
+    left = client.list_object_versions(Bucket=bucket)
+    assert "Versions" not in left
+    assert "DeleteMarkers" not in left
+
+
+def test_no_such_bucket(s3: str) -> None:
+    for finding in (
+        only(Stores().check_data("data", "s3://no-such-bucket/x")),
+        only(Stores().check_output("output", "s3://no-such-bucket/x")),
+    ):
+        assert finding.state == "failed"
+        assert "no bucket no-such-bucket" in finding.found
+
+
+RIGHTS = {
+    "s3:ListBucket": ("GET", True),
+    "s3:GetObject": ("GET", False),
+    "s3:PutObject": ("PUT", False),
+    "s3:DeleteObject": ("DELETE", False),
+}
+
+
+def test_a_missing_right_is_named(s3: str, between: Proxy) -> None:
+    store = open_store(s3)
+    store.write("cells/a.png", b"pixels")
+    for right, request in RIGHTS.items():
+        between.behaviour = Behaviour(lambda *asked, request=request: "AccessDenied" if asked == request else None)
+        findings = list(Stores().check_output("output", f"{s3}/run"))
+        assert right in findings[0].found
+        assert "policy" in findings[0].advice
+        if request[0] == "GET":
+            assert right in only(Stores().check_data("data", f"{s3}/cells")).found
+        between.behaviour = Behaviour()
+        left = sorted(entry.path for entry in store.list("run"))
+        if right == "s3:DeleteObject":  # what cannot be deleted is named
+            assert [finding.found for finding in findings[1:]] == [f"{s3}/{left[0]} could not be deleted"]
+        else:
+            assert len(findings) == 1
+            assert left == []
+
+
+def test_every_missing_right_is_named(s3: str, between: Proxy) -> None:
+    between.behaviour.refuse = lambda asked, lists: "AccessDenied"
+    text = " ".join(finding.found for finding in Stores().check_output("output", f"{s3}/run"))
+    for right in RIGHTS:
+        assert f"{right} is denied" in text
+
+
+def test_wrong_credentials(s3: str, between: Proxy) -> None:
+    for code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"):
+        between.behaviour.refuse = lambda asked, lists, code=code: code
+        finding = only(Stores().check_output("output", s3))
+        assert code in finding.found
+        assert "AWS_SECRET_ACCESS_KEY" in finding.advice
+
+
+def test_no_credentials_and_no_profile(s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    assert "AWS_PROFILE" in only(Stores().check_data("data", s3)).advice
+    monkeypatch.setenv("AWS_PROFILE", "no-such-profile")
+    assert "no-such-profile" in only(Stores().check_data("data", s3)).found
+
+
+def test_a_store_that_ignores_or_refuses_conditions(s3: str, between: Proxy) -> None:
+    for header in ("If-None-Match", "If-Match"):
+        between.behaviour = Behaviour(forgotten={header.lower()})
+        finding = only(Stores().check_output("output", f"{s3}/run"))
+        assert finding.state == "failed"
+        assert header in finding.found
+        assert contents(s3) == []
+    between.behaviour = Behaviour(lambda asked, lists: "NotImplemented" if asked == "PUT" else None, status=501)
+    assert "conditional write is refused" in only(Stores().check_output("output", f"{s3}/run")).found
+
+
+@pytest.mark.parametrize(("ahead", "state"), [(300, "warning"), (-300, "warning"), (3600, "failed")])
+def test_a_clock_that_is_wrong(s3: str, between: Proxy, ahead: int, state: str) -> None:
+    between.behaviour.headers["Date"] = email.utils.formatdate(time.time() + ahead, usegmt=True)
+    stores = Stores()
+    list(stores.check_data("data", s3))
+    finding = only(stores.check_clock())
+    assert finding.state == state
+    assert ("behind" if ahead > 0 else "ahead") in finding.found
+
+
+def test_nobody_listens_and_nobody_answers(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objects, "READ", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        began = time.monotonic()
+        finding = only(Stores().check_data("data", s3))
+        assert time.monotonic() - began < 5
+        assert "no answer" in finding.found
+    finding = only(Stores().check_output("output", s3))
+    assert f"nobody answers at http://127.0.0.1:{port}" in finding.found
+
+
+def test_something_else_answers(s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from functools import partial
+    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    handler.log_message = lambda *_: None  # type: ignore[attr-defined]
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        finding = only(Stores().check_output("output", s3))
+        server.shutdown()
+    assert finding.state == "failed"
+    assert "AWS_ENDPOINT_URL" in finding.advice
+
+
+def test_credentials_in_the_uri_are_not_repeated() -> None:
+    finding = only(Stores().check_data("data", "s3://AKIA123:hidden/key@bucket/x"))
+    assert finding.state == "failed"
+    assert "hidden" not in finding.found + finding.advice
+
+
+# the cluster
+
+
+def test_the_plan_for_this_machine_and_for_a_cluster(monkeypatch: pytest.MonkeyPatch, s3: str) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    here = parse(["--data", "/cells", "--output", "/runs"], "doctor", "")
+    assert [finding.name for finding in cluster.check_cluster(here)] == ["cluster", "plan"]
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{head.getsockname()[1]}")
+        two = Survey(Cluster(32, 4, 16), 2)
+        states = [(finding.name, finding.state) for finding in cluster.check_cluster(here, lambda: two)]
+        assert states == [("cluster", "ok"), ("cluster", "failed"), ("cluster", "failed"), ("plan", "ok")]
+        remote = parse(["--data", f"{s3}/cells", "--output", f"{s3}/run"], "doctor", "")
+        findings = list(cluster.check_cluster(remote, lambda: two))
+        assert [finding.state for finding in findings] == ["ok", "ok"]
+        assert "GPU" in findings[1].found
+
+        def refused() -> Survey:
+            raise ApacsError("Ray did not join: version mismatch")
+
+        assert "version mismatch" in only(cluster.check_cluster(remote, refused)).found
+    nobody = only(cluster.check_cluster(here))
+    assert nobody.state == "failed"
+    assert "nobody answers" in nobody.found
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    assert "job server" in only(cluster.check_cluster(here)).found
+
+
+def test_the_error_that_says_why_ray_did_not_join() -> None:
+    text = (
+        "RuntimeError: Failed to connect to GCS\n"
+        "ray.exceptions.AuthenticationError: RPC error: InvalidAuthToken: token is missing. Note: and so on.\n\n"
+        'Traceback (most recent call last):\n  File "worker.py", line 2008, in init\n'
+        "ConnectionError: Failed to connect to Ray cluster at 192.0.2.2:41149\n"
+    )
+    assert cause(text) == "ray.exceptions.AuthenticationError: RPC error: InvalidAuthToken: token is missing"
+    assert cause("one\nFatal: last\n") == "Fatal: last"
+    assert cause("") == ""
+
+
+# the command
+
+
+def call(*argv: str, **env: str) -> tuple[int, str]:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment |= {"COLUMNS": "400", **env}
+    done = subprocess.run(
+        [sys.executable, "-m", "apacs_ray", *argv], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_command(s3: str) -> None:
+    secret = os.environ["AWS_SECRET_ACCESS_KEY"]
+    open_store(s3).write("cells/a.png", b"pixels")
+    status, text = call("doctor", "--data", f"{s3}/cells", "--output", f"{s3}/run", RAY_AUTH_TOKEN="planted-token")
+    assert status == 0, text
+    for words in ("OpenSlide MIRAX", "s3://", "clock", "training", "a run would work"):
+        assert words in text
+    assert "Traceback" not in text
+    assert secret not in text
+    assert "planted-token" not in text
+    assert contents(s3) == ["cells/a.png"]
+
+
+def test_usage() -> None:
+    for argv in (("operate",), ("doctor", "--tiles.size", "wide")):
+        status, text = call(*argv)
+        assert status == 2, text
+        assert "Traceback" not in text
+
+
+def test_a_failed_check_is_exit_status_1(
+    s3: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://someone:planted-word@127.0.0.1:9")
+    monkeypatch.setenv("COLUMNS", "400")
+    assert doctor(["--data", f"{s3}/cells", "--output", str(tmp_path / "run")]) == 1
+    text = capsys.readouterr().out
+    assert "nobody answers at http://***@127.0.0.1:9" in text
+    assert "planted-word" not in text
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in text
+    assert list(tmp_path.iterdir()) == []
