@@ -58,7 +58,7 @@ class Feed:
 
     def load(self, wanted: Sequence[tuple[SampleRef, Place]]) -> list[Sample]:
         """Samples in the order wanted; each Parquet row group is read once."""
-        decoded = self.decode([place for _, place in wanted])
+        decoded = self.decode([place for _, place in wanted])  # one at a time: a crop is small, its tile is not
         return [self.sample(ref, place, *pixels) for (ref, place), pixels in zip(wanted, decoded, strict=True)]
 
     def sample(self, ref: SampleRef, place: Place, inputs: Pixels, mask: Pixels) -> Sample:
@@ -68,20 +68,23 @@ class Feed:
             inputs, mask = augment(inputs, mask, ref.seed, crop=how.crop, flips=how.flips, turns=how.turns)
         return Sample(ref, place.tile_id, inputs, mask)
 
-    def decode(self, places: Sequence[Place]) -> list[tuple[Pixels, Pixels]]:
+    def decode(self, places: Sequence[Place]) -> Iterator[tuple[Pixels, Pixels]]:
         """Inputs (H, W, C) uint8 and mask (H, W) uint8 in {0, 1} of each tile."""
         tiles = read_rows(self.store, [(at.path, at.group, at.row) for at in places], ["image", "mask"])
-        inputs = [decode_pixels(tile["image"]) for tile in tiles]
-        if self.heatmaps is not None:
-            channels = [HEATMAP_ORDER.index(member) for member in self.heatmaps.members]
-            beside = [(self.heatmaps.path(at.path), at.group, at.row) for at in places]
-            stored = read_rows(self.store, beside, ["heatmaps"])
-            inputs = [
-                np.concatenate([decode_pixels(heat["heatmaps"])[:, :, channels], rgb], axis=2)
-                for heat, rgb in zip(stored, inputs, strict=True)
-            ]
-        masks = [decode_pixels(tile["mask"]).astype(np.uint8) for tile in tiles]
-        return list(zip(inputs, masks, strict=True))
+        if self.heatmaps is None:
+            for tile in tiles:
+                yield decode_pixels(tile["image"]), _decode_mask(tile["mask"])
+            return
+        channels = [HEATMAP_ORDER.index(member) for member in self.heatmaps.members]
+        beside = [(self.heatmaps.path(at.path), at.group, at.row) for at in places]
+        for tile, stored in zip(tiles, read_rows(self.store, beside, ["heatmaps"]), strict=True):
+            heatmaps = decode_pixels(stored["heatmaps"])[:, :, channels]
+            inputs = np.concatenate([heatmaps, decode_pixels(tile["image"])], axis=2)
+            yield inputs, _decode_mask(tile["mask"])
+
+
+def _decode_mask(content: bytes) -> Pixels:
+    return decode_pixels(content).astype(np.uint8)
 
 
 Indices = Mapping[str, TileIndex]
@@ -93,7 +96,7 @@ def in_memory(feed: Feed, indices: Indices, refs: Iterable[SampleRef]) -> Iterat
     for ref in refs:
         place = indices[ref.phase].place(ref.row)
         if place not in kept:
-            kept[place] = feed.decode([place])[0]
+            kept[place] = next(feed.decode([place]))
         yield feed.sample(ref, place, *kept[place])
 
 

@@ -52,18 +52,19 @@ def augment(inputs: Pixels, mask: Pixels, seed: int, *, crop: int, flips: bool, 
     """A random crop of side `crop` px (0 or a smaller tile: all of it), flips and turns, from `seed`."""
     rng = np.random.default_rng(seed)
     height, width = mask.shape
+    top = left = 0
     if crop:
         top = int(rng.integers(max(height - crop, 0) + 1))
         left = int(rng.integers(max(width - crop, 0) + 1))
-        inputs, mask = (picture[top : top + crop, left : left + crop] for picture in (inputs, mask))
+    window = np.s_[top : top + (crop or height), left : left + (crop or width)]
     down, across, quarters = rng.integers(2), rng.integers(2), int(rng.integers(4))
     flipped, turned = (bool(flips and down), bool(flips and across)), quarters if turns else 0
-    return _oriented(inputs, *flipped, turned), _oriented(mask[..., None], *flipped, turned)[..., 0]
+    return _moved(inputs, window, *flipped, turned), _moved(mask[..., None], window, *flipped, turned)[..., 0]
 
 
-def _oriented(picture: Pixels, down: bool, across: bool, quarters: int) -> Pixels:
-    """A copy of (H, W, C), flipped and turned; moved pixel by pixel, which is 2.5 times faster than value by value."""
-    pixels = np.ascontiguousarray(picture).view(f"V{picture.shape[2]}")[..., 0]
+def _moved(picture: Pixels, window: tuple[slice, slice], down: bool, across: bool, quarters: int) -> Pixels:
+    """The window of (H, W, C), flipped and turned: one copy, of whole pixels, 2.5 times faster than of values."""
+    pixels = np.ascontiguousarray(picture).view(f"V{picture.shape[2]}")[..., 0][window]
     pixels = np.ascontiguousarray(np.rot90(pixels[:: -1 if down else 1, :: -1 if across else 1], quarters))
     return pixels.view(np.uint8).reshape(*pixels.shape, picture.shape[2])
 
