@@ -1,6 +1,7 @@
 """Training checkpoints of one network in a run: keeping them, which are complete, which is the newest, the best.
 
-Every attempt (a start of the same training) has its folder `attempt-N` with `epoch_NNNNN` checkpoints in it. A
+Every attempt (a start of the same training) has its folder `attempt-N` with `epoch_NNNNN` checkpoints in it, written
+at the end of an epoch, or `epoch_NNNNN_step_NNNNN`, written in the middle when its node was to be taken away. A
 checkpoint counts when the files that its `state.json` names are there with the sizes it gives; hashes are checked when
 it is loaded.
 """
@@ -21,7 +22,7 @@ from apacs_ray.training.record import EpochRecord, score
 
 STATE = "state.json"
 PATIENCE = 600.0  # s that a store in trouble gets to recover
-_EPOCH = re.compile(r".*/attempt-\d+/epoch_\d+(?=/)")
+_EPOCH = re.compile(r".*/attempt-\d+/epoch_\d+(_step_\d+)?(?=/)")
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,23 @@ class Checkpoint:
         return int(self.state["epoch"])
 
     @property
+    def whole(self) -> bool:
+        """Whether it was written at the end of its epoch."""
+        return self.state.get("part") is None
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Epoch and step with which training goes on from here."""
+        return (self.epoch + 1, 0) if self.whole else (self.epoch, int(self.state["part"]["steps"]))
+
+    @property
     def record(self) -> EpochRecord:
-        """This epoch, the last of the history."""
+        """This epoch, the last of the history; of a whole one only."""
         return EpochRecord(**self.state["history"][-1])
 
 
 def complete_checkpoints(store: Store, folder: str) -> list[Checkpoint]:
-    """Every complete checkpoint below `folder`, oldest epoch first."""
+    """Every complete checkpoint below `folder`, the one that is furthest last."""
     sizes = {entry.path: entry.size for entry in store.list(folder)}
     found = []
     for path in sizes:
@@ -50,7 +61,7 @@ def complete_checkpoints(store: Store, folder: str) -> list[Checkpoint]:
             checkpoint = _read(store, path.removesuffix(f"/{STATE}"), sizes)
             if checkpoint is not None:
                 found.append(checkpoint)
-    return sorted(found, key=lambda checkpoint: (checkpoint.epoch, checkpoint.path))
+    return sorted(found, key=lambda checkpoint: (*checkpoint.place, checkpoint.path))
 
 
 def keep_checkpoint(store: Store, folder: str, attempt: int, local: Path) -> None:
@@ -59,13 +70,15 @@ def keep_checkpoint(store: Store, folder: str, attempt: int, local: Path) -> Non
     `state.json` goes last. A store that is in trouble is given `PATIENCE` seconds to recover. Raises ApacsError.
     """
     state = json.loads((local / STATE).read_text())
-    path = f"{folder}/attempt-{attempt}/epoch_{state['epoch']:05d}"
+    part = f"_step_{state['part']['steps']:05d}" if state["part"] else ""
+    path = f"{folder}/attempt-{attempt}/epoch_{state['epoch']:05d}{part}"
 
     def keep() -> None:
         for name in (*state["files"], STATE):
             store.upload(f"{path}/{name}", local / name)
         complete = complete_checkpoints(store, folder)
-        kept = {complete[-1].path, best_checkpoint(complete).path}
+        best = best_checkpoint(complete)
+        kept = {complete[-1].path} | ({best.path} if best else set())
         epochs = {match[0] for entry in store.list(folder) if (match := _EPOCH.match(entry.path))}
         for other in epochs - kept:
             store.delete_folder(other)
@@ -86,9 +99,10 @@ def _patiently(work: Callable[[], None]) -> None:
             pause = min(2 * pause, 30.0)
 
 
-def best_checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint:
-    """The highest validation Dice; the earlier epoch of equals."""
-    return max(checkpoints, key=lambda checkpoint: score(checkpoint.record))
+def best_checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint | None:
+    """The highest validation Dice; the earlier epoch of equals. None when no epoch has ended."""
+    whole = [checkpoint for checkpoint in checkpoints if checkpoint.whole]
+    return max(whole, key=lambda checkpoint: score(checkpoint.record), default=None)
 
 
 def fetch(store: Store, checkpoint: Checkpoint, into: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from apacs_ray import checkpoints
 from apacs_ray.checkpoints import best_checkpoint, complete_checkpoints, fetch, keep_checkpoint
 from apacs_ray.errors import ApacsError, StoreTroubleError
 from apacs_ray.storage import LocalStore, Store, open_store
-from apacs_ray.training.record import EpochRecord
+from apacs_ray.training.record import EpochPart, EpochRecord
 from apacs_ray.training.state import TrainState, load_state, save_state
 
 
@@ -39,7 +39,9 @@ def test_newest_and_best_are_kept(where: str, tmp_path: Path, request: pytest.Fi
         last = keep(store, dice[: epoch + 1], tmp_path / f"{epoch}", attempt=1 + epoch // 3)
     found = complete_checkpoints(store, "members/fcn8/.state-1")
     assert [checkpoint.epoch for checkpoint in found] == [1, 3]
-    assert best_checkpoint(found).epoch == 1
+    best = best_checkpoint(found)
+    assert best is not None
+    assert best.epoch == 1
     assert found[1].path.endswith("/attempt-2/epoch_00003")
     assert len(list(store.list("members"))) == 2 * 3
     (tmp_path / "again").mkdir()
@@ -47,6 +49,32 @@ def test_newest_and_best_are_kept(where: str, tmp_path: Path, request: pytest.Fi
     model = nn.Linear(2, 1)
     load_state(tmp_path / "again", model, torch.optim.SGD(model.parameters(), lr=0.1))
     assert torch.equal(model.weight, last.model.weight)
+
+
+def test_one_from_the_middle_of_an_epoch_is_the_newest_but_never_the_best(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path / "run"))
+
+    def leave(dice: list[float], steps: int) -> None:
+        left = replace(state(dice), part=EpochPart(len(dice), steps, (1.0,) * 5, 1.0))
+        save_state(tmp_path / "left", left)
+        keep_checkpoint(store, "members/fcn8/.state-1", 1, tmp_path / "left")
+
+    def places() -> list[tuple[int, int]]:
+        return [checkpoint.place for checkpoint in complete_checkpoints(store, "members")]
+
+    leave([], 3)  # before the first epoch has ended
+    assert (places(), best_checkpoint(complete_checkpoints(store, "members"))) == ([(0, 3)], None)
+    keep(store, [0.7], tmp_path / "0")
+    assert places() == [(1, 0)]
+    leave([0.7], 2)
+    leave([0.7], 5)
+    assert places() == [(1, 0), (1, 5)]
+    best = best_checkpoint(complete_checkpoints(store, "members"))
+    assert best is not None
+    assert best.whole
+    keep(store, [0.7, 0.4], tmp_path / "1")
+    assert places() == [(1, 0), (2, 0)]
+    assert len(list(store.list("members"))) == 2 * 3
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,10 @@ def test_going_on_from_an_epoch_gives_what_an_undisturbed_run_gives() -> None:
     whole = list(schedule([4, 3], 3, epochs=range(4), batch_size=2, rank=1, world=2, seed=3))
     rest = list(schedule([4, 3], 3, epochs=range(2, 4), batch_size=2, rank=1, world=2, seed=3))
     assert rest == [ref for ref in whole if ref.epoch >= 2]
+    middle = list(schedule([4, 3], 3, epochs=range(1, 4), first_step=2, batch_size=2, rank=1, world=2, seed=3))
+    done = [ref for ref in whole if ref.epoch == 1 and ref.phase == "train" and ref.step < 2]
+    assert middle == [ref for ref in whole if ref.epoch >= 1 and ref not in done]
+    assert done
 
 
 def test_epochs_and_seeds_differ() -> None:

@@ -7,7 +7,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -77,9 +77,19 @@ def tile(number: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     return image, mask
 
 
-def stream(config: TrainConfig, first: int = 0, rank: int = 0, world: int = 1, crop: int = 12) -> Iterator[Sample]:
-    epochs = range(first, config.epochs)
-    refs = schedule(GROUPS, N_VAL, epochs=epochs, batch_size=config.batch_size, rank=rank, world=world, seed=1)
+def stream(
+    config: TrainConfig, first: int = 0, rank: int = 0, world: int = 1, crop: int = 12, first_step: int = 0
+) -> Iterator[Sample]:
+    refs = schedule(
+        GROUPS,
+        N_VAL,
+        epochs=range(first, config.epochs),
+        first_step=first_step,
+        batch_size=config.batch_size,
+        rank=rank,
+        world=world,
+        seed=1,
+    )
     for ref in refs:
         number = ref.row + (N_TRAIN if ref.phase == "val" else 0)
         inputs, mask = tile(number)
@@ -98,6 +108,17 @@ def flat(model: nn.Module) -> Tensor:
 
 def nothing(record: EpochRecord, state: TrainState) -> None:
     """An epoch end that keeps nothing."""
+
+
+def timeless(trainer: Trainer) -> list[EpochRecord]:
+    """The history without the seconds, which differ."""
+    return [replace(record, seconds=0) for record in trainer.history]
+
+
+def after(count: int) -> Callable[[], bool]:
+    """A notice that comes with the `count`-th step."""
+    asked = iter(range(1, count + 1))
+    return lambda: next(asked) == count
 
 
 class Breaks(nn.Module):
@@ -445,9 +466,50 @@ class TestResume:
         assert again.next_epoch == 2
         again.run(stream(config, first=2), steps(config), nothing)
         assert torch.equal(flat(straight.model), flat(again.model))
-        timeless = [[replace(record, seconds=0) for record in run.history] for run in (straight, again)]
-        assert timeless[0] == timeless[1]
+        assert timeless(straight) == timeless(again)
         assert not torch.equal(flat(straight.model), flat(tiny()))
+
+    @pytest.mark.parametrize("count", [2, 3, 7, 9])
+    def test_left_in_the_middle_of_an_epoch_it_comes_to_the_same(self, tmp_path: Path, count: int) -> None:
+        straight = Trainer(tiny(), RESUMED, device=CPU)
+        straight.run(stream(RESUMED), steps(RESUMED), nothing)
+        left = Trainer(tiny(), RESUMED, device=CPU)
+        told = train_epochs([left], stream(RESUMED), steps(RESUMED), lambda who, record: None, after(count))
+        assert told == [left]
+        save_state(tmp_path, left.state())
+        again = Trainer(tiny(), RESUMED, device=CPU)
+        again.resume(tmp_path)
+        assert again.place == ((count - 1) // steps(RESUMED), 1 + (count - 1) % steps(RESUMED))
+        first, first_step = again.place
+        assert not train_epochs(
+            [again], stream(RESUMED, first, first_step=first_step), steps(RESUMED), lambda who, record: None
+        )
+        assert torch.equal(flat(straight.model), flat(again.model))
+        assert timeless(straight) == timeless(again)
+        assert again.place == (RESUMED.epochs, 0)
+
+    def test_left_in_the_middle_it_waits_for_one_that_was_not(self, tmp_path: Path) -> None:
+        straight = Trainer(tiny(), RESUMED, device=CPU)
+        straight.run(stream(RESUMED), steps(RESUMED), nothing)
+        left = Trainer(tiny(), RESUMED, device=CPU)
+        train_epochs([left], stream(RESUMED), steps(RESUMED), lambda who, record: None, after(steps(RESUMED) + 2))
+        save_state(tmp_path, left.state())
+        ahead, behind = Trainer(tiny(), RESUMED, device=CPU), Trainer(tiny(), RESUMED, device=CPU)
+        ahead.resume(tmp_path)
+        short = Trainer(tiny(), replace(RESUMED, epochs=1), device=CPU)  # ends before `ahead` has to begin
+        for others in ([behind], [short]):
+            train_epochs([ahead, *others], stream(RESUMED), steps(RESUMED), lambda who, record: None)
+            assert torch.equal(flat(ahead.model), flat(straight.model))
+            assert timeless(ahead) == timeless(straight)
+            ahead = Trainer(tiny(), RESUMED, device=CPU)
+            ahead.resume(tmp_path)
+
+    def test_broken_weights_are_not_left_behind(self) -> None:
+        items = list(stream(CONFIG))
+        items[0].inputs[0, 0, 0] = 255
+        trainer = Trainer(Breaks(), CONFIG, device=CPU)
+        with pytest.raises(ApacsError, match="the loss is not finite"):
+            train_epochs([trainer], iter(items), steps(CONFIG), lambda who, record: None, after(1))
 
     def test_moments_have_the_layout_of_their_weights(self, checkpoint: Path) -> None:
         trainer = Trainer(tiny(), RESUMED, device=CPU)
@@ -550,8 +612,33 @@ def _worker(rank: int, world: int, folder: str) -> None:
         trainer.run(iter(items), steps(CONFIG), nothing)
     except ApacsError as error:
         message = str(error)
-    torch.save((results, message), f"{folder}/result-{rank}")
+    torch.save((results, message, _left_and_resumed(rank, world, folder, all_reduce)), f"{folder}/result-{rank}")
     dist.destroy_process_group()
+
+
+def _left_and_resumed(rank: int, world: int, folder: str, all_reduce: Any) -> Any:
+    """Weights and history of a training that was left in its second epoch, with ranks of unequal parts."""
+    import torch.distributed as dist
+
+    config = SPREAD[1]
+
+    def fresh() -> Trainer:
+        model = nn.parallel.DistributedDataParallel(tiny(0.0).to(memory_format=torch.contiguous_format))
+        return Trainer(model, config, device=CPU, rank=rank, world=world, all_reduce=all_reduce)
+
+    def keep(who: Trainer, record: EpochRecord) -> None:
+        """Only where it was left is of interest."""
+
+    trainer = fresh()
+    train_epochs([trainer], stream(config, rank=rank, world=world), steps(config), keep, after(steps(config) + 1))
+    if rank == 0:
+        save_state(Path(folder, "left"), trainer.state())
+    dist.barrier()
+    again = fresh()
+    again.resume(Path(folder, "left"))
+    rest = stream(config, 1, rank=rank, world=world, first_step=1)
+    train_epochs([again], rest, steps(config), keep)
+    return flat(again.model), timeless(again)
 
 
 @pytest.fixture(scope="module", params=WORLDS)
@@ -568,7 +655,7 @@ class TestSeveralWorkers:
         config = SPREAD[number]
         alone = Trainer(tiny(0.0), config, device=CPU)
         history = alone.run(stream(config), steps(config), nothing)
-        for results, _ in workers:
+        for results, _, _ in workers:
             weights, theirs, travels = results[number]
             if config.optimizer == "sgd":  # Adam divides by tiny moments, which magnifies rounding
                 assert torch.allclose(weights, flat(alone.model), atol=1e-5, rtol=0)
@@ -578,10 +665,18 @@ class TestSeveralWorkers:
                 assert other.train_loss == pytest.approx(mine.train_loss, abs=loosely)
                 assert other.val_loss == pytest.approx(mine.val_loss, abs=loosely)
                 assert other.val_dice == pytest.approx(mine.val_dice, abs=5e-3)
-        histories = [results[number][1] for results, _ in workers]
+        histories = [results[number][1] for results, _, _ in workers]
         assert all(history == histories[0] for history in histories)  # so all stop at the same epoch
 
     def test_all_name_the_tile_that_one_of_them_broke_on(self, workers: list[Any]) -> None:
-        messages = [message for _, message in workers]
+        messages = [message for _, message, _ in workers]
         assert set(messages) == {messages[0]}
         assert messages[0].startswith("epoch 0, train step 0: the loss is not finite (tiles t")
+
+    def test_left_in_the_middle_of_an_epoch_they_come_to_the_same(self, workers: list[Any]) -> None:
+        for results, _, (weights, history) in workers:
+            undisturbed, theirs, _ = results[1]
+            assert torch.equal(weights, undisturbed)
+            for mine, other in zip(history, theirs, strict=True):
+                assert mine.val_dice == other.val_dice
+                assert mine.train_loss == pytest.approx(other.train_loss, rel=1e-12)

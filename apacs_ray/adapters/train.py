@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from apacs_ray.adapters.feed import ray_samples
 from apacs_ray.adapters.session import KEEP_MEMORY
 from apacs_ray.checkpoints import attempts, complete_checkpoints, fetch, keep_checkpoint
+from apacs_ray.console import say
 from apacs_ray.data.shards import TileIndex
 from apacs_ray.errors import ApacsError, StoreTroubleError
 from apacs_ray.models.spec import ModelSpec
@@ -29,11 +30,14 @@ from apacs_ray.training.config import TrainConfig
 from apacs_ray.training.feed import Feed, one_by_one
 
 if TYPE_CHECKING:
-    from apacs_ray.training.loop import Trainer
+    import torch
+
+    from apacs_ray.training.loop import AllReduce, Trainer
 
 PROGRESS = "progress.json"
 ERROR = "error.txt"
 POLL = 1.0  # s between looks at the progress of runs
+ASK_EVERY = 2.0  # s between questions whether a node is to be taken away; of 30 s notice that leaves enough
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,17 @@ def _fit(task: TrainingTask, errors: dict[str, BaseException]) -> None:
 
 
 def fit(task: TrainingTask, callbacks: Sequence[Any] = ()) -> None:
-    """One run of Ray Train, from the newest checkpoints to the end. Raises ApacsError, or what ended Ray's run."""
+    """Train from the newest checkpoints to the end. Raises ApacsError, or what ended Ray's run.
+
+    Workers that hear that a node of theirs is to be taken away keep a checkpoint and leave; the next run of Ray Train
+    goes on from there, on nodes that stay. This counts as no failure, and nothing is done again.
+    """
+    while not _fit_once(task, callbacks):
+        say(f"{task.name}: a node is to be taken away; goes on elsewhere")
+
+
+def _fit_once(task: TrainingTask, callbacks: Sequence[Any]) -> bool:
+    """One run of Ray Train; whether it came to the end."""
     import ray.train
     from ray.train.torch import TorchTrainer
 
@@ -133,9 +147,10 @@ def fit(task: TrainingTask, callbacks: Sequence[Any] = ()) -> None:
         ),
     )
     store.delete(ERROR)
-    trainer.fit()
+    finished = trainer.fit().return_value
     if store.version(ERROR) is not None:
         raise ApacsError(store.read(ERROR).decode())
+    return bool(finished)
 
 
 def _cause(error: BaseException) -> str:
@@ -148,8 +163,8 @@ def _cause(error: BaseException) -> str:
     return lines[-1] if lines else repr(inner)
 
 
-def _train_loop(config: dict[str, Any]) -> None:
-    """One DDP worker."""
+def _train_loop(config: dict[str, Any]) -> bool:
+    """One DDP worker; whether training came to its end."""
     import ray.train
     import ray.train.torch
     import torch
@@ -180,23 +195,28 @@ def _train_loop(config: dict[str, Any]) -> None:
         _resume(trainer, task.store, network.state)
         of[trainer] = network
     how = task.networks[0].config
+    epoch, step = min(trainer.place for trainer in of)
     refs = schedule(
         task.indices["train"].groups(),
         len(task.indices["val"]),
-        epochs=range(min(trainer.next_epoch for trainer in of), how.epochs),
+        epochs=range(epoch, how.epochs),
+        first_step=step,
         batch_size=how.batch_size,
         rank=rank,
         world=world,
         seed=how.seed,
     )
 
+    def keep(trainer: Trainer) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            save_state(Path(folder), trainer.state())
+            keep_checkpoint(task.store, of[trainer].state, task.attempt, Path(folder))
+
     def on_epoch(trainer: Trainer, record: EpochRecord) -> None:
         network = of[trainer]
         metrics = told(trainer.history)
         if rank == 0:
-            with tempfile.TemporaryDirectory() as folder:
-                save_state(Path(folder), trainer.state())
-                keep_checkpoint(task.store, network.state, task.attempt, Path(folder))
+            keep(trainer)
             progress = {**metrics, "epochs": network.config.epochs, "device": device_name}
             task.store.write(f"{network.state}/{PROGRESS}", json.dumps(progress).encode())
         ray.train.report({"network": network.name, **metrics})
@@ -207,7 +227,11 @@ def _train_loop(config: dict[str, Any]) -> None:
     else:
         samples = one_by_one(task.feed, task.indices, refs)
     try:
-        train_epochs(list(of), samples, steps, on_epoch)
+        left = train_epochs(list(of), samples, steps, on_epoch, _Notice(all_reduce, world, device))
+        if rank == 0:
+            for trainer in left:
+                keep(trainer)
+        return not left
     except StoreTroubleError:
         raise  # a new worker, later, may have better luck
     except ApacsError as error:  # trying again would end the same way, so it is told and not retried
@@ -216,6 +240,33 @@ def _train_loop(config: dict[str, Any]) -> None:
         section = "fusion" if task.networks[0].spec.kind == "fusion" else "members"
         message = f"the GPU's memory is too small: raise {section}.accumulate, or lower {section}.batch_size or .crop"
         task.store.write(f"{task.state}/{ERROR}", f"{message} ({str(error).splitlines()[0][:200]})".encode())
+    return True
+
+
+class _Notice:
+    """Asked after every step: whether a node of this run is to be taken away. All workers get the same answer.
+
+    Ray's question makes all workers wait for each other, so it is put every few seconds only. After how many steps
+    that is, workers agree on: their clocks differ.
+    """
+
+    def __init__(self, all_reduce: AllReduce, world: int, device: torch.device) -> None:
+        self._all_reduce, self._world, self._device = all_reduce, world, device
+        self._asked = time.monotonic()
+        self._steps, self._every = 0, 1
+
+    def __call__(self) -> bool:
+        import ray.train
+        import torch
+
+        self._steps += 1
+        if self._steps < self._every:
+            return False
+        now = time.monotonic()
+        took = torch.tensor((now - self._asked) / self._steps, dtype=torch.float64, device=self._device)
+        step = float(self._all_reduce(took)) / self._world
+        self._asked, self._steps, self._every = now, 0, max(1, min(2 * self._every, int(ASK_EVERY / step)))
+        return ray.train.get_preemption_info() is not None
 
 
 def _network(task: TrainingTask, network: NetworkTask) -> Any:

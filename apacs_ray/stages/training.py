@@ -137,9 +137,9 @@ def forget_state(store: Store, networks: Sequence[Network], mark: str) -> None:
 
 def _keep_best(store: Store, network: Network, spec: ModelSpec, mark: str) -> None:
     checkpoints = complete_checkpoints(store, state_folder(network, mark))
-    if not checkpoints:
-        raise ApacsError(f"{network.name}: training ended without a checkpoint")
     best = best_checkpoint(checkpoints)
+    if best is None:
+        raise ApacsError(f"{network.name}: training ended without a checkpoint")
     history = tuple(EpochRecord(**record) for record in checkpoints[-1].state["history"])
     metrics = {"epoch": best.epoch, "epochs": len(history), "val_dice": best.record.val_dice}
     weights = store.read(f"{best.path}/model.safetensors")

@@ -19,7 +19,7 @@ from apacs_ray.errors import ApacsError
 from apacs_ray.training.config import TrainConfig
 from apacs_ray.training.jitter import jitter_stain
 from apacs_ray.training.loss import tile_losses
-from apacs_ray.training.record import EpochRecord, score
+from apacs_ray.training.record import EpochPart, EpochRecord, score
 from apacs_ray.training.samples import Batch, Sample, batches
 from apacs_ray.training.state import TrainState, bare_model, load_state
 
@@ -32,30 +32,41 @@ def train_epochs(
     samples: Iterator[Sample],
     steps: int,
     on_epoch: Callable[[Trainer, EpochRecord], None],
-) -> None:
+    leave: Callable[[], bool] = lambda: False,
+) -> Sequence[Trainer]:
     """Train networks on one stream of `samples`, each batch made once and given to all, until all are finished.
 
-    The stream begins with the earliest `next_epoch` of the networks and has `steps` an epoch; a network that is ahead
+    The stream begins at the earliest `place` of the networks and has `steps` an epoch; a network that is ahead
     (training was killed between two checkpoints) waits. All must have the same batch settings. Raises ApacsError when
     a loss is not finite, naming the tiles, or when the stream lacks steps; `on_epoch` does not see such an epoch.
+
+    `leave` is asked after every step: when it says so, training ends there, and the networks that are returned are in
+    the middle of an epoch, which their `state` holds.
     """
     (micro_batch,) = {trainer.config.micro_batch(trainer.world) for trainer in trainers}
     stream = batches(samples, micro_batch)
     batch = next(stream, None)
     while active := [trainer for trainer in trainers if not trainer.finished()]:
-        epoch, taken = min(trainer.next_epoch for trainer in active), 0
+        epoch, first = min(trainer.place for trainer in active)
+        taken = first
         taking = [trainer for trainer in active if trainer.next_epoch == epoch]
         for trainer in taking:
             trainer.begin_epoch()
         while batch is not None and batch.epoch == epoch:
             for trainer in taking:
                 trainer.take(batch, steps)
-            taken += batch.phase == "train" and batch.ends_step
+            stepped = batch.phase == "train" and batch.ends_step
+            taken += stepped and batch.step >= first
+            if stepped and leave():
+                for trainer in taking:
+                    trainer.leave_epoch()
+                return taking
             batch = next(stream, None)
         if taken != steps:
             raise ApacsError(f"epoch {epoch}: {taken} of {steps} steps arrived: training data was lost on its way")
         for trainer in taking:
             on_epoch(trainer, trainer.end_epoch())
+    return []
 
 
 class Trainer:
@@ -83,17 +94,24 @@ class Trainer:
         self.world = world
         self.optimizer = make_optimizer(self.model, config)
         self.history: tuple[EpochRecord, ...] = ()
+        self._part: EpochPart | None = None  # of the epoch in progress, from a checkpoint or for one
         self._all_reduce = all_reduce
         self._autocast = resolve_precision(config.precision, device)
 
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint. Raises ApacsError when it is damaged."""
-        self.history = load_state(folder, self.model, self.optimizer)
+        state = load_state(folder, self.model, self.optimizer)
+        self.history, self._part = state.history, state.part
 
     @property
     def next_epoch(self) -> int:
         """The first epoch that is not done."""
         return self.history[-1].epoch + 1 if self.history else 0
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """The epoch and step with which training goes on."""
+        return self.next_epoch, self._part.steps if self._part else 0
 
     def finished(self) -> bool:
         """Whether the last epoch is done, or `patience` epochs passed without a better validation Dice."""
@@ -110,20 +128,34 @@ class Trainer:
 
     def state(self) -> TrainState:
         """What a checkpoint holds."""
-        return TrainState(self.model, self.optimizer, self.history)
+        return TrainState(self.model, self.optimizer, self.history, self._part)
 
     def begin_epoch(self) -> None:
         """Make ready for the batches of `next_epoch`."""
-        self._started = time.monotonic()
+        part, self._part = self._part, None
+        self._started = time.monotonic() - (part.seconds if part else 0.0)
+        self._steps = part.steps if part else 0
         self._train, self._val = _Tally(self.device), _Tally(self.device)
+        if part and self.rank == 0:  # they are the sums of all ranks
+            self._train.go_on(part.sums)
         self.model.train()
 
     def take(self, batch: Batch, steps: int) -> None:
-        """Learn from a training batch (of an epoch of `steps`), or judge a validation batch."""
-        if batch.phase == "train":
-            self._train_batch(batch, self._train, steps)
-        else:
+        """Learn from a training batch (of an epoch of `steps`), or judge a validation batch.
+
+        Steps that were done before the epoch was left are passed over.
+        """
+        if batch.phase == "val":
             self._validate_batch(batch, self._val)
+        elif batch.step >= self._steps:
+            self._train_batch(batch, self._train, steps)
+            self._steps += batch.ends_step
+
+    def leave_epoch(self) -> None:
+        """Leave the epoch between two steps; `state` then holds it. Raises ApacsError as `end_epoch` does."""
+        self._require_finite(self.next_epoch, "train", self._train)
+        seconds = round(time.monotonic() - self._started, 3)
+        self._part = EpochPart(self.next_epoch, self._steps, self._train.sums(self._all_reduce), seconds)
 
     def end_epoch(self) -> EpochRecord:
         """Close the epoch; its record joins the history. Raises ApacsError naming tiles whose loss is not finite."""
@@ -230,9 +262,17 @@ class _Tally:
         parts = torch.split(finite, [len(seen.tile_ids) for seen in self._batches])
         return next((seen for seen, part in zip(self._batches, parts, strict=True) if not part.all()), None)
 
+    def sums(self, all_reduce: AllReduce) -> tuple[float, ...]:
+        """The sums over all ranks; this tally is spent."""
+        return tuple(all_reduce(self._sums).tolist())
+
+    def go_on(self, sums: tuple[float, ...]) -> None:
+        """Add what an earlier part of the epoch gathered."""
+        self._sums += torch.tensor(sums, dtype=self._sums.dtype, device=self._sums.device)
+
     def result(self, all_reduce: AllReduce) -> tuple[float, float]:
         """Mean loss over tiles and pooled Dice, over all ranks (NaN where there was nothing)."""
-        loss, tiles, overlap, predicted, true = all_reduce(self._sums).tolist()
+        loss, tiles, overlap, predicted, true = self.sums(all_reduce)
         dice = 2 * overlap / (predicted + true) if predicted + true else math.nan
         return loss / tiles if tiles else math.nan, dice
 

@@ -38,11 +38,13 @@ def schedule(
     rank: int,
     world: int,
     seed: int,
+    first_step: int = 0,
     window: int = WINDOW,
 ) -> Iterator[SampleRef]:
     """What worker `rank` of `world` sees: for each epoch its training tiles in order, then its val tiles.
 
-    `groups` are the tiles in each row group of the training part, in index order. The loss of a batch is the
+    `groups` are the tiles in each row group of the training part, in index order. The first epoch begins with step
+    `first_step`, for training that was left in the middle of it. The loss of a batch is the
     mean over its tiles; as DDP averages over ranks, each ref weighs world / (tiles in the batch). Every rank
     has the same number of refs in a step, so that all take the same backward passes: one with a tile less
     repeats the first of the batch with weight 0. Each validation tile is seen by one rank.
@@ -50,6 +52,8 @@ def schedule(
     for epoch in epochs:
         order = permutation(groups, seed, epoch, window)
         for step, start in enumerate(range(0, len(order), batch_size)):
+            if epoch == epochs.start and step < first_step:
+                continue
             batch = order[start : start + batch_size]
             mine = _cut(batch, rank, world)
             for row in mine:

@@ -19,6 +19,16 @@ class EpochRecord:
     seconds: float
 
 
+@dataclass(frozen=True)
+class EpochPart:
+    """An epoch that was left after `steps` of its steps: sums over its training tiles so far, on all ranks."""
+
+    epoch: int
+    steps: int
+    sums: tuple[float, ...]
+    seconds: float
+
+
 def score(record: EpochRecord) -> float:
     """What decides which epoch's weights are kept: validation Dice, and of equals the earlier epoch.
 

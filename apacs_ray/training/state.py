@@ -17,18 +17,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from apacs_ray.errors import ApacsError
-from apacs_ray.training.record import EpochRecord
+from apacs_ray.training.record import EpochPart, EpochRecord
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """What a checkpoint holds, as live objects."""
+    """What a checkpoint holds, as live objects; `part` is the epoch in progress, None at the end of one."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     history: tuple[EpochRecord, ...]
+    part: EpochPart | None = None
 
 
 def save_state(folder: Path, state: TrainState) -> None:
@@ -39,12 +40,14 @@ def save_state(folder: Path, state: TrainState) -> None:
     save_file(tensors, folder / OPTIMIZER)
     files = {name: _facts(folder / name) for name in (MODEL, OPTIMIZER)}
     history = [asdict(record) for record in state.history]
-    tree = {"epoch": history[-1]["epoch"], "history": history, "optimizer": rest, "files": files}
+    epoch = state.part.epoch if state.part else history[-1]["epoch"]
+    part = asdict(state.part) if state.part else None
+    tree = {"epoch": epoch, "part": part, "history": history, "optimizer": rest, "files": files}
     (folder / STATE).write_text(json.dumps(tree, indent=1))
 
 
-def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[EpochRecord, ...]:
-    """Put a checkpoint into `model` and `optimizer`; returns the history.
+def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
+    """Put a checkpoint into `model` and `optimizer`; returns them with its history and the epoch in progress.
 
     Raises ApacsError for a missing or damaged file, and leaves both as they were.
     """
@@ -60,7 +63,9 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
     bare.load_state_dict(weights)
     optimizer.load_state_dict(rest)
     _restore_layout(optimizer)
-    return tuple(EpochRecord(**record) for record in tree["history"])
+    history = tuple(EpochRecord(**record) for record in tree["history"])
+    part = tree.get("part")
+    return TrainState(model, optimizer, history, EpochPart(**{**part, "sums": tuple(part["sums"])}) if part else None)
 
 
 def bare_model(model: nn.Module) -> nn.Module:
