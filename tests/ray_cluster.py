@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -31,8 +33,7 @@ class RayCluster:
         }
         self.env = {**self._env, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
         self._parts: list[subprocess.Popen[bytes]] = []
-        self._nodes = 1
-        self._start(
+        self.head = self._start(
             "--head", f"--port={gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",
             "--node-ip-address=127.0.0.1", f"--temp-dir={self._folder}", f"--num-cpus={head_cpus}",
             f"--dashboard-agent-listen-port={agent}", "--include-dashboard=true",
@@ -48,10 +49,26 @@ class RayCluster:
         """The environment of a driver on this cluster."""
         return {**self._env, "RAY_ADDRESS": self._address}
 
-    def add_node(self, cpus: int = 2) -> subprocess.Popen[bytes]:
-        """Another raylet, with CPUs of its own."""
+    def add_node(self, cpus: int = 2, temporary: Path | None = None) -> subprocess.Popen[bytes]:
+        """Another raylet, with CPUs and maybe a temporary folder of its own; returns when it is there.
+
+        Two that start at the same moment choose the same names for their sockets, and one of them ends.
+        """
         (agent,) = _free_ports(1)
-        return self._start(f"--address={self._address}", f"--num-cpus={cpus}", f"--dashboard-agent-listen-port={agent}")
+        options = (f"--address={self._address}", f"--num-cpus={cpus}", f"--dashboard-agent-listen-port={agent}")
+        node = self._start(*options, env={"TMPDIR": str(temporary)} if temporary else {})
+        while not any(title.startswith("ray::RuntimeEnvAgent") for title in processes(node).values()):
+            assert node.poll() is None, "a node did not start"
+            time.sleep(0.05)
+        return node
+
+    def drain(self, node: subprocess.Popen[bytes], notice: int) -> None:
+        """Tell the cluster, as a cloud does, that a node will be taken away in `notice` seconds. That is to be done."""
+        raylet = next(title for title in processes(node).values() if "/raylet " in title)
+        node_id = raylet.partition("--node_id=")[2].split()[0]
+        reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        command = [*RAY, "drain-node", "--address", self._address, "--node-id", node_id, *reason]
+        subprocess.run([*command, "--deadline-remaining-seconds", str(notice)], env=self._env, check=True)
 
     def stop(self) -> None:
         for part in reversed(self._parts):
@@ -64,10 +81,10 @@ class RayCluster:
                 kill_node(part)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _start(self, *options: str) -> subprocess.Popen[bytes]:
+    def _start(self, *options: str, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
             [*RAY, "start", "--block", *options],
-            env=self._env,
+            env={**self._env, **(env or {})},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -76,9 +93,24 @@ class RayCluster:
         return process
 
 
+def processes(node: subprocess.Popen[bytes]) -> dict[int, str]:
+    """Command lines of a node's processes by pid. Ray's workers, each in a process group, name themselves there."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getsid(int(folder.name)) == node.pid:
+                found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:  # it has ended meanwhile
+            continue
+    return found
+
+
 def kill_node(process: subprocess.Popen[bytes]) -> None:
     """A raylet and all its workers, at once."""
     os.killpg(process.pid, signal.SIGKILL)
+    for pid in processes(process):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait(timeout=8)
 
 

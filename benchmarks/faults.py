@@ -1,0 +1,368 @@
+"""Break a cluster in every stage of a small job, in every way, and compare what the job leaves with an undisturbed run.
+
+Each fault has a cluster of its own on this machine (a head without CPUs, two worker nodes) and one whole job, which it
+strikes once in every stage, when the stage has made something and a worker is busy with the rest. What was lost is
+replaced as a cloud would: a node by a new node; a driver, and a head with its driver, by the same command again. A
+watcher looks at the run meanwhile and sees whether anything that was stored is made a second time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from measure import options, show  # noqa: E402
+from ray_cluster import RayCluster, kill_node, processes  # noqa: E402
+from runs import run, start, write_cells  # noqa: E402
+
+OPTIONS = [
+    "--tiles.size", "64", "--tiles.shard", "2",
+    "--members.mode", "together", "--members.width", "0.1", "--members.epochs", "3", "--members.crop", "64",
+    "--members.batch_size", "2", "--members.precision", "float32", "--members.learning_rate", "0.001",
+    "--fusion.epochs", "3", "--fusion.crop", "64", "--fusion.batch_size", "2", "--fusion.precision", "float32",
+]  # fmt: skip
+SWEEP = "trials: 2\nepochs: 3\nspace: {learning_rate: {loguniform: [0.001, 0.002]}}\n"
+NOTICE = 15  # s that a node has left when it is drained
+PATIENCE = 240.0  # s in which a stage ends after a fault
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a stage is struck: a file of `pattern` is there, and a worker process says that it is busy with `work`."""
+
+    pattern: str
+    work: str
+
+
+STAGES = {
+    "ingest": Moment("tiles/split=*/*.parquet", "ray::MapBatches(checked)"),
+    "train_members": Moment("members/fcn8/.state-*/attempt-*/epoch_00000/state.json", "ray::RayTrainWorker"),
+    "heatmaps": Moment("heatmaps/split=*/*.parquet", "ray::MapWorker(MapBatches(Worker)).submit"),
+    "tune_fusion": Moment("tune/.state-*/sweep/*/checkpoint_000000/state.json", "ray::ImplicitFunc.train"),
+    "train_fusion": Moment("fusion/.state-*/attempt-*/epoch_00000/state.json", "ray::RayTrainWorker"),
+    "evaluate": Moment("fusion/_committed.json", "ray::MapWorker(MapBatches(Worker)).submit"),
+}
+OUTPUTS = {  # of each stage, byte for byte
+    "ingest": ["tiles/split=*/*.parquet", "rejects/*.parquet"],
+    "train_members": ["members/*/model.safetensors", "members/*/model.json"],
+    "heatmaps": ["heatmaps/split=*/*.parquet"],
+    "tune_fusion": ["tune/best.yaml"],
+    "train_fusion": ["fusion/model.safetensors", "fusion/model.json"],
+    "evaluate": ["evaluation/metrics.json", "evaluation/per_tile.parquet"],
+}
+FOLDERS = dict(zip(STAGES, ("tiles", "members", "heatmaps", "tune", "fusion", "evaluation"), strict=True))
+
+
+class Site:
+    """A job on a cluster: what a fault may break, and how it is replaced."""
+
+    def __init__(self, folder: Path, data: Path, sweep: Path) -> None:
+        self.output = folder / "run"
+        self._folder = folder
+        self._argv = ["--data", str(data), "--output", str(self.output), *OPTIONS, "--tune.config", str(sweep)]
+        self._clusters: list[RayCluster] = []
+        self._ends: list[threading.Timer] = []
+        self.new_cluster()
+        self.submit()
+
+    def new_cluster(self) -> None:
+        """A cluster; what is left of an earlier one is not touched."""
+        folder = self._folder / f"cluster-{len(self._clusters)}"
+        folder.mkdir(parents=True)
+        self.cluster = RayCluster(folder, head_cpus=0)
+        self._clusters.append(self.cluster)
+        self.nodes = [self.cluster.add_node(cpus=1) for _ in range(2)]
+
+    def submit(self) -> None:
+        """Start the command, or start it again."""
+        env = {**self.cluster.joined, "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
+        self.driver = start(*self._argv, env=env)
+        threading.Thread(target=self._drain_output, args=(self.driver,), daemon=True).start()
+
+    def second(self) -> str:
+        """The same command while the first runs; what it says. Ends the program unless it is refused."""
+        done = run(*self._argv, env=self.cluster.joined)
+        if done.status != 1 or self.driver.poll() is not None:
+            raise SystemExit(f"a second start was not refused: {done.summary}")
+        return done.text.strip().splitlines()[-1]
+
+    def replace(self, node: subprocess.Popen[bytes]) -> None:
+        """Take a node out of those that count, and start another."""
+        self.nodes.remove(node)
+        self.nodes.append(self.cluster.add_node(cpus=1))
+
+    def end_later(self, node: subprocess.Popen[bytes]) -> None:
+        """The end of the notice."""
+        self._ends.append(threading.Timer(NOTICE, kill_node, [node]))
+        self._ends[-1].start()
+
+    def busy(self, work: str) -> tuple[int, subprocess.Popen[bytes]] | None:
+        """A worker process that does `work`, and its node."""
+        for node in self.nodes:
+            for pid, title in processes(node).items():
+                if title.startswith(work):
+                    return pid, node
+        return None
+
+    def stop(self) -> None:
+        for end in self._ends:
+            end.cancel()
+        self.driver.kill()
+        for cluster in self._clusters:
+            cluster.stop()
+
+    def _drain_output(self, driver: subprocess.Popen[str]) -> None:
+        with (self._folder / "log").open("a") as log:
+            for line in driver.stdout or ():
+                log.write(line)
+                log.flush()
+
+
+Strike = Callable[[Site, int, "subprocess.Popen[bytes]"], str]
+
+
+def worker_killed(site: Site, pid: int, node: subprocess.Popen[bytes]) -> str:
+    os.kill(pid, signal.SIGKILL)
+    return "goes on"
+
+
+def node_killed(site: Site, pid: int, node: subprocess.Popen[bytes]) -> str:
+    kill_node(node)
+    site.replace(node)
+    return "goes on"
+
+
+def node_drained(site: Site, pid: int, node: subprocess.Popen[bytes]) -> str:
+    site.cluster.drain(node, NOTICE)
+    site.end_later(node)
+    site.replace(node)
+    return "goes on"
+
+
+def driver_killed(site: Site, pid: int, node: subprocess.Popen[bytes]) -> str:
+    site.driver.kill()
+    site.driver.wait()
+    site.submit()
+    return "same command again takes over"
+
+
+def head_killed(site: Site, pid: int, node: subprocess.Popen[bytes]) -> str:
+    kill_node(site.cluster.head)  # its workers' nodes live on until they notice
+    site.driver.kill()  # which runs on the head
+    site.driver.wait()
+    site.new_cluster()
+    site.submit()
+    return "same command again, on a new cluster"
+
+
+def second_submission(site: Site, pid: int, node: subprocess.Popen[bytes]) -> str:
+    if "held by process" not in (said := site.second()):
+        raise SystemExit(f"a second start was refused with other words: {said}")
+    return "second refused in a line, first goes on"
+
+
+FAULTS: dict[str, Strike] = {
+    "worker process killed": worker_killed,
+    "node killed": node_killed,
+    "node drained, then killed": node_drained,
+    "driver killed": driver_killed,
+    "head killed": head_killed,
+    "second submission": second_submission,
+}
+
+
+class Watcher:
+    """Sees every stored unit (shard, epoch of a network, epoch of a trial) and how often it was made."""
+
+    def __init__(self, output: Path) -> None:
+        self._output = output
+        self._made: dict[str, dict[Hashable, set[float]]] = defaultdict(lambda: defaultdict(set))
+        self._left: dict[str, set[str]] = defaultdict(set)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def again(self, folder: str) -> str:
+        """What below `folder` was made more than once, and where training left a node."""
+        made = self._made[folder].values()
+        twice = sum(len(times) - 1 for times in made)
+        left = "".join(f"; left at {place}" for place in sorted(self._left[folder]))
+        return f"{twice} of {len(made)}{left}"
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.05):
+            for path in list(self._output.rglob("*")):
+                with contextlib.suppress(OSError, ValueError, KeyError):  # written or deleted at this moment
+                    self._look(path)
+
+    def _look(self, path: Path) -> None:
+        inside = path.relative_to(self._output)
+        made = self._made[inside.parts[0]]
+        if path.suffix == ".parquet" and inside.parts[0] in ("tiles", "heatmaps"):
+            made[inside].add(path.stat().st_mtime_ns)
+        elif path.name == "state.json" and "attempt-" in str(inside):
+            state = json.loads(path.read_text())
+            for record in state["history"]:
+                made[inside.parts[1], record["epoch"]].add(record["seconds"])
+            if state["part"]:
+                self._left[inside.parts[0]].add(f"epoch {state['part']['epoch']} step {state['part']['steps']}")
+        elif path.name == "result.json":
+            for line in path.read_text().splitlines():
+                result = json.loads(line)
+                made[result["trial_id"], result["epoch"]].add(result["time_this_iter_s"])
+
+
+def main() -> None:
+    parser = options(__doc__ or "", "worker process and node killed only")
+    parser.add_argument("--fault", choices=FAULTS, help="this one only")
+    parser.add_argument("--keep", type=Path, help="keep the runs and their logs there")
+    arguments = parser.parse_args()
+    names = [arguments.fault] if arguments.fault else list(FAULTS)[: 2 if arguments.quick else None]
+    rows: list[dict[str, Any]] = []
+    with _folder(arguments.keep) as folder:
+        data, sweep = write_cells(folder / "cells", train=10, test=5), folder / "sweep.yaml"
+        sweep.write_text(SWEEP)
+        whole = time.monotonic()
+        plain = Site(folder / "undisturbed", data, sweep)
+        _await(plain, lambda: plain.driver.poll() is not None, len(STAGES) * PATIENCE)
+        plain.stop()
+        if plain.driver.returncode != 0:
+            raise SystemExit(f"the undisturbed run failed:\n{_log(plain)}")
+        print(f"undisturbed, with its cluster: {time.monotonic() - whole:.0f} s", flush=True)
+        for name in names:
+            site = Site(folder / name.replace(" ", "-").replace(",", ""), data, sweep)
+            try:
+                rows += _suffer(name, FAULTS[name], site, plain.output)
+            finally:
+                site.stop()
+            show("faults", rows, arguments.json)
+
+
+def _suffer(name: str, strike: Strike, site: Site, plain: Path) -> list[dict[str, Any]]:
+    """One job that the fault strikes in every stage."""
+    watcher = Watcher(site.output)
+    rows = []
+    for stage, moment in STAGES.items():
+        found = _await_moment(site, stage, moment)
+        struck = time.monotonic()
+        survived = strike(site, *found)
+        starts = 0
+        while not _done(site, stage):
+            _await(site, lambda stage=stage: _done(site, stage) or site.driver.poll() is not None, PATIENCE)
+            if not _done(site, stage) and starts == 0:
+                starts += 1
+                survived = f"stops ({_log(site).splitlines()[-1][:60]}); same command again goes on"
+                site.submit()
+        rows.append(
+            {
+                "fault": name,
+                "in": stage,
+                "survived": survived,
+                "s_to_its_end": round(time.monotonic() - struck, 1),
+            }
+        )
+    _await(site, lambda: site.driver.poll() is not None, PATIENCE)
+    watcher.stop()
+    if site.driver.returncode != 0:
+        raise SystemExit(f"{name}: the job failed:\n{_log(site)}")
+    for row in rows:
+        row["stored_units_made_again"] = watcher.again(FOLDERS[row["in"]]) if row["in"] != "evaluate" else "-"
+        row["differences"] = ", ".join(_differences(row["in"], site.output, plain)) or "none"
+    return rows
+
+
+def _await_moment(site: Site, stage: str, moment: Moment) -> tuple[int, subprocess.Popen[bytes]]:
+    """Until the stage is under way; a busy worker and its node. Ends the program when that is missed."""
+    found: list[tuple[int, subprocess.Popen[bytes]]] = []
+
+    def reached() -> bool:
+        if _state(site, stage) == "running" and any(site.output.glob(moment.pattern)):
+            found.extend(filter(None, [site.busy(moment.work)]))
+        return bool(found) or _done(site, stage) or site.driver.poll() is not None
+
+    _await(site, reached, PATIENCE)
+    if not found:
+        raise SystemExit(f"{stage}: the moment to strike was missed\n{_log(site)}")
+    return found[0]
+
+
+def _await(site: Site, reached: Callable[[], bool], patience: float) -> None:
+    deadline = time.monotonic() + patience
+    while not reached():
+        if time.monotonic() > deadline:
+            raise SystemExit(f"nothing happened for {patience:.0f} s\n{_log(site)}")
+        time.sleep(0.01)
+
+
+def _state(site: Site, stage: str) -> str | None:
+    try:
+        state: str | None = json.loads((site.output / "run.json").read_text())["stages"][stage]["state"]
+    except (OSError, KeyError):
+        return None
+    return state
+
+
+def _done(site: Site, stage: str) -> bool:
+    return _state(site, stage) in ("done", "unchanged") and (site.output / FOLDERS[stage] / "_committed.json").exists()
+
+
+def _differences(stage: str, output: Path, plain: Path) -> Iterator[str]:
+    """Files of a stage that are not what they are in the undisturbed run, or not there, or new; and its counts."""
+    files = [{p.relative_to(run) for glob in OUTPUTS[stage] for p in run.glob(glob)} for run in (output, plain)]
+    yield from (str(path) for path in files[0] ^ files[1])
+    for path in sorted(files[0] & files[1]):
+        if (output / path).read_bytes() != (plain / path).read_bytes():
+            yield str(path)
+    markers = [json.loads((run / FOLDERS[stage] / "_committed.json").read_text()) for run in (output, plain)]
+    if markers[0]["counts"] != markers[1]["counts"] or markers[0]["fingerprint"] != markers[1]["fingerprint"]:
+        yield "counts"
+    if stage == "tune_fusion" and _trials(output) != _trials(plain):
+        yield "trials.csv"
+
+
+def _trials(output: Path) -> list[dict[str, str]]:
+    with (output / "tune/trials.csv").open() as lines:
+        rows = [{k: v for k, v in row.items() if k not in ("trial_id", "seconds")} for row in csv.DictReader(lines)]
+    return sorted(rows, key=str)
+
+
+def _log(site: Site) -> str:
+    text = (site.output.parent / "log").read_text()
+    return "\n".join([line for line in text.splitlines() if not re.search(r"state-dump|[│━]", line)][-30:])
+
+
+@contextlib.contextmanager
+def _folder(keep: Path | None) -> Iterator[Path]:
+    if keep is not None:
+        shutil.rmtree(keep, ignore_errors=True)
+        keep.mkdir(parents=True)
+        yield keep
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+if __name__ == "__main__":
+    main()
