@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+Node = subprocess.Popen[bytes] | subprocess.Popen[str]  # `ray start --block`, or a driver with a Ray of its own
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 
@@ -32,7 +33,7 @@ class RayCluster:
             "RAY_USAGE_STATS_ENABLED": "0",
         }
         self.env = {**self._env, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
-        self._parts: list[subprocess.Popen[bytes]] = []
+        self._parts: list[Node] = []
         self.head = self._start(
             "--head", f"--port={gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",
             "--node-ip-address=127.0.0.1", f"--temp-dir={self._folder}", f"--num-cpus={head_cpus}",
@@ -49,7 +50,7 @@ class RayCluster:
         """The environment of a driver on this cluster."""
         return {**self._env, "RAY_ADDRESS": self._address}
 
-    def add_node(self, cpus: int = 2, temporary: Path | None = None) -> subprocess.Popen[bytes]:
+    def add_node(self, cpus: int = 2, temporary: Path | None = None) -> Node:
         """Another raylet, with CPUs and maybe a temporary folder of its own; returns when it is there.
 
         Two that start at the same moment choose the same names for their sockets, and one of them ends.
@@ -62,7 +63,7 @@ class RayCluster:
             time.sleep(0.05)
         return node
 
-    def drain(self, node: subprocess.Popen[bytes], notice: int) -> None:
+    def drain(self, node: Node, notice: int) -> None:
         """Tell the cluster, as a cloud does, that a node will be taken away in `notice` seconds. That is to be done."""
         raylet = next(title for title in processes(node).values() if "/raylet " in title)
         node_id = raylet.partition("--node_id=")[2].split()[0]
@@ -81,7 +82,7 @@ class RayCluster:
                 kill_node(part)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _start(self, *options: str, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+    def _start(self, *options: str, env: dict[str, str] | None = None) -> Node:
         process = subprocess.Popen(
             [*RAY, "start", "--block", *options],
             env={**self._env, **(env or {})},
@@ -93,7 +94,7 @@ class RayCluster:
         return process
 
 
-def processes(node: subprocess.Popen[bytes]) -> dict[int, str]:
+def processes(node: Node) -> dict[int, str]:
     """Command lines of a node's processes by pid. Ray's workers, each in a process group, name themselves there."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
@@ -105,7 +106,7 @@ def processes(node: subprocess.Popen[bytes]) -> dict[int, str]:
     return found
 
 
-def kill_node(process: subprocess.Popen[bytes]) -> None:
+def kill_node(process: Node) -> None:
     """A raylet and all its workers, at once."""
     os.killpg(process.pid, signal.SIGKILL)
     for pid in processes(process):

@@ -11,18 +11,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
 from apacs_ray.data.synthetic import render_region, slide_specs
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 TILE = 64
 SMALL = [
     "--tiles.size", str(TILE), "--tiles.shard", "4",
-    "--members.width", "0.02", "--members.epochs", "3", "--members.crop", "48", "--members.precision", "float32",
-    "--members.learning_rate", "0.002",
+    "--members.mode", "together", "--members.width", "0.02", "--members.epochs", "3", "--members.crop", "48",
+    "--members.precision", "float32", "--members.learning_rate", "0.002",
     "--fusion.epochs", "2", "--fusion.crop", "48", "--fusion.precision", "float32", "--fusion.from_best", "false",
 ]  # fmt: skip
 PATIENCE = 400  # s after which a run that should end has hung
@@ -75,13 +76,14 @@ def run(*argv: str, script: str = "full.py", env: dict[str, str] | None = None) 
     return Done(process.returncode, text)
 
 
-def wait_for(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
-    """Wait until `reached`; fails the test when the run ends before."""
+def wait_for(process: subprocess.Popen[str], reached: Callable[[], T]) -> T:
+    """Wait until `reached` says something true, and return it; fails the test when the run ends before."""
     deadline = time.monotonic() + PATIENCE
-    while not reached():
+    while not (found := reached()):
         assert process.poll() is None, f"the run ended too early: {process.communicate()[0][-2000:]}"
         assert time.monotonic() < deadline, "the moment to kill never came"
         time.sleep(0.02)
+    return found
 
 
 def kill_when(process: subprocess.Popen[str], reached: Callable[[], bool], how: int = signal.SIGKILL) -> Done:

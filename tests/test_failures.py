@@ -1,19 +1,22 @@
-"""Training on real raylets while parts of them are killed: it ends as an undisturbed run does."""
+"""Runs on real raylets while parts of them go: they end as undisturbed runs do. The breadth: `benchmarks/faults.py`."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from ray_cluster import RayCluster, kill_node
+from ray_cluster import Node, RayCluster, kill_node, processes
 from runs import SMALL, read_json, run, start, wait_for
 from safetensors.numpy import load_file
 
+from apacs_ray.data.synthetic import slide_specs
+from apacs_ray.slides.smears import write_smear
+from apacs_ray.storage import open_store
 from apacs_ray.training.record import read_history
 
 MEMBERS = ("fcn32", "fcn16", "fcn8")
@@ -29,20 +32,13 @@ def untrained(undisturbed: Path, tmp_path: Path) -> Path:
     return output
 
 
-def training_workers() -> list[int]:
-    """Processes of Ray Train's workers, which name themselves in their command line."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if (folder / "cmdline").read_bytes().startswith(b"ray::RayTrainWorker"):
-                found.append(int(folder.name))
-        except OSError:  # it has ended meanwhile
-            continue
-    return found
-
-
-def first_epoch(output: Path) -> Callable[[], bool]:
-    return lambda: any(output.glob("members/fcn8/.state-*/attempt-1/epoch_00000/state.json"))
+def worker_of(nodes: list[Node]) -> tuple[int, Node] | None:
+    """Ray Train's worker process on these nodes, and its node."""
+    for node in nodes:
+        for pid, title in processes(node).items():
+            if title.startswith("ray::RayTrainWorker"):
+                return pid, node
+    return None
 
 
 def same_training(output: Path, undisturbed: Path, *, exactly: bool = True) -> None:
@@ -58,33 +54,84 @@ def same_training(output: Path, undisturbed: Path, *, exactly: bool = True) -> N
                 np.testing.assert_allclose(mine[key], value, atol=1e-4)
 
 
-def test_together_and_with_its_worker_killed_it_ends_the_same(undisturbed: Path, cells: Path, untrained: Path) -> None:
-    options = [*SMALL, "--members.mode", "together"]
-    before = set(training_workers())
+def test_apart_and_with_a_worker_killed_they_end_as_together(undisturbed: Path, cells: Path, untrained: Path) -> None:
+    options = [*SMALL, "--members.mode", "parallel"]
     process = start("--data", str(cells), "--output", str(untrained), *options, script="train_members.py")
-    wait_for(process, first_epoch(untrained))
-    (worker,) = set(training_workers()) - before  # one, for all three networks
+    wait_for(process, lambda: any(untrained.glob("members/fcn8/.state-*/attempt-1/epoch_00000/state.json")))
+    worker, _ = wait_for(process, lambda: worker_of([process]))
     os.kill(worker, signal.SIGKILL)
     text, _ = process.communicate(timeout=300)
     assert process.returncode == 0, text[-3000:]
-    assert "training together: fcn32 + fcn16 + fcn8" in text
+    assert "training at the same time: fcn32" in text
     same_training(untrained, undisturbed, exactly=False)
     again = run("--data", str(cells), "--output", str(untrained), *SMALL, script="train_members.py")
     assert "train_members: unchanged" in again.text  # the mode is no part of the result
 
 
-def test_a_killed_node_costs_an_epoch_at_most(undisturbed: Path, cells: Path, untrained: Path, tmp_path: Path) -> None:
+def test_nodes_that_go_cost_little_and_change_nothing(
+    undisturbed: Path, cells: Path, untrained: Path, tmp_path: Path
+) -> None:
+    """Of three nodes one is drained with notice, the next is killed; only the second counts as a failure."""
     cluster = RayCluster(tmp_path, head_cpus=0)
     try:
-        nodes = [cluster.add_node(cpus=2) for _ in range(2)]
-        command = ["--data", str(cells), "--output", str(untrained), *SMALL]
-        process = start(*command, script="train_members.py", env=cluster.joined)
-        wait_for(process, first_epoch(untrained))
-        kill_node(nodes[0])
+        nodes = [cluster.add_node() for _ in range(3)]
+        options = ["--data", str(cells), "--output", str(untrained), *SMALL, "--run.max_failures", "1"]
+        often = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}
+        process = start(*options, script="train_members.py", env={**cluster.joined, **often})
+        _, drained = wait_for(process, lambda: worker_of(nodes))
+        cluster.drain(drained, notice=120)
+        state = "members/fcn8/.state-*"
+        wait_for(process, lambda: any(untrained.glob(f"{state}/attempt-1/epoch_*_step_*/state.json")))
+        nodes.remove(drained)
+        _, killed = wait_for(process, lambda: worker_of(nodes))
+        kill_node(drained)
+        wait_for(process, lambda: any(untrained.glob(f"{state}/attempt-2/epoch_00000/state.json")))
+        kill_node(killed)
         text, _ = process.communicate(timeout=400)
         assert process.returncode == 0, text[-3000:]
+        assert "a node is to be taken away" in text
         same_training(untrained, undisturbed)
-        states = read_json(untrained / "run.json")["stages"]
-        assert states["train_members"]["state"] == "done"
     finally:
         cluster.stop()
+
+
+def test_ingest_outlives_its_nodes_their_caches_and_the_head(s3: str, tmp_path: Path) -> None:
+    """The only worker node is killed, its cache with it; a second start is refused; then the head and the driver go."""
+    for number, spec in enumerate(slide_specs(5, 768, 512, train=1, test=1)):
+        write_smear(open_store(f"{s3}/slides"), spec, number)
+    cache = tmp_path / "cache"
+    options = ["--data", f"{s3}/slides", "--data.cache", str(cache), "--tiles.size", "64", "--tiles.shard", "4"]
+    plain, output = tmp_path / "plain", tmp_path / "run"
+    assert run(*options, "--output", str(plain), script="ingest.py").status == 0
+    shutil.rmtree(cache)
+    command = [*options, "--output", str(output)]
+    shards = partial(output.glob, "tiles/split=*/*.parquet")
+    clusters = []
+    try:
+        clusters.append(RayCluster(tmp_path, head_cpus=0))
+        node = clusters[0].add_node()
+        process = start(*command, script="ingest.py", env=clusters[0].joined)
+        wait_for(process, lambda: any(shards()))
+        kill_node(node)
+        shutil.rmtree(cache)
+        second = run(*command, script="ingest.py", env=clusters[0].joined)
+        assert second.status == 1
+        assert second.text.splitlines()[-1].startswith(f"error: {output}: held by process {process.pid}")
+        done = len(list(shards()))
+        clusters[0].add_node()
+        wait_for(process, lambda: len(list(shards())) > done + 4)
+        assert any(cache.iterdir())
+        kill_node(clusters[0].head)
+        process.kill()  # it runs on the head
+        process.communicate()
+        clusters.append(RayCluster(tmp_path))
+        again = run(*command, script="ingest.py", env=clusters[1].joined)
+        assert again.status == 0, again.summary
+    finally:
+        for cluster in clusters:
+            cluster.stop()
+    assert len(list(shards())) > done + 4
+    for path in [*plain.glob("tiles/split=*/*.parquet"), *plain.glob("manifest/*/*.parquet")]:
+        assert (output / path.relative_to(plain)).read_bytes() == path.read_bytes()
+    states = [read_json(run / "run.json")["stages"]["ingest"] for run in (plain, output)]
+    assert states[0]["rows_out"] == states[1]["rows_out"]
