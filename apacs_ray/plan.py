@@ -1,13 +1,12 @@
 """Who trains where: the resources of each network's training run, from what the cluster has. Pure arithmetic.
 
 FCN-16 and FCN-8 cost 7 times FCN-32 (FLOPs of a forward pass at 1000 x 1000: 1.10, 1.10 and 0.15 TFLOP), so an equal
-split of GPUs wastes them. Nothing is asked for that cannot come, and CPUs stay free for the tasks that decode tiles:
-a dataset without a CPU crawls or hangs.
+split of GPUs wastes them. Nothing is asked for that cannot come. A worker reserves the CPUs of the tasks that decode
+for it with its own, and they run on its node: whoever has a worker can decode, also when nodes were lost since.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,17 +16,19 @@ from apacs_ray.errors import ApacsError
 
 COST: Mapping[str, float] = {"fcn32": 1.0, "fcn16": 7.0, "fcn8": 7.0, "fusion": 1.0, "fusion_published": 1.0}
 TOGETHER = "together"
+TRAINING_PER_DECODING = 8  # CPUs: a core decodes tiles faster than 8 train on them
 SHARED_GPU = 0.2  # of a GPU, for an FCN-32 that shares it with a larger member
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Logical resources of all nodes together, and those of the smallest node that trains: a worker must fit it."""
+    """Logical resources of all nodes together; of those that train how many there are, and what the poorest has."""
 
     cpus: float
-    gpus: float = 0.0
-    node_cpus: float = 0.0
-    node_gpus: float = 0.0
+    gpus: float
+    nodes: int
+    node_cpus: float
+    gpu_cpus: float = 0.0  # CPUs for each GPU
 
 
 @dataclass(frozen=True)
@@ -52,29 +53,34 @@ def cluster_of(alive: Sequence[Nodes], startable: Sequence[Nodes]) -> Cluster:
         max(sum(getattr(nodes, what) * nodes.count for nodes in group) for group in (alive, planned))
         for what in ("cpus", "gpus")
     )
-    training = [nodes for nodes in (*alive, *planned) if nodes.cpus and (nodes.gpus or not gpus)]
-    smallest = min(training, key=lambda nodes: nodes.cpus, default=Nodes(1.0, 0.0, 1))
-    return Cluster(cpus or 1.0, gpus, smallest.cpus, smallest.gpus)
+    count, node_cpus, gpu_cpus = 1, math.inf, math.inf
+    for group in (alive, planned):
+        training = [nodes for nodes in group if nodes.cpus and (nodes.gpus or not gpus)]
+        count = max(count, sum(nodes.count for nodes in training))
+        node_cpus = min([node_cpus, *(nodes.cpus for nodes in training)])
+        gpu_cpus = min([gpu_cpus, *(nodes.cpus / nodes.gpus for nodes in training if gpus)])
+    return Cluster(cpus or 1.0, gpus, count, min(node_cpus, cpus or 1.0), gpu_cpus if gpus else 0.0)
 
 
 @dataclass(frozen=True)
 class NetworkPlan:
-    """One training run: DDP workers, the resources of each, and of the tasks that feed them (0: they decode alone)."""
+    """One training run: DDP workers, and the resources of each, those of the tasks that feed it included."""
 
     name: str
     workers: int
     cpus: float
     gpus: float
     threads: int
-    data_cpus: float
-    data_tasks: int
+    data_tasks: int  # for each worker; 0: it decodes alone
 
     def describe(self) -> str:
-        """For a person: `fcn8: 1 worker x 0.33 CPU, 1 thread`."""
+        """For a person, as in `fcn8: 1 worker x 0.66 CPU (1 torch thread, 1 data task)`."""
         device = f"{self.gpus:g} GPU + {self.cpus:g} CPU" if self.gpus else f"{self.cpus:g} CPU"
         workers = f"{self.workers} worker{'s' * (self.workers > 1)}"
         threads = f"{self.threads} torch thread{'s' * (self.threads > 1)}"
-        return f"{self.name}: {workers} x {device}, {threads}, {self.data_tasks} x {self.data_cpus:g} CPU for data"
+        return (
+            f"{self.name}: {workers} x {device} ({threads}, {self.data_tasks} data task{'s' * (self.data_tasks > 1)})"
+        )
 
 
 Mode = Literal["parallel", "in turn", "together"]
@@ -109,10 +115,10 @@ def plan_training(
 ) -> TrainingPlan:
     """Resources for training `names` on `cluster`.
 
-    On CPUs each network gets an equal fraction, all together at most half of the CPUs; on GPUs the split that ends
-    first by `COST`. `workers` > 0 fixes the DDP workers of each network; a worker gets at least one tile of a batch.
-    `together`: one run for all of them, which decodes each batch once; `auto`: that on one GPU or one CPU, which runs
-    of their own would only fight for. On two CPUs and more, processes of one thread each are no slower.
+    On CPUs each worker gets an equal fraction of a node; on GPUs the split that ends first by `COST`, and of a node's
+    CPUs what a worker gets of its GPUs. `workers` > 0 fixes the DDP workers of each network; a worker gets at least one
+    tile of a batch. `together`: one run for all of them, which decodes each batch once; `auto`: that on one GPU or one
+    CPU, which runs of their own would only fight for. On two CPUs and more, processes of one thread each are no slower.
     """
     if mode == "auto":
         mode = "together" if math.floor(cluster.gpus) == 1 or cluster.cpus < 2 else "parallel"
@@ -123,11 +129,11 @@ def plan_training(
     if gpus >= 1:
         return TrainingPlan(_on_gpus(names, gpus, cluster, workers, batch_size), "parallel")
     parallel = cluster.cpus >= 2
-    sharing = len(names) if parallel else 1
     count = min(workers or 1, batch_size)
-    threads = max(1, int((cluster.node_cpus or cluster.cpus) // (sharing * count)))
-    cpus = min(_floor(cluster.cpus / 2 / (sharing * count)), cluster.node_cpus or cluster.cpus)
-    networks = tuple(_with_data(name, count, cpus, 0.0, threads, cluster, sharing * count) for name in names)
+    on_node = math.ceil(count * (len(names) if parallel else 1) / cluster.nodes)
+    cpus = _floor(cluster.node_cpus / on_node)
+    threads, tasks = max(1, int(cpus)), max(1, int(cpus / TRAINING_PER_DECODING))
+    networks = tuple(NetworkPlan(name, count, cpus, 0.0, threads, tasks) for name in names)
     return TrainingPlan(networks, "parallel" if parallel else "in turn")
 
 
@@ -150,8 +156,8 @@ def plan_trials(
             asked = f"{workers * gpu:g} of {cluster.gpus:g} GPUs"
             raise ApacsError(f"tune.config: a trial of {workers} workers asks for {asked}")
     trials = max(1, min(fit, concurrency or fit))
-    threads = max(1, int(min(cpu, cluster.node_cpus or cluster.cpus)))
-    return NetworkPlan("fusion", workers, cpu, gpu, threads, 0.0, 0), trials
+    threads = max(1, int(min(cpu, cluster.node_cpus)))
+    return NetworkPlan("fusion", workers, cpu, gpu, threads, 0), trials
 
 
 def _on_gpus(
@@ -159,14 +165,12 @@ def _on_gpus(
 ) -> tuple[NetworkPlan, ...]:
     shares = _gpu_shares(names, gpus)
     if workers:
-        shares = {name: (workers, min(1.0, _floor(gpus / (workers * len(names))))) for name in names}
-    counts = {name: min(count, batch_size) for name, (count, _) in shares.items()}
-    total = sum(counts.values())
-    cpus = min(1.0, _floor(cluster.cpus / 2 / total))
-    share = min(gpu for _, gpu in shares.values())
-    on_node = min(total, math.floor((cluster.node_gpus or cluster.gpus) / share + 1e-9))
-    threads = max(1, int((cluster.node_cpus or cluster.cpus) / 2 // max(1, on_node)))
-    return tuple(_with_data(name, counts[name], cpus, shares[name][1], threads, cluster, total) for name in names)
+        shares = {name: (workers, _gpu_share(workers * len(names), gpus)) for name in names}
+    plans = []
+    for name, (count, gpu) in shares.items():
+        cpus = _floor(gpu * cluster.gpu_cpus)
+        plans.append(NetworkPlan(name, min(count, batch_size), cpus, gpu, max(1, int(cpus / 2)), max(1, int(cpus) - 1)))
+    return tuple(plans)
 
 
 def _gpu_shares(names: Sequence[str], gpus: int) -> dict[str, tuple[int, float]]:
@@ -174,33 +178,31 @@ def _gpu_shares(names: Sequence[str], gpus: int) -> dict[str, tuple[int, float]]
     if len(names) == 1:
         return {names[0]: (gpus, 1.0)}
     if gpus == 1:
-        return {name: (1, _floor(1 / len(names))) for name in names}
+        return {name: (1, _gpu_share(len(names), gpus)) for name in names}
     best: dict[str, tuple[int, float]] = {}
     finish = math.inf
     if gpus >= len(names):
-        for counts in itertools.product(range(1, gpus + 1), repeat=len(names)):
-            slowest = max(COST[name] / count for name, count in zip(names, counts, strict=True))
-            if sum(counts) <= gpus and slowest < finish:
-                finish, best = (
-                    slowest,
-                    {name: (count, 1.0) for name, count in zip(names, counts, strict=True)},
-                )
+        counts = dict.fromkeys(names, 1)
+        while True:  # another GPU for each of the slowest, while there are enough
+            finish = max(COST[name] / counts[name] for name in names)
+            slowest = [name for name in names if COST[name] / counts[name] == finish]
+            if sum(counts.values()) + len(slowest) > gpus:
+                break
+            for name in slowest:
+                counts[name] += 1
+        best = {name: (count, 1.0) for name, count in counts.items()}
     large = [name for name in names if name != "fcn32"]
     if len(large) < len(names) and len(large) <= gpus:
         split = [gpus // len(large) + (index < gpus % len(large)) for index in range(len(large))]
-        slowest = max(COST[name] / count for name, count in zip(large, split, strict=True)) + COST["fcn32"]
-        if slowest < finish:
+        if max(COST[name] / count for name, count in zip(large, split, strict=True)) + COST["fcn32"] < finish:
             share = {name: (count, 1 - SHARED_GPU) for name, count in zip(large, split, strict=True)}
             best = {name: share.get(name, (1, SHARED_GPU)) for name in names}
-    return best or {name: (1, _floor(gpus / len(names))) for name in names}
+    return best or {name: (1, _gpu_share(len(names), gpus)) for name in names}
 
 
-def _with_data(
-    name: str, workers: int, cpus: float, gpus: float, threads: int, cluster: Cluster, datasets: int
-) -> NetworkPlan:
-    free = max(cluster.cpus - cpus * datasets, 0.01 * datasets)
-    data_cpus = min(1.0, _floor(free / datasets))
-    return NetworkPlan(name, workers, cpus, gpus, threads, data_cpus, max(1, int(free / datasets / data_cpus)))
+def _gpu_share(workers: int, gpus: int) -> float:
+    """What each worker gets of a GPU; no worker has parts of two."""
+    return _floor(1 / math.ceil(workers / gpus))
 
 
 def _floor(value: float) -> float:

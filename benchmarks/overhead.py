@@ -26,7 +26,7 @@ from apacs_ray.checkpoints import complete_checkpoints
 from apacs_ray.data.shards import read_index
 from apacs_ray.models.spec import ModelSpec
 from apacs_ray.models.weights import build
-from apacs_ray.plan import Cluster, plan_training
+from apacs_ray.plan import Cluster, Nodes, cluster_of, plan_training
 from apacs_ray.run import ROOT, source_hash
 from apacs_ray.storage import LocalStore, Store
 from apacs_ray.training.config import TrainConfig
@@ -49,7 +49,7 @@ def main() -> None:
 
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     resources = ray.cluster_resources()
-    cluster = Cluster(resources["CPU"], resources.get("GPU", 0.0), resources["CPU"])
+    cluster = cluster_of([Nodes(resources["CPU"], resources.get("GPU", 0.0), 1)], [])
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         write_tiles(LocalStore(folder), SIDE, {"train": arguments.tiles, "val": 1})

@@ -26,7 +26,7 @@ from apacs_ray.doctor.command import doctor
 from apacs_ray.doctor.finding import Finding, examine, shown
 from apacs_ray.doctor.stores import Stores
 from apacs_ray.errors import ApacsError
-from apacs_ray.plan import Cluster
+from apacs_ray.plan import Nodes, cluster_of
 from apacs_ray.storage import LocalStore, open_store
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -346,7 +346,7 @@ def test_the_plan_for_this_machine_and_for_a_cluster(monkeypatch: pytest.MonkeyP
     assert [finding.name for finding in cluster.check_cluster(here)] == ["cluster", "plan"]
     with socket.create_server(("127.0.0.1", 0)) as head:
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{head.getsockname()[1]}")
-        two = Survey(Cluster(32, 4, 16), 2)
+        two = Survey(cluster_of([Nodes(16, 2, 2)], []), 2)
         states = [(finding.name, finding.state) for finding in cluster.check_cluster(here, lambda: two)]
         assert states == [("cluster", "ok"), ("cluster", "failed"), ("cluster", "failed"), ("plan", "ok")]
         remote = parse(["--data", f"{s3}/cells", "--output", f"{s3}/run"], "doctor", "")

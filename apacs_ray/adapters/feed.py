@@ -29,13 +29,17 @@ DATASET_BYTES = 256 * 2**20  # of decoded pixels a dataset holds in the object s
 def ray_samples(
     feed: Feed, indices: Mapping[str, TileIndex], refs: Iterator[SampleRef], plan: NetworkPlan, source: str
 ) -> Iterator[Sample]:
-    """Samples for `refs`, in order, decoded by Ray Data's tasks with the CPUs that `plan` leaves them.
+    """Samples for `refs`, in order, decoded by Ray Data's tasks on this node.
 
+    The tasks ask for no CPUs, as this worker has reserved theirs with its own: tasks that had to ask would wait forever
+    when workers have taken all CPUs of a cluster that lost a node.
     The next dataset is computed while this one is consumed. Each is small enough to be computed to its end: a
     streaming dataset whose consumer is slower than its tasks spins in the consumer's process and takes half of it.
     """
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)  # a drained node refuses
     channels = 3 + (len(feed.heatmaps.members) if feed.heatmaps else 0)
     side = feed.augmentation.crop
     largest = {split: index.largest for split, index in indices.items()}
@@ -55,7 +59,8 @@ def ray_samples(
             load,
             batch_size=None,
             batch_format="pyarrow",
-            num_cpus=plan.data_cpus,
+            num_cpus=0,
+            scheduling_strategy=here,
             compute=ray.data.TaskPoolStrategy(size=plan.data_tasks),
         )
         return list(dataset.materialize().to_arrow_refs())

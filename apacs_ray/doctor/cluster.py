@@ -14,7 +14,7 @@ from apacs_ray.doctor.finding import Finding
 from apacs_ray.doctor.machine import usable_cpus
 from apacs_ray.errors import ApacsError
 from apacs_ray.models.spec import MEMBERS
-from apacs_ray.plan import Cluster, plan_training
+from apacs_ray.plan import Cluster, Nodes, cluster_of, plan_training
 
 CONNECT = 3.0  # s
 START = "unset RAY_ADDRESS to run on this machine, or start the cluster (ray start --head) and give its address"
@@ -52,7 +52,7 @@ def _this_machine() -> Cluster:
     import torch
 
     cpus = usable_cpus()
-    return Cluster(cpus, float(torch.cuda.device_count()), cpus)
+    return cluster_of([Nodes(cpus, float(torch.cuda.device_count()), 1)], [])
 
 
 def _plan(command: Command, cluster: Cluster) -> Finding:
