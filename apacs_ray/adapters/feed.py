@@ -32,11 +32,13 @@ def ray_samples(
     """Samples for `refs`, in order, decoded by Ray Data's tasks on this node.
 
     The tasks ask for no CPUs, as this worker has reserved theirs with its own: tasks that had to ask would wait forever
-    when workers have taken all CPUs of a cluster that lost a node.
+    when workers have taken all CPUs of a cluster that lost a node. `from_arrow` would start one that asks, `from_blocks`
+    does not.
     The next dataset is computed while this one is consumed. Each is small enough to be computed to its end: a
     streaming dataset whose consumer is slower than its tasks spins in the consumer's process and takes half of it.
     """
     import ray
+    from ray.data.read_api import from_blocks
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)  # a drained node refuses
@@ -55,7 +57,7 @@ def ray_samples(
         blocks = _blocks(indices, islice(refs, rows_ahead), rows)
         if not blocks:
             return []
-        dataset = ray.data.from_arrow(blocks).map_batches(
+        dataset = from_blocks(blocks).map_batches(
             load,
             batch_size=None,
             batch_format="pyarrow",
