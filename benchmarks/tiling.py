@@ -134,9 +134,9 @@ def _start_ray() -> float:
 
     if ray.is_initialized():
         return 0.0
-    from apacs_ray.adapters.session import _quiet
+    from apacs_ray.adapters.session import prepare_ray
 
-    _quiet()
+    prepare_ray()
     started = time.perf_counter()
     ray.init(address="local", num_cpus=WORKERS, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     return time.perf_counter() - started

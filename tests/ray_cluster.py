@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import shutil
 import signal
@@ -104,6 +105,25 @@ def processes(node: Node) -> dict[int, str]:
         except OSError:  # it has ended meanwhile
             continue
     return found
+
+
+def listening(node: Node) -> set[str]:
+    """Addresses at which a node's processes, or a driver's and those of its own Ray, wait for connections."""
+    at: dict[str, str] = {}
+    for table in ("tcp", "tcp6"):
+        for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            if state == "0A":  # LISTEN
+                words = [
+                    bytes.fromhex(local.split(":")[0])[at : at + 4][::-1] for at in range(0, len(local) // 2 - 2, 4)
+                ]
+                at[f"socket:[{inode}]"] = str(ipaddress.ip_address(b"".join(words)))
+    found = set()
+    for pid in processes(node):
+        for descriptor in Path(f"/proc/{pid}/fd").glob("*"):
+            with contextlib.suppress(OSError):  # it has been closed meanwhile
+                found.add(at.get(os.readlink(descriptor), ""))
+    return found - {""}
 
 
 def kill_node(process: Node) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ray_cluster import Node, RayCluster, kill_node, processes
+from ray_cluster import Node, RayCluster, kill_node, listening, processes
 from runs import SMALL, read_json, run, start, wait_for
 from safetensors.numpy import load_file
 
@@ -59,6 +59,7 @@ def test_apart_and_with_a_worker_killed_they_end_as_together(undisturbed: Path, 
     process = start("--data", str(cells), "--output", str(untrained), *options, script="train_members.py")
     wait_for(process, lambda: any(untrained.glob("members/fcn8/.state-*/attempt-1/epoch_00000/state.json")))
     worker, _ = wait_for(process, lambda: worker_of([process]))
+    assert listening(process) == {"127.0.0.1"}  # nobody outside this machine is heard
     os.kill(worker, signal.SIGKILL)
     text, _ = process.communicate(timeout=300)
     assert process.returncode == 0, text[-3000:]

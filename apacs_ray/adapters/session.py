@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from apacs_ray.errors import ApacsError
+from apacs_ray.own_folder import own_folder
 from apacs_ray.plan import Cluster, Nodes, cluster_of
 from apacs_ray.run import ROOT, Run, require_source, source_hash
 from apacs_ray.storage import is_local
@@ -42,7 +44,7 @@ class RaySession:
         """Join or start Ray; later calls do nothing. Raises ApacsError when a local path meets several nodes."""
         if self._started:
             return
-        _quiet()
+        prepare_ray()
         import ray
 
         if os.environ.get("RAY_ADDRESS"):
@@ -54,6 +56,7 @@ class RaySession:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 configure_logging=True,
+                _temp_dir=_private_sessions(),
             )
             self._run.lease.note_ray_session(ray._private.worker._global_node.get_session_dir_path())
         self._started = True
@@ -105,7 +108,7 @@ def joined_cluster() -> Cluster:
     )
 
 
-def _quiet() -> None:
+def prepare_ray() -> None:
     """Settings of Ray that must stand before it is imported, here and (by inheritance) in its workers."""
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
@@ -114,9 +117,31 @@ def _quiet() -> None:
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not os.environ.get("RAY_ADDRESS"):
+        _keep_to_ourselves()
         path = os.environ.get("PYTHONPATH")
         if str(ROOT) not in (path or "").split(os.pathsep):
             os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([path] if path else [])])
+
+
+def _keep_to_ourselves() -> None:
+    """A Ray of our own: every port on the loopback address, and a token that only this run's processes know."""
+    # Ray's name for it: its default on Windows and macOS, where a single machine is all there is
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    for library in ("GLOO", "NCCL"):  # among the workers of one training
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
+    if not any(f"RAY_AUTH_{name}" in os.environ for name in ("MODE", "TOKEN", "TOKEN_PATH")):
+        # left alone, Ray makes one for all clusters, in a file that every user of the machine may read
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+def _private_sessions() -> str | None:
+    """A folder of this user's own for Ray's sockets and logs, which Ray itself opens to everybody.
+
+    None where `RAY_TMPDIR` or `TMPDIR` says where they are to be: paths of sockets are limited to 107 characters.
+    """
+    if "RAY_TMPDIR" in os.environ or "TMPDIR" in os.environ:
+        return None
+    return str(own_folder(f"/tmp/apacs_ray-{os.getuid()}") / "ray")
 
 
 def configure_data() -> None:

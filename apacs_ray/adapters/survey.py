@@ -50,9 +50,9 @@ def cause(text: str) -> str:
 
 def main() -> None:
     """Print the survey as one line of JSON."""
-    from apacs_ray.adapters.session import _quiet, joined_cluster, joined_machines
+    from apacs_ray.adapters.session import joined_cluster, joined_machines, prepare_ray
 
-    _quiet()
+    prepare_ray()
     import ray
 
     ray.init(log_to_driver=False, logging_level="ERROR")

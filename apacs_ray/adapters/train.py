@@ -123,7 +123,13 @@ def fit(task: TrainingTask, callbacks: Sequence[Any] = ()) -> None:
 def _fit_once(task: TrainingTask, callbacks: Sequence[Any]) -> bool:
     """One run of Ray Train; whether it came to the end."""
     import ray.train
-    from ray.train.torch import TorchTrainer
+    from ray.train.backend import Backend
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    class _Alone(TorchConfig):  # type: ignore[misc]
+        """One worker has nobody to meet, so torch need not listen for others, which it does on every address."""
+
+        backend_cls = Backend
 
     store = task.store.child(task.state)
     task = replace(task, attempt=1 + max(attempts(store, ""), default=0))
@@ -132,6 +138,7 @@ def _fit_once(task: TrainingTask, callbacks: Sequence[Any]) -> bool:
     trainer = TorchTrainer(
         _train_loop,
         train_loop_config={"task": task},
+        torch_config=_Alone() if plan.workers == 1 else None,
         scaling_config=ray.train.ScalingConfig(
             num_workers=plan.workers,
             use_gpu=plan.gpus > 0,

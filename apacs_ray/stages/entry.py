@@ -41,7 +41,9 @@ def main(program: str, summary: str, stages: Sequence[str] | None, argv: Sequenc
 
 def _run(command: Command, only: Sequence[str] | None) -> int:
     # imported here: --help needs none of this
-    from apacs_ray.adapters.session import RaySession
+    from apacs_ray.adapters.session import RaySession, prepare_ray
+
+    prepare_ray()  # the stages import Ray
     from apacs_ray.console import metrics_table, say, stage_table
     from apacs_ray.run import Run
     from apacs_ray.stages.dry_run import dry_run
