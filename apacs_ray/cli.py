@@ -7,6 +7,7 @@ readable line that names the key and exit status 2, before anything starts.
 from __future__ import annotations
 
 import argparse
+import os
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from apacs_ray.clean import uri_defect
 from apacs_ray.errors import UsageError
 from apacs_ray.settings import Settings
 
@@ -61,19 +63,33 @@ def parse(argv: Sequence[str], program: str, summary: str) -> Command:
     given = vars(parser.parse_args(argv))
     data, output, config = given.pop("data"), given.pop("output"), given.pop("config")
     dry_run = given.pop("dry_run")
+    for option, uri in (("--data", data), ("--output", output)):
+        _require_open(option, uri)
     layers: list[tuple[str, dict[str, Any]]] = []
     if data is None:
         layers.append((SYNTHETIC_CONFIG, read_yaml(find_config(SYNTHETIC_CONFIG))))
     if config is not None:
         layers.append((config, read_yaml(find_config(config))))
     layers.append(("command line", _nested({key: value for key, value in given.items() if value is not None})))
-    return Command(data, output or default_output(data), merge_settings(layers), dry_run)
+    settings = merge_settings(layers)
+    for section, tree in settings.model_dump().items():
+        for key, value in tree.items():
+            _require_open(f"{section}.{key}", value)
+    return Command(data, output or default_output(data), settings, dry_run)
+
+
+def _require_open(key: str, value: Any) -> None:
+    """Raise UsageError for a URI with a secret in it: what is given here is printed and kept."""
+    if isinstance(value, str) and (defect := uri_defect(value)) is not None:
+        raise UsageError(f"{key}: {defect}")
 
 
 def default_output(data: str | None) -> str:
     """`./runs/<name of the data>`, so that the same command finds its own run again."""
-    name = "synthetic" if data is None else data.rstrip("/").rsplit("/", 1)[-1] or "data"
-    return f"runs/{name}"
+    if data is None:
+        return "runs/synthetic"
+    name = os.path.basename(os.path.abspath(data)) if "://" not in data else data.rstrip("/").rsplit("/", 1)[-1]
+    return f"runs/{'data' if name in ('', '.', '..') else name}"
 
 
 def merge_settings(layers: Sequence[tuple[str, dict[str, Any]]]) -> Settings:

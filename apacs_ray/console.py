@@ -10,13 +10,21 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
+
+from apacs_ray.clean import printable, without_secrets
 
 console = Console(highlight=False, soft_wrap=True)
 
 
 def say(text: str) -> None:
-    """One line, as it is (no markup)."""
-    console.print(f"{time.strftime('%H:%M:%S')} {text}", markup=False)
+    """One line, as it is (no markup), less what no terminal should get."""
+    console.print(f"{time.strftime('%H:%M:%S')} {printable(without_secrets(text))}", markup=False)
+
+
+def cell(value: object) -> Text:
+    """A table's cell: a name of a file in it is no markup and steers no terminal."""
+    return Text(printable(without_secrets(str(value))))
 
 
 class Bars:
@@ -61,7 +69,7 @@ def stage_table(stages: Mapping[str, Mapping[str, Any]]) -> None:
             skipped or "0",
             stage.get("rejected", ""),
         )
-        table.add_row(name, stage.get("state", ""), seconds, *(str(cell) for cell in cells))
+        table.add_row(cell(name), cell(stage.get("state", "")), seconds, *map(cell, cells))
     console.print(table)
 
 

@@ -27,6 +27,7 @@ from boto3.exceptions import Boto3Error
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from apacs_ray.clean import learn_secrets, uri_defect, without_secrets
 from apacs_ray.errors import ApacsError, StoreTroubleError, UsageError
 
 ATTEMPTS = 10  # of a request to S3, with exponential backoff: throttling (503 SlowDown) is normal there
@@ -215,8 +216,15 @@ class S3Access:
     secret_key: str | None
     session_token: str | None
 
+    def __post_init__(self) -> None:
+        learn_secrets(self.access_key, self.secret_key, self.session_token)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # in a worker
+        self.__dict__.update(state)
+        self.__post_init__()
+
     def __repr__(self) -> str:  # secrets never reach a log
-        return f"S3Access(region={self.region!r}, endpoint={self.endpoint!r})"
+        return without_secrets(f"S3Access(region={self.region!r}, endpoint={self.endpoint!r})")
 
 
 @dataclass(frozen=True)
@@ -258,12 +266,13 @@ class S3Store(Store):
             return cast(bytes, stream.read())
 
     def version(self, path: str) -> str | None:
-        try:
-            return str(self._client.head_object(Bucket=self.bucket, Key=self._key(path))["ETag"])
-        except ClientError as error:
-            if _status(error) == 404:
-                return None
-            raise
+        with _named(f"{self.uri_of(path)}: cannot be looked up"):
+            try:
+                return str(self._client.head_object(Bucket=self.bucket, Key=self._key(path))["ETag"])
+            except ClientError as error:
+                if _status(error) == 404:
+                    return None
+                raise
 
     def write(self, path: str, content: bytes) -> None:
         self._put(path, content)
@@ -313,7 +322,9 @@ def is_local(uri: str) -> bool:
 
 
 def open_store(uri: str) -> Store:
-    """The store at a local path or `s3://bucket/prefix`. Raises UsageError for any other scheme."""
+    """The store at a local path or `s3://bucket/prefix`. Raises UsageError for other schemes and credentials."""
+    if (defect := uri_defect(uri)) is not None:
+        raise UsageError(defect)
     if "://" not in uri:
         return LocalStore(os.path.abspath(os.path.expanduser(uri)))
     scheme = urlsplit(uri).scheme
@@ -332,7 +343,7 @@ def _resolve_access() -> S3Access:
         session = boto3.Session()
         client = session.client("s3")
     except (BotoCoreError, ValueError) as error:
-        raise UsageError(f"S3: cannot be set up: {error}") from error
+        raise UsageError(f"S3: cannot be set up: {without_secrets(str(error))}") from error
     meta = client.meta
     endpoint = None if ".amazonaws.com" in meta.endpoint_url else meta.endpoint_url
     credentials = session.get_credentials()
@@ -364,6 +375,11 @@ def _s3_client(access: S3Access) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _s3_filesystem(access: S3Access) -> pafs.FileSystem:
+    return pafs.S3FileSystem(**s3_options(access))
+
+
+def s3_options(access: S3Access) -> dict[str, Any]:
+    """What pyarrow's `S3FileSystem` is opened with."""
     options: dict[str, Any] = {"retry_strategy": pafs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS)}
     if access.region:
         options["region"] = access.region
@@ -374,7 +390,7 @@ def _s3_filesystem(access: S3Access) -> pafs.FileSystem:
         options |= {"access_key": access.access_key, "secret_key": access.secret_key}
     if access.session_token:
         options["session_token"] = access.session_token
-    return pafs.S3FileSystem(**options)
+    return options
 
 
 @contextlib.contextmanager
@@ -385,7 +401,7 @@ def _named(what: str) -> Iterator[None]:
     except (ClientError, BotoCoreError, Boto3Error) as error:
         # a Boto3Error (of an upload) hides the status; other BotoCoreErrors are lost connections and time-outs
         kind = ApacsError if isinstance(error, ClientError) and _status(error) not in BUSY else StoreTroubleError
-        raise kind(f"{what} ({error})") from error
+        raise kind(f"{what} ({without_secrets(str(error))})") from error
 
 
 def _status(error: ClientError) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apacs_ray.adapters.feed import ray_samples
+from apacs_ray.adapters.keyless import ray_filesystem
 from apacs_ray.adapters.session import KEEP_MEMORY
 from apacs_ray.checkpoints import attempts, complete_checkpoints, fetch, keep_checkpoint
 from apacs_ray.console import say
@@ -134,7 +135,6 @@ def _fit_once(task: TrainingTask, callbacks: Sequence[Any]) -> bool:
     store = task.store.child(task.state)
     task = replace(task, attempt=1 + max(attempts(store, ""), default=0))
     plan = task.plan
-    local = {} if store.is_local else {"storage_filesystem": store.filesystem}
     trainer = TorchTrainer(
         _train_loop,
         train_loop_config={"task": task},
@@ -150,7 +150,7 @@ def _fit_once(task: TrainingTask, callbacks: Sequence[Any]) -> bool:
             failure_config=ray.train.FailureConfig(max_failures=task.max_failures, max_preemption_failures=-1),
             worker_runtime_env=KEEP_MEMORY,
             callbacks=list(callbacks),
-            **local,
+            storage_filesystem=ray_filesystem(store),
         ),
     )
     store.delete(ERROR)

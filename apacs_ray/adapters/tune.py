@@ -10,12 +10,14 @@ from typing import Any
 
 from ray.tune import Callback
 
+from apacs_ray.adapters.keyless import forward_no_keys, ray_filesystem
 from apacs_ray.adapters.trial import TrialTask, plain_setting, run_trial
+from apacs_ray.clean import without_secrets
 from apacs_ray.errors import ApacsError
 from apacs_ray.plan import Cluster, plan_trials
 from apacs_ray.sweep import MUTABLE, Distribution, Sweep
 
-IN_MEMORY = 2**30  # bytes of decoded tiles that a trial may keep
+LONGEST_ERROR = 400  # characters of a trial's error that are kept
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ def sweep(task: TrialTask, plan: Sweep, cluster: Cluster, on_done: Callable[[int
         resources["gpu"] = plan.resources.gpu
     trainable = tune.with_resources(tune.with_parameters(run_trial, task=task), resources)
     store = task.store.child(task.state)
-    filesystem = None if store.is_local else store.filesystem
+    filesystem = ray_filesystem(store)
+    forward_no_keys()
     path = f"{store.full_path()}/sweep"
     tuner = None
     if tune.Tuner.can_restore(path, storage_filesystem=filesystem):
@@ -154,5 +157,5 @@ def _result(result: Any) -> TrialResult:
         metrics.get("best_val_dice"),
         int(metrics.get("epoch", 0)),
         round(float(metrics.get("time_total_s", 0.0)), 2),
-        str(result.error).strip().splitlines()[-1] if result.error else None,
+        without_secrets(str(result.error).strip().splitlines()[-1])[:LONGEST_ERROR] if result.error else None,
     )

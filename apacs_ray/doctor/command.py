@@ -9,10 +9,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from apacs_ray.clean import secrets_in
 from apacs_ray.cli import Command, parse
 from apacs_ray.console import console
 from apacs_ray.doctor import cluster, codecs, devices, machine, versions
-from apacs_ray.doctor.finding import Check, Finding, examine, secrets_in, shown
+from apacs_ray.doctor.finding import Check, Finding, examine, shown
 from apacs_ray.doctor.stores import Stores
 
 SUMMARY = (

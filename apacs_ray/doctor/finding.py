@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
-from urllib.parse import quote
+
+from apacs_ray.clean import printable, without_secrets
 
 State = Literal["ok", "warning", "failed"]
 LIMIT = 60.0  # s that a check may take
 SHOWN = 400  # characters of an error's message
-SECRET_NAME = re.compile(r"(SECRET|TOKEN|PASSWORD|PASSWD|KEY)$", re.IGNORECASE)
-USER_IN_URL = re.compile(r"(?<=://)(?:[^\s/@]*|[^\s/@]*:[^\s@]*)@")
-SHORTEST_SECRET = 6  # characters; shorter values would blacken ordinary words
 
 
 @dataclass(frozen=True)
@@ -70,20 +67,11 @@ def message_of(error: BaseException) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
-def secrets_in(environment: Mapping[str, str]) -> set[str]:
-    """Values of variables that are named like secrets."""
-    return {value for name, value in environment.items() if SECRET_NAME.search(name)}
-
-
 def shown(finding: Finding, secrets: Iterable[str]) -> Finding:
     """The finding as it may be printed: no secret, no user in a URL, no control character."""
 
     def clean(text: str) -> str:
-        text = USER_IN_URL.sub("***@", text)
-        for secret in sorted((secret for secret in secrets if len(secret) >= SHORTEST_SECRET), key=len, reverse=True):
-            for form in (secret, quote(secret, safe="")):
-                text = text.replace(form, "***")
-        return "".join(letter if letter.isprintable() else "?" for letter in text)
+        return printable(without_secrets(text, secrets))
 
     changes: dict[str, Any] = {"found": clean(finding.found), "advice": clean(finding.advice)}
     return replace(finding, **changes)

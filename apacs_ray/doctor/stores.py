@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from botocore.exceptions import BotoCoreError
 
+from apacs_ray.clean import uri_defect
 from apacs_ray.doctor import folders, objects
 from apacs_ray.doctor.answers import explain_setup
 from apacs_ray.doctor.finding import Finding
@@ -46,9 +47,8 @@ class Stores:
         return {key for pair in keys for key in pair if key}
 
     def _open(self, name: str, uri: str) -> LocalStore | objects.Bucket | Finding:
-        if uri.startswith("s3://") and any(letter in uri.removeprefix("s3://").split("/")[0] for letter in "@:"):
-            advice = "give s3://bucket/prefix, and the keys as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-            return Finding(name, "failed", "the URI carries credentials or a port (not shown)", advice)
+        if (defect := uri_defect(uri)) is not None:
+            return Finding(name, "failed", *defect.split("; ", 1))
         try:
             store = open_store(uri)
             if isinstance(store, S3Store):

@@ -6,7 +6,7 @@ import time
 
 from rich.table import Table
 
-from apacs_ray.console import console, say
+from apacs_ray.console import cell, console, say
 from apacs_ray.data.folder import find_pairs
 from apacs_ray.slides.plan import read_manifest
 from apacs_ray.slides.shards import measure_tiles
@@ -52,7 +52,7 @@ def _table(seen: Inspected) -> None:
     for summary in seen.summaries[:SLIDES_SHOWN]:
         slide = summary.slide
         if summary.reject is not None:
-            table.add_row(slide.slide_id, slide.split or "-", f"rejected: {summary.reject.reason}")
+            table.add_row(cell(slide.slide_id), slide.split or "-", cell(f"rejected: {summary.reject.reason}"))
             continue
         mpp = "-" if summary.mpp is None else f"{summary.mpp * summary.downsample:.4g}"
         cells = (
@@ -63,7 +63,7 @@ def _table(seen: Inspected) -> None:
             sum(summary.skipped.values()),
             slide.kind or "-",
         )
-        table.add_row(slide.slide_id, *(str(cell) for cell in cells))
+        table.add_row(cell(slide.slide_id), *map(cell, cells))
     console.print(table)
     if len(seen.summaries) > SLIDES_SHOWN:
         say(f"and {len(seen.summaries) - SLIDES_SHOWN} more slides")

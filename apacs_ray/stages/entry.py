@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
+from apacs_ray.clean import printable, without_secrets
 from apacs_ray.cli import Command, parse
 from apacs_ray.errors import ApacsError, carried_message
 
@@ -21,14 +22,14 @@ def main(program: str, summary: str, stages: Sequence[str] | None, argv: Sequenc
         command = parse(sys.argv[1:] if argv is None else argv, program, summary)
         status = _run(command, stages)
     except ApacsError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _tell(f"error: {error}")
         status = error.exit_status
     except Exception as error:  # Ray's forms of a worker's error, or a defect of ours  # noqa: BLE001
         message = carried_message(error)
         if message is None:
-            traceback.print_exc()
+            _tell(traceback.format_exc())
             message = f"{type(error).__name__}, as above; if this is no trouble of your machine, please report it"
-        print(f"error: {message}", file=sys.stderr)
+        _tell(f"error: {message}")
         status = 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
@@ -37,6 +38,11 @@ def main(program: str, summary: str, stages: Sequence[str] | None, argv: Sequenc
     sys.stderr.flush()
     # trainers that were interrupted leave threads waiting for a Ray that has ended: do not wait for them
     os._exit(status)
+
+
+def _tell(text: str) -> None:
+    """To stderr, without secrets and without what would steer a terminal."""
+    print(printable(without_secrets(text), lines=True), file=sys.stderr)
 
 
 def _run(command: Command, only: Sequence[str] | None) -> int:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from apacs_ray.adapters.session import RaySession
+from apacs_ray.clean import without_secrets
 from apacs_ray.console import say
 from apacs_ray.errors import ApacsError
 from apacs_ray.run import Counts, Marker, Run
@@ -95,7 +96,7 @@ def run_stage(context: Context, stage: Stage) -> None:
         run.record(
             stage.name,
             state="stopped" if isinstance(error, KeyboardInterrupt) else "failed",
-            error=str(error),
+            error=without_secrets(str(error)),
         )
         raise
     seconds = round(time.time() - started, 2)
