@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from apacs_ray.adapters.pool import PoolPlan, map_shards
+from apacs_ray.data.shards import open_table
 from apacs_ray.evaluation.predictions import MEMBERS, MODEL_KEYS, predictions
 from apacs_ray.evaluation.tile_rows import PLACE, per_tile_schema, tile_row
 from apacs_ray.report.overlays import panel
@@ -91,7 +91,7 @@ class _Evaluator:
         """(row, RGB, mask) of every annotated tile of a shard, one at a time."""
         columns = [*PLACE, *ONCE, "image", "mask"]
         with self._task.store.open(path) as stream:
-            for batch in pq.ParquetFile(stream).iter_batches(1, columns=columns):
+            for batch in open_table(stream, path).iter_batches(1, columns=columns):
                 (tile,) = batch.to_pylist()
                 if tile["mask"] is not None:
                     yield tile, decode_pixels(tile["image"]), decode_pixels(tile["mask"])

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from apacs_ray.adapters.pool import PoolPlan, map_shards
-from apacs_ray.data.shards import Receipt, read_receipt, write_table
+from apacs_ray.data.shards import Receipt, open_table, read_receipt, write_table
 from apacs_ray.storage import Store
 from apacs_ray.training.feed import HEATMAP_ORDER, Heatmaps, decode_pixels
 
@@ -71,7 +70,7 @@ class _HeatmapWriter:
     def _write(self, path: str, target: str) -> Receipt:
         rows = []
         with self._task.store.open(path) as stream:
-            file = pq.ParquetFile(stream)
+            file = open_table(stream, path)
             group = file.metadata.row_group(0).num_rows if file.num_row_groups else None
             for number in range(file.num_row_groups):
                 for tile in file.read_row_group(number, columns=["tile_id", "image"]).to_pylist():

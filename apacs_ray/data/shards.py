@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -17,10 +18,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from apacs_ray.errors import ApacsError
 from apacs_ray.storage import Store
 
 ROW_GROUP, GROUP_BYTES = 16, 2 << 20  # tiles at most, and about so many bytes: who wants one tile reads its whole group
 RECEIPT = b"apacs_ray.receipt"
+_SHARD = re.compile(r"/split=\w+/[0-9a-f]{8}-\d{5,}\.parquet$")  # what `shard_path` makes; others are not ours
 READERS = 16  # threads for footers, which wait for the store and not for the processor
 
 
@@ -36,6 +39,22 @@ class Receipt:
     reused: bool = False
 
 
+def open_table(stream: pa.NativeFile, name: str) -> pq.ParquetFile:
+    """A Parquet file of plain columns. Raises ApacsError for others: Ray registers a type whose values it unpickles."""
+    file = pq.ParquetFile(stream)
+    for column in file.schema_arrow:
+        if not _is_plain(column.type):
+            raise ApacsError(f"{name}: column {column.name} is of type {column.type}, which no run writes; delete it")
+    return file
+
+
+def _is_plain(kind: pa.DataType) -> bool:
+    if isinstance(kind, pa.BaseExtensionType):
+        return False
+    inner = [kind.value_type] if pa.types.is_dictionary(kind) else [kind.field(n).type for n in range(kind.num_fields)]
+    return all(_is_plain(part) for part in inner)
+
+
 def shard_path(folder: str, split: str, fingerprint: str, number: int) -> str:
     """`tiles/split=train/1f3a9c02-00003.parquet`."""
     return f"{folder}/split={split}/{fingerprint[:8]}-{number:05d}.parquet"
@@ -47,7 +66,7 @@ def read_receipt(store: Store, path: str) -> Receipt | None:
         return None
     with store.open(path) as stream:
         metadata = pq.read_metadata(stream).metadata or {}
-    return Receipt(**{**json.loads(metadata[RECEIPT]), "reused": True})
+    return Receipt(**{**json.loads(metadata[RECEIPT]), "path": path, "reused": True})
 
 
 def rows_in_group(table: pa.Table) -> int:
@@ -132,7 +151,7 @@ class TileIndex:
 
 def shard_paths(store: Store, folder: str, split: str) -> list[str]:
     """The committed shards of a split, in order."""
-    return sorted(entry.path for entry in store.list(f"{folder}/split={split}") if entry.path.endswith(".parquet"))
+    return sorted(entry.path for entry in store.list(f"{folder}/split={split}") if _SHARD.search(entry.path))
 
 
 def read_index(store: Store, split: str, folder: str = "tiles") -> TileIndex:
@@ -142,7 +161,7 @@ def read_index(store: Store, split: str, folder: str = "tiles") -> TileIndex:
 
     def read(path: str) -> tuple[pa.Table, list[int]]:
         with store.open(path) as stream:
-            file = pq.ParquetFile(stream)
+            file = open_table(stream, path)
             groups = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
             return file.read(columns=columns), groups
 
@@ -174,7 +193,7 @@ def read_rows(store: Store, places: Iterable[tuple[str, int, int]], columns: Seq
         by_path.setdefault(path, set()).add(group)
     for path, numbers in by_path.items():
         with store.open(path) as stream:
-            file = pq.ParquetFile(stream)
+            file = open_table(stream, path)
             for number in sorted(numbers):
                 groups[path, number] = file.read_row_group(number, columns=list(columns))
     return [groups[path, group].slice(row, 1).to_pylist()[0] for path, group, row in wanted]

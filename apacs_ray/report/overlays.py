@@ -49,7 +49,7 @@ def panel(rgb: Rgb, truth: Mask, mask: Mask) -> bytes:
 
 def data_uri(png: bytes) -> str:
     """A picture for a page that needs no other file, as JPEG: a photograph's PNG would be five times larger."""
-    with Image.open(io.BytesIO(png)) as image:
+    with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
         jpeg = _encoded(image.convert("RGB"), "jpeg", quality=JPEG_QUALITY, subsampling="4:4:4")
     return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
 

@@ -10,7 +10,7 @@ import contextlib
 import io
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
 from apacs_ray.data.folder import Reject
+from apacs_ray.data.shards import open_table
 from apacs_ray.data.tiles import Box, grid, tile_id
 from apacs_ray.errors import BadInput
 from apacs_ray.settings import DataSettings, TilesSettings
@@ -112,7 +113,8 @@ def inspect_slide(task: SlideTask, number: int, slide: SlideFiles) -> SlideSumma
     path = task.manifest_path(number)
     if task.output.version(path) is not None:
         with task.output.open(path) as stream:
-            return SlideSummary.from_json(pq.read_metadata(stream).metadata[FOOTER].decode())
+            summary = SlideSummary.from_json(pq.read_metadata(stream).metadata[FOOTER].decode())
+        return replace(summary, slide=slide)  # which files are read, the data says
     try:
         with opened(task, slide) as (opened_slide, masks):
             tissue = find_tissue(opened_slide)
@@ -222,5 +224,5 @@ def picture_of(tissue: Tissue, info: SlideInfo, rows: Sequence[dict[str, Any]], 
 def read_manifest(store: Store, path: str, rows: Sequence[int] | None = None) -> list[dict[str, Any]]:
     """Rows of a manifest, all or these."""
     with store.open(path) as stream:
-        table = pq.read_table(stream)
+        table = open_table(stream, path).read()
     return (table if rows is None else table.take(list(rows))).to_pylist()

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from apacs_ray.adapters.evaluate import EvaluateTask, draw_tiles, evaluate_tiles
 from apacs_ray.adapters.pool import plan_pool
 from apacs_ray.console import bars
-from apacs_ray.data.shards import read_index
+from apacs_ray.data.shards import open_table, read_index
 from apacs_ray.errors import ApacsError
 from apacs_ray.evaluation.metrics import compare, dice_of, pixel_counts, summarize
 from apacs_ray.models.spec import MEMBERS
@@ -133,7 +133,7 @@ def _rejects(store: Store) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for entry in store.list("rejects"):
         with store.open(entry.path) as stream:
-            rows += pq.read_table(stream).to_pylist()
+            rows += open_table(stream, entry.path).read().to_pylist()
     return rows
 
 

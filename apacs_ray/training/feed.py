@@ -20,6 +20,7 @@ from apacs_ray.storage import Store
 from apacs_ray.training.order import SampleRef
 from apacs_ray.training.samples import Sample, augment
 
+STORED = ("PNG", "WEBP")  # of the many formats of Pillow, some of which start other programs
 JPEG = b"\xff\xd8"
 HEATMAP_ORDER: tuple[MemberName, ...] = ("fcn32", "fcn16", "fcn8")  # channels of a stored heatmap picture
 Pixels = npt.NDArray[np.uint8]
@@ -113,4 +114,4 @@ def decode_pixels(content: bytes) -> Pixels:
     """
     if content.startswith(JPEG):
         return np.asarray(simplejpeg.decode_jpeg(content))
-    return np.asarray(Image.open(io.BytesIO(content)))
+    return np.asarray(Image.open(io.BytesIO(content), formats=STORED))
