@@ -2,8 +2,8 @@
 
 Every attempt (a start of the same training) has its folder `attempt-N` with `epoch_NNNNN` checkpoints in it, written
 at the end of an epoch, or `epoch_NNNNN_step_NNNNN`, written in the middle when its node was to be taken away. A
-checkpoint counts when the files that its `state.json` names are there with the sizes it gives; hashes are checked when
-it is loaded.
+checkpoint counts when its files are there with the sizes that `state.json` gives; hashes are checked when it is
+loaded.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from apacs_ray.errors import StoreTroubleError
-from apacs_ray.storage import Store
+from apacs_ray.storage import SMALL, Store
 from apacs_ray.training.record import EpochRecord, score
 
 STATE = "state.json"
+FILES = ("model.safetensors", "optimizer.safetensors")  # and never what a `state.json` may name beside them
 PATIENCE = 600.0  # s that a store in trouble gets to recover
 _EPOCH = re.compile(r".*/attempt-\d+/epoch_\d+(_step_\d+)?(?=/)")
 
@@ -74,7 +75,7 @@ def keep_checkpoint(store: Store, folder: str, attempt: int, local: Path) -> Non
     path = f"{folder}/attempt-{attempt}/epoch_{state['epoch']:05d}{part}"
 
     def keep() -> None:
-        for name in (*state["files"], STATE):
+        for name in (*FILES, STATE):
             store.upload(f"{path}/{name}", local / name)
         complete = complete_checkpoints(store, folder)
         best = best_checkpoint(complete)
@@ -107,7 +108,7 @@ def best_checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint | None:
 
 def fetch(store: Store, checkpoint: Checkpoint, into: Path) -> None:
     """Copy a checkpoint's files to a local folder."""
-    for name in (*checkpoint.state["files"], STATE):
+    for name in (*FILES, STATE):
         (into / name).write_bytes(store.read(f"{checkpoint.path}/{name}"))
 
 
@@ -115,16 +116,19 @@ def attempts(store: Store, folder: str) -> Iterator[int]:
     """Numbers of the attempts below `folder`, as often as they have files."""
     for entry in store.list(folder):
         for part in entry.path.split("/"):
-            if part.startswith("attempt-"):
-                yield int(part.removeprefix("attempt-"))
+            if (match := re.fullmatch(r"attempt-(\d{1,9})", part)) is not None:
+                yield int(match[1])
 
 
 def _read(store: Store, path: str, sizes: dict[str, int]) -> Checkpoint | None:
+    if sizes[f"{path}/{STATE}"] > SMALL:
+        return None
     try:
         state = json.loads(store.read(f"{path}/{STATE}"))
+        files = state["files"]
+        whole = set(files) == set(FILES) and all(sizes[f"{path}/{name}"] == files[name]["size"] for name in FILES)
     except (ValueError, FileNotFoundError):  # cut by a kill, or deleted meanwhile
         return None
-    files = state.get("files", {})
-    if not files or any(sizes.get(f"{path}/{name}") != facts["size"] for name, facts in files.items()):
+    except (LookupError, TypeError, RecursionError):  # nothing that a training writes
         return None
-    return Checkpoint(path, state)
+    return Checkpoint(path, state) if whole else None

@@ -44,6 +44,11 @@ def printable(text: str, *, lines: bool = False) -> str:
     return "".join(letter if letter.isprintable() or (lines and letter == "\n") else "?" for letter in text)
 
 
+def as_text(name: str) -> str:
+    """A name as it can be stored: bytes of a file name that are no UTF-8 as `\\udcff`."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def uri_defect(uri: str) -> str | None:
     """What is wrong with a URI that must not even be repeated; None when nothing is. It names no part of it."""
     if "\0" in uri:

@@ -23,6 +23,7 @@ from apacs_ray.errors import UsageError
 from apacs_ray.settings import Settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+LARGEST_YAML = 1 << 20  # bytes
 SYNTHETIC_CONFIG = "configs/synthetic.yaml"
 
 
@@ -47,14 +48,24 @@ def find_config(name: str) -> Path:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises UsageError with the file and line."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        if path.stat().st_size > LARGEST_YAML:
+            raise UsageError(f"{path}: {path.stat().st_size} bytes; settings have at most {LARGEST_YAML}")
+        content = parse_yaml(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise UsageError(f"{path}: expected 'key: value' lines, found a {type(content).__name__}")
     return content
+
+
+def parse_yaml(text: str) -> Any:
+    """YAML of plain values, without aliases: a few lines of them may stand for gigabytes. Raises YAMLError."""
+    for token in yaml.scan(text, Loader=yaml.SafeLoader):
+        if isinstance(token, yaml.AliasToken):
+            raise yaml.YAMLError(f"line {token.start_mark.line + 1}: an alias (*{token.value}); write its value out")
+    return yaml.safe_load(text)
 
 
 def parse(argv: Sequence[str], program: str, summary: str) -> Command:

@@ -143,7 +143,14 @@ def _encode(holder: Holder) -> bytes:
 
 
 def _decode(content: bytes) -> Holder:
-    return Holder(**json.loads(content))
+    try:
+        holder = Holder(**json.loads(content))
+        holder.describe()
+    except (ValueError, TypeError, OSError, OverflowError, RecursionError) as error:
+        raise ApacsError(
+            f"{LOCK}: no lock that a run wrote ({error}); delete it when nobody writes this run"
+        ) from error
+    return holder
 
 
 def _boot_id() -> str:

@@ -9,9 +9,11 @@ A `Store` can be pickled: it travels to Ray workers and opens its connections th
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import shutil
+import stat
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -29,8 +31,10 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from apacs_ray.clean import learn_secrets, uri_defect, without_secrets
 from apacs_ray.errors import ApacsError, StoreTroubleError, UsageError
+from apacs_ray.own_folder import open_own_file
 
 ATTEMPTS = 10  # of a request to S3, with exponential backoff: throttling (503 SlowDown) is normal there
+SMALL = 64 << 20  # bytes of a table, a record or a description that a person or a run wrote
 BUSY = (429, 500, 502, 503, 504)  # answers of a store that may do better later
 
 
@@ -64,6 +68,13 @@ class Store(ABC):
     @abstractmethod
     def read(self, path: str) -> bytes:
         """All bytes of an object. Raises FileNotFoundError."""
+
+    def read_small(self, path: str, most: int = SMALL) -> bytes:
+        """As `read`, of a file that others may have written. Raises ApacsError when it has more than `most` bytes."""
+        with self.open(path) as stream:
+            if stream.size() > most:
+                raise ApacsError(f"{self.uri_of(path)}: {stream.size()} bytes, where at most {most} are read")
+            return cast(bytes, stream.read())
 
     @abstractmethod
     def version(self, path: str) -> str | None:
@@ -131,12 +142,21 @@ class LocalStore(Store):
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         base = os.path.join(self.root, prefix)
+        above: dict[str, set[tuple[int, int]]] = {base: set()}  # folder -> those it lies in, links followed
         for folder, folders, files in os.walk(base, followlinks=True):
-            folders.sort()
+            inside = above.pop(folder) | {_identity(folder)}
+            # a link to a folder that it lies in would lead round and round
+            folders[:] = sorted(name for name in folders if _identity(os.path.join(folder, name)) not in inside)
+            above |= {os.path.join(folder, name): inside for name in folders}
             for name in sorted(files):
                 full = os.path.join(folder, name)
-                with contextlib.suppress(FileNotFoundError):  # another process removed it meanwhile
+                try:
                     status = os.stat(full)
+                except OSError as error:
+                    if error.errno in (errno.ENOENT, errno.ELOOP):  # removed meanwhile; a link to nowhere or to itself
+                        continue
+                    raise
+                if stat.S_ISREG(status.st_mode):  # to read a pipe or a device may never end
                     relative = os.path.relpath(full, self.root).replace(os.sep, "/")
                     yield Entry(relative, status.st_size, _local_version(status))
 
@@ -156,8 +176,8 @@ class LocalStore(Store):
         self._place(path, lambda beside: shutil.copyfile(source, beside))
 
     def _place(self, path: str, put: Callable[[Path], object]) -> None:
-        target = Path(self.root, path)
-        beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+        target = self._own(path)
+        beside = _beside(target)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             put(beside)
@@ -168,10 +188,10 @@ class LocalStore(Store):
             raise ApacsError(f"{target}: cannot write ({error.strerror}); free space or change --output") from error
 
     def create(self, path: str, content: bytes) -> str:
-        target = Path(self.root, path)
+        target = self._own(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         # a linked name appears complete and only once when this process dies between (O_EXCL may leave it empty)
-        beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+        beside = _beside(target)
         beside.write_bytes(content)
         try:
             os.link(beside, target)
@@ -184,8 +204,9 @@ class LocalStore(Store):
     def replace(self, path: str, content: bytes, version: str) -> str:
         import fcntl
 
-        guard = os.path.join(self.root, f".{path}.guard")
-        with open(guard, "w", encoding="ascii") as lock:
+        target = self._own(path)
+        guard = target.with_name(f".{target.name}.guard")
+        with open_own_file(guard) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if self.version(path) != version:
                 raise Conflict(path)
@@ -193,10 +214,21 @@ class LocalStore(Store):
             return cast(str, self.version(path))
 
     def delete(self, path: str) -> None:
-        Path(self.root, path).unlink(missing_ok=True)
+        self._own(path).unlink(missing_ok=True)
 
     def delete_folder(self, path: str) -> None:
-        shutil.rmtree(os.path.join(self.root, path), ignore_errors=True)
+        shutil.rmtree(self._own(path), ignore_errors=True)  # removes links, never what they lead to
+
+    def _own(self, path: str) -> Path:
+        """The file to write or delete at `path`. Raises ApacsError when that would be outside this store."""
+        target = Path(self.root, path)
+        root = os.path.realpath(self.root)
+        parent = os.path.realpath(target.parent if path else target)
+        if (is_bad_path(path) and path) or os.path.commonpath([root, parent]) != root:
+            raise ApacsError(
+                f"{path!r} leads out of {self.root}, where nothing is written; remove the link or the file"
+            )
+        return target
 
     @property
     def filesystem(self) -> pafs.FileSystem:
@@ -314,6 +346,33 @@ class S3Store(Store):
 
     def full_path(self, path: str = "") -> str:
         return f"{self.bucket}/{self._key(path)}".rstrip("/")
+
+
+def is_bad_path(path: str) -> bool:
+    """Whether a path below a store could lead out of a folder, or is no text: absolute, `..`, empty parts, NUL."""
+    parts = path.split("/")
+    return any(part in ("", ".", "..") for part in parts) or "\0" in path or not _is_text(path)
+
+
+def _is_text(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:  # a file name in another encoding
+        return False
+    return True
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    try:
+        status = os.stat(folder)
+    except OSError:  # removed meanwhile; nothing will be found in it
+        return (-1, -1)
+    return (status.st_dev, status.st_ino)
+
+
+def _beside(target: Path) -> Path:
+    """A name of its own for a file that becomes `target`; short, as a name may be 255 bytes long."""
+    return target.with_name(f".{target.name[:40]}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 def is_local(uri: str) -> bool:

@@ -14,8 +14,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
+from apacs_ray.clean import as_text
 from apacs_ray.errors import BadInput
-from apacs_ray.storage import Entry
+from apacs_ray.storage import Entry, is_bad_path
 
 __all__ = ["SPLITS", "Entry", "FolderData", "Pair", "Reject", "Split", "find_pairs", "is_folder_layout"]
 
@@ -23,6 +24,7 @@ Split = Literal["train", "val", "test"]
 Role = Literal["input", "groundtruth"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 SUFFIXES = ("jpg", "jpeg", "png", "tif", "tiff", "bmp")
+BAD_NAME = "its path has empty parts, '..' or characters that are no UTF-8; rename it"
 STAGE = "ingest"  # that refuses inputs
 SYSTEM_FILES = {"thumbs.db", "desktop.ini", "ehthumbs.db"}
 
@@ -62,7 +64,8 @@ class Reject:
     @classmethod
     def of(cls, defect: BadInput, uri: str, slide_id: str | None, x: int | None = None, y: int | None = None) -> Reject:
         """The row for a defect that ingest met."""
-        return cls(uri, slide_id, x, y, STAGE, defect.code, defect.reason)
+        slide_id = None if slide_id is None else as_text(slide_id)
+        return cls(as_text(uri), slide_id, x, y, STAGE, defect.code, as_text(defect.reason))
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,8 @@ def _place(entry: Entry) -> _File | None:
         if len(found) > 1:
             raise BadInput("ambiguous_folder", f"its folder names both {' and '.join(sorted(found))}")
     (split,), (role,) = names
+    if is_bad_path(entry.path):
+        raise BadInput("bad_name", BAD_NAME)
     stem, _, suffix = entry.path.rpartition("/")[2].rpartition(".")
     if not stem or suffix.lower() not in SUFFIXES:
         raise BadInput("unknown_suffix", f"images and masks end in .{', .'.join(SUFFIXES)}")

@@ -25,6 +25,9 @@ from apacs_ray.errors import BadInput
 from apacs_ray.settings import DataSettings, TilesSettings
 from apacs_ray.storage import Store
 
+MOST_BYTES = 8  # a pixel: four channels of 16 bits, not compressed
+OTHER_BYTES = 64 << 20  # profiles and what else scanners write into a file
+
 
 @dataclass(frozen=True)
 class Source:
@@ -42,6 +45,8 @@ def probe_pair(store: Store, pair: Pair, max_pixels: int) -> Source | Reject:
         for entry in (pair.image, pair.mask):
             if entry.size == 0:
                 raise BadInput("empty_file", f"{entry.path} has no bytes")
+            if entry.size > MOST_BYTES * max_pixels + OTHER_BYTES:
+                raise BadInput("too_large", f"{entry.path}: {entry.size} bytes, more than data.max_pixels can need")
             # from memory, so that an error is the file's and never the store's
             sizes.append(probe_image(io.BytesIO(store.read(entry.path)), max_pixels))
         if sizes[0] != sizes[1]:

@@ -38,7 +38,9 @@ class ModelSpec:
         """From `model.json`. Raises ApacsError when it is none."""
         try:
             spec = cls(**json.loads(content))
-        except (ValueError, TypeError) as error:
+            if not (0 < spec.width <= 1 and 0 <= spec.dropout < 1 and set(spec.members) <= set(MEMBERS)):
+                raise ValueError(f"width {spec.width}, dropout {spec.dropout}, members {spec.members}")
+        except (ValueError, TypeError, RecursionError) as error:
             raise ApacsError(f"model.json: not a model description ({error})") from error
         return replace(spec, members=tuple(spec.members))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import zipfile
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -42,8 +43,9 @@ _DENSE = {"fcn32": (1, 4), "fcn16": (0, 3), "fcn8": (0, 3)}  # the classifier's 
 
 def read_checkpoint(content: bytes, name: str) -> Mapping[str, Any]:
     """The state dict of a `.pth` file, tensors only (`weights_only`). Raises ApacsError."""
-    if len(content) > LARGEST:
-        raise ApacsError(f"{name}: {len(content)} bytes; a checkpoint of at most {LARGEST} is read")
+    size = max(len(content), _unpacked(content))
+    if size > LARGEST:
+        raise ApacsError(f"{name}: {size} bytes; a checkpoint of at most {LARGEST} is read")
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
@@ -51,6 +53,15 @@ def read_checkpoint(content: bytes, name: str) -> Mapping[str, Any]:
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ApacsError(f"{name}: expected a state dict of tensors, found a {type(state).__name__}")
     return state
+
+
+def _unpacked(content: bytes) -> int:
+    """Bytes of the parts of a `.pth`, which is a ZIP file; 0 for those of old that are none."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as parts:
+            return sum(part.file_size for part in parts.infolist())
+    except zipfile.BadZipFile:
+        return 0
 
 
 def start_from_imagenet(network: nn.Module, name: MemberName, state: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
@@ -35,7 +36,11 @@ def load_model(weights: bytes, spec: ModelSpec) -> nn.Module:
     """The trained network, in eval mode. Raises ApacsError naming what does not fit."""
     with torch.device("meta"):
         model = build(spec)
-    _assign(model, load_tensors(weights), spec.name)
+    try:
+        tensors = load_tensors(weights)
+    except SafetensorError as error:
+        raise ApacsError(f"{spec.name}: no safetensors file ({error})") from error
+    _assign(model, tensors, spec.name)
     return model.eval()
 
 

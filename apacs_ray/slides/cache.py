@@ -13,6 +13,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -21,15 +22,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apacs_ray.errors import ApacsError, BadInput
-from apacs_ray.storage import Entry, Store
+from apacs_ray.own_folder import open_own_file, own_folder
+from apacs_ray.storage import Entry, Store, is_bad_path
 
 CHUNK = 8 << 20  # bytes
 LOCK = ".lock"
+_OURS = re.compile(r"[0-9a-f]{24}(\.part-\S+)?")  # a folder of a staged slide; what else lies beside is not touched
 
 
 def default_cache() -> str:
     """A folder of this user's own: others could put slides of theirs into one that all share."""
-    return str(Path(tempfile.gettempdir()) / f"apacs_ray-slides-{os.getuid()}")
+    return str(Path(tempfile.gettempdir()) / f"apacs_ray-slides-{os.getuid()}")  # `staged` makes sure that it is
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,13 @@ class SlideCache:
             return
         key = hashlib.sha256("\0".join([store.uri, *(f"{e.path}\0{e.version}" for e in entries)]).encode()).hexdigest()
         place = self.folder / key[:24]
+        if str(self.folder) == default_cache():
+            own_folder(self.folder)
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with (self.folder / f"{place.name}{LOCK}").open("a") as lock:
+        with open_own_file(self.folder / f"{place.name}{LOCK}") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            if place.is_symlink():
+                raise ApacsError(f"{place}: a link, which no run makes there; remove it, then start again")
             if not place.is_dir():
                 self._stage(store, entries, place)
             os.utime(place)  # most recently used
@@ -81,7 +88,8 @@ class SlideCache:
 
     def _make_room(self, wanted: int, keep: str) -> None:
         """Throw out the least recently used slides until `wanted` bytes fit under the limit, or all left are in use."""
-        held = [(path.stat().st_mtime, path) for path in self.folder.iterdir() if path.is_dir() and path.name != keep]
+        ours = [path for path in self.folder.iterdir() if _OURS.fullmatch(path.name) and path.name != keep]
+        held = [(path.stat().st_mtime, path) for path in ours if path.is_dir() and not path.is_symlink()]
         sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for _, path in held}
         total = sum(sizes.values())
         for _, path in sorted(held):
@@ -89,7 +97,7 @@ class SlideCache:
                 return
             if ".part-" in path.name:
                 continue
-            with (self.folder / f"{path.name}{LOCK}").open("a") as lock:
+            with open_own_file(self.folder / f"{path.name}{LOCK}") as lock:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
@@ -102,10 +110,9 @@ class SlideCache:
 
 def _inside(path: str) -> Path:
     """A key as a relative path that cannot leave the cache. Raises BadInput (bad_name)."""
-    parts = path.split("/")
-    if any(part in ("", ".", "..") or "\0" in part for part in parts) or path.startswith("/"):
+    if is_bad_path(path):
         raise BadInput("bad_name", f"{path!r} is no path that can be staged")
-    return Path(*parts)
+    return Path(path)
 
 
 def _copy(store: Store, entry: Entry, target: Path) -> None:

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
-from apacs_ray.data.folder import Reject, Split
+from apacs_ray.data.folder import BAD_NAME, Reject, Split
 from apacs_ray.errors import BadInput
-from apacs_ray.storage import Entry
+from apacs_ray.storage import Entry, is_bad_path
 
 AnnotationKind = Literal["geojson", "asap", "image", "fovs"]
 
@@ -98,6 +98,8 @@ def find_slides(
             slide = SlideFiles(slide_id, stem, _split_of(files[0].path), files)
             try:
                 slide = _named(_annotated(slide, annotations, alone=len(same) == 1), slide_regex)
+                if any(is_bad_path(entry.path) for entry in (*slide.files, *slide.annotation)):
+                    raise BadInput("bad_name", BAD_NAME)
                 slides.append(slide)
             except BadInput as defect:
                 rejects.append(Reject.of(defect, f"{root.rstrip('/')}/{slide.path}", slide.slide_id))

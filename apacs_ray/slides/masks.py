@@ -17,10 +17,12 @@ import pyvips
 from apacs_ray.data.images import decode_mask
 from apacs_ray.errors import BadInput
 from apacs_ray.slides.find import AnnotationKind
-from apacs_ray.slides.polygons import PolygonMask, read_asap, read_geojson
+from apacs_ray.slides.polygons import LARGEST_FILE, PolygonMask, read_asap, read_geojson
 from apacs_ray.slides.reader import SlideInfo
 
 Mask = npt.NDArray[np.bool_]
+MAX_PIXELS = 400_000_000
+MAX_TILE = 1 << 26  # px of one tile of a mask in tiles, which is decoded as a whole
 SLACK = 2  # px that a mask image may lack or have over after its size was rounded
 
 
@@ -41,13 +43,15 @@ def open_masks(
     *,
     classes: Sequence[str] = (),
     threshold: int | None = None,
-    max_pixels: int = 400_000_000,
+    max_pixels: int = MAX_PIXELS,
 ) -> MaskSource:
     """The annotation of a slide from local files, each with the level-0 (x, y) its name gives (0, 0 where none).
 
     QuPath shows a slide from its bounds on, so GeoJSON begins there; ASAP counts from level 0. Raises BadInput.
     """
     path = files[0][0]
+    if kind in ("geojson", "asap") and path.stat().st_size > LARGEST_FILE:
+        raise BadInput("bad_annotation", f"{path.stat().st_size} bytes; {LARGEST_FILE} are the limit")
     if kind == "geojson":
         found = read_geojson(path.read_bytes(), classes).moved(info.bounds.x, info.bounds.y)
         return _Drawn(PolygonMask(found), [f"feature {defect.feature}: {defect.reason}" for defect in found.defects])
@@ -55,7 +59,7 @@ def open_masks(
         found = read_asap(path.read_bytes(), classes)
         return _Drawn(PolygonMask(found), [f"annotation {defect.feature}: {defect.reason}" for defect in found.defects])
     if kind == "image":
-        return ImageMask(path, info, threshold)
+        return ImageMask(path, info, threshold, max_pixels)
     return FovMasks(files, threshold, max_pixels)
 
 
@@ -73,7 +77,7 @@ class _Drawn:
 class ImageMask:
     """A mask image of the whole slide or of its bounds, of the same size or an integer fraction of it."""
 
-    def __init__(self, path: Path, info: SlideInfo, threshold: int | None) -> None:
+    def __init__(self, path: Path, info: SlideInfo, threshold: int | None, max_pixels: int = MAX_PIXELS) -> None:
         self.defects: Sequence[str] = ()
         self._name = path.name
         self._threshold = threshold
@@ -81,6 +85,7 @@ class ImageMask:
             image = pyvips.Image.new_from_file(str(path), access="random", fail_on="error")
         except pyvips.Error as error:
             raise BadInput("unreadable", f"{path.name}: {str(error).strip()[:200]}") from error
+        _require_bounded(image, path.name, max_pixels)
         if image.hasalpha():
             image = image.flatten()
         self._image: Any = image
@@ -133,6 +138,19 @@ class ImageMask:
                 "values of at least N as cell",
             )
         return values > 0
+
+
+def _require_bounded(image: Any, name: str, max_pixels: int) -> None:
+    """Raise BadInput (too_large) for what libvips would have to unpack as a whole, in memory or on disk."""
+    fields = image.get_fields()
+    tiled = "tile-width" in fields and "tile-height" in fields
+    if not tiled and image.width * image.height > max_pixels:
+        raise BadInput(
+            "too_large",
+            f"{name}: {image.width} x {image.height} px exceed data.max_pixels ({max_pixels}); save it as a tiled TIFF",
+        )
+    if tiled and image.get("tile-width") * image.get("tile-height") > MAX_TILE:
+        raise BadInput("too_large", f"{name}: in tiles of {image.get('tile-width')} x {image.get('tile-height')} px")
 
 
 class FovMasks:

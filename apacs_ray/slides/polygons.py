@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from xml.etree.ElementTree import Element
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,13 @@ from apacs_ray.errors import BadInput
 
 Mask = npt.NDArray[np.bool_]
 Ring = npt.NDArray[np.float64]  # (N, 2), closed
-LARGEST_FILE = 1 << 30  # bytes
+LARGEST_FILE = 512 << 20  # bytes
+# Brackets and commas of a GeoJSON, or tags and attributes of an XML, each an object of up to 150 bytes in memory; a
+# vertex takes three or four of them
+MOST_PARTS = 30_000_000
+MOST_CROSSINGS = 1000  # of an area with itself; to repair it takes time by their square
+MOST_DEFECTS = 1000  # that are told one by one
+AT_ONCE = 4_000_000  # crossings of rows and edges that are counted at a time
 
 
 @dataclass(frozen=True)
@@ -56,8 +63,7 @@ def read_geojson(content: bytes, classes: Sequence[str] = ()) -> Annotations:
 
     `classes` keeps features of these class names only (empty: all). Raises BadInput: bad_annotation.
     """
-    if len(content) > LARGEST_FILE:
-        raise BadInput("bad_annotation", f"GeoJSON of {len(content)} bytes; {LARGEST_FILE} is the limit")
+    _require_bounded(content, b"[{,")
     try:
         tree = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -65,16 +71,29 @@ def read_geojson(content: bytes, classes: Sequence[str] = ()) -> Annotations:
     features = tree.get("features", [tree]) if isinstance(tree, dict) else tree
     if not isinstance(features, list):
         raise BadInput("bad_annotation", "no GeoJSON: neither a FeatureCollection nor a list of features")
-    found: list[tuple[int, BaseGeometry | Defect]] = []
+    return _checked(_shapes(features, classes))
+
+
+def _require_bounded(content: bytes, marks: bytes) -> None:
+    """Raise BadInput for a file that would take far more memory than it has bytes, before it is parsed."""
+    if len(content) > LARGEST_FILE:
+        raise BadInput("bad_annotation", f"{len(content)} bytes; {LARGEST_FILE} are the limit")
+    parts = sum(content.count(mark) for mark in marks)
+    if parts > MOST_PARTS:
+        raise BadInput(
+            "bad_annotation", f"{parts} parts, about {parts // 3} vertices; {MOST_PARTS} parts are the limit"
+        )
+
+
+def _shapes(features: list[Any], classes: Sequence[str]) -> Iterator[tuple[int, BaseGeometry | Defect]]:
     for number, feature in enumerate(features):
         geometry = feature.get("geometry", feature) if isinstance(feature, dict) else None
         if classes and _class_of(feature) not in classes:
             continue
         try:
-            found.append((number, shape(geometry)))  # type: ignore[arg-type]
+            yield number, shape(geometry)  # type: ignore[arg-type]
         except Exception as error:  # shapely raises whatever its parts raise  # noqa: BLE001
-            found.append((number, Defect(number, f"not a geometry: {str(error)[:120]}")))
-    return _checked(found)
+            yield number, Defect(number, f"not a geometry: {str(error)[:120]}")
 
 
 def _class_of(feature: Any) -> str | None:
@@ -88,51 +107,80 @@ def read_asap(content: bytes, classes: Sequence[str] = ()) -> Annotations:
 
     Raises BadInput: bad_annotation (no XML, or one that would expand entities).
     """
+    _require_bounded(content, b"<=")
     try:
         root = fromstring(content, forbid_dtd=True)
-    except (ParseError, DefusedXmlException, ValueError) as error:
+    except (ParseError, DefusedXmlException, ValueError, LookupError) as error:
         raise BadInput("bad_annotation", f"no plain XML: {error}") from error
-    found: list[tuple[int, BaseGeometry | Defect]] = []
+    return _checked(_drawn(root, classes))
+
+
+def _drawn(root: Element, classes: Sequence[str]) -> Iterator[tuple[int, BaseGeometry | Defect]]:
     for number, annotation in enumerate(root.iter("Annotation")):
         if classes and annotation.get("PartOfGroup") not in classes:
             continue
         if annotation.get("Type") not in ("Polygon", "Spline", "Rectangle"):
-            found.append((number, Defect(number, f"type {annotation.get('Type')} has no area")))
+            yield number, Defect(number, f"type {annotation.get('Type')} has no area")
             continue
         try:
             points = [
                 (int(point.get("Order", place)), float(point.attrib["X"]), float(point.attrib["Y"]))
                 for place, point in enumerate(annotation.iter("Coordinate"))
             ]
-            found.append((number, Polygon([(x, y) for _, x, y in sorted(points)])))
+            yield number, Polygon([(x, y) for _, x, y in sorted(points)])
         except (KeyError, ValueError) as error:
-            found.append((number, Defect(number, f"not a polygon: {str(error)[:120]}")))
-    return _checked(found)
+            yield number, Defect(number, f"not a polygon: {str(error)[:120]}")
 
 
 def _checked(found: Iterable[tuple[int, BaseGeometry | Defect]]) -> Annotations:
     areas: list[Polygon] = []
     defects: list[Defect] = []
-    repaired = 0
+    repaired = untold = 0
     for number, geometry in found:
-        if isinstance(geometry, Defect):
-            defects.append(geometry)
-            continue
-        if not np.isfinite(shapely.get_coordinates(geometry)).all():
-            defects.append(Defect(number, "a coordinate is not finite"))
-            continue
-        if not geometry.is_valid:
-            reason = shapely.is_valid_reason(geometry)
-            geometry = shapely.make_valid(geometry)
-            repaired += 1
+        reason = None if isinstance(geometry, Defect) else _unusable(geometry)
+        if isinstance(geometry, Defect) or reason is not None:
+            defect = geometry if isinstance(geometry, Defect) else Defect(number, reason or "")
+            parts = []
         else:
-            reason = f"{geometry.geom_type} has no area"
-        parts = list(_polygons(geometry))
-        if parts:
-            areas += parts
-        else:
-            defects.append(Defect(number, reason))
+            defect = Defect(number, f"{geometry.geom_type} has no area")
+            if not geometry.is_valid:
+                defect = Defect(number, shapely.is_valid_reason(geometry))
+                geometry = shapely.make_valid(geometry)
+                repaired += 1
+            parts = list(_polygons(geometry))
+        areas += parts
+        if not parts and len(defects) < MOST_DEFECTS:
+            defects.append(defect)
+        elif not parts:
+            untold += 1
+    if untold:
+        defects.append(Defect(defects[-1].feature, f"and {untold} more after this one have no area either"))
     return Annotations(tuple(areas), tuple(defects), repaired)
+
+
+def _unusable(geometry: BaseGeometry) -> str | None:
+    """Why a geometry can be neither used nor repaired."""
+    if not np.isfinite(shapely.get_coordinates(geometry)).all():
+        return "a coordinate is not finite"
+    if not geometry.is_valid and _crosses_itself_often(geometry):
+        return f"it crosses itself more than {MOST_CROSSINGS} times"
+    return None
+
+
+def _crosses_itself_often(geometry: BaseGeometry) -> bool:
+    """Whether more than `MOST_CROSSINGS` pairs of edges meet that are no neighbours; looks no further than that."""
+    rings = list(_all_rings(geometry))
+    if not rings:
+        return False
+    starts, ends = (np.concatenate([ring[part] for ring in rings]) for part in (slice(-1), slice(1, None)))
+    edges = shapely.linestrings(np.stack([starts, ends], axis=1)[(starts != ends).any(axis=1)])
+    tree, meetings = shapely.STRtree(edges), 0
+    for start in range(0, len(edges), step := max(1, AT_ONCE // max(1, len(edges)))):
+        part = edges[start : start + step]
+        meetings += tree.query(part, predicate="intersects").shape[1] - 3 * len(part)  # itself and its neighbours
+        if meetings > 2 * MOST_CROSSINGS:  # each pair is met twice
+            return True
+    return False
 
 
 def _polygons(geometry: BaseGeometry) -> Iterator[Polygon]:
@@ -161,6 +209,14 @@ class PolygonMask:
         return mask
 
 
+def _all_rings(geometry: BaseGeometry) -> Iterator[Ring]:
+    """Of areas of any kind, also of such that have no size."""
+    if isinstance(geometry, Polygon):
+        yield from _rings(geometry)
+    for part in getattr(geometry, "geoms", ()):
+        yield from _all_rings(part)
+
+
 def _rings(area: Polygon) -> Iterator[Ring]:
     yield np.asarray(area.exterior.coords)[:, :2]
     for hole in area.interiors:
@@ -177,17 +233,29 @@ def fill(mask: Mask, rings: Sequence[Ring], x: float, y: float, downsample: floa
     # rows whose centre lies in [upper, lower): the first at or below an end
     first = np.clip(np.ceil((upper[:, 1] - y) / downsample - 0.5), 0, height).astype(np.int64)
     last = np.clip(np.ceil((lower[:, 1] - y) / downsample - 0.5), 0, height).astype(np.int64)
-    rows_each = last - first
-    edges = np.repeat(np.arange(len(first)), rows_each)
-    if not len(edges):
+    # where a row crosses an edge, inside and outside change places; `AT_ONCE` of these places at a time
+    ends_at = np.cumsum(last - first)
+    if not len(ends_at) or not ends_at[-1]:
         return
-    rows = np.arange(len(edges)) - np.repeat(np.cumsum(rows_each) - rows_each, rows_each) + first[edges]
-    centre = y + (rows + 0.5) * downsample
-    share = (centre - upper[edges, 1]) / (lower[edges, 1] - upper[edges, 1])
-    crossing = upper[edges, 0] + share * (lower[edges, 0] - upper[edges, 0])
-    columns = np.clip(np.ceil((crossing - x) / downsample - 0.5), 0, width).astype(np.int64)
-    top, left = rows.min(), columns.min()
-    shape_ = (int(rows.max() - top) + 1, int(columns.max() - left) + 1)
-    toggles = np.bincount((rows - top) * shape_[1] + columns - left, minlength=shape_[0] * shape_[1]).reshape(shape_)
-    inside = (np.cumsum(toggles, axis=1) % 2).astype(bool)[:, :-1]
-    mask[top : top + inside.shape[0], left : left + inside.shape[1]] |= inside
+    top, foot = int(first.min()), int(last.max())
+    bounds = np.array([min(starts[:, 0].min(), ends[:, 0].min()), max(starts[:, 0].max(), ends[:, 0].max())])
+    sides = np.ceil((bounds - x) / downsample - 0.5) + np.array([-1, 1])  # a crossing may be rounded to one further
+    left, right = (int(column) for column in np.clip(sides, 0, width))
+    shape_ = (foot - top, right - left + 1)
+    toggles = np.zeros(shape_[0] * shape_[1], np.int64)
+    begin = 0
+    while begin < len(ends_at):
+        done = ends_at[begin - 1] if begin else 0
+        end = max(begin + 1, int(np.searchsorted(ends_at, done + AT_ONCE, side="right")))
+        part = slice(begin, end)
+        rows_each = (last - first)[part]
+        edges = begin + np.repeat(np.arange(end - begin), rows_each)
+        rows = np.arange(len(edges)) - np.repeat(np.cumsum(rows_each) - rows_each, rows_each) + first[edges]
+        centre = y + (rows + 0.5) * downsample
+        share = (centre - upper[edges, 1]) / (lower[edges, 1] - upper[edges, 1])
+        crossing = upper[edges, 0] + share * (lower[edges, 0] - upper[edges, 0])
+        columns = np.clip(np.ceil((crossing - x) / downsample - 0.5), left, right).astype(np.int64)
+        toggles += np.bincount((rows - top) * shape_[1] + columns - left, minlength=len(toggles))
+        begin = end
+    inside = (np.cumsum(toggles.reshape(shape_), axis=1) % 2).astype(bool)[:, :-1]
+    mask[top:foot, left:right] |= inside

@@ -18,6 +18,7 @@ from apacs_ray.errors import BadInput
 
 Rgb = npt.NDArray[np.uint8]
 Engine = Literal["auto", "vips", "openslide"]
+LARGEST_SIDE, LARGEST_AREA = 2_000_000, 2e11  # px; of a quarter of a micron: half a metre, and 125 square centimetres
 WHITE = (255, 255, 255)
 
 
@@ -70,10 +71,22 @@ class Slide(Protocol):
 
 
 def open_slide(path: Path, engine: Engine = "auto") -> Slide:
-    """Open a slide with the engine that can read it. Raises BadInput: unreadable, truncated, unsupported_slide.
+    """Open a slide with the engine that can read it.
+
+    Raises BadInput: missing_file, empty_file, unreadable, truncated, unsupported_slide, too_large.
 
     `auto` takes libvips for tiled TIFF whose compression it decodes, and OpenSlide for everything else.
     """
+    slide = _opened(path, engine)
+    for level in slide.info.levels:
+        sides = level.width, level.height
+        if min(sides) < 1 or max(sides) > LARGEST_SIDE or level.width * level.height > LARGEST_AREA:
+            slide.close()
+            raise BadInput("too_large", f"{path.name}: a level of {level.width} x {level.height} px, as no slide has")
+    return slide
+
+
+def _opened(path: Path, engine: Engine) -> Slide:
     from apacs_ray.slides.openslide_engine import OpenSlideSlide
     from apacs_ray.slides.vips_engine import VipsSlide, tiff_levels
 

@@ -23,6 +23,7 @@ from apacs_ray.slides.reader import Level, Rgb, SlideInfo, filled
 
 DECODED = {"NONE", "JPEG", "LZW", "ADOBE_DEFLATE", "DEFLATE", "PACKBITS", "WEBP", "ZSTD"}
 PHOTOMETRICS = {"RGB", "YCBCR", "MINISBLACK"}
+MAX_TILE = 1 << 26  # px
 SOI = b"\xff\xd8"
 ADOBE_RGB, ADOBE_YCC = (b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([kind]) for kind in (0, 1))
 UM_PER_UNIT = {2: 25400.0, 3: 10000.0}  # TIFF ResolutionUnit: inch, centimetre
@@ -75,6 +76,10 @@ def tiff_levels(path: Path) -> Pyramid | None:
 def _page(page: Any) -> Page | None:
     if not page.is_tiled or page.compression.name not in DECODED or page.photometric.name not in PHOTOMETRICS:
         return None
+    if min(page.imagewidth, page.imagelength, page.tilewidth, page.tilelength) < 1:
+        return None
+    if page.tilewidth * page.tilelength > MAX_TILE:  # a tile is decoded as a whole
+        raise BadInput("too_large", f"tiles of {page.tilewidth} x {page.tilelength} px; {MAX_TILE} px are the limit")
     number, *subifd = page.treeindex
     if len(subifd) > 1:
         return None
@@ -130,14 +135,15 @@ class JpegTiles:
         size = int(self.sizes[place])
         if size == 0:
             return None
-        stream = os.pread(file, size, int(self.offsets[place]))
-        if len(stream) < size:
+        if not 0 <= self.offsets[place] <= os.fstat(file).st_size - size:  # or memory is taken for what is not there
             raise ValueError("the file ends before it")
+        stream = os.pread(file, size, int(self.offsets[place]))
         # the tables and the colour space of an abbreviated stream stand in the TIFF's tags
         whole = SOI + (ADOBE_YCC if self.ycbcr else ADOBE_RGB) + self.tables[2:-2] + stream[2:]
+        height, width, *_ = simplejpeg.decode_jpeg_header(whole)
+        if (height, width) != (self.height, self.width):  # before memory is taken for what it says it is
+            raise ValueError(f"it measures {width} x {height} px")
         rgb: Rgb = simplejpeg.decode_jpeg(whole, strict=True)
-        if rgb.shape != (self.height, self.width, 3):
-            raise ValueError(f"it measures {rgb.shape[1]} x {rgb.shape[0]} px")
         return rgb
 
 

@@ -56,6 +56,6 @@ def open_store_file(uri: str | None) -> str | None:
         return None
     folder, _, name = uri.rpartition("/")
     try:
-        return open_store(folder or ".").read(name).decode("utf-8-sig")
+        return open_store(folder or ".").read_small(name).decode("utf-8-sig")
     except (FileNotFoundError, UnicodeDecodeError) as error:
         raise UsageError(f"{uri}: no such text file") from error

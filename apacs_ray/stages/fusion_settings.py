@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import yaml
-
+from apacs_ray.cli import parse_yaml
 from apacs_ray.settings import FusionSettings
 from apacs_ray.stages.pipeline import Context
 
@@ -23,7 +22,7 @@ def resolve_fusion(context: Context) -> FusionSettings:
     settings = context.settings.fusion
     if not settings.from_best:
         return settings
-    return overlay(settings, yaml.safe_load(context.run.store.read(BEST))["fusion"])
+    return overlay(settings, parse_yaml(context.run.store.read_small(BEST).decode())["fusion"])
 
 
 def overlay(settings: FusionSettings, best: dict[str, Any]) -> FusionSettings:

@@ -6,6 +6,7 @@ What the data is decides who cuts it (`ingest_folder`, `ingest_slides`); this mo
 from __future__ import annotations
 
 import io
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,6 +26,7 @@ from apacs_ray.stages.cut import open_store_file
 from apacs_ray.stages.pipeline import Context, Outcome, Stage
 from apacs_ray.storage import Entry, Store, open_store
 
+REJECTS = re.compile(r"rejects/ingest-[0-9a-f]{8}\.parquet")
 # the same shard gives the same bytes with the same versions of these
 CODECS = ("pillow", "numpy", "pyarrow", "scipy", "pyvips", "openslide-bin", "shapely", "tifffile")
 
@@ -142,7 +144,7 @@ def _write_rejects(store: Store, mark: str, rejects: Sequence[Reject]) -> None:
     path = f"rejects/ingest-{mark[:8]}.parquet"
     store.write(path, sink.getvalue())
     for entry in list(store.list("rejects")):
-        if entry.path.startswith("rejects/ingest-") and entry.path != path:
+        if REJECTS.fullmatch(entry.path) and entry.path != path:
             store.delete(entry.path)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from apacs_ray.stages.cut import Cut, open_store_file, with_given_splits
 from apacs_ray.stages.pipeline import Context
 from apacs_ray.storage import Entry, Store, open_store
 
+MANIFEST = re.compile(r"manifest/[0-9a-f]{8}/\d{6,}\.(parquet|png)")  # what a run writes there; nothing else is ours
 GIB = 1 << 30
 NOTES_SHOWN = 5
 ENGINES = {"vips": "libvips", "openslide": "OpenSlide"}
@@ -113,7 +116,7 @@ def cut_slides(context: Context, store: Store, entries: Sequence[Entry], mark: s
         "unreadable": _unreadable(seen.summaries, shards, receipts),
     }
     for old in list(run.store.list("manifest")):
-        if not old.path.startswith(f"manifest/{mark[:8]}/"):
+        if MANIFEST.fullmatch(old.path) and not old.path.startswith(f"manifest/{mark[:8]}/"):
             run.store.delete(old.path)
     planned = seen.tiles + sum(seen.skipped.values())
     return Cut(receipts, seen.rejects, "slides", units, planned, val_unit, dict(seen.skipped), facts, _defects(seen))
@@ -152,13 +155,14 @@ def _read_mpps(text: str | None) -> dict[str, float]:
     if text is None:
         return {}
     mpps: dict[str, float] = {}
-    for row in (reader := csv.DictReader(io.StringIO(text))):
-        try:
+    reader = csv.DictReader(io.StringIO(text))
+    try:
+        for row in reader:
             mpps[row["slide_id"]] = float(row["mpp"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"data.mpps, line {reader.line_num}: expected slide_id,mpp with a number") from error
-        if not mpps[row["slide_id"]] > 0:
-            raise UsageError(f"data.mpps, line {reader.line_num}: um per px must be positive")
+            if not 0 < mpps[row["slide_id"]] < math.inf:
+                raise UsageError(f"data.mpps, line {reader.line_num}: um per px must be positive")
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise UsageError(f"data.mpps, line {reader.line_num}: expected slide_id,mpp with a number") from error
     return mpps
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from apacs_ray.models.fcn import build_member
 from apacs_ray.models.start import (
     IMAGENET_FILES,
+    LARGEST,
     RELEASED_FILES,
     download_imagenet,
     read_checkpoint,
@@ -22,7 +23,9 @@ def start_weights(members: MembersSettings, name: MemberName) -> bytes | None:
         return None
     network = build_member(name, width=members.width, dropout=members.dropout)
     found = _file(members, name)
-    state = download_imagenet(name) if found is None else read_checkpoint(found[0].read(found[1]), found[1])
+    state = (
+        download_imagenet(name) if found is None else read_checkpoint(found[0].read_small(found[1], LARGEST), found[1])
+    )
     if members.init == "imagenet":
         start_from_imagenet(network, name, state)
     else:
