@@ -126,9 +126,11 @@ def _read(store: Store, path: str, sizes: dict[str, int]) -> Checkpoint | None:
     try:
         state = json.loads(store.read(f"{path}/{STATE}"))
         files = state["files"]
-        whole = set(files) == set(FILES) and all(sizes[f"{path}/{name}"] == files[name]["size"] for name in FILES)
+        there = set(files) == set(FILES) and all(sizes[f"{path}/{name}"] == files[name]["size"] for name in FILES)
+        found = Checkpoint(path, state)
+        usable = found.place > (0, 0) and (not found.whole or score(found.record) <= 1)
     except (ValueError, FileNotFoundError):  # cut by a kill, or deleted meanwhile
         return None
     except (LookupError, TypeError, RecursionError):  # nothing that a training writes
         return None
-    return Checkpoint(path, state) if whole else None
+    return found if there and usable else None

@@ -320,7 +320,8 @@ class S3Store(Store):
             try:
                 answer = self._client.put_object(Bucket=self.bucket, Key=self._key(path), Body=content, **condition)
             except ClientError as error:
-                if condition and _status(error) in (404, 409, 412):
+                missing = error.response["Error"].get("Code") == "NoSuchBucket"  # nobody's write was met there
+                if condition and _status(error) in (404, 409, 412) and not missing:
                     raise Conflict(self.uri_of(path)) from error
                 raise
         return str(answer["ETag"])
