@@ -6,6 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from apacs_ray.clean import without_secrets
 from apacs_ray.errors import ApacsError
 
 
@@ -27,8 +28,8 @@ def main() -> None:
         export_onnx(ensemble, arguments.output, height=arguments.height, width=arguments.width)
     except FileNotFoundError as error:
         sys.exit(f"error: {arguments.model}: no finished run ({error.filename or error} is missing)")
-    except ApacsError as error:
-        sys.exit(f"error: {error}")
+    except (ApacsError, OSError) as error:
+        sys.exit(f"error: {without_secrets(str(error))}")
     print(f"{arguments.output}: image (N, 3, {arguments.height}, {arguments.width}) in 0..1 -> logits of cell")
 
 
