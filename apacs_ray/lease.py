@@ -104,14 +104,18 @@ class Lease:
         if self._lost is not None:
             raise ApacsError(f"{self._store.uri}: this run was taken over ({self._lost}); nothing was committed")
 
+    def hurry(self) -> None:
+        """From now on do not wait for a store in trouble as long as a commit would."""
+        self._store = self._store.with_patience(BEAT_PATIENCE)
+
     def release(self) -> None:
         """Give the run back."""
         self._stop.set()
         self._thread.join()
-        store = self._store.with_patience(BEAT_PATIENCE)
+        self.hurry()
         with contextlib.suppress(StoreTroubleError):  # the lock of a process that has ended gives way
-            if self._lost is None and store.version(LOCK) == self._version:
-                store.delete(LOCK)
+            if self._lost is None and self._store.version(LOCK) == self._version:
+                self._store.delete(LOCK)
 
     def _beat(self) -> None:
         store, since = self._store.with_patience(BEAT_PATIENCE), None

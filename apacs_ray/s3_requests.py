@@ -10,7 +10,7 @@ import io
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from boto3.exceptions import Boto3Error
@@ -26,7 +26,6 @@ PAUSE, LONGEST_PAUSE = 0.1, 20.0  # s between two attempts, doubled each time
 SAID_AFTER = 10.0  # s of waiting that a person should know of
 BUSY = (429, 500, 502, 503, 504)  # answers of a store that may do better later
 BUSY_CODES = ("SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "OperationAborted")
-EXPECTED = (404, 409, 412, 416)  # answers to a question, for the caller
 TAIL = 64 << 10  # bytes read with the first request to a file: the footer of a Parquet file, or all of a small one
 
 
@@ -34,20 +33,20 @@ class IncompleteAnswer(Exception):
     """An answer, or its body, ended too early."""
 
 
-def patiently(what: str, ask: Callable[[], T], patience: float = PATIENCE) -> T:
+def patiently(what: str, ask: Callable[[], T], patience: float, expected: Sequence[int] = ()) -> T:
     """What `ask()` returns; asked again for `patience` seconds while the store is in trouble.
 
-    Raises StoreTroubleError after that and ApacsError for a refusal, both beginning with `what`; an answer of
-    `EXPECTED` is raised as it is.
+    Raises StoreTroubleError after that and ApacsError for a refusal, both beginning with `what`; answers with an
+    `expected` status are the caller's, as they are.
     """
     started, pause, said = time.monotonic(), PAUSE, False
     while True:
         try:
             answer = ask()
         except (ClientError, BotoCoreError, Boto3Error, ResponseParserError, IncompleteAnswer) as error:
+            if status(error) in expected:
+                raise
             if not _may_pass(error):
-                if status(error) in EXPECTED:
-                    raise
                 raise ApacsError(f"{what} ({error})") from error
             waited = time.monotonic() - started
             if waited + pause > patience:
@@ -91,8 +90,6 @@ class ObjectFile(io.RawIOBase):
         except ClientError as error:
             if status(error) == 404:
                 raise FileNotFoundError(f"s3://{bucket}/{key}: is not there") from error
-            if status(error) != 416:
-                raise ApacsError(f"s3://{bucket}/{key}: cannot read ({error})") from error
             self._tail, self._size = b"", 0  # an empty object has no last bytes
 
     def readable(self) -> bool:
@@ -138,7 +135,7 @@ class ObjectFile(io.RawIOBase):
             self._version = answer["ETag"]
             return content, int(found[3])
 
-        return patiently(f"s3://{self._bucket}/{self._key}: cannot read", ask, self._patience)
+        return patiently(f"s3://{self._bucket}/{self._key}: cannot read", ask, self._patience, (404, 412, 416))
 
 
 def whole_body(answer: Any) -> bytes:

@@ -28,7 +28,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from apacs_ray.errors import ApacsError, UsageError
-from apacs_ray.s3_requests import BUSY_CODES, PATIENCE, IncompleteAnswer, ObjectFile, patiently, status, whole_body
+from apacs_ray.s3_requests import BUSY_CODES, PATIENCE, IncompleteAnswer, ObjectFile, patiently, whole_body
 
 T = TypeVar("T")
 CONNECT, READ = 10, 60  # s until a connection stands, and between two pieces of an answer
@@ -252,8 +252,8 @@ class S3Store(Store):
     def with_patience(self, seconds: float) -> S3Store:
         return replace(self, patience=seconds)
 
-    def _ask(self, path: str, failed: str, ask: Callable[[], T]) -> T:
-        return patiently(f"{self.uri_of(path)}: {failed}", ask, self.patience)
+    def _ask(self, path: str, failed: str, ask: Callable[[], T], expected: Sequence[int] = ()) -> T:
+        return patiently(f"{self.uri_of(path)}: {failed}", ask, self.patience, expected)
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         key = self._key(prefix)
@@ -273,24 +273,21 @@ class S3Store(Store):
             return whole_body(self._client.get_object(Bucket=self.bucket, Key=self._key(path)))
 
         try:
-            return self._ask(path, "cannot read", ask)
+            return self._ask(path, "cannot read", ask, (404,))
         except ClientError as error:
-            if status(error) == 404:
-                raise FileNotFoundError(f"{self.uri_of(path)}: is not there") from error
-            raise
+            raise FileNotFoundError(f"{self.uri_of(path)}: is not there") from error
 
     def open(self, path: str) -> pa.NativeFile:
         return pa.PythonFile(ObjectFile(self._client, self.bucket, self._key(path), self.patience), mode="r")
 
     def version(self, path: str) -> str | None:
+        def ask() -> str:
+            return _etag(self._client.head_object(Bucket=self.bucket, Key=self._key(path)))
+
         try:
-            return self._ask(
-                path, "cannot read", lambda: _etag(self._client.head_object(Bucket=self.bucket, Key=self._key(path)))
-            )
-        except ClientError as error:
-            if status(error) == 404:
-                return None
-            raise
+            return self._ask(path, "cannot read", ask, (404,))
+        except ClientError:
+            return None
 
     def write(self, path: str, content: bytes) -> None:
         self._put(path, content)
@@ -310,10 +307,8 @@ class S3Store(Store):
             return _etag(self._client.put_object(Bucket=self.bucket, Key=self._key(path), Body=content, **condition))
 
         try:
-            return self._ask(path, "cannot write", ask)
+            return self._ask(path, "cannot write", ask, (404, 409, 412) if condition else ())
         except ClientError as error:
-            if not condition:
-                raise ApacsError(f"{self.uri_of(path)}: cannot write ({error})") from error
             version = self.version(path) if attempts > 1 else None
             if version is not None and self.read(path) == content:
                 return version  # our own write, whose answer was lost
