@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -92,6 +93,8 @@ class Site:
         """A local copy of a run's objects, not through the proxy."""
         for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{name}/"):
             for item in page.get("Contents", ()):
+                if item["Key"].endswith("/"):  # a folder, as pyarrow makes them
+                    continue
                 target = self._folder / item["Key"]
                 target.parent.mkdir(parents=True, exist_ok=True)
                 self._client.download_file(BUCKET, item["Key"], str(target))
@@ -119,9 +122,8 @@ def main() -> None:
 
 
 def _row(name: str, job: Job, plain: Job) -> dict[str, Any]:
-    changed = (
-        [path for stage in STAGES for path in differences(stage, job.output, plain.output)] if not job.status else []
-    )
+    stages = STAGES if job.status == 0 else ()
+    changed = [path for stage in stages for path in differences(stage, job.output, plain.output)]
     return {
         "fault": name,
         "requests": len(job.requests),
@@ -150,6 +152,7 @@ def _asked(job: Job) -> list[dict[str, Any]]:
 def _site() -> Iterator[Site]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for every request
     host, port = server.get_host_and_port()
     endpoint = f"http://{host}:{port}"
     with tempfile.TemporaryDirectory() as folder, proxy(endpoint) as running:
