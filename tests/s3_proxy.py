@@ -105,7 +105,7 @@ def proxy(endpoint: str) -> Iterator[Proxy]:
 
         def _serve(self) -> None:
             behaviour = running.behaviour
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            body = self._body()
             code = behaviour.refuse(self.command, "list-type" in self.path)
             fault = behaviour.faults.draw() if behaviour.faults and not code else None
             self._note(code or fault)
@@ -118,11 +118,23 @@ def proxy(endpoint: str) -> Iterator[Proxy]:
             else:
                 self._forward(behaviour, body, fault)
 
+        def _body(self) -> bytes:
+            """What was sent, of a length given first (boto3) or in chunks (pyarrow)."""
+            if self.headers.get("Transfer-Encoding") != "chunked":
+                return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            chunks = []
+            while length := int(self.rfile.readline().partition(b";")[0], 16):
+                chunks.append(self.rfile.read(length))
+                self.rfile.readline()
+            while self.rfile.readline().strip():
+                pass  # trailers
+            return b"".join(chunks)
+
         def _forward(self, behaviour: Behaviour, body: bytes, fault: str | None) -> None:
             if fault == "delay" and behaviour.faults:
                 time.sleep(behaviour.faults.delay)
             connection = http.client.HTTPConnection(there)
-            drop = {"expect", *behaviour.forgotten}
+            drop = {"expect", "transfer-encoding", "content-length", *behaviour.forgotten}
             kept = {name: value for name, value in self.headers.items() if name.lower() not in drop}
             connection.request(self.command, self.path, body, kept)
             answer = connection.getresponse()
