@@ -98,8 +98,11 @@ class Lease:
         """Raise ApacsError unless the run is still ours. Called before every commit."""
         if self._lost is None:
             with self._mutex:
-                found = self._store.read(LOCK) if self._store.version(LOCK) else b"{}"
-                if json.loads(found).get("owner") != self.owner:
+                try:
+                    found = json.loads(self._store.read(LOCK))
+                except FileNotFoundError:
+                    found = {}
+                if found.get("owner") != self.owner:
                     self._lost = "the lock names another owner"
         if self._lost is not None:
             raise ApacsError(f"{self._store.uri}: this run was taken over ({self._lost}); nothing was committed")

@@ -114,8 +114,10 @@ class Run:
 
     def marker(self, folder: str) -> Marker | None:
         """The marker in `folder`, whatever its fingerprint."""
-        path = f"{folder}/{MARKER}"
-        return Marker.decode(self.store.read(path)) if self.store.version(path) is not None else None
+        try:
+            return Marker.decode(self.store.read(f"{folder}/{MARKER}"))
+        except FileNotFoundError:
+            return None
 
     def withdraw(self, folder: str) -> None:
         """Take back a commit, before its output is replaced."""

@@ -132,15 +132,23 @@ class ObjectFile(io.RawIOBase):
             found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", answer.get("ContentRange", ""))
             if not found or int(found[2]) - int(found[1]) + 1 != len(content):
                 raise IncompleteAnswer(f"{span} asked, {answer.get('ContentRange')} with {len(content)} bytes came")
-            self._version = answer["ETag"]
+            self._version = version_in(answer)
             return content, int(found[3])
 
         return patiently(f"s3://{self._bucket}/{self._key}: cannot read", ask, self._patience, (404, 412, 416))
 
 
 def whole_body(answer: Any) -> bytes:
-    """The body of an answer to GetObject. Raises IncompleteAnswer when it, or the head of the answer, is cut."""
+    """The body of an answer to GetObject. Raises IncompleteAnswer when it is cut."""
     content: bytes = answer["Body"].read()
-    if answer.get("ContentLength") != len(content) or "ETag" not in answer:
+    if answer.get("ContentLength") != len(content):
         raise IncompleteAnswer(f"{len(content)} of {answer.get('ContentLength')} bytes came")
     return content
+
+
+def version_in(answer: Any) -> str:
+    """The ETag in the head of an answer. Raises IncompleteAnswer when the head is cut: http.client takes that."""
+    version = str(answer.get("ETag", ""))
+    if not version or version.count('"') % 2:
+        raise IncompleteAnswer("the head of the answer is cut")
+    return version

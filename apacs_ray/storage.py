@@ -28,7 +28,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from apacs_ray.errors import ApacsError, UsageError
-from apacs_ray.s3_requests import BUSY_CODES, PATIENCE, IncompleteAnswer, ObjectFile, patiently, whole_body
+from apacs_ray.s3_requests import BUSY_CODES, PATIENCE, IncompleteAnswer, ObjectFile, patiently, version_in, whole_body
 
 T = TypeVar("T")
 CONNECT, READ = 10, 60  # s until a connection stands, and between two pieces of an answer
@@ -282,7 +282,7 @@ class S3Store(Store):
 
     def version(self, path: str) -> str | None:
         def ask() -> str:
-            return _etag(self._client.head_object(Bucket=self.bucket, Key=self._key(path)))
+            return version_in(self._client.head_object(Bucket=self.bucket, Key=self._key(path)))
 
         try:
             return self._ask(path, "cannot read", ask, (404,))
@@ -304,7 +304,9 @@ class S3Store(Store):
         def ask() -> str:
             nonlocal attempts
             attempts += 1
-            return _etag(self._client.put_object(Bucket=self.bucket, Key=self._key(path), Body=content, **condition))
+            return version_in(
+                self._client.put_object(Bucket=self.bucket, Key=self._key(path), Body=content, **condition)
+            )
 
         try:
             return self._ask(path, "cannot write", ask, (404, 409, 412) if condition else ())
@@ -409,6 +411,8 @@ def _s3_client(access: S3Access, *, parts: bool = False) -> Any:
 def _s3_filesystem(access: S3Access) -> pafs.FileSystem:
     options: dict[str, Any] = {
         "retry_strategy": pafs.AwsDefaultS3RetryStrategy(max_attempts=ATTEMPTS),  # the standard one has a budget
+        "allow_delayed_open": True,  # one request for a small file, not three
+        "check_directory_existence_before_creation": True,  # nor one for each folder above it
         "connect_timeout": CONNECT,
         "request_timeout": READ,
     }
@@ -422,13 +426,6 @@ def _s3_filesystem(access: S3Access) -> pafs.FileSystem:
     if access.session_token:
         options["session_token"] = access.session_token
     return pafs.S3FileSystem(**options)
-
-
-def _etag(answer: Any) -> str:
-    """The version in an answer. Raises IncompleteAnswer when its head is cut."""
-    if "ETag" not in answer:
-        raise IncompleteAnswer("the answer has no ETag")
-    return str(answer["ETag"])
 
 
 def _local_version(status: os.stat_result) -> str:

@@ -27,7 +27,7 @@ from faults import FOLDERS, OPTIONS, STAGES, SWEEP, differences  # noqa: E402
 from measure import options, show  # noqa: E402
 from moto.server import ThreadedMotoServer  # noqa: E402
 from runs import start, write_cells  # noqa: E402
-from s3_proxy import KINDS, Behaviour, Faults, Proxy, Request, proxy  # noqa: E402
+from s3_proxy import KINDS, Behaviour, Draw, Proxy, Request, at_random, proxy  # noqa: E402
 
 RATE = 0.05  # of each kind
 DELAY = 2.0  # s
@@ -66,10 +66,10 @@ class Site:
         self._sweep = folder / "sweep.yaml"
         self._sweep.write_text(SWEEP)
 
-    def run(self, name: str, faults: Faults | None) -> Job:
+    def run(self, name: str, draw: Draw) -> Job:
         """One whole job; every request until its end is noted with the stage that ran then."""
         self._running.requests.clear()
-        self._running.behaviour = Behaviour(faults=faults)
+        self._running.behaviour = Behaviour(draw=draw, delay=DELAY)
         started = time.monotonic()
         argv = ["--data", f"s3://{BUCKET}/cells", "--output", f"s3://{BUCKET}/{name}", *OPTIONS]
         process = start(*argv, "--tune.config", str(self._sweep))
@@ -108,13 +108,13 @@ def main() -> None:
     jobs: dict[str, dict[str, float]] = {kind: {kind: RATE} for kind in KINDS} | {"all": dict.fromkeys(KINDS, RATE)}
     chosen = [arguments.kind] if arguments.kind else ["all"] if arguments.quick else list(jobs)
     with _site() as site:
-        plain = site.run("undisturbed", None)
+        plain = site.run("undisturbed", lambda: None)
         if plain.status != 0:
             raise SystemExit(f"the undisturbed run failed:\n{plain.log}")
         show("requests", _asked(plain), arguments.json and arguments.json.with_suffix(".requests.json"))
         rows = [_row("none", plain, plain)]
         for number, name in enumerate(chosen):
-            job = site.run(name.replace(" ", "-"), Faults(jobs[name], DELAY, seed=number))
+            job = site.run(name.replace(" ", "-"), at_random(jobs[name], seed=number))
             rows.append(_row(name, job, plain))
             show("store faults", rows, arguments.json)
             if job.status != 0:

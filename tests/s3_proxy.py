@@ -28,27 +28,26 @@ KINDS = (
 )
 
 
-@dataclass
-class Faults:
-    """Which share of requests meets which kind of `KINDS`, drawn by a generator of its own; a request meets one."""
+Draw = Callable[[], str | None]  # what the next request meets, of `KINDS`
 
-    rates: Mapping[str, float]
-    delay: float = 2.0  # s
-    seed: int = 0
 
-    def __post_init__(self) -> None:
-        assert set(self.rates) <= set(KINDS)
-        self._random, self._lock = random.Random(self.seed), threading.Lock()
+def at_random(rates: Mapping[str, float], seed: int) -> Draw:
+    """Each kind at its rate; a request meets one at most."""
+    assert set(rates) <= set(KINDS)
+    generator, lock = random.Random(seed), threading.Lock()
+    kinds, weights = [*rates, None], [*rates.values(), 1 - sum(rates.values())]
 
-    def draw(self) -> str | None:
-        """What the next request meets."""
-        with self._lock:
-            point = self._random.random()
-        for kind, rate in self.rates.items():
-            if point < rate:
-                return kind
-            point -= rate
-        return None
+    def draw() -> str | None:
+        with lock:
+            return generator.choices(kinds, weights)[0]
+
+    return draw
+
+
+def in_turn(*kinds: str | None) -> Draw:
+    """These, one a request, and nothing after them."""
+    left = list(kinds)
+    return lambda: left.pop(0) if left else None
 
 
 @dataclass
@@ -59,7 +58,8 @@ class Behaviour:
     status: int = 403
     forgotten: set[str] = field(default_factory=set)  # request headers that do not reach the store
     headers: dict[str, str] = field(default_factory=dict)  # of answers
-    faults: Faults | None = None
+    draw: Draw = lambda: None
+    delay: float = 2.0  # s
 
 
 def refusing_writes() -> Behaviour:
@@ -107,7 +107,7 @@ def proxy(endpoint: str) -> Iterator[Proxy]:
             behaviour = running.behaviour
             body = self._body()
             code = behaviour.refuse(self.command, "list-type" in self.path)
-            fault = behaviour.faults.draw() if behaviour.faults and not code else None
+            fault = None if code else behaviour.draw()
             self._note(code or fault)
             if code:
                 self._refuse(behaviour.status, code)
@@ -131,8 +131,8 @@ def proxy(endpoint: str) -> Iterator[Proxy]:
             return b"".join(chunks)
 
         def _forward(self, behaviour: Behaviour, body: bytes, fault: str | None) -> None:
-            if fault == "delay" and behaviour.faults:
-                time.sleep(behaviour.faults.delay)
+            if fault == "delay":
+                time.sleep(behaviour.delay)
             connection = http.client.HTTPConnection(there)
             drop = {"expect", "transfer-encoding", "content-length", *behaviour.forgotten}
             kept = {name: value for name, value in self.headers.items() if name.lower() not in drop}

@@ -43,10 +43,11 @@ def shard_path(folder: str, split: str, fingerprint: str, number: int) -> str:
 
 def read_receipt(store: Store, path: str) -> Receipt | None:
     """The receipt of a finished shard; None when there is no such shard."""
-    if store.version(path) is None:
+    try:
+        with store.open(path) as stream:
+            metadata = pq.read_metadata(stream).metadata or {}
+    except FileNotFoundError:
         return None
-    with store.open(path) as stream:
-        metadata = pq.read_metadata(stream).metadata or {}
     return Receipt(**{**json.loads(metadata[RECEIPT]), "reused": True})
 
 

@@ -1,0 +1,146 @@
+"""A store that fails at random, lies or refuses writes, and a full disk: nothing is lost, nothing cut is whole."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from s3_proxy import KINDS, Behaviour, Proxy, at_random
+
+from apacs_ray import s3_requests
+from apacs_ray.data.shards import Receipt, read_rows, write_table
+from apacs_ray.errors import StoreTroubleError
+from apacs_ray.slides.cache import SlideCache
+from apacs_ray.storage import Conflict, Store, open_store
+
+CONTENT = np.random.default_rng(0).bytes(200_000)  # more than the last bytes that are read with the first request
+
+
+@pytest.fixture
+def store(between: Proxy, s3: str, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A store behind the proxy, with short pauses between attempts."""
+    monkeypatch.setattr(s3_requests, "PAUSE", 0.002)
+    monkeypatch.setattr(s3_requests, "LONGEST_PAUSE", 0.05)
+    return open_store(f"{s3}/run")
+
+
+def reads(store: Store, tmp_path: Path) -> dict[str, Callable[[], object]]:
+    """Every way to read `object` and `table.parquet` of a store, with a check of what was read."""
+
+    def same(content: bytes, expected: bytes) -> None:
+        assert content == expected
+
+    def part() -> None:
+        with store.open("object") as stream:
+            stream.seek(1000)
+            same(stream.read(100_000), CONTENT[1000:101_000])
+            same(stream.read(), CONTENT[101_000:])
+
+    def staged() -> None:
+        entries = [entry for entry in store.list() if entry.path == "object"]
+        cache = SlideCache(tmp_path / f"cache-{time.monotonic_ns()}", 1 << 30)
+        with cache.staged(store, entries) as place:
+            same((place / "object").read_bytes(), CONTENT)
+
+    def rows() -> None:
+        found = read_rows(store, [("table.parquet", 3, 1), ("table.parquet", 0, 0)], ["image"])
+        assert [row["image"] for row in found] == [picture(7), picture(0)]
+
+    def pages() -> None:
+        assert len(list(store.list("many"))) == 12
+
+    def version() -> None:
+        assert store.version("object") is not None
+        assert store.version("nothing") is None
+
+    return {
+        "read": lambda: same(store.read("object"), CONTENT),
+        "part": part,
+        "staged": staged,
+        "rows": rows,
+        "pages": pages,
+        "version": version,
+    }
+
+
+def writes(store: Store, tmp_path: Path) -> dict[str, Callable[[], object]]:
+    """Every way to write or delete, with a check of what the store then holds."""
+    large = tmp_path / "large"
+    large.write_bytes(CONTENT * 45)  # two parts
+
+    def write() -> None:
+        store.write("written", CONTENT)
+        assert store.read("written") == CONTENT
+
+    def upload() -> None:
+        store.upload("uploaded", large)
+        assert store.read("uploaded") == large.read_bytes()
+
+    def conditional() -> None:
+        store.delete("lock")
+        first = store.create("lock", b"one")
+        with pytest.raises(Conflict):
+            store.create("lock", b"two")
+        second = store.replace("lock", b"three", first)
+        with pytest.raises(Conflict):
+            store.replace("lock", b"four", first)
+        assert (store.read("lock"), store.version("lock")) == (b"three", second)
+
+    def folder() -> None:
+        for number in range(3):
+            store.write(f"folder/{number}", b"")
+        store.delete_folder("folder")
+        assert list(store.list("folder")) == []
+
+    def by_ray() -> None:
+        path = store.full_path("by Ray")
+        with store.filesystem.open_output_stream(path) as stream:
+            stream.write(CONTENT)
+        assert store.read("by Ray") == CONTENT
+
+    return {"write": write, "upload": upload, "conditional": conditional, "folder": folder, "by Ray": by_ray}
+
+
+def picture(number: int) -> bytes:
+    return CONTENT[number : number + 50_000]
+
+
+def fill(store: Store) -> None:
+    """What `reads` reads."""
+    store.write("object", CONTENT)
+    table = pa.table({"image": [picture(number) for number in range(8)], "other": list(range(8))})
+    write_table(store, table, Receipt("table.parquet", 8, 8), group=2)
+    for number in range(12):
+        store.write(f"many/{number}", b"")
+
+
+@pytest.fixture
+def filled(s3: str, store: Store, monkeypatch: pytest.MonkeyPatch) -> Store:
+    fill(store)
+    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "5")  # a page of a listing
+    return store
+
+
+def test_every_operation_outlives_every_kind_of_fault(filled: Store, between: Proxy, tmp_path: Path) -> None:
+    for kind in KINDS:
+        met = 0
+        for seed, work in enumerate([*reads(filled, tmp_path).values(), *writes(filled, tmp_path).values()]):
+            between.requests.clear()
+            between.behaviour = Behaviour(draw=at_random({kind: 0.3}, seed), delay=0.01)
+            work()
+            met += between.met()[kind]
+        assert met >= 10, kind
+
+
+def test_what_is_cut_is_never_the_whole(filled: Store, between: Proxy, tmp_path: Path) -> None:
+    filled = filled.with_patience(0.02)
+    for kind in ("truncated", "reset within"):
+        between.behaviour = Behaviour(draw=at_random({kind: 1.0}, 0))
+        for name, work in reads(filled, tmp_path).items():
+            with pytest.raises(StoreTroubleError, match=filled.uri):
+                work()
+            assert not list(tmp_path.glob("cache-*/*/object")), name
