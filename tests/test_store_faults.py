@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from s3_proxy import KINDS, Behaviour, Proxy, at_random
+from s3_proxy import KINDS, Behaviour, Proxy, at_random, in_turn, refusing_writes
 
-from apacs_ray import s3_requests
+from apacs_ray import lease, s3_requests
 from apacs_ray.data.shards import Receipt, read_rows, write_table
-from apacs_ray.errors import StoreTroubleError
+from apacs_ray.errors import ApacsError, StoreTroubleError
+from apacs_ray.lease import LOCK, Lease, LeaseHeld
 from apacs_ray.slides.cache import SlideCache
 from apacs_ray.storage import Conflict, Store, open_store
 
@@ -144,3 +145,100 @@ def test_what_is_cut_is_never_the_whole(filled: Store, between: Proxy, tmp_path:
             with pytest.raises(StoreTroubleError, match=filled.uri):
                 work()
             assert not list(tmp_path.glob("cache-*/*/object")), name
+
+
+def test_a_file_is_read_in_one_version(store: Store) -> None:
+    store.write("empty", b"")
+    with store.open("empty") as stream:
+        assert stream.read() == b""
+    with pytest.raises(FileNotFoundError, match="run/nothing"):
+        store.open("nothing")
+    store.write("object", CONTENT)
+    with store.open("object") as stream:
+        assert stream.size() == len(CONTENT)
+        assert stream.read_at(10, len(CONTENT) - 5) == CONTENT[-5:]
+        store.write("object", CONTENT[::-1])
+        with pytest.raises(ApacsError, match="run/object: changed while it was read"):
+            stream.read_at(10, 0)
+
+
+def test_a_tile_is_read_with_two_requests(filled: Store, between: Proxy) -> None:
+    between.requests.clear()
+    read_rows(filled, [("table.parquet", 1, 0)], ["image", "other"])
+    assert [request.method for request in between.requests] == ["GET", "GET"]
+
+
+def test_patience_ends_and_a_refusal_needs_none(store: Store, between: Proxy, tmp_path: Path) -> None:
+    between.behaviour = Behaviour(lambda method, listing: "SlowDown", status=503)
+    with pytest.raises(StoreTroubleError, match=rf"^{store.uri}/object: cannot read \(.*SlowDown"):
+        store.with_patience(0.05).read("object")
+    between.behaviour = Behaviour(lambda method, listing: "AccessDenied")
+    between.requests.clear()
+    (tmp_path / "file").write_bytes(b"content")
+    asked: dict[str, Callable[[], object]] = {
+        "read": lambda: store.read("object"),
+        "open": lambda: store.open("object"),
+        "list": lambda: list(store.list()),
+        "version": lambda: store.version("object"),
+        "write": lambda: store.write("object", b""),
+        "upload": lambda: store.upload("object", tmp_path / "file"),
+        "delete": lambda: store.delete("object"),
+    }
+    for number, (name, ask) in enumerate(asked.items(), 1):
+        with pytest.raises(ApacsError, match=store.uri) as raised:
+            ask()
+        assert not isinstance(raised.value, StoreTroubleError), name
+        assert len(between.requests) == number, name
+
+
+@pytest.mark.parametrize("kind", ["lost", "truncated", "reset within"])
+def test_a_conditional_write_whose_answer_is_lost_is_known_again(store: Store, between: Proxy, kind: str) -> None:
+    between.behaviour = Behaviour(draw=in_turn(kind))
+    first = store.create("lock", b"one")
+    assert first == store.version("lock")
+    between.behaviour = Behaviour(draw=in_turn(kind))
+    second = store.replace("lock", b"two", first)
+    assert second == store.version("lock")
+    for fault in (kind, "reset"):  # another's is not ours, whatever was lost
+        between.behaviour = Behaviour(draw=in_turn(fault))
+        with pytest.raises(Conflict):
+            store.create("lock", b"three")
+        between.behaviour = Behaviour(draw=in_turn(fault))
+        with pytest.raises(Conflict):
+            store.replace("lock", b"three", first)
+    with pytest.raises(Conflict):
+        store.create("lock", b"two")  # what another wrote is not ours because it says the same
+    assert store.read("lock") == b"two"
+
+
+def test_a_lease_outlives_lost_answers_and_tells_of_a_store_that_is_away(
+    store: Store, between: Proxy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lease, "HEARTBEAT_EVERY", 0.02)
+    monkeypatch.setattr(lease, "BEAT_PATIENCE", 0.0)
+    said = ""
+
+    def heard(text: str) -> None:
+        nonlocal said
+        deadline = time.monotonic() + 20
+        while text not in said:
+            said += capsys.readouterr().out
+            assert time.monotonic() < deadline, said
+            time.sleep(0.01)
+
+    between.behaviour = Behaviour(draw=in_turn("lost"))
+    held = Lease.acquire(store)
+    between.behaviour = Behaviour(draw=in_turn("lost"))  # a heartbeat that is given up, though it came
+    heard("the store takes writes again")
+    held.check()
+    with pytest.raises(LeaseHeld):
+        Lease.acquire(store)
+    said = ""
+    between.behaviour = refusing_writes()
+    heard("the run waits for its store: ")
+    assert f"{store.uri}/{LOCK}: cannot write" in said
+    assert said.count("waits") == 1
+    between.behaviour = Behaviour(lambda method, listing: "SlowDown", status=503)
+    held.release()  # it ends; the lock of a process that has ended gives way
+    between.behaviour = Behaviour()
+    assert store.version(LOCK) is not None

@@ -175,7 +175,7 @@ def read_rows(store: Store, places: Iterable[tuple[str, int, int]], columns: Seq
         by_path.setdefault(path, set()).add(group)
     for path, numbers in by_path.items():
         with store.open(path) as stream:
-            file = pq.ParquetFile(stream)
+            file = pq.ParquetFile(stream, pre_buffer=True)  # the columns of a group in one request
             for number in sorted(numbers):
                 groups[path, number] = file.read_row_group(number, columns=list(columns))
     return [groups[path, group].slice(row, 1).to_pylist()[0] for path, group, row in wanted]
