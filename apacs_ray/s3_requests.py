@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from boto3.exceptions import Boto3Error
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, ParamValidationError
 from botocore.parsers import ResponseParserError
+from urllib3.exceptions import HTTPError
 
 from apacs_ray.console import say
 from apacs_ray.errors import ApacsError, StoreTroubleError
@@ -33,6 +34,16 @@ class IncompleteAnswer(Exception):
     """An answer, or its body, ended too early."""
 
 
+FAILURES = (
+    ClientError,
+    BotoCoreError,
+    Boto3Error,  # of an upload
+    ResponseParserError,
+    HTTPError,  # urllib3's own: boto3 lets it through when the body of an error is cut
+    IncompleteAnswer,
+)
+
+
 def patiently(what: str, ask: Callable[[], T], patience: float, expected: Sequence[int] = ()) -> T:
     """What `ask()` returns; asked again for `patience` seconds while the store is in trouble.
 
@@ -43,7 +54,7 @@ def patiently(what: str, ask: Callable[[], T], patience: float, expected: Sequen
     while True:
         try:
             answer = ask()
-        except (ClientError, BotoCoreError, Boto3Error, ResponseParserError, IncompleteAnswer) as error:
+        except FAILURES as error:
             if status(error) in expected:
                 raise
             if not _may_pass(error):

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import botocore.endpoint
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from runs import SMALL, run, start, wait_for
 from s3_proxy import KINDS, Behaviour, Proxy, at_random, in_turn, refusing_writes
 
 from apacs_ray import lease, s3_requests
 from apacs_ray.data.shards import Receipt, read_rows, write_table
 from apacs_ray.errors import ApacsError, StoreTroubleError
 from apacs_ray.lease import LOCK, Lease, LeaseHeld
+from apacs_ray.models.spec import MEMBERS
 from apacs_ray.slides.cache import SlideCache
 from apacs_ray.storage import Conflict, Store, open_store
+from apacs_ray.training.record import read_history
 
 CONTENT = np.random.default_rng(0).bytes(200_000)  # more than the last bytes that are read with the first request
 
@@ -26,6 +34,7 @@ def store(between: Proxy, s3: str, monkeypatch: pytest.MonkeyPatch) -> Store:
     """A store behind the proxy, with short pauses between attempts."""
     monkeypatch.setattr(s3_requests, "PAUSE", 0.002)
     monkeypatch.setattr(s3_requests, "LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(botocore.endpoint, "time", SimpleNamespace(sleep=lambda pause: None))  # of an upload's parts
     return open_store(f"{s3}/run")
 
 
@@ -56,7 +65,12 @@ def reads(store: Store, tmp_path: Path) -> dict[str, Callable[[], object]]:
 
     def version() -> None:
         assert store.version("object") is not None
+
+    def nothing() -> None:
         assert store.version("nothing") is None
+        for ask in (store.read, store.open):
+            with pytest.raises(FileNotFoundError):
+                ask("nothing")
 
     return {
         "read": lambda: same(store.read("object"), CONTENT),
@@ -65,6 +79,7 @@ def reads(store: Store, tmp_path: Path) -> dict[str, Callable[[], object]]:
         "rows": rows,
         "pages": pages,
         "version": version,
+        "nothing": nothing,
     }
 
 
@@ -141,7 +156,9 @@ def test_what_is_cut_is_never_the_whole(filled: Store, between: Proxy, tmp_path:
     filled = filled.with_patience(0.02)
     for kind in ("truncated", "reset within"):
         between.behaviour = Behaviour(draw=at_random({kind: 1.0}, 0))
-        for name, work in reads(filled, tmp_path).items():
+        asked = reads(filled, tmp_path)
+        del asked["nothing"]  # that is said in the first line of an answer
+        for name, work in asked.items():
             with pytest.raises(StoreTroubleError, match=filled.uri):
                 work()
             assert not list(tmp_path.glob("cache-*/*/object")), name
@@ -242,3 +259,64 @@ def test_a_lease_outlives_lost_answers_and_tells_of_a_store_that_is_away(
     held.release()  # it ends; the lock of a process that has ended gives way
     between.behaviour = Behaviour()
     assert store.version(LOCK) is not None
+
+
+def test_stages_end_with_the_same_bytes_and_wait_for_a_store_that_refuses_writes(
+    undisturbed: Path, cells: Path, s3: str, between: Proxy
+) -> None:
+    data, output = open_store(f"{s3}/cells"), open_store(f"{s3}/the run")
+    for path in sorted(cells.rglob("*.*")):
+        data.write(path.relative_to(cells).as_posix(), path.read_bytes())
+    failing = Behaviour(draw=at_random(dict.fromkeys(KINDS, 0.05), 0), delay=0.1)
+    options = ["--data", data.uri, "--output", output.uri, *SMALL]
+    between.behaviour = failing
+    ingest = run(*options, script="ingest.py")
+    assert ingest.status == 0, ingest.summary
+    for path in sorted(undisturbed.glob("tiles/*/*.parquet")):
+        split = path.relative_to(undisturbed).parent.as_posix()
+        (mine,) = [entry.path for entry in output.list(split) if entry.path.endswith(path.name[-13:])]
+        with output.open(mine) as stream:
+            assert without_source(pq.read_table(stream)) == without_source(pq.read_table(path))
+    process = start(*options, script="train_members.py")
+    wait_for(process, lambda: any(output.list("members/fcn8")))  # the first checkpoint
+    between.behaviour = refusing_writes()
+    said = ""
+    assert process.stdout is not None
+    while "the run waits for its store" not in said:
+        said = process.stdout.readline()
+        assert said, "it ended"
+    between.behaviour = failing
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text[-3000:]
+    assert "the store takes writes again" in text
+    assert set(between.met()) >= {*KINDS, "SlowDown"}
+    between.behaviour = Behaviour()
+    for name in MEMBERS:
+        history = read_history(output.read(f"members/{name}/history.csv").decode())
+        assert [record.epoch for record in history] == [0, 1, 2]
+        weights = (undisturbed / f"members/{name}/model.safetensors").read_bytes()
+        assert output.read(f"members/{name}/model.safetensors") == weights
+
+
+def without_source(tiles: pa.Table) -> pa.Table:
+    """Tiles apart from where they come from, which differs between a folder and a bucket."""
+    return tiles.drop_columns(["source_uri", "source_version"]).replace_schema_metadata()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 24 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(place)], capture_output=True).returncode:
+        pytest.skip("a small disk can be mounted by root only")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def fill_up(disk: Path, left: int) -> Path:
+    """A file that leaves so many bytes free there."""
+    ballast = disk / "ballast"
+    status = os.statvfs(disk)
+    ballast.write_bytes(b"\0" * max(0, status.f_bavail * status.f_bsize - left))
+    return ballast
