@@ -10,6 +10,7 @@ A `Store` can be pickled: it travels to Ray workers and opens its connections th
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import shutil
@@ -31,6 +32,7 @@ from apacs_ray.errors import ApacsError, UsageError
 from apacs_ray.s3_requests import BUSY_CODES, PATIENCE, IncompleteAnswer, ObjectFile, patiently, version_in, whole_body
 
 T = TypeVar("T")
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 CONNECT, READ = 10, 60  # s until a connection stands, and between two pieces of an answer
 PARTS = {"mode": "legacy", "total_max_attempts": 6}  # retries of an upload's parts: this mode has no budget for them
 ATTEMPTS = 13  # of a request of pyarrow's, over three minutes and a half: throttling (503 SlowDown) is normal
@@ -171,27 +173,28 @@ class LocalStore(Store):
         except OSError as error:
             with contextlib.suppress(OSError):
                 beside.unlink()
-            raise ApacsError(f"{target}: cannot write ({error.strerror}); free space or change --output") from error
+            raise _cannot_write(target, error) from error
 
     def create(self, path: str, content: bytes) -> str:
         target = Path(self.root, path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         # a linked name appears complete and only once when this process dies between (O_EXCL may leave it empty)
         beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-        beside.write_bytes(content)
-        try:
-            os.link(beside, target)
-        except FileExistsError as error:
-            raise Conflict(str(target)) from error
-        finally:
-            beside.unlink()
+        with _full_disk_named(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                beside.write_bytes(content)
+                os.link(beside, target)
+            except FileExistsError as error:
+                raise Conflict(str(target)) from error
+            finally:
+                beside.unlink(missing_ok=True)
         return _local_version(os.stat(target))
 
     def replace(self, path: str, content: bytes, version: str) -> str:
         import fcntl
 
         guard = os.path.join(self.root, f".{path}.guard")
-        with open(guard, "w", encoding="ascii") as lock:
+        with _full_disk_named(Path(guard)), open(guard, "w", encoding="ascii") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if self.version(path) != version:
                 raise Conflict(path)
@@ -426,6 +429,22 @@ def _s3_filesystem(access: S3Access) -> pafs.FileSystem:
     if access.session_token:
         options["session_token"] = access.session_token
     return pafs.S3FileSystem(**options)
+
+
+@contextlib.contextmanager
+def _full_disk_named(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise _cannot_write(target, error) from error
+        raise
+
+
+def _cannot_write(target: Path, error: OSError) -> ApacsError:
+    full = error.errno in NO_SPACE
+    advice = "make room there, and the same command goes on" if full else "change that, or --output"
+    return ApacsError(f"{target}: cannot write ({error.strerror}); {advice}")
 
 
 def _local_version(status: os.stat_result) -> str:
