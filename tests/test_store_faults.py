@@ -14,17 +14,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from runs import SMALL, run, start, wait_for
 from s3_proxy import KINDS, Behaviour, Proxy, at_random, in_turn, refusing_writes
+from torch import nn
 
 from apacs_ray import lease, s3_requests
+from apacs_ray.checkpoints import complete_checkpoints, keep_checkpoint
 from apacs_ray.data.shards import Receipt, read_rows, write_table
 from apacs_ray.errors import ApacsError, StoreTroubleError
 from apacs_ray.lease import LOCK, Lease, LeaseHeld
 from apacs_ray.models.spec import MEMBERS
 from apacs_ray.slides.cache import SlideCache
-from apacs_ray.storage import Conflict, Store, open_store
-from apacs_ray.training.record import read_history
+from apacs_ray.storage import Conflict, LocalStore, Store, open_store
+from apacs_ray.training.record import EpochRecord, read_history
+from apacs_ray.training.state import TrainState, save_state
 
 CONTENT = np.random.default_rng(0).bytes(200_000)  # more than the last bytes that are read with the first request
 
@@ -278,7 +282,9 @@ def test_stages_end_with_the_same_bytes_and_wait_for_a_store_that_refuses_writes
         with output.open(mine) as stream:
             assert without_source(pq.read_table(stream)) == without_source(pq.read_table(path))
     process = start(*options, script="train_members.py")
-    wait_for(process, lambda: any(output.list("members/fcn8")))  # the first checkpoint
+    wait_for(
+        process, lambda: any(entry.path.endswith("epoch_00000/state.json") for entry in output.list("members/fcn8"))
+    )
     between.behaviour = refusing_writes()
     said = ""
     assert process.stdout is not None
@@ -305,18 +311,43 @@ def without_source(tiles: pa.Table) -> pa.Table:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 24 MB."""
+    """A disk of 1 MB."""
     place = tmp_path / "disk"
     place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(place)], capture_output=True).returncode:
-        pytest.skip("a small disk can be mounted by root only")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(place)], capture_output=True).returncode:
+        pytest.skip("only root can mount a small disk")
     yield place
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def fill_up(disk: Path, left: int) -> Path:
-    """A file that leaves so many bytes free there."""
-    ballast = disk / "ballast"
-    status = os.statvfs(disk)
-    ballast.write_bytes(b"\0" * max(0, status.f_bavail * status.f_bsize - left))
-    return ballast
+def test_a_full_disk_is_named_and_nothing_is_lost(small_disk: Path, tmp_path: Path) -> None:
+    """Whole stages on a full disk: `benchmarks/store_faults.py`."""
+    store = LocalStore(str(small_disk / "run"))
+    held = Lease.acquire(store)
+    model = nn.Linear(200, 200)  # 160 kB
+    history = tuple(EpochRecord(epoch, 0.0, 0.0, 0.0, 0.5, 0.1, 1.0) for epoch in range(2))
+    for epoch in range(2):
+        state = TrainState(model, torch.optim.SGD(model.parameters()), history[: epoch + 1])
+        save_state(tmp_path / f"{epoch}", state)
+    keep_checkpoint(store, "members", 1, tmp_path / "0")
+    ballast, room = small_disk / "ballast", os.statvfs(small_disk)
+    ballast.write_bytes(bytes((room.f_bavail - 20) * room.f_bsize))  # 80 kB are left
+    full = r"cannot write \(No space left on device\); make room there, and the same command goes on$"
+    with pytest.raises(ApacsError, match=rf"^{store.root}/members/.*/model.safetensors: {full}"):
+        keep_checkpoint(store, "members", 1, tmp_path / "1")
+    assert [checkpoint.epoch for checkpoint in complete_checkpoints(store, "members")] == [0]
+    with pytest.raises(ApacsError, match=rf"^{small_disk}/local: cannot write a checkpoint .*No space.* set TMPDIR"):
+        save_state(small_disk / "local", state)
+    with ballast.open("ab") as stream, pytest.raises(OSError, match="No space"):
+        stream.write(bytes(200_000))
+    with pytest.raises(ApacsError, match=rf"^{store.root}/lock: {full}"):
+        store.create("lock", CONTENT)
+    with pytest.raises(ApacsError, match=rf"^{store.root}/{LOCK}: {full}"):
+        held.note_ray_session("a session")
+    held.check()
+    ballast.unlink()
+    held.note_ray_session("a session")
+    keep_checkpoint(store, "members", 1, tmp_path / "1")
+    assert complete_checkpoints(store, "members")[-1].epoch == 1
+    held.release()
+    assert not list(small_disk.rglob("*.tmp"))
