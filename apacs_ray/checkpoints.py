@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import json
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apacs_ray.errors import StoreTroubleError
 from apacs_ray.storage import SMALL, Store
 from apacs_ray.training.record import EpochRecord, score
 
@@ -68,36 +66,21 @@ def complete_checkpoints(store: Store, folder: str) -> list[Checkpoint]:
 def keep_checkpoint(store: Store, folder: str, attempt: int, local: Path) -> None:
     """Put the checkpoint in a local folder into the run, and delete all but the newest and the best there.
 
-    `state.json` goes last. A store that is in trouble is given `PATIENCE` seconds to recover. Raises ApacsError.
+    `state.json` goes last. A store that is in trouble is given `PATIENCE` seconds to recover: what is trained is not
+    lost for that. Raises ApacsError.
     """
     state = json.loads((local / STATE).read_text())
     part = f"_step_{state['part']['steps']:05d}" if state["part"] else ""
     path = f"{folder}/attempt-{attempt}/epoch_{state['epoch']:05d}{part}"
-
-    def keep() -> None:
-        for name in (*FILES, STATE):
-            store.upload(f"{path}/{name}", local / name)
-        complete = complete_checkpoints(store, folder)
-        best = best_checkpoint(complete)
-        kept = {complete[-1].path} | ({best.path} if best else set())
-        epochs = {match[0] for entry in store.list(folder) if (match := _EPOCH.match(entry.path))}
-        for other in epochs - kept:
-            store.delete_folder(other)
-
-    _patiently(keep)
-
-
-def _patiently(work: Callable[[], None]) -> None:
-    """Do `work` again while its store is in trouble, with growing pauses: what is trained is not lost for that."""
-    deadline, pause = time.monotonic() + PATIENCE, 1.0
-    while True:
-        try:
-            return work()
-        except StoreTroubleError:
-            if time.monotonic() + pause > deadline:
-                raise
-            time.sleep(pause)
-            pause = min(2 * pause, 30.0)
+    store = store.with_patience(PATIENCE)
+    for name in (*FILES, STATE):
+        store.upload(f"{path}/{name}", local / name)
+    complete = complete_checkpoints(store, folder)
+    best = best_checkpoint(complete)
+    kept = {complete[-1].path} | ({best.path} if best else set())
+    epochs = {match[0] for entry in store.list(folder) if (match := _EPOCH.match(entry.path))}
+    for other in epochs - kept:
+        store.delete_folder(other)
 
 
 def best_checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint | None:

@@ -8,6 +8,7 @@ moment cannot both win, and an owner that was declared dead is told so before it
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -17,12 +18,14 @@ import uuid
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from apacs_ray.errors import ApacsError
+from apacs_ray.console import say
+from apacs_ray.errors import ApacsError, StoreTroubleError
 from apacs_ray.storage import Conflict, Store
 
 LOCK = "run.lock"
 HEARTBEAT_EVERY = 10.0  # s
 STALE_AFTER = 60.0  # s
+BEAT_PATIENCE = 5.0  # s that a heartbeat waits for a store in trouble: the next one tries again
 ORPHANS_END_WITHIN = 60.0  # s, for the Ray processes of a driver that was killed
 
 
@@ -89,42 +92,58 @@ class Lease:
 
     def note_ray_session(self, path: str) -> None:
         """Write down the Ray session this run started, so that a successor can wait for its processes to end."""
-        self._renew(replace(self._holder, ray_session=path))
+        self._renew(replace(self._holder, ray_session=path), self._store)
 
     def check(self) -> None:
         """Raise ApacsError unless the run is still ours. Called before every commit."""
         if self._lost is None:
             with self._mutex:
-                found = self._store.read(LOCK) if self._store.version(LOCK) else b"{}"
-                if json.loads(found).get("owner") != self.owner:
+                try:
+                    found = json.loads(self._store.read(LOCK))
+                except FileNotFoundError:
+                    found = {}
+                if found.get("owner") != self.owner:
                     self._lost = "the lock names another owner"
         if self._lost is not None:
             raise ApacsError(f"{self._store.uri}: this run was taken over ({self._lost}); nothing was committed")
+
+    def hurry(self) -> None:
+        """From now on do not wait for a store in trouble as long as a commit would."""
+        self._store = self._store.with_patience(BEAT_PATIENCE)
 
     def release(self) -> None:
         """Give the run back."""
         self._stop.set()
         self._thread.join()
-        if self._lost is None and self._store.version(LOCK) == self._version:
-            self._store.delete(LOCK)
+        self.hurry()
+        with contextlib.suppress(StoreTroubleError):  # the lock of a process that has ended gives way
+            if self._lost is None and self._store.version(LOCK) == self._version:
+                self._store.delete(LOCK)
 
     def _beat(self) -> None:
+        store, since = self._store.with_patience(BEAT_PATIENCE), None
         while not self._stop.wait(HEARTBEAT_EVERY):
             try:
-                self._renew(self._holder)
-            except (ApacsError, OSError):
-                continue  # the store is away: `check` decides before anything is committed
+                self._renew(self._holder, store)
+            except (ApacsError, OSError) as error:  # `check` decides before anything is committed
+                if since is None:
+                    since = time.monotonic()
+                    say(f"the run waits for its store: {error}")
+            else:
+                if since is not None:
+                    say(f"the store takes writes again, after {time.monotonic() - since:.0f} s; the run goes on")
+                    since = None
 
-    def _renew(self, holder: Holder) -> None:
+    def _renew(self, holder: Holder, store: Store) -> None:
         with self._mutex:
             holder = replace(holder, heartbeat=time.time())
             try:
-                self._version = self._store.replace(LOCK, _encode(holder), self._version)
+                self._version = store.replace(LOCK, _encode(holder), self._version)
                 self._holder = holder
             except Conflict:
-                version = self._store.version(LOCK)
-                if version is not None and _decode(self._store.read(LOCK)).owner == self.owner:
-                    self._version = version  # our own write, whose answer was lost and which was tried again
+                version = store.version(LOCK)
+                if version is not None and _decode(store.read(LOCK)).owner == self.owner:
+                    self._version = version  # our own write of a beat that seemed to fail
                     return
                 self._lost = "its heartbeat found another owner's lock"
                 self._stop.set()

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from apacs_ray.errors import ApacsError
-from apacs_ray.lease import Lease
+from apacs_ray.lease import BEAT_PATIENCE, Lease
 from apacs_ray.settings import Settings
 from apacs_ray.storage import Store
 
@@ -114,8 +114,10 @@ class Run:
 
     def marker(self, folder: str) -> Marker | None:
         """The marker in `folder`, whatever its fingerprint."""
-        path = f"{folder}/{MARKER}"
-        return Marker.decode(self.store.read(path)) if self.store.version(path) is not None else None
+        try:
+            return Marker.decode(self.store.read(f"{folder}/{MARKER}"))
+        except FileNotFoundError:
+            return None
 
     def withdraw(self, folder: str) -> None:
         """Take back a commit, before its output is replaced."""
@@ -146,6 +148,11 @@ class Run:
             "stages": self.stages,
         }
         self.store.write(RUN_JSON, json.dumps(record, indent=1).encode())
+
+    def hurry(self) -> None:
+        """A stage failed: what is still written on the way out is not waited for as long."""
+        self.store = self.store.with_patience(BEAT_PATIENCE)
+        self.lease.hurry()
 
     def close(self) -> None:
         self.lease.release()

@@ -1,8 +1,9 @@
 """Where bytes live: one way to open a local path or `s3://bucket/prefix`, here and in every worker.
 
-boto3's session resolves credentials, region and endpoint (environment, profile, instance role, `AWS_ENDPOINT_URL`);
-static keys are handed to pyarrow's `S3FileSystem` explicitly, since left alone it ignores a profile's region and
-endpoint. Keys that expire are left to the SDK's own chain, which renews them. Keys of objects are taken verbatim.
+boto3's session resolves credentials, region and endpoint (environment, profile, instance role, `AWS_ENDPOINT_URL`),
+and makes our requests. Ray stores its own state through pyarrow's `S3FileSystem`: static keys are handed to that
+explicitly, since left alone it ignores a profile's region and endpoint; keys that expire are left to the SDK's own
+chain, which renews them. Keys of objects are taken verbatim.
 A `Store` can be pickled: it travels to Ray workers and opens its connections there.
 """
 
@@ -16,26 +17,29 @@ import shutil
 import stat
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 import boto3
 import pyarrow as pa
 import pyarrow.fs as pafs
-from boto3.exceptions import Boto3Error
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from apacs_ray.clean import learn_secrets, uri_defect, without_secrets
-from apacs_ray.errors import ApacsError, StoreTroubleError, UsageError
+from apacs_ray.errors import ApacsError, UsageError
 from apacs_ray.own_folder import open_own_file
+from apacs_ray.s3_requests import BUSY_CODES, PATIENCE, IncompleteAnswer, ObjectFile, patiently, version_in, whole_body
 
-ATTEMPTS = 10  # of a request to S3, with exponential backoff: throttling (503 SlowDown) is normal there
+T = TypeVar("T")
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 SMALL = 64 << 20  # bytes of a table, a record or a description that a person or a run wrote
-BUSY = (429, 500, 502, 503, 504)  # answers of a store that may do better later
+CONNECT, READ = 10, 60  # s until a connection stands, and between two pieces of an answer
+PARTS = {"mode": "legacy", "total_max_attempts": 6}  # retries of an upload's parts: this mode has no budget for them
+ATTEMPTS = 13  # of a request of pyarrow's, over three minutes and a half: throttling (503 SlowDown) is normal
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,10 @@ class Store(ABC):
     def full_path(self, path: str = "") -> str:
         """`path` as `filesystem` wants it."""
 
+    def with_patience(self, seconds: float) -> Store:
+        """This store, that waits so long when it is in trouble. What is local has no such trouble."""
+        return self
+
     @property
     def is_local(self) -> bool:
         """Whether only this machine sees it."""
@@ -185,20 +193,21 @@ class LocalStore(Store):
         except OSError as error:
             with contextlib.suppress(OSError):
                 beside.unlink()
-            raise ApacsError(f"{target}: cannot write ({error.strerror}); free space or change --output") from error
+            raise _cannot_write(target, error) from error
 
     def create(self, path: str, content: bytes) -> str:
         target = self._own(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         # a linked name appears complete and only once when this process dies between (O_EXCL may leave it empty)
         beside = _beside(target)
-        beside.write_bytes(content)
-        try:
-            os.link(beside, target)
-        except FileExistsError as error:
-            raise Conflict(str(target)) from error
-        finally:
-            beside.unlink()
+        with _full_disk_named(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                beside.write_bytes(content)
+                os.link(beside, target)
+            except FileExistsError as error:
+                raise Conflict(str(target)) from error
+            finally:
+                beside.unlink(missing_ok=True)
         return _local_version(os.stat(target))
 
     def replace(self, path: str, content: bytes, version: str) -> str:
@@ -206,7 +215,7 @@ class LocalStore(Store):
 
         target = self._own(path)
         guard = target.with_name(f".{target.name}.guard")
-        with open_own_file(guard) as lock:
+        with _full_disk_named(guard), open_own_file(guard) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if self.version(path) != version:
                 raise Conflict(path)
@@ -266,6 +275,7 @@ class S3Store(Store):
     bucket: str
     prefix: str
     access: S3Access
+    patience: float = PATIENCE  # s
 
     @property
     def uri(self) -> str:  # type: ignore[override]
@@ -279,32 +289,47 @@ class S3Store(Store):
         return _s3_client(self.access)
 
     def child(self, path: str) -> S3Store:
-        return S3Store(self.bucket, self._key(path), self.access)
+        return replace(self, prefix=self._key(path))
+
+    def with_patience(self, seconds: float) -> S3Store:
+        return replace(self, patience=seconds)
+
+    def _ask(self, path: str, failed: str, ask: Callable[[], T], expected: Sequence[int] = ()) -> T:
+        return patiently(f"{self.uri_of(path)}: {failed}", ask, self.patience, expected)
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         key = self._key(prefix)
-        pages = self._client.get_paginator("list_objects_v2").paginate(
-            Bucket=self.bucket, Prefix=f"{key.rstrip('/')}/" if key else ""
-        )
         strip = len(self.prefix) + 1 if self.prefix else 0
-        with _named(f"{self.uri}: cannot be listed"):
-            for page in pages:
-                for item in page.get("Contents", ()):
-                    if not item["Key"].endswith("/"):  # a folder made by a console
-                        yield Entry(item["Key"][strip:], item["Size"], item["ETag"].strip('"'))
+        asked = {"Bucket": self.bucket, "Prefix": f"{key.rstrip('/')}/" if key else ""}
+        while True:
+            page = self._ask(prefix, "cannot be listed", lambda: self._client.list_objects_v2(**asked))
+            for item in page.get("Contents", ()):
+                if not item["Key"].endswith("/"):  # a folder made by a console
+                    yield Entry(item["Key"][strip:], item["Size"], item["ETag"].strip('"'))
+            if not page["IsTruncated"]:
+                return
+            asked["ContinuationToken"] = page["NextContinuationToken"]
 
     def read(self, path: str) -> bytes:
-        with self.open(path) as stream:
-            return cast(bytes, stream.read())
+        def ask() -> bytes:
+            return whole_body(self._client.get_object(Bucket=self.bucket, Key=self._key(path)))
+
+        try:
+            return self._ask(path, "cannot read", ask, (404,))
+        except ClientError as error:
+            raise FileNotFoundError(f"{self.uri_of(path)}: is not there") from error
+
+    def open(self, path: str) -> pa.NativeFile:
+        return pa.PythonFile(ObjectFile(self._client, self.bucket, self._key(path), self.patience), mode="r")
 
     def version(self, path: str) -> str | None:
-        with _named(f"{self.uri_of(path)}: cannot be looked up"):
-            try:
-                return str(self._client.head_object(Bucket=self.bucket, Key=self._key(path))["ETag"])
-            except ClientError as error:
-                if _status(error) == 404:
-                    return None
-                raise
+        def ask() -> str:
+            return version_in(self._client.head_object(Bucket=self.bucket, Key=self._key(path)))
+
+        try:
+            return self._ask(path, "cannot read", ask, (404,))
+        except ClientError:
+            return None
 
     def write(self, path: str, content: bytes) -> None:
         self._put(path, content)
@@ -316,30 +341,49 @@ class S3Store(Store):
         return self._put(path, content, IfMatch=version)
 
     def _put(self, path: str, content: bytes, **condition: str) -> str:
-        with _named(f"{self.uri_of(path)}: cannot write"):
-            try:
-                answer = self._client.put_object(Bucket=self.bucket, Key=self._key(path), Body=content, **condition)
-            except ClientError as error:
-                missing = error.response["Error"].get("Code") == "NoSuchBucket"  # nobody's write was met there
-                if condition and _status(error) in (404, 409, 412) and not missing:
-                    raise Conflict(self.uri_of(path)) from error
-                raise
-        return str(answer["ETag"])
+        attempts = 0
+
+        def ask() -> str:
+            nonlocal attempts
+            attempts += 1
+            return version_in(
+                self._client.put_object(Bucket=self.bucket, Key=self._key(path), Body=content, **condition)
+            )
+
+        try:
+            return self._ask(path, "cannot write", ask, (404, 409, 412) if condition else ())
+        except ClientError as error:
+            if error.response["Error"].get("Code") == "NoSuchBucket":  # nobody's write was met there
+                raise ApacsError(f"{self.uri_of(path)}: cannot write ({error})") from error
+            version = self.version(path) if attempts > 1 else None
+            if version is not None and self.read(path) == content:
+                return version  # our own write, whose answer was lost
+            raise Conflict(self.uri_of(path)) from error
 
     def upload(self, path: str, source: Path) -> None:
-        with _named(f"{self.uri_of(path)}: cannot write"):
-            self._client.upload_file(str(source), self.bucket, self._key(path))
+        def ask() -> None:
+            try:
+                _s3_client(self.access, parts=True).upload_file(str(source), self.bucket, self._key(path))
+            except KeyError as error:  # the ETag of a part
+                raise IncompleteAnswer("an answer to a part was cut") from error
+
+        self._ask(path, "cannot write", ask)
 
     def delete(self, path: str) -> None:
-        with _named(f"{self.uri_of(path)}: cannot delete"):
-            self._client.delete_object(Bucket=self.bucket, Key=self._key(path))
+        self._ask(path, "cannot delete", lambda: self._client.delete_object(Bucket=self.bucket, Key=self._key(path)))
 
     def delete_folder(self, path: str) -> None:
         keys = [entry.path for entry in self.list(path)]
+
+        def ask(objects: Sequence[dict[str, str]]) -> None:
+            answer = self._client.delete_objects(Bucket=self.bucket, Delete={"Objects": objects, "Quiet": True})
+            for failed in answer.get("Errors", ()):
+                kind = IncompleteAnswer if failed["Code"] in BUSY_CODES else ApacsError
+                raise kind(f"s3://{self.bucket}/{failed['Key']}: cannot delete ({failed['Code']})")
+
         for start in range(0, len(keys), 1000):
             objects = [{"Key": self._key(key)} for key in keys[start : start + 1000]]
-            with _named(f"{self.uri_of(path)}: cannot delete"):
-                self._client.delete_objects(Bucket=self.bucket, Delete={"Objects": objects, "Quiet": True})
+            self._ask(path, "cannot delete", functools.partial(ask, objects))
 
     @property
     def filesystem(self) -> pafs.FileSystem:
@@ -429,8 +473,11 @@ def s3_client(access: S3Access, config: Config) -> Any:
 
 
 @functools.lru_cache(maxsize=8)
-def _s3_client(access: S3Access) -> Any:
-    return s3_client(access, Config(retries={"mode": "standard", "max_attempts": ATTEMPTS}))
+def _s3_client(access: S3Access, *, parts: bool = False) -> Any:
+    """A client that asks once, or (`parts`) one for uploads."""
+    retries = PARTS if parts else {"total_max_attempts": 1}
+    limits = Config(connect_timeout=CONNECT, read_timeout=READ, retries=retries, max_pool_connections=32)
+    return s3_client(access, limits)
 
 
 @functools.lru_cache(maxsize=8)
@@ -440,7 +487,13 @@ def _s3_filesystem(access: S3Access) -> pafs.FileSystem:
 
 def s3_options(access: S3Access) -> dict[str, Any]:
     """What pyarrow's `S3FileSystem` is opened with."""
-    options: dict[str, Any] = {"retry_strategy": pafs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS)}
+    options: dict[str, Any] = {
+        "retry_strategy": pafs.AwsDefaultS3RetryStrategy(max_attempts=ATTEMPTS),  # the standard one has a budget
+        "allow_delayed_open": True,  # one request for a small file, not three
+        "check_directory_existence_before_creation": True,  # nor one for each folder above it
+        "connect_timeout": CONNECT,
+        "request_timeout": READ,
+    }
     if access.region:
         options["region"] = access.region
     if access.endpoint:
@@ -454,18 +507,19 @@ def s3_options(access: S3Access) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _named(what: str) -> Iterator[None]:
-    """Errors of the store say what was being done, and whether it may work later."""
+def _full_disk_named(target: Path) -> Iterator[None]:
     try:
         yield
-    except (ClientError, BotoCoreError, Boto3Error) as error:
-        # a Boto3Error (of an upload) hides the status; other BotoCoreErrors are lost connections and time-outs
-        kind = ApacsError if isinstance(error, ClientError) and _status(error) not in BUSY else StoreTroubleError
-        raise kind(f"{what} ({without_secrets(str(error))})") from error
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise _cannot_write(target, error) from error
+        raise
 
 
-def _status(error: ClientError) -> int:
-    return int(error.response["ResponseMetadata"]["HTTPStatusCode"])
+def _cannot_write(target: Path, error: OSError) -> ApacsError:
+    full = error.errno in NO_SPACE
+    advice = "make room there, and the same command goes on" if full else "change that, or --output"
+    return ApacsError(f"{target}: cannot write ({error.strerror}); {advice}")
 
 
 def _local_version(status: os.stat_result) -> str:

@@ -289,7 +289,7 @@ def _suffer(name: str, strike: Strike, site: Site, plain: Path) -> list[dict[str
         raise SystemExit(f"{name}: the job failed:\n{_log(site)}")
     for row in rows:
         row["stored_units_made_again"] = watcher.again(FOLDERS[row["in"]]) if row["in"] != "evaluate" else "-"
-        row["differences"] = ", ".join(_differences(row["in"], site.output, plain)) or "none"
+        row["differences"] = ", ".join(differences(row["in"], site.output, plain)) or "none"
     return rows
 
 
@@ -328,7 +328,7 @@ def _done(site: Site, stage: str) -> bool:
     return _state(site, stage) in ("done", "unchanged") and (site.output / FOLDERS[stage] / "_committed.json").exists()
 
 
-def _differences(stage: str, output: Path, plain: Path) -> Iterator[str]:
+def differences(stage: str, output: Path, plain: Path) -> Iterator[str]:
     """Files of a stage that are not what they are in the undisturbed run, or not there, or new; and its counts."""
     files = [{p.relative_to(run) for glob in OUTPUTS[stage] for p in run.glob(glob)} for run in (output, plain)]
     yield from (str(path) for path in files[0] ^ files[1])

@@ -14,6 +14,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 SHARED = ROOT.parent / "shared"
 
 from runs import SMALL, run, write_cells  # noqa: E402 - the path stands only now
+from s3_proxy import Behaviour, Proxy, proxy  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -66,3 +67,19 @@ def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
     name = f"bucket-{os.urandom(4).hex()}"
     client.create_bucket(Bucket=name, CreateBucketConfiguration={"LocationConstraint": "eu-west-1"})
     return f"s3://{name}"
+
+
+@pytest.fixture(scope="session")
+def one_proxy(s3_endpoint: str) -> Iterator[Proxy]:
+    with proxy(s3_endpoint) as running:
+        yield running
+
+
+@pytest.fixture
+def between(one_proxy: Proxy, s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """A proxy that stands between the bucket `s3` and us, and behaves until a test says otherwise."""
+    one_proxy.behaviour = Behaviour()
+    one_proxy.requests.clear()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", one_proxy.url)
+    yield one_proxy
+    one_proxy.behaviour = Behaviour()

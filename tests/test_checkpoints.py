@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from apacs_ray import checkpoints
 from apacs_ray.checkpoints import best_checkpoint, complete_checkpoints, fetch, keep_checkpoint
-from apacs_ray.errors import ApacsError, StoreTroubleError
+from apacs_ray.errors import ApacsError
 from apacs_ray.storage import LocalStore, Store, open_store
 from apacs_ray.training.record import EpochPart, EpochRecord
 from apacs_ray.training.state import TrainState, load_state, save_state
@@ -77,33 +76,7 @@ def test_one_from_the_middle_of_an_epoch_is_the_newest_but_never_the_best(tmp_pa
     assert len(list(store.list("members"))) == 2 * 3
 
 
-@dataclass(frozen=True)
-class Refusing(LocalStore):
-    """A store that refuses its first uploads."""
-
-    refusals: tuple[list[int], ...] = ()
-
-    def upload(self, path: str, source: Path) -> None:
-        if self.refusals[0]:
-            self.refusals[0].pop()
-            raise StoreTroubleError(f"{path}: cannot write (SlowDown)")
-        super().upload(path, source)
-
-
-def test_a_store_in_trouble_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pauses: list[float] = []
-    monkeypatch.setattr(checkpoints.time, "sleep", pauses.append)
-    store = Refusing(str(tmp_path / "run"), ([1] * 7,))
-    keep(store, [0.1], tmp_path / "local")
-    assert [checkpoint.epoch for checkpoint in complete_checkpoints(store, "members")] == [0]
-    assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
-    monkeypatch.setattr(checkpoints, "PATIENCE", 0.0)
-    with pytest.raises(StoreTroubleError, match="SlowDown"):
-        keep(Refusing(str(tmp_path / "run"), ([1] * 7,)), [0.1, 0.2], tmp_path / "local")
-
-
-def test_what_cannot_get_better_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints.time, "sleep", lambda seconds: pytest.fail("waited"))
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file where the run should be")
     with pytest.raises(ApacsError, match="cannot write"):
         keep(LocalStore(str(tmp_path / "run")), [0.1], tmp_path / "local")

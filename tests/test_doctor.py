@@ -17,7 +17,7 @@ from pathlib import Path
 import boto3
 import numpy as np
 import pytest
-from s3_proxy import Behaviour, Proxy, proxy
+from s3_proxy import Behaviour, Proxy
 
 from apacs_ray.adapters.survey import Survey, cause
 from apacs_ray.cli import parse
@@ -185,20 +185,6 @@ def test_local_data(tmp_path: Path) -> None:
 
 
 # S3
-
-
-@pytest.fixture(scope="module")
-def one_proxy(s3_endpoint: str) -> Iterator[Proxy]:
-    with proxy(s3_endpoint) as running:
-        yield running
-
-
-@pytest.fixture
-def between(one_proxy: Proxy, s3: str, monkeypatch: pytest.MonkeyPatch) -> Proxy:
-    """A proxy that stands between the bucket `s3` and us, and behaves until a test says otherwise."""
-    one_proxy.behaviour = Behaviour()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", one_proxy.url)
-    return one_proxy
 
 
 def test_a_bucket_that_does_is_left_as_it_was(s3: str) -> None:

@@ -7,6 +7,7 @@ of Ray's that a kill cut in half does not matter, and each of several networks k
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 import threading
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 PROGRESS = "progress.json"
 ERROR = "error.txt"
 POLL = 1.0  # s between looks at the progress of runs
+POLL_STORE = 10.0  # s where each look is a request to an object store
 ASK_EVERY = 2.0  # s between questions whether a node is to be taken away; of 30 s notice that leaves enough
 
 
@@ -85,12 +87,17 @@ def train(tasks: Sequence[TrainingTask], *, parallel: bool, on_progress: Callabl
         threads = [threading.Thread(target=_fit, args=(task, errors), daemon=True) for task in group]
         for thread in threads:
             thread.start()
+        looked = time.monotonic()
         while any(thread.is_alive() for thread in threads):
             time.sleep(POLL)  # the main thread stays here: only it hears Ctrl-C
+            if not group[0].store.is_local and time.monotonic() - looked < POLL_STORE:
+                continue
+            looked = time.monotonic()
             for task in group:
                 for network in task.networks:
-                    if (now := read_progress(task.store, network.state)) is not None:
-                        on_progress(network.name, now)
+                    with contextlib.suppress(StoreTroubleError):  # who only looks neither waits nor ends for it
+                        if (now := read_progress(task.store.with_patience(0), network.state)) is not None:
+                            on_progress(network.name, now)
         for name, error in errors.items():
             raise ApacsError(f"{name}: training stopped: {_cause(error)}") from error
 

@@ -39,9 +39,9 @@ class Receipt:
     reused: bool = False
 
 
-def open_table(stream: pa.NativeFile, name: str) -> pq.ParquetFile:
+def open_table(stream: pa.NativeFile, name: str, *, pre_buffer: bool = False) -> pq.ParquetFile:
     """A Parquet file of plain columns. Raises ApacsError for others: Ray registers a type whose values it unpickles."""
-    file = pq.ParquetFile(stream)
+    file = pq.ParquetFile(stream, pre_buffer=pre_buffer)
     for column in file.schema_arrow:
         if not _is_plain(column.type):
             raise ApacsError(f"{name}: column {column.name} is of type {column.type}, which no run writes; delete it")
@@ -62,10 +62,11 @@ def shard_path(folder: str, split: str, fingerprint: str, number: int) -> str:
 
 def read_receipt(store: Store, path: str) -> Receipt | None:
     """The receipt of a finished shard; None when there is no such shard."""
-    if store.version(path) is None:
+    try:
+        with store.open(path) as stream:
+            metadata = pq.read_metadata(stream).metadata or {}
+    except FileNotFoundError:
         return None
-    with store.open(path) as stream:
-        metadata = pq.read_metadata(stream).metadata or {}
     return Receipt(**{**json.loads(metadata[RECEIPT]), "path": path, "reused": True})
 
 
@@ -193,7 +194,7 @@ def read_rows(store: Store, places: Iterable[tuple[str, int, int]], columns: Seq
         by_path.setdefault(path, set()).add(group)
     for path, numbers in by_path.items():
         with store.open(path) as stream:
-            file = open_table(stream, path)
+            file = open_table(stream, path, pre_buffer=True)  # the columns of a group in one request
             for number in sorted(numbers):
                 groups[path, number] = file.read_row_group(number, columns=list(columns))
     return [groups[path, group].slice(row, 1).to_pylist()[0] for path, group, row in wanted]

@@ -200,10 +200,10 @@ def _delete(bucket: Bucket, key: str) -> list[Finding]:
 
 
 def _read_as_workers(bucket: Bucket, path: str) -> list[Finding]:
-    """Read by pyarrow, as workers do: it has its own TLS and its own credentials chain. Empty when that works."""
+    """Read by pyarrow, as Ray does: it has its own TLS and its own credentials chain. Empty when that works."""
 
     def read() -> list[Finding]:
-        with bucket.store.open(path) as file:
+        with bucket.store.filesystem.open_input_file(bucket.store.full_path(path)) as file:
             file.read(1024)
         return []
 

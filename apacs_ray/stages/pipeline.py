@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -93,11 +94,13 @@ def run_stage(context: Context, stage: Stage) -> None:
     try:
         outcome = stage.work(context, fingerprint)
     except BaseException as error:
-        run.record(
-            stage.name,
-            state="stopped" if isinstance(error, KeyboardInterrupt) else "failed",
-            error=without_secrets(str(error)),
-        )
+        run.hurry()
+        with contextlib.suppress(ApacsError):  # the store may be what failed; what failed is what is told
+            run.record(
+                stage.name,
+                state="stopped" if isinstance(error, KeyboardInterrupt) else "failed",
+                error=without_secrets(str(error)),
+            )
         raise
     seconds = round(time.time() - started, 2)
     marker = Marker(stage.name, fingerprint, run.lease.owner, started, seconds, outcome.counts, outcome.info)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -33,17 +34,25 @@ class TrainState:
 
 
 def save_state(folder: Path, state: TrainState) -> None:
-    """Write a checkpoint to a local folder; `state.json`, with size and hash of the others, comes last."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(plain_state(state.model), folder / MODEL)
+    """Write a checkpoint to a local folder; `state.json`, with size and hash of the others, comes last.
+
+    Raises ApacsError when it cannot be written.
+    """
     tensors, rest = _flatten(state.optimizer.state_dict())
-    save_file(tensors, folder / OPTIMIZER)
-    files = {name: _facts(folder / name) for name in (MODEL, OPTIMIZER)}
     history = [asdict(record) for record in state.history]
     epoch = state.part.epoch if state.part else history[-1]["epoch"]
     part = asdict(state.part) if state.part else None
-    tree = {"epoch": epoch, "part": part, "history": history, "optimizer": rest, "files": files}
-    (folder / STATE).write_text(json.dumps(tree, indent=1))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(plain_state(state.model), folder / MODEL)
+        save_file(tensors, folder / OPTIMIZER)
+        files = {name: _facts(folder / name) for name in (MODEL, OPTIMIZER)}
+        tree = {"epoch": epoch, "part": part, "history": history, "optimizer": rest, "files": files}
+        (folder / STATE).write_text(json.dumps(tree, indent=1))
+    except (OSError, SafetensorError) as error:
+        raise ApacsError(
+            f"{folder}: cannot write a checkpoint ({error}); make room there, or set TMPDIR to a larger disk"
+        ) from error
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:

@@ -1,0 +1,353 @@
+"""A store that fails at random, lies or refuses writes, and a full disk: nothing is lost, nothing cut is whole."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import botocore.endpoint
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from runs import SMALL, run, start, wait_for
+from s3_proxy import KINDS, Behaviour, Proxy, at_random, in_turn, refusing_writes
+from torch import nn
+
+from apacs_ray import lease, s3_requests
+from apacs_ray.checkpoints import complete_checkpoints, keep_checkpoint
+from apacs_ray.data.shards import Receipt, read_rows, write_table
+from apacs_ray.errors import ApacsError, StoreTroubleError
+from apacs_ray.lease import LOCK, Lease, LeaseHeld
+from apacs_ray.models.spec import MEMBERS
+from apacs_ray.slides.cache import SlideCache
+from apacs_ray.storage import Conflict, LocalStore, Store, open_store
+from apacs_ray.training.record import EpochRecord, read_history
+from apacs_ray.training.state import TrainState, save_state
+
+CONTENT = np.random.default_rng(0).bytes(200_000)  # more than the last bytes that are read with the first request
+
+
+@pytest.fixture
+def store(between: Proxy, s3: str, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A store behind the proxy, with short pauses between attempts."""
+    monkeypatch.setattr(s3_requests, "PAUSE", 0.002)
+    monkeypatch.setattr(s3_requests, "LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(botocore.endpoint, "time", SimpleNamespace(sleep=lambda pause: None))  # of an upload's parts
+    return open_store(f"{s3}/run")
+
+
+def reads(store: Store, tmp_path: Path) -> dict[str, Callable[[], object]]:
+    """Every way to read `object` and `table.parquet` of a store, with a check of what was read."""
+
+    def same(content: bytes, expected: bytes) -> None:
+        assert content == expected
+
+    def part() -> None:
+        with store.open("object") as stream:
+            stream.seek(1000)
+            same(stream.read(100_000), CONTENT[1000:101_000])
+            same(stream.read(), CONTENT[101_000:])
+
+    def staged() -> None:
+        entries = [entry for entry in store.list() if entry.path == "object"]
+        cache = SlideCache(tmp_path / f"cache-{time.monotonic_ns()}", 1 << 30)
+        with cache.staged(store, entries) as place:
+            same((place / "object").read_bytes(), CONTENT)
+
+    def rows() -> None:
+        found = read_rows(store, [("table.parquet", 3, 1), ("table.parquet", 0, 0)], ["image"])
+        assert [row["image"] for row in found] == [picture(7), picture(0)]
+
+    def pages() -> None:
+        assert len(list(store.list("many"))) == 12
+
+    def version() -> None:
+        assert store.version("object") is not None
+
+    def nothing() -> None:
+        assert store.version("nothing") is None
+        for ask in (store.read, store.open):
+            with pytest.raises(FileNotFoundError):
+                ask("nothing")
+
+    return {
+        "read": lambda: same(store.read("object"), CONTENT),
+        "part": part,
+        "staged": staged,
+        "rows": rows,
+        "pages": pages,
+        "version": version,
+        "nothing": nothing,
+    }
+
+
+def writes(store: Store, tmp_path: Path) -> dict[str, Callable[[], object]]:
+    """Every way to write or delete, with a check of what the store then holds."""
+    large = tmp_path / "large"
+    large.write_bytes(CONTENT * 45)  # two parts
+
+    def write() -> None:
+        store.write("written", CONTENT)
+        assert store.read("written") == CONTENT
+
+    def upload() -> None:
+        store.upload("uploaded", large)
+        assert store.read("uploaded") == large.read_bytes()
+
+    def conditional() -> None:
+        store.delete("lock")
+        first = store.create("lock", b"one")
+        with pytest.raises(Conflict):
+            store.create("lock", b"two")
+        second = store.replace("lock", b"three", first)
+        with pytest.raises(Conflict):
+            store.replace("lock", b"four", first)
+        assert (store.read("lock"), store.version("lock")) == (b"three", second)
+
+    def folder() -> None:
+        for number in range(3):
+            store.write(f"folder/{number}", b"")
+        store.delete_folder("folder")
+        assert list(store.list("folder")) == []
+
+    def by_ray() -> None:
+        path = store.full_path("by Ray")
+        with store.filesystem.open_output_stream(path) as stream:
+            stream.write(CONTENT)
+        assert store.read("by Ray") == CONTENT
+
+    return {"write": write, "upload": upload, "conditional": conditional, "folder": folder, "by Ray": by_ray}
+
+
+def picture(number: int) -> bytes:
+    return CONTENT[number : number + 50_000]
+
+
+def fill(store: Store) -> None:
+    """What `reads` reads."""
+    store.write("object", CONTENT)
+    table = pa.table({"image": [picture(number) for number in range(8)], "other": list(range(8))})
+    write_table(store, table, Receipt("table.parquet", 8, 8), group=2)
+    for number in range(12):
+        store.write(f"many/{number}", b"")
+
+
+@pytest.fixture
+def filled(s3: str, store: Store, monkeypatch: pytest.MonkeyPatch) -> Store:
+    fill(store)
+    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "5")  # a page of a listing
+    return store
+
+
+def test_every_operation_outlives_every_kind_of_fault(filled: Store, between: Proxy, tmp_path: Path) -> None:
+    for kind in KINDS:
+        met = 0
+        for seed, work in enumerate([*reads(filled, tmp_path).values(), *writes(filled, tmp_path).values()]):
+            between.requests.clear()
+            between.behaviour = Behaviour(draw=at_random({kind: 0.3}, seed), delay=0.01)
+            work()
+            met += between.met()[kind]
+        assert met >= 10, kind
+
+
+def test_what_is_cut_is_never_the_whole(filled: Store, between: Proxy, tmp_path: Path) -> None:
+    filled = filled.with_patience(0.02)
+    for kind in ("truncated", "reset within"):
+        between.behaviour = Behaviour(draw=at_random({kind: 1.0}, 0))
+        asked = reads(filled, tmp_path)
+        del asked["nothing"]  # that is said in the first line of an answer
+        for name, work in asked.items():
+            with pytest.raises(StoreTroubleError, match=filled.uri):
+                work()
+            assert not list(tmp_path.glob("cache-*/*/object")), name
+
+
+def test_a_file_is_read_in_one_version(store: Store) -> None:
+    store.write("empty", b"")
+    with store.open("empty") as stream:
+        assert stream.read() == b""
+    with pytest.raises(FileNotFoundError, match="run/nothing"):
+        store.open("nothing")
+    store.write("object", CONTENT)
+    with store.open("object") as stream:
+        assert stream.size() == len(CONTENT)
+        assert stream.read_at(10, len(CONTENT) - 5) == CONTENT[-5:]
+        store.write("object", CONTENT[::-1])
+        with pytest.raises(ApacsError, match="run/object: changed while it was read"):
+            stream.read_at(10, 0)
+
+
+def test_a_tile_is_read_with_two_requests(filled: Store, between: Proxy) -> None:
+    between.requests.clear()
+    read_rows(filled, [("table.parquet", 1, 0)], ["image", "other"])
+    assert [request.method for request in between.requests] == ["GET", "GET"]
+
+
+def test_patience_ends_and_a_refusal_needs_none(store: Store, between: Proxy, tmp_path: Path) -> None:
+    between.behaviour = Behaviour(lambda method, listing: "SlowDown", status=503)
+    with pytest.raises(StoreTroubleError, match=rf"^{store.uri}/object: cannot read \(.*SlowDown"):
+        store.with_patience(0.05).read("object")
+    between.behaviour = Behaviour(lambda method, listing: "AccessDenied")
+    between.requests.clear()
+    (tmp_path / "file").write_bytes(b"content")
+    asked: dict[str, Callable[[], object]] = {
+        "read": lambda: store.read("object"),
+        "open": lambda: store.open("object"),
+        "list": lambda: list(store.list()),
+        "version": lambda: store.version("object"),
+        "write": lambda: store.write("object", b""),
+        "upload": lambda: store.upload("object", tmp_path / "file"),
+        "delete": lambda: store.delete("object"),
+    }
+    for number, (name, ask) in enumerate(asked.items(), 1):
+        with pytest.raises(ApacsError, match=store.uri) as raised:
+            ask()
+        assert not isinstance(raised.value, StoreTroubleError), name
+        assert len(between.requests) == number, name
+
+
+@pytest.mark.parametrize("kind", ["lost", "truncated", "reset within"])
+def test_a_conditional_write_whose_answer_is_lost_is_known_again(store: Store, between: Proxy, kind: str) -> None:
+    between.behaviour = Behaviour(draw=in_turn(kind))
+    first = store.create("lock", b"one")
+    assert first == store.version("lock")
+    between.behaviour = Behaviour(draw=in_turn(kind))
+    second = store.replace("lock", b"two", first)
+    assert second == store.version("lock")
+    for fault in (kind, "reset"):  # another's is not ours, whatever was lost
+        between.behaviour = Behaviour(draw=in_turn(fault))
+        with pytest.raises(Conflict):
+            store.create("lock", b"three")
+        between.behaviour = Behaviour(draw=in_turn(fault))
+        with pytest.raises(Conflict):
+            store.replace("lock", b"three", first)
+    with pytest.raises(Conflict):
+        store.create("lock", b"two")  # what another wrote is not ours because it says the same
+    assert store.read("lock") == b"two"
+
+
+def test_a_lease_outlives_lost_answers_and_tells_of_a_store_that_is_away(
+    store: Store, between: Proxy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lease, "HEARTBEAT_EVERY", 0.02)
+    monkeypatch.setattr(lease, "BEAT_PATIENCE", 0.0)
+    said = ""
+
+    def heard(text: str) -> None:
+        nonlocal said
+        deadline = time.monotonic() + 20
+        while text not in said:
+            said += capsys.readouterr().out
+            assert time.monotonic() < deadline, said
+            time.sleep(0.01)
+
+    between.behaviour = Behaviour(draw=in_turn("lost"))
+    held = Lease.acquire(store)
+    between.behaviour = Behaviour(draw=in_turn("lost"))  # a heartbeat that is given up, though it came
+    heard("the store takes writes again")
+    held.check()
+    with pytest.raises(LeaseHeld):
+        Lease.acquire(store)
+    said = ""
+    between.behaviour = refusing_writes()
+    heard("the run waits for its store: ")
+    assert f"{store.uri}/{LOCK}: cannot write" in said
+    assert said.count("waits") == 1
+    between.behaviour = Behaviour(lambda method, listing: "SlowDown", status=503)
+    held.release()  # it ends; the lock of a process that has ended gives way
+    between.behaviour = Behaviour()
+    assert store.version(LOCK) is not None
+
+
+def test_stages_end_with_the_same_bytes_and_wait_for_a_store_that_refuses_writes(
+    undisturbed: Path, cells: Path, s3: str, between: Proxy
+) -> None:
+    data, output = open_store(f"{s3}/cells"), open_store(f"{s3}/the run")
+    for path in sorted(cells.rglob("*.*")):
+        data.write(path.relative_to(cells).as_posix(), path.read_bytes())
+    failing = Behaviour(draw=at_random(dict.fromkeys(KINDS, 0.05), 0), delay=0.1)
+    options = ["--data", data.uri, "--output", output.uri, *SMALL]
+    between.behaviour = failing
+    ingest = run(*options, script="ingest.py")
+    assert ingest.status == 0, ingest.summary
+    for path in sorted(undisturbed.glob("tiles/*/*.parquet")):
+        split = path.relative_to(undisturbed).parent.as_posix()
+        (mine,) = [entry.path for entry in output.list(split) if entry.path.endswith(path.name[-13:])]
+        with output.open(mine) as stream:
+            assert without_source(pq.read_table(stream)) == without_source(pq.read_table(path))
+    process = start(*options, script="train_members.py")
+    wait_for(
+        process, lambda: any(entry.path.endswith("epoch_00000/state.json") for entry in output.list("members/fcn8"))
+    )
+    between.behaviour = refusing_writes()
+    said = ""
+    assert process.stdout is not None
+    while "the run waits for its store" not in said:
+        said = process.stdout.readline()
+        assert said, "it ended"
+    between.behaviour = failing
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text[-3000:]
+    assert "the store takes writes again" in text
+    assert set(between.met()) >= {*KINDS, "SlowDown"}
+    between.behaviour = Behaviour()
+    for name in MEMBERS:
+        history = read_history(output.read(f"members/{name}/history.csv").decode())
+        assert [record.epoch for record in history] == [0, 1, 2]
+        weights = (undisturbed / f"members/{name}/model.safetensors").read_bytes()
+        assert output.read(f"members/{name}/model.safetensors") == weights
+
+
+def without_source(tiles: pa.Table) -> pa.Table:
+    """Tiles apart from where they come from, which differs between a folder and a bucket."""
+    return tiles.drop_columns(["source_uri", "source_version"]).replace_schema_metadata()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 1 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(place)], capture_output=True).returncode:
+        pytest.skip("only root can mount a small disk")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_full_disk_is_named_and_nothing_is_lost(small_disk: Path, tmp_path: Path) -> None:
+    """Whole stages on a full disk: `benchmarks/store_faults.py`."""
+    store = LocalStore(str(small_disk / "run"))
+    held = Lease.acquire(store)
+    model = nn.Linear(200, 200)  # 160 kB
+    history = tuple(EpochRecord(epoch, 0.0, 0.0, 0.0, 0.5, 0.1, 1.0) for epoch in range(2))
+    for epoch in range(2):
+        state = TrainState(model, torch.optim.SGD(model.parameters()), history[: epoch + 1])
+        save_state(tmp_path / f"{epoch}", state)
+    keep_checkpoint(store, "members", 1, tmp_path / "0")
+    ballast, room = small_disk / "ballast", os.statvfs(small_disk)
+    ballast.write_bytes(bytes((room.f_bavail - 20) * room.f_bsize))  # 80 kB are left
+    full = r"cannot write \(No space left on device\); make room there, and the same command goes on$"
+    with pytest.raises(ApacsError, match=rf"^{store.root}/members/.*/model.safetensors: {full}"):
+        keep_checkpoint(store, "members", 1, tmp_path / "1")
+    assert [checkpoint.epoch for checkpoint in complete_checkpoints(store, "members")] == [0]
+    with pytest.raises(ApacsError, match=rf"^{small_disk}/local: cannot write a checkpoint .*No space.* set TMPDIR"):
+        save_state(small_disk / "local", state)
+    with ballast.open("ab") as stream, pytest.raises(OSError, match="No space"):
+        stream.write(bytes(200_000))
+    with pytest.raises(ApacsError, match=rf"^{store.root}/lock: {full}"):
+        store.create("lock", CONTENT)
+    with pytest.raises(ApacsError, match=rf"^{store.root}/{LOCK}: {full}"):
+        held.note_ray_session("a session")
+    held.check()
+    ballast.unlink()
+    held.note_ray_session("a session")
+    keep_checkpoint(store, "members", 1, tmp_path / "1")
+    assert complete_checkpoints(store, "members")[-1].epoch == 1
+    held.release()
+    assert not list(small_disk.rglob("*.tmp"))
