@@ -32,8 +32,7 @@ def ray_samples(
     """Samples for `refs`, in order, decoded by Ray Data's tasks on this node.
 
     The tasks ask for no CPUs, as this worker has reserved theirs with its own: tasks that had to ask would wait forever
-    when workers have taken all CPUs of a cluster that lost a node. `from_arrow` would start one that asks, `from_blocks`
-    does not.
+    when workers have taken all CPUs of a cluster that lost a node. `from_arrow` would start one of those.
     The next dataset is computed while this one is consumed. Each is small enough to be computed to its end: a
     streaming dataset whose consumer is slower than its tasks spins in the consumer's process and takes half of it.
     """
