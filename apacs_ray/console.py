@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.text import Text
 
 from apacs_ray.clean import printable, without_secrets
 
+SAY_EVERY = 60.0  # s between lines of progress where there is no terminal
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -28,22 +29,29 @@ def cell(value: object) -> Text:
 
 
 class Bars:
-    """Named progress bars; on anything but a terminal they stay silent."""
+    """Named progress bars; on anything but a terminal a line for each, now and then."""
 
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
+    def __init__(self, progress: Progress, stage: str, heard: Callable[[str, int], None]) -> None:
+        self._progress, self._stage, self._heard = progress, stage, heard
         self._tasks: dict[str, TaskID] = {}
+        self._said: dict[str, tuple[float, int]] = {}
 
-    def show(self, name: str, done: int, total: int, note: str = "") -> None:
-        """Move bar `name` to `done` of `total`."""
+    def show(self, name: str, done: int, total: int, note: str = "", *, rows: int | None = None) -> None:
+        """Move bar `name` to `done` of `total`. `rows`: what that is in tiles, where it counts something else."""
+        self._heard(name, done if rows is None else rows)
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task(name, total=total, note=note)
         self._progress.update(self._tasks[name], completed=done, total=total, note=note)
+        now = time.monotonic()
+        said, what = self._said.setdefault(name, (now, done))
+        if self._progress.disable and now - said >= SAY_EVERY and done != what and done < total:
+            self._said[name] = (now, done)
+            say(f"{self._stage}: {name} {done} of {total}{f', {note}' if note else ''}")
 
 
 @contextmanager
-def bars() -> Iterator[Bars]:
-    """Progress bars while the block runs."""
+def bars(stage: str, heard: Callable[[str, int], None]) -> Iterator[Bars]:
+    """Progress bars of a stage while the block runs; `heard` is told the rows done of each."""
     columns = (
         TextColumn("         {task.description}"),
         BarColumn(bar_width=32),
@@ -52,7 +60,7 @@ def bars() -> Iterator[Bars]:
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        yield Bars(progress)
+        yield Bars(progress, stage, heard)
 
 
 def stage_table(stages: Mapping[str, Mapping[str, Any]]) -> None:

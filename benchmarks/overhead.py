@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def _task(store: Store, name: str, width: float, config: TrainConfig, cluster: Cluster) -> TrainingTask:
-    network = NetworkTask(name, ModelSpec("member", name, width=width), config, "state")
+    network = NetworkTask(name, ModelSpec("member", name, width=width), config, "state", name)
     indices = {split: read_index(store, split) for split in ("train", "val")}
     (plan,) = plan_training([name], cluster, batch_size=BATCH).networks
     return TrainingTask((network,), Feed(store, None, FEED), indices, plan, 0, source_hash())
@@ -79,7 +79,7 @@ def _with_ray(task: TrainingTask, state: str) -> float:
     """Seconds of the second epoch of a run on Ray."""
     (network,) = task.networks
     fresh = TrainingTask(
-        (NetworkTask(network.name, network.spec, network.config, state),),
+        (NetworkTask(network.name, network.spec, network.config, state, network.curves),),
         task.feed, task.indices, task.plan, 0, task.source,
     )  # fmt: skip
     train([fresh], parallel=True, on_progress=lambda name, now: None)

@@ -54,6 +54,8 @@ def test_what_a_run_leaves(undisturbed: Path) -> None:
         spec = ModelSpec.from_json((undisturbed / f"members/{name}/model.json").read_bytes())
         assert (spec.name, spec.training_data) == (name, record["stages"]["ingest"]["fingerprint"])
         assert (undisturbed / f"members/{name}/history.csv").read_text().count("\n") == 4
+    curves = sorted(path.parent.relative_to(undisturbed / "tensorboard") for path in undisturbed.rglob("*tfevents*"))
+    assert list(map(str, curves)) == ["fusion", "members/fcn16", "members/fcn32", "members/fcn8"]
     page = (undisturbed / "evaluation/report.html").read_text()
     assert "fïeld" in page or "f%C3%AFeld" in page
     assert "http://" not in page
@@ -127,6 +129,9 @@ def test_other_ways_to_sweep(undisturbed: Path, cells: Path, tmp_path: Path, how
     assert best["members"] in (["fcn32", "fcn16"], ["fcn16", "fcn8"])
     lines = (output / "tune/trials.csv").read_text().splitlines()
     assert len(lines) == 3
+    assert {path.parent.name for path in output.glob("tensorboard/tune/*/*")} == {
+        line.split(",")[0] for line in lines[1:]
+    }
     # under PBT a trial that takes over finished weights has nothing left to do
     assert max(line.split(",")[2] for line in lines[1:]) == "2"
 

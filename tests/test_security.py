@@ -115,12 +115,12 @@ def planted(s3: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """A bucket, and secrets in the environment."""
     for name, value in (("ACCESS_KEY_ID", KEY_ID), ("SECRET_ACCESS_KEY", SECRET), ("SESSION_TOKEN", TOKEN)):
         monkeypatch.setenv(f"AWS_{name}", value)
-    monkeypatch.setattr(storage, "ATTEMPTS", 1)
     return s3
 
 
 def messages(store: storage.Store) -> Iterator[str]:
     """What goes wrong with every way to use a store, as it is told."""
+    store = store.with_patience(0)
     uses: list[Callable[[], object]] = [
         lambda: list(store.list()),
         lambda: store.read("x"),

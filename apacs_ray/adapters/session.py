@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from apacs_ray.adapters.gauges import Gauges
 from apacs_ray.errors import ApacsError
 from apacs_ray.own_folder import own_folder
 from apacs_ray.plan import Cluster, Nodes, cluster_of
@@ -39,6 +40,7 @@ class RaySession:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._started = False
+        self.gauges = Gauges()
 
     def start(self) -> None:
         """Join or start Ray; later calls do nothing. Raises ApacsError when a local path meets several nodes."""
@@ -60,6 +62,7 @@ class RaySession:
             )
             self._run.lease.note_ray_session(ray._private.worker._global_node.get_session_dir_path())
         self._started = True
+        self.gauges.open()
         machines = joined_machines()
         refuse_local(machines, self._run.store.uri, "--output")
         refuse_local(machines, self._run.data, "--data")

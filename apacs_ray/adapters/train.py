@@ -12,7 +12,7 @@ import json
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from apacs_ray.models.spec import ModelSpec
 from apacs_ray.plan import NetworkPlan
 from apacs_ray.run import require_source
 from apacs_ray.storage import Store
+from apacs_ray.tracking import write_curves
 from apacs_ray.training.config import TrainConfig
 from apacs_ray.training.feed import Feed, one_by_one
 
@@ -45,13 +46,15 @@ ASK_EVERY = 2.0  # s between questions whether a node is to be taken away; of 30
 
 @dataclass(frozen=True)
 class NetworkTask:
-    """One network to train. `spec` builds it, `state` is the folder of its checkpoints in the run."""
+    """One network to train. `spec` builds it, `state` is the folder of its checkpoints, `curves` the name of these."""
 
     name: str
     spec: ModelSpec
     config: TrainConfig
     state: str
+    curves: str
     start: str | None = None  # safetensors to begin with
+    setting: Mapping[str, Any] | None = None  # of a trial, to be shown beside its curves
 
 
 @dataclass(frozen=True)
@@ -233,6 +236,7 @@ def _train_loop(config: dict[str, Any]) -> bool:
             keep(trainer)
             progress = {**metrics, "epochs": network.config.epochs, "device": device_name}
             task.store.write(f"{network.state}/{PROGRESS}", json.dumps(progress).encode())
+            write_curves(task.store, network.curves, trainer.history, network.setting)
         ray.train.report({"network": network.name, **metrics})
 
     steps = -(-len(task.indices["train"]) // how.batch_size)

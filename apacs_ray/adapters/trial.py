@@ -20,9 +20,11 @@ from apacs_ray.plan import NetworkPlan
 from apacs_ray.run import require_source
 from apacs_ray.settings import FusionSettings
 from apacs_ray.storage import Store
+from apacs_ray.tracking import write_curves
 from apacs_ray.training.config import TrainConfig
 from apacs_ray.training.feed import Crop, Feed, Heatmaps, in_memory, one_by_one
 
+TRIAL_CURVES = "tune"
 IN_MEMORY = 2**30  # bytes of decoded tiles that a trial may keep
 
 
@@ -66,12 +68,19 @@ def run_trial(config: dict[str, Any], task: TrialTask) -> None:
     require_source(task.source)
     settings = task.settings(config)
     if task.plan is None:
-        _in_this_process(settings, task)
+        _in_this_process(config, settings, task)
     else:
-        _by_workers(settings, task, task.plan)
+        _by_workers(config, settings, task, task.plan)
 
 
-def _by_workers(settings: FusionSettings, task: TrialTask, plan: NetworkPlan) -> None:
+def _curves() -> str:
+    """The name of this trial's curves."""
+    from ray import tune
+
+    return f"{TRIAL_CURVES}/{tune.get_context().get_trial_id()}"
+
+
+def _by_workers(config: dict[str, Any], settings: FusionSettings, task: TrialTask, plan: NetworkPlan) -> None:
     from ray import tune
     from ray.tune.integration.ray_train import TuneReportCallback
 
@@ -83,12 +92,12 @@ def _by_workers(settings: FusionSettings, task: TrialTask, plan: NetworkPlan) ->
     if (weights := fusion_weights(task.store, spec, settings.trunk, task.seed)) is not None:
         start = f"{state}/start.safetensors"
         task.store.write(start, weights)
-    network = NetworkTask("fusion", spec, task.training(settings), state, start)
+    network = NetworkTask("fusion", spec, task.training(settings), state, _curves(), start, config)
     training = TrainingTask((network,), task.feed(settings), task.indices, plan, 2, task.source)
     fit(training, [TuneReportCallback()])
 
 
-def _in_this_process(settings: FusionSettings, task: TrialTask) -> None:
+def _in_this_process(config: dict[str, Any], settings: FusionSettings, task: TrialTask) -> None:
     import torch
     from ray import tune
 
@@ -100,17 +109,17 @@ def _in_this_process(settings: FusionSettings, task: TrialTask) -> None:
     from apacs_ray.training.state import TrainState, save_state
 
     torch.set_num_threads(task.threads)
-    spec, config = fusion_spec(settings, task.width), task.training(settings)
+    spec, how = fusion_spec(settings, task.width), task.training(settings)
     weights = fusion_weights(task.store, spec, settings.trunk, task.seed)
     torch.manual_seed(task.seed)
     network = build(spec) if weights is None else load_model(weights, spec)
-    trainer = Trainer(network, config, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    trainer = Trainer(network, how, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     with contextlib.ExitStack() as stack:
         checkpoint = tune.get_checkpoint()
         if checkpoint is not None:
             trainer.resume(Path(stack.enter_context(checkpoint.as_directory())))
             for group in trainer.optimizer.param_groups:  # PBT may have changed it since
-                group["weight_decay"] = config.weight_decay
+                group["weight_decay"] = how.weight_decay
     train_index, val_index = task.indices["train"], task.indices["val"]
     refs = schedule(
         train_index.groups(),
@@ -124,9 +133,12 @@ def _in_this_process(settings: FusionSettings, task: TrialTask) -> None:
     size = (len(train_index) + len(val_index)) * max(train_index.largest, val_index.largest) * 7
     samples = (in_memory if size <= IN_MEMORY else one_by_one)(task.feed(settings), task.indices, refs)
 
+    curves = _curves()
+
     def on_epoch(record: EpochRecord, state: TrainState) -> None:
         with tempfile.TemporaryDirectory() as folder:
             save_state(Path(folder), state)
+            write_curves(task.store, curves, state.history, config)
             tune.report(told(state.history), checkpoint=tune.Checkpoint.from_directory(folder))
 
     trainer.run(samples, -(-len(train_index) // settings.batch_size), on_epoch)

@@ -11,11 +11,12 @@ from typing import Any
 from ray.tune import Callback
 
 from apacs_ray.adapters.keyless import forward_no_keys, ray_filesystem
-from apacs_ray.adapters.trial import TrialTask, plain_setting, run_trial
+from apacs_ray.adapters.trial import TRIAL_CURVES, TrialTask, plain_setting, run_trial
 from apacs_ray.clean import without_secrets
 from apacs_ray.errors import ApacsError
 from apacs_ray.plan import Cluster, plan_trials
 from apacs_ray.sweep import MUTABLE, Distribution, Sweep
+from apacs_ray.tracking import CURVES
 
 LONGEST_ERROR = 400  # characters of a trial's error that are kept
 
@@ -80,6 +81,7 @@ def sweep(task: TrialTask, plan: Sweep, cluster: Cluster, on_done: Callable[[int
         except (EOFError, pickle.UnpicklingError, RuntimeError, ValueError):
             store.delete_folder("sweep")  # a kill cut its state before the first trial: begin again
     if tuner is None:
+        task.store.delete_folder(f"{CURVES}/{TRIAL_CURVES}")  # of an earlier sweep
         domains = {name: _domain(drawn) for name, drawn in plan.space.items()}
         tuner = tune.Tuner(
             trainable,

@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 
 from apacs_ray.adapters.evaluate import EvaluateTask, draw_tiles, evaluate_tiles
 from apacs_ray.adapters.pool import plan_pool
-from apacs_ray.console import bars
 from apacs_ray.data.shards import open_table, read_index
 from apacs_ray.errors import ApacsError
 from apacs_ray.evaluation.metrics import compare, dice_of, pixel_counts, summarize
@@ -48,7 +47,7 @@ def _work(context: Context, mark: str) -> Outcome:
     if not len(index):
         raise ApacsError(f"{store.uri}: no annotated test tile is left; look at rejects/")
     context.ray.start()
-    with bars() as shown:
+    with context.bars() as shown:
         plan = plan_pool(context.ray.cluster(), len(index.paths))
         per_tile = evaluate_tiles(
             task, list(index.paths), plan, lambda done: shown.show("test tiles", done, len(index))

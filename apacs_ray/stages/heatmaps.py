@@ -8,7 +8,7 @@ import numpy as np
 
 from apacs_ray.adapters.heatmaps import ALL, HeatmapTask, write_heatmaps
 from apacs_ray.adapters.pool import plan_pool
-from apacs_ray.console import bars, say
+from apacs_ray.console import say
 from apacs_ray.data.shards import TileIndex, shard_paths
 from apacs_ray.models.spec import MEMBERS
 from apacs_ray.run import Counts, fingerprint
@@ -54,7 +54,7 @@ def _work(context: Context, mark: str) -> Outcome:
         settings.evaluate.precision,
     )
     planned = sum(context.run.facts["tiles"][split] for split in SPLITS)
-    with bars() as shown:
+    with context.bars() as shown:
         plan = plan_pool(context.ray.cluster(), len(paths))
         rows_in, rows_out = write_heatmaps(task, paths, plan, lambda done: shown.show("heatmaps", done, planned))
     current = {task.heatmaps.path(path) for path in paths}

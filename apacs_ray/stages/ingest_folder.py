@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from apacs_ray.adapters.ingest import probe_pairs, write_shards
-from apacs_ray.console import bars, say
+from apacs_ray.console import say
 from apacs_ray.data.folder import FolderData, Pair, find_pairs
 from apacs_ray.data.ingest import ShardTask, plan_tiles
 from apacs_ray.errors import ApacsError, UsageError
@@ -26,7 +26,7 @@ def cut_folder(context: Context, store: Store, entries: Sequence[Entry], mark: s
     if settings.data.slide_regex is None:
         say("ingest: slides unknown: validation by image")
     context.ray.start()
-    with bars() as shown:
+    with context.bars() as shown:
         sources, defective = probe_pairs(
             store, pairs, settings.data.max_pixels, lambda done: shown.show("headers", done, len(pairs))
         )

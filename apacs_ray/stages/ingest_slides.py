@@ -13,7 +13,7 @@ from pathlib import Path
 
 from apacs_ray.adapters.ingest import render_smears
 from apacs_ray.adapters.slides import inspect_slides, write_slide_shards
-from apacs_ray.console import bars, say
+from apacs_ray.console import say
 from apacs_ray.data import synthetic
 from apacs_ray.data.folder import Reject, Split
 from apacs_ray.data.shards import Receipt
@@ -88,7 +88,7 @@ def look_at_slides(context: Context, store: Store, entries: Sequence[Entry], mar
     mpps = _read_mpps(open_store_file(settings.data.mpps))
     task = SlideTask(store, masks, run.store, settings.tiles, settings.data, cache, mark, mpps)
     context.ray.start()
-    with bars() as shown:
+    with context.bars() as shown:
         summaries = inspect_slides(task, slides, lambda done: shown.show("slides", done, len(slides)))
     _say_notes(summaries)
     engines = Counter(summary.engine for summary in summaries if summary.reject is None)
@@ -103,7 +103,7 @@ def cut_slides(context: Context, store: Store, entries: Sequence[Entry], mark: s
     seen = look_at_slides(context, store, entries, mark)
     splits: list[Split] = [summary.slide.split or "train" for _, summary in seen.good]
     shards, val_unit = plan_shards(seen.task, seen.good, splits, context.settings.run.seed)
-    with bars() as shown:
+    with context.bars() as shown:
         receipts = write_slide_shards(
             seen.task, seen.summaries, shards, lambda done: shown.show("tiles", done, seen.tiles)
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 from apacs_ray.adapters.train import NetworkTask, TrainingTask, read_progress, train
 from apacs_ray.checkpoints import best_checkpoint, complete_checkpoints
-from apacs_ray.console import bars, say
+from apacs_ray.console import say
 from apacs_ray.data.shards import TileIndex, read_index
 from apacs_ray.errors import ApacsError
 from apacs_ray.models.spec import ModelSpec
@@ -69,12 +69,17 @@ def train_networks(context: Context, networks: Sequence[Network], mark: str) -> 
         )
         say(plan.describe())
         tasks = [_task(context, group, resources, indices, mark) for group, resources in plan.runs(waiting)]
-        with bars() as shown:
+        tiles = {network.name: sum(map(len, (network.indices or indices).values())) for network in waiting}
+        with context.bars() as shown:
             train(
                 tasks,
                 parallel=plan.mode == "parallel",
                 on_progress=lambda name, now: shown.show(
-                    name, now["epoch"], now["epochs"], f"val Dice {now['val_dice']:.4f}"
+                    name,
+                    now["epoch"],
+                    now["epochs"],
+                    f"val Dice {now['val_dice']:.4f}",
+                    rows=now["epoch"] * tiles[name],
                 ),
             )
         for network in waiting:
@@ -99,7 +104,7 @@ def _task(
         state = state_folder(network, mark)
         start = _write_start(store, f"{state}/{START}", network)
         config = TrainConfig.of(network.settings, seed)
-        networks.append(NetworkTask(network.name, _spec(context, network), config, state, start))
+        networks.append(NetworkTask(network.name, _spec(context, network), config, state, network.folder, start))
     return TrainingTask(
         tuple(networks),
         Feed(store, group[0].heatmaps, Crop(how.crop, how.flips, how.turns)),

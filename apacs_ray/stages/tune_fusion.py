@@ -10,7 +10,7 @@ import yaml
 
 from apacs_ray.adapters.trial import TrialTask
 from apacs_ray.adapters.tune import TrialResult, sweep
-from apacs_ray.console import bars, say
+from apacs_ray.console import say
 from apacs_ray.errors import ApacsError
 from apacs_ray.run import Counts, fingerprint, source_hash
 from apacs_ray.settings import FusionSettings
@@ -51,7 +51,7 @@ def _work(context: Context, mark: str) -> Outcome:
         source_hash(),
         f"tune/.state-{mark[:8]}",
     )
-    with bars() as shown:
+    with context.bars() as shown:
         trials = sweep(task, plan, cluster, lambda done: shown.show("trials", done, plan.trials))
     scored = [trial for trial in trials if trial.val_dice is not None and trial.error is None]
     if not scored:
