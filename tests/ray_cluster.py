@@ -14,14 +14,20 @@ import time
 from pathlib import Path
 
 Node = subprocess.Popen[bytes] | subprocess.Popen[str]  # `ray start --block`, or a driver with a Ray of its own
+DEFAULT_PORT = 6379  # of Ray's head
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 
 class RayCluster:
-    """Starts with a head of `head_cpus`; `env` is what joins or submits to it."""
+    """Starts with a head of `head_cpus`; `env` is what joins or submits to it.
 
-    def __init__(self, folder: Path, head_cpus: int = 2) -> None:
-        gcs, dashboard, agent = _free_ports(3)
+    With an `autoscaling` config this starts nodes by itself. They dial the default port, so that must be free.
+    """
+
+    def __init__(self, folder: Path, head_cpus: int = 2, autoscaling: Path | None = None) -> None:
+        gcs, dashboard, agent, metrics = _free_ports(4)
+        scaled = [f"--autoscaling-config={autoscaling}", "--num-gpus=0"] if autoscaling else []
+        gcs = DEFAULT_PORT if autoscaling else gcs
         token = folder / "token"
         token.write_text("a-token-of-this-test-and-no-other-one")
         clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -32,13 +38,16 @@ class RayCluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
+            **({"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"} if autoscaling else {}),
         }
+        self.metrics = f"http://127.0.0.1:{metrics}/metrics"  # of the head, for Prometheus
         self.env = {**self._env, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
         self._parts: list[Node] = []
         self.head = self._start(
             "--head", f"--port={gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",
             "--node-ip-address=127.0.0.1", f"--temp-dir={self._folder}", f"--num-cpus={head_cpus}",
             f"--dashboard-agent-listen-port={agent}", "--include-dashboard=true",
+            f"--metrics-export-port={metrics}", *scaled,
         )  # fmt: skip
         ready = [*RAY, "job", "list"]
         for _ in range(60):

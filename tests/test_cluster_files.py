@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,9 +21,11 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from apacs_ray.adapters.pool import plan_pool
+from apacs_ray.errors import UsageError
 from apacs_ray.models.spec import MEMBERS
 from apacs_ray.plan import Nodes, TrainingPlan, cluster_of, plan_training
 from apacs_ray.settings import Settings
+from apacs_ray.startable import startable_nodes
 from apacs_ray.sweep import read_sweep
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -408,6 +411,27 @@ def test_tiling_pools_and_trials_fit_a_node(name: str) -> None:
         trial = read_sweep(str(path)).resources
         assert trial.gpu <= 1
         assert trial.cpu * (gpus / max(trial.gpu, 0.01) if trial.gpu else 1) <= cpus, path.name
+
+
+@pytest.mark.parametrize("name", [*CLOUDS, "kuberay"])
+def test_a_run_knows_which_nodes_may_start(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the head of `ray up` from the file it leaves there, on Kubernetes from the environment."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("APACS_RAY_NODES", raising=False)
+    assert startable_nodes() == []
+    if name == "kuberay":
+        (value,) = (one["value"] for one in container(groups()["head"])["env"] if one["name"] == "APACS_RAY_NODES")
+        monkeypatch.setenv("APACS_RAY_NODES", value)
+    else:
+        shutil.copy(CLUSTER / f"{name}.yaml", tmp_path / "ray_bootstrap_config.yaml")
+    assert {(nodes.cpus, nodes.gpus, nodes.count) for nodes in startable_nodes()} == set(workers(name).values())
+
+
+def test_a_variable_that_names_no_nodes_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("8", "[{cpus: 8}]", "[cpus", "[{cpus: many, gpus: 0, count: 1}]"):
+        monkeypatch.setenv("APACS_RAY_NODES", value)
+        with pytest.raises(UsageError, match=r"APACS_RAY_NODES: .* names no nodes; write it as"):
+            startable_nodes()
 
 
 # versions and secrets

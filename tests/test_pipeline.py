@@ -129,9 +129,8 @@ def test_other_ways_to_sweep(undisturbed: Path, cells: Path, tmp_path: Path, how
     assert best["members"] in (["fcn32", "fcn16"], ["fcn16", "fcn8"])
     lines = (output / "tune/trials.csv").read_text().splitlines()
     assert len(lines) == 3
-    assert {path.parent.name for path in output.glob("tensorboard/tune/*/*")} == {
-        line.split(",")[0] for line in lines[1:]
-    }
+    trials = {line.split(",")[0] for line in lines[1:]}
+    assert {path.parent.name for path in output.glob("tensorboard/tune/*/*")} == trials
     # under PBT a trial that takes over finished weights has nothing left to do
     assert max(line.split(",")[2] for line in lines[1:]) == "2"
 

@@ -53,7 +53,7 @@ def map_shards(
     blocks = [pa.table({"path": [path]}) for path in paths]
     dataset = ray.data.from_arrow(blocks).map_batches(
         Worker,
-        batch_size=None,
+        batch_size=1,  # a path; Ray Data wants a number where there are GPUs
         batch_format="pyarrow",
         num_cpus=plan.cpus,
         num_gpus=plan.gpus or None,

@@ -19,9 +19,9 @@ from apacs_ray.errors import ApacsError
 from apacs_ray.own_folder import own_folder
 from apacs_ray.plan import Cluster, Nodes, cluster_of
 from apacs_ray.run import ROOT, Run, require_source, source_hash
+from apacs_ray.startable import startable_nodes
 from apacs_ray.storage import is_local
 
-UNLIMITED = 8  # nodes that are planned with where an autoscaler sets no limit
 # For processes that run networks: glibc keeps large freed blocks instead of giving them back, so that a step does not
 # wait for the kernel to clear the pages of every tensor anew (a quarter of a CPU step). One arena: the others always
 # give back.
@@ -98,16 +98,9 @@ def joined_cluster() -> Cluster:
     import ray
 
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    config = ray._private.state.state.get_cluster_config()  # no public call tells the kinds of nodes
-    groups = list(config.node_group_configs) if config is not None else []
     return cluster_of(
         [Nodes(node.get("CPU", 0.0), node.get("GPU", 0.0), 1) for node in alive],
-        [
-            # -1: as many as are asked for; a plan needs a number
-            Nodes(group.resources.get("CPU", 0), group.resources.get("GPU", 0), UNLIMITED if count < 0 else count)
-            for group in groups
-            if (count := group.max_count)
-        ],
+        startable_nodes() if os.environ.get("RAY_ADDRESS") else [],
     )
 
 

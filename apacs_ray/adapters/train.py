@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import tempfile
 import threading
 import time
@@ -197,7 +198,7 @@ def _train_loop(config: dict[str, Any]) -> bool:
     torch.set_num_threads(task.plan.threads)
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
+    device = _device(task.plan.gpus)
     device_name = describe_device(device)
 
     def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
@@ -259,6 +260,21 @@ def _train_loop(config: dict[str, Any]) -> bool:
         message = f"the GPU's memory is too small: raise {section}.accumulate, or lower {section}.batch_size or .crop"
         task.store.write(f"{task.state}/{ERROR}", f"{message} ({str(error).splitlines()[0][:200]})".encode())
     return True
+
+
+def _device(gpus: float) -> torch.device:
+    """This worker's device. Raises ApacsError when it was given a GPU that torch cannot use."""
+    import ray.train.torch
+    import torch
+
+    if gpus and not torch.cuda.is_available():
+        if "RAY_FAKE_CLUSTER" in os.environ:  # its GPUs are numbers (cluster/local.yaml)
+            return torch.device("cpu")
+        node = ray.util.get_node_ip_address()
+        raise ApacsError(
+            f"node {node} promised a GPU, but torch finds none there; look at its driver (python -m apacs_ray doctor)"
+        )
+    return ray.train.torch.get_device()
 
 
 class _Notice:
