@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,16 @@ def undisturbed(cells: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "undisturbed"
     done = run("--data", str(cells), "--output", str(output), *SMALL)
     assert done.status == 0, done.summary
+    return output
+
+
+@pytest.fixture
+def untrained(undisturbed: Path, tmp_path: Path) -> Path:
+    """The run as it is when its tiles are cut."""
+    output = tmp_path / "untrained"
+    shutil.copytree(undisturbed, output)
+    for folder in ("members", "heatmaps", "fusion", "evaluation"):
+        shutil.rmtree(output / folder)
     return output
 
 

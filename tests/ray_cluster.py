@@ -15,6 +15,7 @@ from pathlib import Path
 
 Node = subprocess.Popen[bytes] | subprocess.Popen[str]  # `ray start --block`, or a driver with a Ray of its own
 DEFAULT_PORT = 6379  # of Ray's head
+FAKE_NODES = "[{cpus: 1, gpus: 0, count: 3}, {cpus: 1, gpus: 1, count: 1}]"  # as cluster/local.yaml says
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 
@@ -27,6 +28,7 @@ class RayCluster:
     def __init__(self, folder: Path, head_cpus: int = 2, autoscaling: Path | None = None) -> None:
         gcs, dashboard, agent, metrics = _free_ports(4)
         scaled = [f"--autoscaling-config={autoscaling}", "--num-gpus=0"] if autoscaling else []
+        fake = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "APACS_RAY_NODES": FAKE_NODES}
         gcs = DEFAULT_PORT if autoscaling else gcs
         token = folder / "token"
         token.write_text("a-token-of-this-test-and-no-other-one")
@@ -38,7 +40,7 @@ class RayCluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
-            **({"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"} if autoscaling else {}),
+            **(fake if autoscaling else {}),
         }
         self.metrics = f"http://127.0.0.1:{metrics}/metrics"  # of the head, for Prometheus
         self.env = {**self._env, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}

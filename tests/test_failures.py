@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pytest
 from ray_cluster import Node, RayCluster, kill_node, listening, processes
 from runs import SMALL, read_json, run, start, wait_for
 from safetensors.numpy import load_file
@@ -20,16 +19,6 @@ from apacs_ray.storage import open_store
 from apacs_ray.training.record import read_history
 
 MEMBERS = ("fcn32", "fcn16", "fcn8")
-
-
-@pytest.fixture
-def untrained(undisturbed: Path, tmp_path: Path) -> Path:
-    """The run as it is when its tiles are cut."""
-    output = tmp_path / "untrained"
-    shutil.copytree(undisturbed, output)
-    for folder in ("members", "heatmaps", "fusion", "evaluation"):
-        shutil.rmtree(output / folder)
-    return output
 
 
 def worker_of(nodes: list[Node]) -> tuple[int, Node] | None:

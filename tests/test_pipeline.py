@@ -6,9 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
-from ray_cluster import RAY, RayCluster
-from runs import ROOT, SMALL, Done, kill_when, read_json, run, start
+from runs import SMALL, kill_when, read_json, run, start
 from slide_files import write_slide, write_tiff
 from test_annotations import collection, polygon
 
@@ -202,38 +198,6 @@ def test_bad_input_is_rejected_and_the_limit_is_kept(cells: Path, tmp_path: Path
     strict = run(*options, "--data.max_rejects", "0", "--tiles.quality", "90", script="ingest.py")
     assert strict.status == 1
     assert "data.max_rejects (0) allows 0" in strict.text
-
-
-@pytest.fixture
-def head(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """The environment that submits to a Ray head of this test's own."""
-    cluster = RayCluster(tmp_path)
-    yield cluster.env
-    cluster.stop()
-
-
-def submit(env: dict[str, str], *argv: str) -> Done:
-    command = [*RAY, "job", "submit", "--working-dir", ".", "--"]
-    done = subprocess.run(
-        [*command, sys.executable, "pipelines/full.py", *argv],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    return Done(done.returncode, done.stdout + done.stderr)
-
-
-def test_as_a_submitted_job(head: dict[str, str], undisturbed: Path, cells: Path, tmp_path: Path) -> None:
-    output = tmp_path / "job"
-    done = submit(head, "--data", str(cells), "--output", str(output), *SMALL)
-    assert done.status == 0, done.summary
-    assert read_json(output / "evaluation/metrics.json") == read_json(undisturbed / "evaluation/metrics.json")
-    assert (output / "fusion/model.safetensors").read_bytes() == (undisturbed / "fusion/model.safetensors").read_bytes()
-    failed = submit(head, "--data", str(tmp_path / "nowhere"), "--output", str(tmp_path / "no"), *SMALL)
-    assert failed.status != 0
-    assert "nowhere" in failed.text
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,151 @@
+"""Runs submitted as Ray jobs: stopped and resumed, watched by Prometheus, on nodes that an autoscaler starts."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from ray_cluster import DEFAULT_PORT, RAY, RayCluster, processes
+from runs import PATIENCE, SMALL, T, read_json
+
+ROOT = Path(__file__).resolve().parent.parent
+ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+class Job:
+    """A pipeline script as a job on a cluster."""
+
+    def __init__(self, cluster: RayCluster, script: str, *argv: str) -> None:
+        self._cluster = cluster
+        told = self._ray("submit", "--no-wait", "--working-dir", str(ROOT), "--", sys.executable, script, *argv)
+        self.id = told.partition("Job '")[2].partition("'")[0]
+
+    def status(self) -> str:
+        """As in `SUCCEEDED`."""
+        listed = self._ray("list")
+        _, _, rest = listed.partition(f"submission_id='{self.id}'")
+        return rest.partition("<JobStatus.")[2].partition(":")[0]
+
+    def logs(self) -> str:
+        return self._ray("logs", self.id)
+
+    def stop(self) -> None:
+        self._ray("stop", self.id)
+
+    def until(self, reached: Callable[[], T]) -> T:
+        """Wait until `reached` says something true, and return it."""
+        deadline = time.monotonic() + PATIENCE
+        while not (found := reached()):
+            assert time.monotonic() < deadline, self.logs()[-2000:]
+            time.sleep(0.2)
+        return found
+
+    def end(self) -> str:
+        """Wait for the end; its status."""
+        self.until(lambda: self.status() in ENDED)
+        return self.status()
+
+    def _ray(self, *argv: str) -> str:
+        done = subprocess.run([*RAY, "job", *argv], env=self._cluster.env, capture_output=True, text=True, check=True)
+        return done.stdout
+
+
+def measured(cluster: RayCluster) -> dict[str, float]:
+    """Our metrics on the head's endpoint, as Prometheus reads them: name and tags that are ours -> value."""
+    text = urllib.request.urlopen(cluster.metrics).read().decode()
+    found = {}
+    for line in text.splitlines():
+        if line.startswith("ray_apacs_ray_"):
+            name, _, rest = line.partition("{")
+            tags = [tag for tag in rest.partition("}")[0].split(",") if tag.startswith(("stage=", "what="))]
+            found[f"{name}{{{','.join(sorted(tags))}}}"] = float(line.rpartition(" ")[2])
+    return found
+
+
+def test_a_job_is_stopped_and_goes_on_when_submitted_again(
+    undisturbed: Path, cells: Path, untrained: Path, tmp_path: Path
+) -> None:
+    cluster = RayCluster(tmp_path)
+    options = ["--data", str(cells), "--output", str(untrained), *SMALL]
+    try:
+        job = Job(cluster, "pipelines/full.py", *options)
+        job.until(lambda: any(untrained.glob("members/fcn8/.state-*/attempt-1/epoch_00000/state.json")))
+        seen = job.until(lambda: found if 'what="fcn8"' in str(found := measured(cluster)) else None)
+        assert seen['ray_apacs_ray_stage_running{stage="train_members"}'] == 1
+        assert seen['ray_apacs_ray_rows{stage="train_members",what="fcn8"}'] > 0
+        job.stop()
+        assert job.end() == "STOPPED"
+        assert "the same command goes on from here" in job.logs()
+        assert not (untrained / "run.lock").exists()
+        assert not [title for title in processes(cluster.head).values() if title.startswith("ray::RayTrainWorker")]
+        assert not (untrained / "members/_committed.json").exists()
+        again = Job(cluster, "pipelines/full.py", *options)
+        missing = Job(
+            cluster, "pipelines/full.py", "--data", str(tmp_path / "nowhere"), "--output", str(tmp_path / "n")
+        )
+        assert missing.end() == "FAILED"
+        assert nowhere in missing.logs()
+        assert again.end() == "SUCCEEDED", again.logs()[-3000:]
+        assert "ingest: unchanged" in again.logs()
+    finally:
+        cluster.stop()
+    for path in ("evaluation/metrics.json", "fusion/model.safetensors", "members/fcn8/model.safetensors"):
+        assert (untrained / path).read_bytes() == (undisturbed / path).read_bytes()
+
+
+@pytest.fixture
+def default_port() -> Iterator[None]:
+    """Ray's default port, for this test alone: nodes that the fake provider starts dial it."""
+    with open(f"/tmp/apacs_ray-port-{DEFAULT_PORT}.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with socket.socket() as probe:
+                probe.bind(("0.0.0.0", DEFAULT_PORT))
+        except OSError:
+            pytest.skip(f"port {DEFAULT_PORT} is taken, which fake nodes need")
+        yield
+
+
+@pytest.mark.usefixtures("default_port")
+def test_nodes_come_for_a_stage_and_go(undisturbed: Path, cells: Path, tmp_path: Path) -> None:
+    """CPU nodes for tiling, a GPU node (a number: nothing trains faster on it) for training, and none at the end."""
+    config = yaml.safe_load((ROOT / "cluster/local.yaml").read_text()) | {"idle_timeout_minutes": 0.05}
+    given = tmp_path / "local.yaml"
+    given.write_text(yaml.safe_dump(config))
+    output = tmp_path / "run"
+    cluster = RayCluster(tmp_path, head_cpus=0, autoscaling=given)
+
+    def nodes() -> list[str]:
+        """`CPU` or `GPU` for each node beside the head."""
+        raylets = [title for title in processes(cluster.head).values() if "/raylet " in title]
+        return ["GPU" if ",GPU,1" in title else "CPU" for title in raylets if ",CPU,1," in title]
+
+    try:
+        assert nodes() == []
+        job = Job(cluster, "pipelines/full.py", "--data", str(cells), "--output", str(output), *SMALL)
+        job.until(lambda: any(output.glob("tiles/split=*/*.parquet")))
+        assert "CPU" in nodes()
+        assert "GPU" not in nodes()
+        job.until(lambda: any(output.glob("members/fcn8/.state-*/attempt-1/epoch_00000/state.json")))
+        assert "GPU" in nodes()
+        assert job.end() == "SUCCEEDED", job.logs()[-3000:]
+        assert "training together: fcn32 + fcn16 + fcn8: 1 worker x 1 GPU" in job.logs()
+        job.until(lambda: not nodes())
+    finally:
+        cluster.stop()
+    stages = [read_json(run / "run.json")["stages"] for run in (undisturbed, output)]
+    counts = [{name: (stage["rows_in"], stage["rows_out"]) for name, stage in run.items()} for run in stages]
+    assert counts[0] == counts[1]
+    assert (
+        json.loads((output / "evaluation/metrics.json").read_bytes()).keys()
+        == read_json(undisturbed / "evaluation/metrics.json").keys()
+    )
