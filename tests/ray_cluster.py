@@ -128,7 +128,8 @@ def listening(node: Node) -> set[str]:
                 words = [
                     bytes.fromhex(local.split(":")[0])[at : at + 4][::-1] for at in range(0, len(local) // 2 - 2, 4)
                 ]
-                at[f"socket:[{inode}]"] = str(ipaddress.ip_address(b"".join(words)))
+                address = ipaddress.ip_address(b"".join(words))
+                at[f"socket:[{inode}]"] = str(getattr(address, "ipv4_mapped", None) or address)
     found = set()
     for pid in processes(node):
         for descriptor in Path(f"/proc/{pid}/fd").glob("*"):

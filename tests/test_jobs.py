@@ -79,7 +79,12 @@ def test_a_job_is_stopped_and_goes_on_when_submitted_again(
     try:
         job = Job(cluster, "pipelines/full.py", *options)
         job.until(lambda: any(untrained.glob("members/fcn8/.state-*/attempt-1/epoch_00000/state.json")))
-        seen = job.until(lambda: found if 'what="fcn8"' in str(found := measured(cluster)) else None)
+        wanted = {
+            'ray_apacs_ray_stage_running{stage="train_members"}',
+            'ray_apacs_ray_rows{stage="train_members",what="fcn8"}',
+            'ray_apacs_ray_rows_per_second{stage="train_members",what="fcn8"}',
+        }
+        seen = job.until(lambda: found if wanted <= (found := measured(cluster)).keys() else None)
         assert seen['ray_apacs_ray_stage_running{stage="train_members"}'] == 1
         assert seen['ray_apacs_ray_rows{stage="train_members",what="fcn8"}'] > 0
         job.stop()
@@ -89,9 +94,8 @@ def test_a_job_is_stopped_and_goes_on_when_submitted_again(
         assert not [title for title in processes(cluster.head).values() if title.startswith("ray::RayTrainWorker")]
         assert not (untrained / "members/_committed.json").exists()
         again = Job(cluster, "pipelines/full.py", *options)
-        missing = Job(
-            cluster, "pipelines/full.py", "--data", str(tmp_path / "nowhere"), "--output", str(tmp_path / "n")
-        )
+        nowhere = str(tmp_path / "nowhere")
+        missing = Job(cluster, "pipelines/full.py", "--data", nowhere, "--output", str(tmp_path / "none"))
         assert missing.end() == "FAILED"
         assert nowhere in missing.logs()
         assert again.end() == "SUCCEEDED", again.logs()[-3000:]

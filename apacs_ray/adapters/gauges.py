@@ -35,8 +35,7 @@ class Gauges:
         self._open = {
             name: Gauge(f"{PREFIX}_{name}", description=text, tag_keys=tags) for name, (text, tags) in kinds.items()
         }
-        for (name, tags), value in self._values.items():
-            self._open[name].set(value, tags=dict(tags))
+        self._tell()
 
     def running(self, stage: str, *, now: bool) -> None:
         """A stage begins or ends."""
@@ -44,6 +43,7 @@ class Gauges:
 
     def rows(self, stage: str, what: str, done: int) -> None:
         """A stage has done so many in all."""
+        self._tell()
         now = time.monotonic()
         seen = self._seen[stage, what]
         seen.append((now, done))
@@ -56,6 +56,12 @@ class Gauges:
     def rejects(self, stage: str, count: int) -> None:
         """A stage refused so many inputs."""
         self._set("rejects", count, stage=stage)
+
+    def _tell(self) -> None:
+        """All values again: Ray loses those that are set before its agent on this node listens."""
+        for (name, tags), value in self._values.items():
+            if self._open is not None:
+                self._open[name].set(value, tags=dict(tags))
 
     def _set(self, name: str, value: float, **tags: str) -> None:
         self._values[name, tuple(tags.items())] = value
