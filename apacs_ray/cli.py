@@ -35,6 +35,7 @@ class Command:
     output: str
     settings: Settings
     dry_run: bool = False
+    estimate: bool = False
 
 
 def find_config(name: str) -> Path:
@@ -73,7 +74,9 @@ def parse(argv: Sequence[str], program: str, summary: str) -> Command:
     parser = _parser(program, summary)
     given = vars(parser.parse_args(argv))
     data, output, config = given.pop("data"), given.pop("output"), given.pop("config")
-    dry_run = given.pop("dry_run")
+    dry_run, estimate = given.pop("dry_run"), given.pop("estimate")
+    if dry_run and estimate:
+        raise UsageError("--dry-run and --estimate: give one of them")
     for option, uri in (("--data", data), ("--output", output)):
         _require_open(option, uri)
     layers: list[tuple[str, dict[str, Any]]] = []
@@ -86,7 +89,7 @@ def parse(argv: Sequence[str], program: str, summary: str) -> Command:
     for section, tree in settings.model_dump().items():
         for key, value in tree.items():
             _require_open(f"{section}.{key}", value)
-    return Command(data, output or default_output(data), settings, dry_run)
+    return Command(data, output or default_output(data), settings, dry_run, estimate)
 
 
 def _require_open(key: str, value: Any) -> None:
@@ -134,6 +137,11 @@ def _parser(program: str, summary: str) -> argparse.ArgumentParser:
         "--dry-run",
         action="store_true",
         help="only plan the tiles: manifests and a picture of each slide, and what cutting them will cost",
+    )
+    parser.add_argument(
+        "--estimate",
+        action="store_true",
+        help="only say what each stage will take on this cluster: tiles, bytes, hours, from a short measured sample",
     )
     for section, model in _sections():
         group = parser.add_argument_group(section, (model.__doc__ or "").strip().splitlines()[0])

@@ -107,12 +107,12 @@ def _measure(data: Path, output: Path, repetitions: int) -> dict[str, float]:
         "pipeline": lambda task: _pipeline(task, summary, shards),
         "plain": lambda task: plain.starmap(_plain_part, [(str(path), boxes[n::WORKERS]) for n in range(WORKERS)]),
     }
-    ways["pipeline"](_fresh(base, 1))  # workers warm
+    ways["pipeline"](fresh(base, 1))  # workers warm
     times: dict[str, list[float]] = {name: [] for name in ways}
     mark = 2
     for _ in range(repetitions):
         for name, way in ways.items():
-            task, mark = _fresh(base, mark), mark + 1
+            task, mark = fresh(base, mark), mark + 1
             begun = time.perf_counter()
             way(task)
             times[name].append(time.perf_counter() - begun)
@@ -142,7 +142,7 @@ def _start_ray() -> float:
     return time.perf_counter() - started
 
 
-def _fresh(base: SlideTask, mark: int) -> SlideTask:
+def fresh(base: SlideTask, mark: int) -> SlideTask:
     """The same task under another fingerprint, its manifest in place: nothing is taken over from the last one."""
     task = replace(base, fingerprint=f"{mark:08x}{'0' * 8}")
     task.output.write(task.manifest_path(0), base.output.read(base.manifest_path(0)))

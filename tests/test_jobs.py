@@ -5,58 +5,17 @@ from __future__ import annotations
 import fcntl
 import json
 import socket
-import subprocess
-import sys
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
-from ray_cluster import DEFAULT_PORT, RAY, RayCluster, processes
-from runs import PATIENCE, SMALL, T, read_json
+from jobs import Job
+from ray_cluster import DEFAULT_PORT, RayCluster, processes
+from runs import SMALL, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
-ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
-
-
-class Job:
-    """A pipeline script as a job on a cluster."""
-
-    def __init__(self, cluster: RayCluster, script: str, *argv: str) -> None:
-        self._cluster = cluster
-        told = self._ray("submit", "--no-wait", "--working-dir", str(ROOT), "--", sys.executable, script, *argv)
-        self.id = told.partition("Job '")[2].partition("'")[0]
-
-    def status(self) -> str:
-        """As in `SUCCEEDED`."""
-        listed = self._ray("list")
-        _, _, rest = listed.partition(f"submission_id='{self.id}'")
-        return rest.partition("<JobStatus.")[2].partition(":")[0]
-
-    def logs(self) -> str:
-        return self._ray("logs", self.id)
-
-    def stop(self) -> None:
-        self._ray("stop", self.id)
-
-    def until(self, reached: Callable[[], T]) -> T:
-        """Wait until `reached` says something true, and return it."""
-        deadline = time.monotonic() + PATIENCE
-        while not (found := reached()):
-            assert time.monotonic() < deadline, self.logs()[-2000:]
-            time.sleep(0.2)
-        return found
-
-    def end(self) -> str:
-        """Wait for the end; its status."""
-        self.until(lambda: self.status() in ENDED)
-        return self.status()
-
-    def _ray(self, *argv: str) -> str:
-        done = subprocess.run([*RAY, "job", *argv], env=self._cluster.env, capture_output=True, text=True, check=True)
-        return done.stdout
 
 
 def measured(cluster: RayCluster) -> dict[str, float]:

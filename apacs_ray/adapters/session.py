@@ -75,6 +75,12 @@ class RaySession:
             ray.shutdown()
             self._started = False
 
+    def has_gpus(self) -> bool:
+        """Whether a node that is there has a GPU; `cluster` also counts those that may come."""
+        import ray
+
+        return any(node["Alive"] and node["Resources"].get("GPU") for node in ray.nodes())
+
     def cluster(self) -> Cluster:
         """What the cluster has, or what its autoscaler may give it."""
         return joined_cluster()

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import time
-
 from rich.table import Table
 
 from apacs_ray.console import cell, console, say
 from apacs_ray.data.folder import find_pairs
-from apacs_ray.slides.plan import read_manifest
-from apacs_ray.slides.shards import measure_tiles
+from apacs_ray.estimate.cutting import SLIDES, cut_some, spread
 from apacs_ray.stages.ingest import INGEST, data_store, holds_folders
 from apacs_ray.stages.ingest_slides import Inspected, look_at_slides, make_smears
 from apacs_ray.stages.pipeline import Context
 
 SLIDES_SHOWN = 30
-SAMPLE_SLIDES, SAMPLE_TILES = 3, 8  # of which tiles are read, measured and encoded
 
 
 def dry_run(context: Context) -> None:
@@ -32,13 +28,13 @@ def dry_run(context: Context) -> None:
     mark = INGEST.fingerprint(context)
     seen = look_at_slides(context, store, entries, mark)
     _table(seen)
-    seconds, size, sample = _measured(seen)
+    cut = cut_some(seen.task, spread([one for one in seen.good if one[1].tiles], SLIDES))
     cpus = context.ray.cluster().cpus
-    if sample:
-        minutes = seen.tiles * seconds / cpus / 60
+    if cut.count:
+        size, minutes = cut.size / cut.count, seen.tiles * cut.each / cpus / 60
         say(
             f"{seen.tiles} tiles, about {seen.tiles * size / 1e9:.2f} GB and {minutes:.1f} min on {cpus:.0f} CPUs "
-            f"({seconds * 1000:.0f} ms and {size / 1e3:.0f} kB a tile, measured on {sample})"
+            f"({cut.each * 1000:.0f} ms and {size / 1e3:.0f} kB a tile, measured on {cut.count})"
         )
     else:
         say("no tile can be read")
@@ -67,20 +63,3 @@ def _table(seen: Inspected) -> None:
     console.print(table)
     if len(seen.summaries) > SLIDES_SHOWN:
         say(f"and {len(seen.summaries) - SLIDES_SHOWN} more slides")
-
-
-def _measured(seen: Inspected) -> tuple[float, float, int]:
-    """Seconds and bytes a tile on one core, and of how many tiles this is the mean."""
-    known = [(number, summary) for number, summary in seen.good if summary.tiles]
-    chosen = known[:: max(1, len(known) // SAMPLE_SLIDES)][:SAMPLE_SLIDES]
-    count, size, seconds = 0, 0, 0.0
-    for number, summary in chosen:
-        step = max(1, summary.tiles // SAMPLE_TILES)
-        places = list(range(0, summary.tiles, step))[:SAMPLE_TILES]
-        rows = read_manifest(seen.task.output, seen.task.manifest_path(number), places)
-        started = time.perf_counter()
-        kept, _ = measure_tiles(seen.task, summary, rows)
-        seconds += time.perf_counter() - started
-        count += len(kept)
-        size += sum(len(row["image"]) + len(row["mask"] or b"") for row in kept)
-    return (seconds / count, size / count, count) if count else (0.0, 0.0, 0)

@@ -53,6 +53,7 @@ def _run(command: Command, only: Sequence[str] | None) -> int:
     from apacs_ray.console import metrics_table, say, stage_table
     from apacs_ray.run import Run
     from apacs_ray.stages.dry_run import dry_run
+    from apacs_ray.stages.estimate import estimate
     from apacs_ray.stages.pipeline import Context, adopt, run_stage
     from apacs_ray.stages.registry import STAGES, read_metrics
     from apacs_ray.storage import open_store
@@ -62,12 +63,15 @@ def _run(command: Command, only: Sequence[str] | None) -> int:
     say(f"run: {store.uri} (data: {command.data or 'synthetic smears'})")
     run = Run.open(store, command.settings, command.data)
     session = RaySession(run)
+    only_looks = command.dry_run or command.estimate
     context = Context(run, session, training=not command.dry_run and only != ("ingest",))
     failed = True
     try:
         if command.dry_run:
             dry_run(context)
-        for stage in () if command.dry_run else STAGES:
+        if command.estimate:
+            estimate(context, only)
+        for stage in () if only_looks else STAGES:
             if not stage.wanted(command.settings):
                 continue
             if only is None or stage.name in only:
@@ -80,7 +84,7 @@ def _run(command: Command, only: Sequence[str] | None) -> int:
         if failed:
             say("not finished: the same command goes on from here")
         run.close()
-    if command.dry_run:
+    if only_looks:
         return 0
     stage_table(run.stages)
     metrics = read_metrics(store) if only is None or "evaluate" in only else None

@@ -75,8 +75,10 @@ class Inspected:
         return sum(summary.tiles for _, summary in self.good)
 
 
-def look_at_slides(context: Context, store: Store, entries: Sequence[Entry], mark: str) -> Inspected:
-    """Find every slide and its tissue, and write its manifest."""
+def slides_to_cut(
+    context: Context, store: Store, entries: Sequence[Entry], mark: str
+) -> tuple[SlideTask, SlideData, list[SlideFiles]]:
+    """How slides are read, what the listing holds, and the slides with their splits. Nothing is opened yet."""
     run, settings = context.run, context.settings
     masks = open_store(settings.data.masks) if settings.data.masks else None
     found = find_slides(
@@ -86,7 +88,12 @@ def look_at_slides(context: Context, store: Store, entries: Sequence[Entry], mar
     _require_splits(context, store, slides)
     cache = SlideCache(Path(settings.data.cache or default_cache()), round(settings.data.cache_gb * GIB))
     mpps = _read_mpps(open_store_file(settings.data.mpps))
-    task = SlideTask(store, masks, run.store, settings.tiles, settings.data, cache, mark, mpps)
+    return SlideTask(store, masks, run.store, settings.tiles, settings.data, cache, mark, mpps), found, slides
+
+
+def look_at_slides(context: Context, store: Store, entries: Sequence[Entry], mark: str) -> Inspected:
+    """Find every slide and its tissue, and write its manifest."""
+    task, found, slides = slides_to_cut(context, store, entries, mark)
     context.ray.start()
     with context.bars() as shown:
         summaries = inspect_slides(task, slides, lambda done: shown.show("slides", done, len(slides)))

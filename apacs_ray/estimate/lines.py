@@ -1,0 +1,142 @@
+"""What each stage of a run will take, from measured seconds a tile: pure arithmetic.
+
+On CPUs, work is core-seconds: runs at the same time end no sooner than all their work fits on the cores. On GPUs, work
+is seconds of a whole device; a run with a share of one goes at that share of its speed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from apacs_ray.plan import NetworkPlan, TrainingPlan
+from apacs_ray.sweep import Sweep
+
+
+@dataclass(frozen=True)
+class Line:
+    """One stage: how many tiles (in training, one in each epoch of each network), and what they come to."""
+
+    stage: str
+    tiles: int
+    each: float  # s of a tile on its device
+    cpu_seconds: float
+    gpu_seconds: float
+    size: float  # bytes written
+    wall: float  # s
+
+    def times(self, factor: float) -> Line:
+        """The same work `factor` times, one after the other."""
+        return replace(
+            self,
+            tiles=round(self.tiles * factor),
+            cpu_seconds=self.cpu_seconds * factor,
+            gpu_seconds=self.gpu_seconds * factor,
+            wall=self.wall * factor,
+        )
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tiles by split, and the mean bytes of one as stored."""
+
+    train: int
+    val: int
+    test: int
+    size: float
+
+    @property
+    def all(self) -> int:
+        return self.train + self.val + self.test
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """What one tile costs in training, s: a step that learns from its crop, a look at it whole, and reading it."""
+
+    train: float
+    validate: float
+    load: float
+
+
+def tiling(tiles: Tiles, each: float, opening: float, cpus: float) -> Line:
+    """Ingest on all CPUs: `opening` core-seconds for all sources, then a tile a core in `each` s."""
+    work = opening + tiles.all * each
+    return Line("ingest", tiles.all, each, work, 0.0, tiles.all * tiles.size, work / cpus)
+
+
+def training(
+    stage: str, tiles: Tiles, epochs: int, seconds: Sequence[Seconds], plan: TrainingPlan, cpus: float, start: float
+) -> Line:
+    """Networks that learn for `epochs`; network i costs `seconds[i]` on one worker of its run.
+
+    `start`: s until a worker process is ready. Every run starts its workers and a controller, on cores that all share.
+    """
+    runs = plan.runs(seconds)
+    walls = [_run(tiles, epochs, group, network) for group, network in runs]
+    devices = [network.workers * (network.gpus or network.threads) for _, network in runs]
+    work = [wall * count for wall, count in zip(walls, devices, strict=True)]
+    on_gpus = any(network.gpus for _, network in runs)
+    at_once = plan.mode == "parallel"
+    wall = max(walls) if at_once else sum(walls)
+    if not on_gpus:
+        wall = max(wall, sum(work) / cpus)
+    reserved = sum(wall * network.workers * network.cpus for wall, (_, network) in zip(walls, runs, strict=True))
+    processes = sum(network.workers + 1 for _, network in runs)
+    starts = start * max(1 if at_once else len(runs), processes / cpus)
+    seen = tiles.train * epochs * len(seconds)
+    return Line(
+        stage,
+        seen,
+        sum(one.train for one in seconds) / len(seconds),
+        reserved if on_gpus else sum(work),
+        sum(work) if on_gpus else 0.0,
+        0.0,
+        starts + wall,
+    )
+
+
+def _run(tiles: Tiles, epochs: int, seconds: Sequence[Seconds], network: NetworkPlan) -> float:
+    """Seconds of one run: networks stepped one after the other on tiles that are read once for all of them."""
+    train, validate = (sum(getattr(one, what) for one in seconds) for what in ("train", "validate"))
+    load = seconds[0].load
+    if network.gpus:  # read on the side, at a share of the device's speed
+        train, validate = (max(each / network.gpus, load / max(1, network.data_tasks)) for each in (train, validate))
+    else:  # on the same cores
+        train, validate = train + load, validate + load
+    return epochs * (tiles.train * train + tiles.val * validate) / network.workers
+
+
+def pool(
+    stage: str, tiles: int, each: float, *, actors: int, gpus: float, threads: int, size: float, start: float
+) -> Line:
+    """Tiles through a pool of `actors`, a tile in `each` s on `gpus` or `threads` cores of each."""
+    work = tiles * each
+    wall = start + each * math.ceil(tiles / actors)
+    return Line(stage, tiles, each, work * threads, work * gpus, tiles * size, wall)
+
+
+def sweep(plan: Sweep, tiles: Tiles, seconds: Seconds, *, concurrency: int, network: NetworkPlan, start: float) -> Line:
+    """Trials that learn for an epoch or more each; every trial is a process of its own."""
+    epochs = sweep_epochs(plan)
+    each = _run(tiles, 1, [seconds], network)
+    work = epochs * each * network.workers
+    wall = (plan.trials * start + epochs * each) / concurrency
+    steps = round(epochs * tiles.train)
+    return Line("tune_fusion", steps, seconds.train, work * network.cpus, work * network.gpus, 0.0,
+                wall)  # fmt: skip
+
+
+def sweep_epochs(plan: Sweep) -> float:
+    """Epochs of all trials together. ASHA lets about one in `reduction_factor` go on at each rung, one at least."""
+    if plan.scheduler.kind != "async_hyperband":
+        return float(plan.trials * plan.epochs)
+    factor, rung = plan.scheduler.reduction_factor, min(plan.scheduler.grace_period, plan.epochs)
+    total, trials = float(plan.trials * rung), float(plan.trials)
+    while rung < plan.epochs:
+        following = min(math.ceil(rung * factor), plan.epochs)
+        trials = max(1.0, trials / factor)
+        total += trials * (following - rung)
+        rung = following
+    return total

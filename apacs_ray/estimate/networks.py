@@ -1,0 +1,198 @@
+"""Seconds a tile that networks take on this machine, from a step or two. No Ray here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from apacs_ray.estimate.lines import Seconds
+from apacs_ray.evaluation.predictions import predictions
+from apacs_ray.evaluation.tile_rows import tile_row
+from apacs_ray.inference import Predictor
+from apacs_ray.models.ensemble import Ensemble
+from apacs_ray.models.spec import MEMBERS, ModelSpec
+from apacs_ray.models.weights import build
+from apacs_ray.training.config import TrainConfig
+from apacs_ray.training.feed import decode_pixels
+from apacs_ray.training.loop import Trainer
+from apacs_ray.training.order import SampleRef
+from apacs_ray.training.samples import Sample, augment
+
+BACKWARD = 2  # times the cost of a forward pass
+CPU_BUDGET, GPU_BUDGET = 3e12, 2e14  # FLOPs of a measured step; of larger tiles a part is measured
+ASSUMED_GPU = 30e12  # FLOP/s of a GPU that is not there to be measured: what an L4 reaches in bfloat16, about
+SMALLEST = 64  # px
+REPETITIONS = 3
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class SampleTile:
+    """A stored tile, to decode and to judge."""
+
+    image: bytes
+    mask: bytes | None
+
+    def pixels(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+        """RGB (H, W, 3) and mask (H, W) in {0, 1}."""
+        rgb = decode_pixels(self.image)
+        mask = np.zeros(rgb.shape[:2], np.uint8) if self.mask is None else decode_pixels(self.mask).astype(np.uint8)
+        return rgb, mask
+
+
+@dataclass(frozen=True)
+class Training:
+    """A network to be trained: how, on crops of `crop` px (0: whole tiles), with `threads`, by `workers`."""
+
+    spec: ModelSpec
+    config: TrainConfig
+    crop: int
+    threads: int
+    workers: int
+
+
+@dataclass(frozen=True)
+class Inference:
+    """An ensemble to look at tiles: the members of `width`, and fusions by key."""
+
+    fusions: Mapping[str, ModelSpec]
+    width: float
+    threads: int
+    precision: str
+
+    @property
+    def members(self) -> list[ModelSpec]:
+        return [ModelSpec("member", name, width=self.width) for name in MEMBERS]
+
+
+@dataclass(frozen=True)
+class Times:
+    """What was asked for: a `Seconds` for each training; s a tile through the members, and through everything."""
+
+    trainings: list[Seconds]
+    members: float
+    everything: float
+
+
+def measure(tile: SampleTile, trainings: Sequence[Training], inference: Inference) -> Times:
+    """Take the steps on the device of this process."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    load = _seconds_to_load(tile)
+    return Times(
+        [_time_training(tile, training, load, device) for training in trainings],
+        *_time_inference(tile, inference, load, device),
+    )
+
+
+def assume(tile: SampleTile, trainings: Sequence[Training], inference: Inference) -> Times:
+    """The same for a GPU that is not there: from FLOPs; reading and judging are measured, here."""
+    load, judge = _seconds_to_load(tile), _seconds_to_judge(tile, inference)
+    whole = tile.pixels()[1].shape
+    seconds = []
+    for training in trainings:
+        forward = flops([training.spec], _cropped(whole, training.crop)) / ASSUMED_GPU
+        seconds.append(Seconds((1 + BACKWARD) * forward, flops([training.spec], whole) / ASSUMED_GPU, load))
+    members = flops(inference.members, whole) / ASSUMED_GPU
+    fusions = flops(list(inference.fusions.values()), whole) / ASSUMED_GPU
+    return Times(seconds, members + load, members + fusions + load + judge)
+
+
+def flops(specs: Sequence[ModelSpec], size: Size) -> int:
+    """Floating-point operations of one forward pass of networks on a tile, without doing it."""
+    total = 0
+    for spec in specs:
+        with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+            build(spec)(torch.empty((1, _channels(spec), *size)))
+        total += int(counter.get_total_flops())
+    return total
+
+
+def _channels(spec: ModelSpec) -> int:
+    return 3 + (len(spec.members) if spec.kind == "fusion" else 0)
+
+
+def _cropped(size: Size, crop: int) -> Size:
+    return (min(size[0], crop), min(size[1], crop)) if crop else size
+
+
+def _seconds_to_load(tile: SampleTile) -> float:
+    """Decoding, and the moves of augmentation."""
+    return _fastest(lambda: augment(*tile.pixels(), 1, crop=0, flips=True, turns=True))
+
+
+def _seconds_to_judge(tile: SampleTile, inference: Inference) -> float:
+    """Counting a tile's pixels and objects for all models."""
+    rgb, mask = tile.pixels()
+    truth = mask.astype(bool)
+    logits = dict.fromkeys((*MEMBERS, *inference.fusions), np.where(truth, 1.0, -1.0).astype(np.float32))
+    height, width = truth.shape
+    place = {"tile_id": "", "slide_id": "", "x": 0, "y": 0, "width": width, "height": height}
+    once = {"once_left": 0, "once_top": 0, "once_right": width, "once_bottom": height}
+    return _fastest(lambda: tile_row({**place, **once}, predictions(logits, rgb), truth, border=0, disputed=MEMBERS))
+
+
+def _time_training(tile: SampleTile, training: Training, load: float, device: torch.device) -> Seconds:
+    torch.set_num_threads(training.threads)
+    spec, batch = training.spec, training.config.micro_batch(training.workers)
+    whole = tile.pixels()[1].shape
+    rgb, mask = augment(*tile.pixels(), 1, crop=training.crop, flips=True, turns=True)
+    part = _part([spec], mask.shape, batch * (1 + BACKWARD), device)
+    inputs = np.concatenate([np.repeat(rgb[..., :1], _channels(spec) - 3, axis=2), rgb], axis=2)[: part[0], : part[1]]
+    refs = [SampleRef(0, "train", 0, row, 1 / batch, row) for row in range(batch)]
+    samples = [Sample(ref, "", inputs, mask[: part[0], : part[1]]) for ref in refs]
+    torch.manual_seed(0)
+    trainer = Trainer(build(spec), replace(training.config, epochs=1, batch_size=batch, accumulate=1), device=device)
+
+    def step() -> None:
+        trainer.history = ()
+        trainer.run(iter(samples), 1, lambda record, state: None)
+
+    a_tile = _fastest(step) / batch
+    train = a_tile * flops([spec], mask.shape) / flops([spec], part)
+    return Seconds(train, train * flops([spec], whole) / flops([spec], mask.shape) / (1 + BACKWARD), load)
+
+
+def _time_inference(tile: SampleTile, inference: Inference, load: float, device: torch.device) -> tuple[float, float]:
+    rgb, mask = tile.pixels()
+    judge = _seconds_to_judge(tile, inference)
+    members, fusions = inference.members, list(inference.fusions.values())
+    part = _part([*members, *fusions], mask.shape, 1, device)
+    seconds = []
+    for heads in ({}, inference.fusions):
+        specs = [*members, *heads.values()]
+        ensemble = Ensemble(
+            {name: build(spec) for name, spec in zip(MEMBERS, members, strict=True)},
+            {key: (spec, build(spec)) for key, spec in heads.items()},
+        )
+        predictor = Predictor(ensemble, threads=inference.threads, precision=inference.precision)
+        took = _fastest(partial(predictor.logits, rgb[: part[0], : part[1]]))
+        seconds.append(took * flops(specs, mask.shape) / flops(specs, part) + load)
+    return seconds[0], seconds[1] + judge
+
+
+def _fastest(work: Callable[[], object]) -> float:
+    """Seconds of the fastest of a few repetitions: the first allocates, and others use this machine as well."""
+    seconds = []
+    for _ in range(REPETITIONS):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def _part(specs: Sequence[ModelSpec], size: Size, times: int, device: torch.device) -> Size:
+    """The part of a tile that is small enough to go through the networks `times` over."""
+    budget = GPU_BUDGET if device.type == "cuda" else CPU_BUDGET
+    height, width = size
+    while min(height, width) > 2 * SMALLEST and times * flops(specs, (height, width)) > budget:
+        height, width = height // 2, width // 2
+    return height, width

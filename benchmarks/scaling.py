@@ -1,0 +1,159 @@
+"""Tiling on clusters of 1 and 2 nodes of a CPU each, against as many bare processes doing the same shards.
+
+Bare: processes of this machine that read, measure and encode the tiles of the shards and write them, one shard after
+the other. Ours: the same shards as tasks of Ray Data on raylets of one CPU, sent by a driver on the head, which has no
+CPU for tasks. Both read one local slide and write to one local folder. All take turns; what starts is not counted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from measure import Elsewhere, alternate, medians, options, show  # noqa: E402
+from ray_cluster import RayCluster  # noqa: E402
+from tiling import QUALITY, SHARD, TILE, fresh, write_slide  # noqa: E402
+
+from apacs_ray.settings import DataSettings, TilesSettings  # noqa: E402
+from apacs_ray.slides.cache import SlideCache  # noqa: E402
+from apacs_ray.slides.find import find_slides  # noqa: E402
+from apacs_ray.slides.plan import SlideSummary, SlideTask, inspect_slide  # noqa: E402
+from apacs_ray.slides.shards import SlideShard, write_slide_shard  # noqa: E402
+from apacs_ray.storage import open_store  # noqa: E402
+
+NODES = (1, 2)
+TIMES = 2  # the grid is gone over so often in one repetition
+
+
+def main() -> None:
+    parser = options(__doc__ or "", "a slide of 8000 x 8000 px, 3 repetitions")
+    parser.add_argument("--formats", default="tif,mrxs", help="of the slide")
+    arguments = parser.parse_args()
+    side = 8000 if arguments.quick else 20_000
+    rows = []
+    for kind in arguments.formats.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            data = Path(folder) / "data"
+            data.mkdir()
+            write_slide(data / f"slide.{kind}", side)
+            rows += _measure(kind, data, Path(folder), 3 if arguments.quick else 5)
+    show(f"cutting tiles of {TILE} px", rows, arguments.json)
+
+
+def _measure(kind: str, data: Path, folder: Path, repetitions: int) -> list[dict[str, object]]:
+    work = Work(data, folder / "out")
+    pools = {count: multiprocessing.get_context("spawn").Pool(count) for count in NODES}
+    clusters = {}
+    for count in NODES:
+        place = folder / f"cluster-{count}"
+        place.mkdir()
+        clusters[count] = RayCluster(place, head_cpus=0)
+        for _ in range(count):
+            clusters[count].add_node(cpus=1)
+    ways: dict[str, Callable[[], object]] = {}
+    drivers = []
+    try:
+        for count in NODES:
+            ways[f"bare {count}"] = partial(work.bare, pools[count])
+            drivers.append(
+                Elsewhere(partial(_driver, work, count), {**clusters[count].joined, "PYTHONPATH": str(ROOT)})
+            )
+            ways[f"ours {count}"] = drivers[-1]
+        seconds = medians(alternate(ways, repetitions))
+    finally:
+        for driver in drivers:
+            driver.end()
+        for cluster in clusters.values():
+            cluster.stop()
+        for pool in pools.values():
+            pool.terminate()
+    rates = {name: work.tiles / value for name, value in seconds.items()}
+    return [
+        {
+            "slide": kind,
+            "nodes": count,
+            "bare_tiles_per_s": rates[f"bare {count}"],
+            "ours_tiles_per_s": rates[f"ours {count}"],
+            "ratio": rates[f"ours {count}"] / rates[f"bare {count}"],
+            "speed_up": rates[f"ours {count}"] / rates["ours 1"],
+            "bare_speed_up": rates[f"bare {count}"] / rates["bare 1"],
+        }
+        for count in NODES
+    ]
+
+
+class Work:
+    """The shards of one slide, to be written anew in every repetition."""
+
+    def __init__(self, data: Path, output: Path) -> None:
+        store = open_store(str(data))
+        (slide,) = find_slides(store.list()).slides
+        settings = TilesSettings(size=TILE, quality=QUALITY, shard=SHARD, min_tissue=0.0, last="drop")
+        cache = SlideCache(output / "cache", 1 << 40)
+        self._output = output
+        self._base = SlideTask(store, None, open_store(str(output)), settings, DataSettings(), cache, "0" * 16)
+        self.summary = inspect_slide(self._base, 0, slide)
+        starts = [*range(0, self.summary.tiles, SHARD)] * TIMES
+        self.shards = [
+            SlideShard("train", number, 0, tuple(range(start, min(start + SHARD, self.summary.tiles))))
+            for number, start in enumerate(starts)
+        ]
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of one repetition."""
+        return self.summary.tiles * TIMES
+
+    def fresh(self, marks: Iterator[int]) -> SlideTask:
+        """A task under which nothing is written yet."""
+        shutil.rmtree(self._output / "tiles", ignore_errors=True)
+        return fresh(self._base, next(marks))
+
+    def bare(self, pool: multiprocessing.pool.Pool) -> None:
+        """In processes, whoever is free takes the next shard."""
+        task = self.fresh(BARE)
+        written = pool.imap_unordered(partial(_write, task, self.summary), self.shards)
+        if sum(written) != self.tiles:
+            raise SystemExit("tiles were lost")
+
+
+BARE = itertools.count(2)
+
+
+def _write(task: SlideTask, summary: SlideSummary, shard: SlideShard) -> int:
+    return write_slide_shard(task, summary, shard).rows_out
+
+
+def _driver(work: Work, nodes: int) -> Callable[[], object]:
+    """A driver on the cluster of this process's environment."""
+    from apacs_ray.adapters.session import prepare_ray
+
+    prepare_ray()
+    import ray
+
+    from apacs_ray.adapters.slides import write_slide_shards
+
+    ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR")
+    marks = itertools.count(nodes * 1_000_000)
+
+    def cut() -> int:
+        receipts = write_slide_shards(work.fresh(marks), [work.summary], work.shards, lambda done: None)
+        if sum(receipt.rows_out for receipt in receipts) != work.tiles:
+            raise SystemExit("tiles were lost")
+        return len(receipts)
+
+    return cut
+
+
+if __name__ == "__main__":
+    main()

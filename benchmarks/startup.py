@@ -1,0 +1,161 @@
+"""How long a run takes to begin, started here and submitted as a job, and what a job costs the head in memory.
+
+Begun: seconds from the command to the first line it prints, to the first shard of tiles and to the first training
+step. The default run's data (smears rendered beforehand, so that ingest begins with cutting), networks of a tenth of
+the width. Job: on a cluster whose head has no CPU for tasks and whose two nodes have one each. Memory: resident, of the
+head's processes and the job's driver, looked at twice a second.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from jobs import Job  # noqa: E402
+from measure import options, show  # noqa: E402
+from ray_cluster import RayCluster, processes  # noqa: E402
+from runs import start  # noqa: E402
+
+from apacs_ray.data.synthetic import slide_specs  # noqa: E402
+from apacs_ray.slides.smears import write_smear  # noqa: E402
+from apacs_ray.storage import LocalStore  # noqa: E402
+
+SETTINGS = [
+    "--tiles.size", "512", "--tiles.shard", "8",
+    "--members.width", "0.1", "--members.epochs", "2", "--members.crop", "256", "--members.batch_size", "2",
+    "--fusion.epochs", "2", "--fusion.crop", "256", "--fusion.batch_size", "2",
+    "--tune.config", "tune_configs/smoke.yaml",
+]  # fmt: skip
+PARTS = {"gcs": "gcs_server", "raylet": "/raylet ", "dashboard": "dashboard/", "driver": "pipelines/full.py"}
+
+
+def main() -> None:
+    arguments = options(__doc__ or "", "one repetition").parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "smears"
+        for number, spec in enumerate(slide_specs(0, 2560, 2048, train=3, test=2)):
+            write_smear(LocalStore(str(data)), spec, number)
+        runs = [_here(data, Path(folder) / f"here-{number}") for number in range(1 if arguments.quick else 3)]
+        rows.append({"way": "python pipelines/full.py", **_middle(runs)})
+        jobs, memory = [], {}
+        for number in range(1 if arguments.quick else 3):
+            times, memory = _submitted(data, Path(folder) / f"job-{number}")
+            jobs.append(times)
+        rows.append({"way": "ray job submit", **_middle(jobs)})
+        show("seconds until a run begins", rows, arguments.json)
+        show("memory of the head over a job, MB", memory_rows(memory), None)
+        if arguments.json:
+            arguments.json.write_text(json.dumps({"begins": rows, "head_MB": memory}, indent=1))
+
+
+def _middle(runs: list[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+
+
+def _here(data: Path, output: Path) -> dict[str, float]:
+    """A run on this machine, ended when it has trained an epoch."""
+    began = time.time()
+    process = start("--data", str(data), "--output", str(output), *SETTINGS)
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        said = time.time()
+        threading.Thread(target=process.stdout.read, daemon=True).start()
+        times = {"first_line_s": said - began, **_milestones(output, began, lambda: process.poll() is None)}
+    finally:
+        process.terminate()
+        process.wait()
+        shutil.rmtree(output, ignore_errors=True)
+    return times
+
+
+def _submitted(data: Path, folder: Path) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """The same as a job, to its end; and the head's memory by part: MB, one figure a look."""
+    folder.mkdir()
+    cluster = RayCluster(folder, head_cpus=0)
+    try:
+        for _ in range(2):
+            cluster.add_node(cpus=1)
+        memory: dict[str, list[float]] = defaultdict(list)
+        ended = threading.Event()
+        watcher = threading.Thread(target=_watch, args=(cluster, memory, ended), daemon=True)
+        watcher.start()
+        began = time.time()
+        job = Job(cluster, "pipelines/full.py", "--data", str(data), "--output", str(folder / "run"), *SETTINGS)
+        submitted = time.time()
+        times = {"submitted_s": submitted - began, **_milestones(folder / "run", began, lambda: True)}
+        status = job.end()
+        if status != "SUCCEEDED":
+            raise SystemExit(f"the job ended as {status}:\n{job.logs()}")
+        ended.set()
+        watcher.join()
+        return times, dict(memory)
+    finally:
+        cluster.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _milestones(output: Path, began: float, goes_on: Callable[[], bool]) -> dict[str, float]:
+    """Seconds since `began` until the first shard and until the first training step."""
+    shard = _first(output, "tiles/split=*/*.parquet", goes_on).stat().st_mtime
+    state = _first(output, "members/*/.state-*/attempt-*/epoch_00000/state.json", goes_on)
+    time.sleep(0.2)  # it is written at once, but the metadata of the folder may come later
+    (record,) = json.loads(state.read_text())["history"]
+    return {"first_shard_s": shard - began, "first_step_s": state.stat().st_mtime - record["seconds"] - began}
+
+
+def _first(output: Path, pattern: str, goes_on: Callable[[], bool]) -> Path:
+    while not (found := sorted(output.glob(pattern), key=lambda path: path.stat().st_mtime)):
+        if not goes_on():
+            raise SystemExit(f"the run ended before there was {pattern}")
+        time.sleep(0.02)
+    return found[0]
+
+
+def _watch(cluster: RayCluster, memory: dict[str, list[float]], ended: threading.Event) -> None:
+    """Resident memory of the head's processes, MB, by part; the driver, which Ray starts apart, by its command."""
+    while not ended.wait(0.5):
+        sums = dict.fromkeys([*PARTS, "other"], 0.0)
+        found = dict(processes(cluster.head))
+        for pid in subprocess.run(["pgrep", "-f", "pipelines/full.py"], capture_output=True, text=True).stdout.split():
+            found.setdefault(int(pid), "pipelines/full.py")
+        for pid, title in found.items():
+            part = next((name for name, word in PARTS.items() if word in title), "other")
+            sums[part] += _resident(pid)
+        for name, value in sums.items():
+            memory[name].append(value)
+
+
+def _resident(pid: int) -> float:
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    except OSError:  # it has ended meanwhile
+        return 0.0
+    return pages * 4096 / 1e6
+
+
+def memory_rows(memory: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """Before the job's driver stands, a third through, at the end, and at most."""
+    totals = [sum(values) for values in zip(*memory.values(), strict=True)]
+    return [
+        {"part": name, "start": values[0], "third": values[len(values) // 3], "end": values[-1], "most": max(values)}
+        for name, values in [*memory.items(), ("in all", totals)]
+    ]
+
+
+if __name__ == "__main__":
+    main()

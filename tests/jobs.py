@@ -1,0 +1,51 @@
+"""Pipeline scripts as jobs on a cluster of a test's own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+from ray_cluster import RAY, RayCluster
+from runs import PATIENCE, ROOT, T
+
+ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+class Job:
+    """A pipeline script as a job on a cluster."""
+
+    def __init__(self, cluster: RayCluster, script: str, *argv: str) -> None:
+        self._cluster = cluster
+        told = self._ray("submit", "--no-wait", "--working-dir", str(ROOT), "--", sys.executable, script, *argv)
+        self.id = told.partition("Job '")[2].partition("'")[0]
+
+    def status(self) -> str:
+        """As in `SUCCEEDED`."""
+        listed = self._ray("list")
+        _, _, rest = listed.partition(f"submission_id='{self.id}'")
+        return rest.partition("<JobStatus.")[2].partition(":")[0]
+
+    def logs(self) -> str:
+        return self._ray("logs", self.id)
+
+    def stop(self) -> None:
+        self._ray("stop", self.id)
+
+    def until(self, reached: Callable[[], T]) -> T:
+        """Wait until `reached` says something true, and return it."""
+        deadline = time.monotonic() + PATIENCE
+        while not (found := reached()):
+            assert time.monotonic() < deadline, self.logs()[-2000:]
+            time.sleep(0.2)
+        return found
+
+    def end(self) -> str:
+        """Wait for the end; its status."""
+        self.until(lambda: self.status() in ENDED)
+        return self.status()
+
+    def _ray(self, *argv: str) -> str:
+        done = subprocess.run([*RAY, "job", *argv], env=self._cluster.env, capture_output=True, text=True, check=True)
+        return done.stdout
