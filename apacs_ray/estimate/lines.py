@@ -1,7 +1,8 @@
 """What each stage of a run will take, from measured seconds a tile: pure arithmetic.
 
 On CPUs, work is core-seconds: runs at the same time end no sooner than all their work fits on the cores. On GPUs, work
-is seconds of a whole device; a run with a share of one goes at that share of its speed.
+is seconds of a whole device; a run with a share of one goes at that share of its speed. What Ray takes to start things
+is told in constants: small runs on two cores were measured.
 """
 
 from __future__ import annotations
@@ -12,6 +13,12 @@ from dataclasses import dataclass, replace
 
 from apacs_ray.plan import NetworkPlan, TrainingPlan
 from apacs_ray.sweep import Sweep
+
+# s of Ray's own, of a core where cores share them
+RUN, RUN_AT_LEAST = 50.0, 15.0  # each run of Ray Train; with any number of cores
+SWEEP, TRIAL = 10.0, 8.0  # Ray Tune, and each of its trials
+POOL = 8.0  # a pool of actors on Ray Data
+REPORT = 20.0  # intervals, figures, and an actor that draws tiles
 
 
 @dataclass(frozen=True)
@@ -67,12 +74,9 @@ def tiling(tiles: Tiles, each: float, opening: float, cpus: float) -> Line:
 
 
 def training(
-    stage: str, tiles: Tiles, epochs: int, seconds: Sequence[Seconds], plan: TrainingPlan, cpus: float, start: float
+    stage: str, tiles: Tiles, epochs: int, seconds: Sequence[Seconds], plan: TrainingPlan, cpus: float
 ) -> Line:
-    """Networks that learn for `epochs`; network i costs `seconds[i]` on one worker of its run.
-
-    `start`: s until a worker process is ready. Every run starts its workers and a controller, on cores that all share.
-    """
+    """Networks that learn for `epochs`; network i costs `seconds[i]` on one worker of its run."""
     runs = plan.runs(seconds)
     walls = [_run(tiles, epochs, group, network) for group, network in runs]
     devices = [network.workers * (network.gpus or network.threads) for _, network in runs]
@@ -83,8 +87,7 @@ def training(
     if not on_gpus:
         wall = max(wall, sum(work) / cpus)
     reserved = sum(wall * network.workers * network.cpus for wall, (_, network) in zip(walls, runs, strict=True))
-    processes = sum(network.workers + 1 for _, network in runs)
-    starts = start * max(1 if at_once else len(runs), processes / cpus)
+    starts = max(RUN_AT_LEAST * (1 if at_once else len(runs)), RUN * len(runs) / cpus)
     seen = tiles.train * epochs * len(seconds)
     return Line(
         stage,
@@ -109,20 +112,27 @@ def _run(tiles: Tiles, epochs: int, seconds: Sequence[Seconds], network: Network
 
 
 def pool(
-    stage: str, tiles: int, each: float, *, actors: int, gpus: float, threads: int, size: float, start: float
+    stage: str,
+    tiles: int,
+    each: float,
+    *,
+    actors: int,
+    gpus: float,
+    threads: int,
+    size: float,
 ) -> Line:
     """Tiles through a pool of `actors`, a tile in `each` s on `gpus` or `threads` cores of each."""
     work = tiles * each
-    wall = start + each * math.ceil(tiles / actors)
+    wall = POOL + each * math.ceil(tiles / actors)
     return Line(stage, tiles, each, work * threads, work * gpus, tiles * size, wall)
 
 
-def sweep(plan: Sweep, tiles: Tiles, seconds: Seconds, *, concurrency: int, network: NetworkPlan, start: float) -> Line:
+def sweep(plan: Sweep, tiles: Tiles, seconds: Seconds, *, concurrency: int, network: NetworkPlan) -> Line:
     """Trials that learn for an epoch or more each; every trial is a process of its own."""
     epochs = sweep_epochs(plan)
     each = _run(tiles, 1, [seconds], network)
     work = epochs * each * network.workers
-    wall = (plan.trials * start + epochs * each) / concurrency
+    wall = SWEEP + (plan.trials * TRIAL + epochs * each) / concurrency
     steps = round(epochs * tiles.train)
     return Line("tune_fusion", steps, seconds.train, work * network.cpus, work * network.gpus, 0.0,
                 wall)  # fmt: skip

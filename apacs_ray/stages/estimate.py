@@ -18,7 +18,7 @@ from apacs_ray.console import cell, console, say
 from apacs_ray.data.folder import Pair, find_pairs
 from apacs_ray.errors import ApacsError
 from apacs_ray.estimate.cutting import PAIRS, SLIDES, cut_pairs, cut_slides, spread
-from apacs_ray.estimate.lines import Line, Seconds, Tiles, pool, sweep, tiling, training
+from apacs_ray.estimate.lines import REPORT, Line, Seconds, Tiles, pool, sweep, tiling, training
 from apacs_ray.estimate.networks import ASSUMED_GPU, Inference, SampleTile, Times, Training, assume, measure
 from apacs_ray.models.spec import MEMBERS, ModelSpec, fusion_spec
 from apacs_ray.plan import Cluster, NetworkPlan, TrainingPlan, plan_training, plan_trials
@@ -83,7 +83,7 @@ def _look_at_data(context: Context, cluster: Cluster) -> tuple[Tiles, SampleTile
         listed, chosen, cut = slides, few, partial(cut_slides, task, few)
     if not listed:
         raise ApacsError(f"{store.uri}: nothing to cut")
-    sample, _ = measured(cut, cpus=min(1.0, cluster.cpus), gpus=0)
+    sample = measured(cut, cpus=min(1.0, cluster.cpus), gpus=0)
     if sample.cut.tile is None:
         raise ApacsError(f"{store.uri}: none of the {len(chosen)} that were tried gives a tile; --dry-run says why")
     count = _count(listed, chosen, sample.tiles, settings.data.val_fraction)
@@ -168,16 +168,15 @@ class _Networks:
         if not self._settings.fusion.from_best:
             return []
         seconds = self._times.trainings[-1]
-        start = self._start
-        return [sweep(self._sweep, self._tiles, seconds, concurrency=self._trials, network=self._trial, start=start)]
+        return [sweep(self._sweep, self._tiles, seconds, concurrency=self._trials, network=self._trial)]
 
     def evaluation(self) -> Line:
-        """Everything on the test tiles; the process that draws pictures starts after that."""
+        """Everything on the test tiles, and the report."""
         line = self._pooled("evaluate", self._tiles.test, self._times.everything, size=0.0)
-        return replace(line, wall=line.wall + self._start)
+        return replace(line, wall=line.wall + REPORT)
 
     @cached_property
-    def _measured(self) -> tuple[Times, float]:
+    def _times(self) -> Times:
         trainings = [
             *self._trainings(self._member_specs, self._member_plan),
             *self._trainings(self._fusion_specs, self._fusion_plan),
@@ -189,15 +188,6 @@ class _Networks:
         work = partial(assume if self.assumed else measure, self._tile, trainings, inference)
         gpus = 1.0 if self._cluster.gpus and not self.assumed else 0.0
         return measured(work, cpus=min(1.0, self._cluster.cpus), gpus=gpus)
-
-    @property
-    def _times(self) -> Times:
-        return self._measured[0]
-
-    @property
-    def _start(self) -> float:
-        """Seconds until a worker process is ready."""
-        return self._measured[1]
 
     def _plan(self, specs: Sequence[ModelSpec], mode: str) -> TrainingPlan:
         how = self._settings.members if specs is self._member_specs else self._settings.fusion
@@ -217,13 +207,19 @@ class _Networks:
         how = self._settings.members if first == 0 else self._settings.fusion
         count = len(MEMBERS) if first == 0 else len(self._fusion_specs)
         seconds: Sequence[Seconds] = self._times.trainings[first : first + count]
-        return training(stage, self._tiles, how.epochs, seconds, plan, self._cluster.cpus, self._start)
+        return training(stage, self._tiles, how.epochs, seconds, plan, self._cluster.cpus)
 
     def _pooled(self, stage: str, tiles: int, each: float, *, size: float) -> Line:
         plan = plan_pool(self._cluster, math.ceil(tiles / self._settings.tiles.shard))
-        threads = self._settings.evaluate.threads
-        starts = self._start * max(1.0, plan.actors / self._cluster.cpus)
-        return pool(stage, tiles, each, actors=plan.actors, gpus=plan.gpus, threads=threads, size=size, start=starts)
+        return pool(
+            stage,
+            tiles,
+            each,
+            actors=plan.actors,
+            gpus=plan.gpus,
+            threads=self._settings.evaluate.threads,
+            size=size,
+        )
 
 
 def _plan_trials(plan: Sweep, settings: Settings, cluster: Cluster) -> tuple[NetworkPlan, int]:
