@@ -8,9 +8,10 @@ loaded.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from apacs_ray.storage import SMALL, Store
 from apacs_ray.training.record import EpochRecord, score
 
 STATE = "state.json"
-FILES = ("model.safetensors", "optimizer.safetensors")  # and never what a `state.json` may name beside them
+MODEL = "model.safetensors"
+FILES = (MODEL, "optimizer.safetensors")  # and never what a `state.json` may name beside them
 PATIENCE = 600.0  # s that a store in trouble gets to recover
 _EPOCH = re.compile(r".*/attempt-\d+/epoch_\d+(_step_\d+)?(?=/)")
 
@@ -64,7 +66,7 @@ def complete_checkpoints(store: Store, folder: str) -> list[Checkpoint]:
 
 
 def keep_checkpoint(store: Store, folder: str, attempt: int, local: Path) -> None:
-    """Put the checkpoint in a local folder into the run, and delete all but the newest and the best there.
+    """Put the checkpoint in a local folder into the run, and delete all others but the best there.
 
     `state.json` goes last. A store that is in trouble is given `PATIENCE` seconds to recover: what is trained is not
     lost for that. Raises ApacsError.
@@ -75,9 +77,8 @@ def keep_checkpoint(store: Store, folder: str, attempt: int, local: Path) -> Non
     store = store.with_patience(PATIENCE)
     for name in (*FILES, STATE):
         store.upload(f"{path}/{name}", local / name)
-    complete = complete_checkpoints(store, folder)
-    best = best_checkpoint(complete)
-    kept = {complete[-1].path} | ({best.path} if best else set())
+    best = best_checkpoint(complete_checkpoints(store, folder))
+    kept = {path} | ({best.path} if best else set())
     epochs = {match[0] for entry in store.list(folder) if (match := _EPOCH.match(entry.path))}
     for other in epochs - kept:
         store.delete_folder(other)
@@ -87,6 +88,17 @@ def best_checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint | None:
     """The highest validation Dice; the earlier epoch of equals. None when no epoch has ended."""
     whole = [checkpoint for checkpoint in checkpoints if checkpoint.whole]
     return max(whole, key=lambda checkpoint: score(checkpoint.record), default=None)
+
+
+def best_weights(store: Store, checkpoints: Sequence[Checkpoint]) -> tuple[Checkpoint, bytes] | None:
+    """The best checkpoint whose weights are whole, and these; None when there is none."""
+    left = list(checkpoints)
+    while (best := best_checkpoint(left)) is not None:
+        weights = store.read(f"{best.path}/{MODEL}")
+        if hashlib.sha256(weights).hexdigest() == best.state["files"][MODEL]["sha256"]:
+            return best, weights
+        left.remove(best)
+    return None
 
 
 def fetch(store: Store, checkpoint: Checkpoint, into: Path) -> None:

@@ -7,6 +7,7 @@ readable line that names the key and exit status 2, before anything starts.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import typing
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from pydantic.fields import FieldInfo
 
 from apacs_ray.clean import uri_defect
 from apacs_ray.errors import UsageError
-from apacs_ray.settings import Settings
+from apacs_ray.settings import Settings, TuneSettings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LARGEST_YAML = 1 << 20  # bytes
@@ -54,6 +55,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -89,6 +92,8 @@ def parse(argv: Sequence[str], program: str, summary: str) -> Command:
     for section, tree in settings.model_dump().items():
         for key, value in tree.items():
             _require_open(f"{section}.{key}", value)
+    if settings.fusion.from_best:
+        _require_sweep(settings.tune)
     return Command(data, output or default_output(data), settings, dry_run, estimate)
 
 
@@ -96,6 +101,20 @@ def _require_open(key: str, value: Any) -> None:
     """Raise UsageError for a URI with a secret in it: what is given here is printed and kept."""
     if isinstance(value, str) and (defect := uri_defect(value)) is not None:
         raise UsageError(f"{key}: {defect}")
+
+
+def _require_sweep(tune: TuneSettings) -> None:
+    """Raise UsageError for a sweep that cannot run, which would be found when the members are trained, hours later."""
+    from apacs_ray.sweep import read_sweep  # which reads its file by this module
+
+    if not tune.model_fields_set and not (REPOSITORY / tune.config).is_file():
+        return  # the doctor of an installed package: the sweeps stay in the repository, as the scripts do
+    try:
+        sweep = read_sweep(tune.config)
+    except UsageError as error:
+        raise UsageError(f"tune.config: {error}") from error
+    if sweep.searcher == "optuna" and importlib.util.find_spec("optuna") is None:
+        raise UsageError(f"tune.config: {tune.config}: searcher optuna needs the package: pip install '.[optuna]'")
 
 
 def default_output(data: str | None) -> str:

@@ -15,6 +15,10 @@ class StoreTroubleError(ApacsError):
     """A store does not answer as it should, after several attempts; later it may."""
 
 
+class TrainingError(ApacsError):
+    """Training cannot go on, and all its workers have found so."""
+
+
 class UsageError(ApacsError):
     """The command or its settings cannot be carried out as given; nothing was started."""
 

@@ -38,7 +38,9 @@ class Predictor:
     @torch.inference_mode()
     def logits(self, rgb: npt.NDArray[np.uint8]) -> dict[str, Array]:
         """Logits (H, W) float32 of every network for one tile (H, W, 3) uint8."""
-        pixels = torch.from_numpy(np.array(rgb)).to(self._device)  # a copy: decoded pictures are read-only
+        pixels = torch.from_numpy(np.array(rgb))  # a copy: decoded pictures are read-only
+        if self._device.type == "cuda":
+            pixels = pixels.pin_memory().to(self._device, non_blocking=True)
         image = pixels.permute(2, 0, 1)[None].float() / 255  # channels_last, as pictures are stored
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half):
             outputs = self._ensemble(image)

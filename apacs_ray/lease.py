@@ -35,7 +35,11 @@ class LeaseHeld(ApacsError):
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a run, as written in the lock."""
+    """Who holds a run, as written in the lock.
+
+    `start_ticks` tells its process from a later one of the same `pid`, which counts in `pid_namespace` only. Both are
+    None where there is no Linux, and in locks of earlier versions: such an owner is known by its heartbeat alone.
+    """
 
     owner: str
     host: str
@@ -44,11 +48,30 @@ class Holder:
     started: float
     heartbeat: float
     ray_session: str | None = None
+    pid_namespace: str | None = None
+    start_ticks: int | None = None
+
+    @classmethod
+    def myself(cls) -> Holder:
+        """This process, from now on."""
+        now, pid = time.time(), os.getpid()
+        return cls(
+            owner=uuid.uuid4().hex,
+            host=socket.gethostname(),
+            boot=_boot_id(),
+            pid=pid,
+            started=now,
+            heartbeat=now,
+            pid_namespace=_pid_namespace(),
+            start_ticks=_start_ticks(pid),
+        )
 
     def is_dead_here(self) -> bool:
-        """True when the owner ran on this machine and its process is gone."""
-        same_machine = (self.host, self.boot) == (socket.gethostname(), _boot_id())
-        return same_machine and not _process_alive(self.pid, self.started)
+        """True when the owner ran on this machine, where its pid is one of ours, and its process is gone."""
+        if self.pid_namespace is None or self.start_ticks is None:
+            return False
+        here = (socket.gethostname(), _boot_id(), _pid_namespace())
+        return (self.host, self.boot, self.pid_namespace) == here and _start_ticks(self.pid) != self.start_ticks
 
     def describe(self) -> str:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.started))
@@ -72,15 +95,14 @@ class Lease:
     @classmethod
     def acquire(cls, store: Store) -> Lease:
         """Take the run at `store`. Raises LeaseHeld naming the holder."""
-        now = time.time()
-        mine = Holder(uuid.uuid4().hex, socket.gethostname(), _boot_id(), os.getpid(), _process_start(os.getpid()), now)
+        mine = Holder.myself()
         try:
             return cls(store, mine, store.create(LOCK, _encode(mine)))
         except Conflict:
-            version = store.version(LOCK)
-        if version is None:  # released in between
+            found = _look(store)
+        if found is None:  # released in between
             return cls.acquire(store)
-        other = _decode(store.read(LOCK))
+        other, version = found
         if not other.is_dead_here() and not _silent(store, other, version):
             raise LeaseHeld(f"{store.uri}: held by {other.describe()}; wait until it ends, or choose another --output")
         if other.is_dead_here() and other.ray_session:
@@ -141,12 +163,21 @@ class Lease:
                 self._version = store.replace(LOCK, _encode(holder), self._version)
                 self._holder = holder
             except Conflict:
-                version = store.version(LOCK)
-                if version is not None and _decode(store.read(LOCK)).owner == self.owner:
-                    self._version = version  # our own write of a beat that seemed to fail
+                found = _look(store)
+                if found is not None and found[0].owner == self.owner:
+                    self._version = found[1]  # our own write of a beat that seemed to fail
                     return
                 self._lost = "its heartbeat found another owner's lock"
                 self._stop.set()
+
+
+def _look(store: Store) -> tuple[Holder, str] | None:
+    """Who holds the run and the lock's version; None when nobody does. The content may be newer, never older."""
+    version = store.version(LOCK)
+    try:
+        return None if version is None else (_decode(store.read(LOCK)), version)
+    except FileNotFoundError:
+        return None
 
 
 def _silent(store: Store, other: Holder, version: str) -> bool:
@@ -177,20 +208,22 @@ def _boot_id() -> str:
     return path.read_text().strip() if path.exists() else ""
 
 
-def _process_start(pid: int) -> float:
-    """Unix time at which the process began, to tell it from a later one of the same number."""
+def _pid_namespace() -> str | None:
+    """In which pids are counted: containers on their host's network share its name and boot, but not its pids."""
     try:
-        return Path(f"/proc/{pid}").stat().st_ctime
-    except FileNotFoundError:
-        return 0.0
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
 
 
-def _process_alive(pid: int, started: float) -> bool:
+def _start_ticks(pid: int) -> int | None:
+    """Clock ticks between the boot and the start of a process, by field 22 of its stat; None when it is gone."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        content = Path(f"/proc/{pid}/stat").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state not in "ZX" and abs(_process_start(pid) - started) < 2
+        return None
+    fields = content.rpartition(b")")[2].split()  # from the third on: the name before may hold anything
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
 def _await_orphans(ray_session: str) -> None:

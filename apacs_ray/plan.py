@@ -7,6 +7,7 @@ for it with its own, and they run on its node: whoever has a worker can decode, 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,12 @@ class Cluster:
     nodes: int
     node_cpus: float
     gpu_cpus: float = 0.0  # CPUs for each GPU
+    plain_cpus: float = 0.0  # of nodes without GPUs
+
+    @property
+    def tiling_cpus(self) -> float:
+        """CPUs for work that needs no GPU: nodes with one are left alone while there are others."""
+        return self.plain_cpus or self.cpus
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,8 @@ def cluster_of(alive: Sequence[Nodes], startable: Sequence[Nodes]) -> Cluster:
         count = max(count, sum(nodes.count for nodes in training))
         node_cpus = min([node_cpus, *(nodes.cpus for nodes in training)])
         gpu_cpus = min([gpu_cpus, *(nodes.cpus / nodes.gpus for nodes in training if gpus)])
-    return Cluster(cpus or 1.0, gpus, count, min(node_cpus, cpus or 1.0), gpu_cpus if gpus else 0.0)
+    plain_cpus = max(sum(nodes.cpus * nodes.count for nodes in group if not nodes.gpus) for group in (alive, planned))
+    return Cluster(cpus or 1.0, gpus, count, min(node_cpus, cpus or 1.0), gpu_cpus if gpus else 0.0, plain_cpus)
 
 
 @dataclass(frozen=True)
@@ -138,32 +146,37 @@ def plan_training(
 
 
 def plan_trials(
-    cluster: Cluster, *, workers: int, cpu: float, gpu: float, batch_size: int, concurrency: int = 0
+    cluster: Cluster, *, workers: int, cpu: float, gpu: float, batch_size: int, trials: int, concurrency: int = 0
 ) -> tuple[NetworkPlan, int]:
-    """Resources of a trial that trains with `workers` DDP workers, and how many such trials may run at a time.
+    """Resources of each worker of a trial, and how many of `trials` may run at a time.
 
-    Trials start their workers one after the other: more trials than fit would wait for each other forever. Workers
-    decode for themselves, as Ray Data would heed what trials that were stopped had reserved for minutes after.
+    A trial of one worker is a process of Ray Tune's own. One of several starts them with Ray Train, one after the
+    other: more such trials than fit would wait for each other forever. Their workers decode for themselves, as Ray Data
+    would heed what trials that were stopped had reserved for minutes after. A worker lies on one node and one GPU;
+    where it asks for more CPUs than a node has, it gets those. Raises ApacsError when the GPUs are too few.
     """
     workers = min(workers, batch_size)
     gpu = gpu if cluster.gpus else 0.0
-    spare = 0.05 * cluster.cpus  # for the processes that start the workers
-    cpu = min(cpu, _floor((cluster.cpus - spare) / workers))
-    fit = math.floor((cluster.cpus - spare) / (workers * cpu) + 1e-9)
+    if workers == 1:
+        cpu = min(cpu, cluster.node_cpus)
+        places = math.floor(cluster.cpus / cpu + 1e-9)
+    else:
+        node_cpus = 0.95 * cluster.node_cpus  # the rest is for the processes that start workers
+        cpu = min(cpu, _floor(node_cpus / math.ceil(workers / cluster.nodes)))
+        places = cluster.nodes * math.floor(node_cpus / cpu + 1e-9)
     if gpu:
-        fit = min(fit, math.floor(cluster.gpus / (workers * gpu) + 1e-9))
-        if not fit:
-            asked = f"{workers * gpu:g} of {cluster.gpus:g} GPUs"
-            raise ApacsError(f"tune.config: a trial of {workers} workers asks for {asked}")
-    trials = max(1, min(fit, concurrency or fit))
-    threads = max(1, int(min(cpu, cluster.node_cpus)))
-    return NetworkPlan("fusion", workers, cpu, gpu, threads, 0), trials
+        places = min(places, math.floor(cluster.gpus) * math.floor(1 / gpu + 1e-9))
+    if places < workers:
+        asked = f"{workers} workers with {gpu:g} GPU each"
+        raise ApacsError(f"tune.config: a trial asks for {asked}; the cluster's {cluster.gpus:g} GPUs hold {places}")
+    at_once = max(1, min(places // workers, trials, concurrency or trials))
+    return NetworkPlan("fusion", workers, cpu, gpu, max(1, int(cpu)), 0), at_once
 
 
 def _on_gpus(
     names: Sequence[str], gpus: int, cluster: Cluster, workers: int, batch_size: int
 ) -> tuple[NetworkPlan, ...]:
-    shares = _gpu_shares(names, gpus)
+    shares = _gpu_shares(names, gpus, batch_size)
     if workers:
         shares = {name: (workers, _gpu_share(workers * len(names), gpus)) for name in names}
     plans = []
@@ -173,31 +186,32 @@ def _on_gpus(
     return tuple(plans)
 
 
-def _gpu_shares(names: Sequence[str], gpus: int) -> dict[str, tuple[int, float]]:
-    """Workers and GPUs a worker for each network: whole GPUs by cost, or FCN-32 on the side of a larger member."""
-    if len(names) == 1:
-        return {names[0]: (gpus, 1.0)}
-    if gpus == 1:
-        return {name: (1, _gpu_share(len(names), gpus)) for name in names}
-    best: dict[str, tuple[int, float]] = {}
-    finish = math.inf
-    if gpus >= len(names):
-        counts = dict.fromkeys(names, 1)
-        while True:  # another GPU for each of the slowest, while there are enough
-            finish = max(COST[name] / counts[name] for name in names)
-            slowest = [name for name in names if COST[name] / counts[name] == finish]
-            if sum(counts.values()) + len(slowest) > gpus:
-                break
-            for name in slowest:
-                counts[name] += 1
-        best = {name: (count, 1.0) for name, count in counts.items()}
+def _gpu_shares(names: Sequence[str], gpus: int, batch_size: int) -> dict[str, tuple[int, float]]:
+    """Workers and GPUs a worker for each network: what ends first, and of equals what takes fewer GPUs.
+
+    Either whole GPUs for each, or FCN-32 on the side of a larger member. A step takes a worker as long as its largest
+    part of a batch: four tiles take three workers as long as two.
+    """
+    useful = sorted({-(-batch_size // part) for part in range(1, batch_size + 1)})
+
+    def steps(name: str, count: int) -> float:
+        return COST.get(name, 1.0) * math.ceil(batch_size / count)
+
+    def best(among: Sequence[str]) -> tuple[float, int, tuple[int, ...]] | None:
+        """When the slowest ends, GPUs, and workers of each."""
+        choices = itertools.product([count for count in useful if count <= gpus], repeat=len(among))
+        ends = ((max(map(steps, among, counts)), sum(counts), counts) for counts in choices if sum(counts) <= gpus)
+        return min(ends, default=None)
+
+    whole = best(names)
     large = [name for name in names if name != "fcn32"]
-    if len(large) < len(names) and len(large) <= gpus:
-        split = [gpus // len(large) + (index < gpus % len(large)) for index in range(len(large))]
-        if max(COST[name] / count for name, count in zip(large, split, strict=True)) + COST["fcn32"] < finish:
-            share = {name: (count, 1 - SHARED_GPU) for name, count in zip(large, split, strict=True)}
-            best = {name: share.get(name, (1, SHARED_GPU)) for name in names}
-    return best or {name: (1, _gpu_share(len(names), gpus)) for name in names}
+    shared = best(large) if 0 < len(large) < len(names) and gpus > 1 else None
+    if shared and (whole is None or shared[0] + steps("fcn32", 1) < whole[0]):
+        shares = {name: (count, 1 - SHARED_GPU) for name, count in zip(large, shared[2], strict=True)}
+        return {name: shares.get(name, (1, SHARED_GPU)) for name in names}
+    if whole:
+        return {name: (count, 1.0) for name, count in zip(names, whole[2], strict=True)}
+    return {name: (1, _gpu_share(len(names), gpus)) for name in names}
 
 
 def _gpu_share(workers: int, gpus: int) -> float:

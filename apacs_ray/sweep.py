@@ -50,7 +50,10 @@ class Distribution(_Strict):
         if self.kind in sizes:
             if len(self.values) != sizes[self.kind]:
                 raise ValueError(f"{self.kind} takes {sizes[self.kind]} numbers, not {len(self.values)}")
-            numbers = tuple(float(value) for value in self.values)
+            try:
+                numbers = tuple(float(value) for value in self.values)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{self.kind} {list(self.values)}: not numbers") from error
             if numbers[0] >= numbers[1] or (self.kind == "loguniform" and numbers[0] <= 0):
                 raise ValueError(f"{self.kind} {list(self.values)}: not an increasing (positive) range")
             object.__setattr__(self, "values", numbers)

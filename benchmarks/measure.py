@@ -102,7 +102,13 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, repetitions: int = 5) 
     """FLOP/s of large matrix products on `device`: what its arithmetic reaches at best."""
     side = 8192 if device.type == "cuda" else 2048
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    return 2 * side**3 / medians(alternate({"product": lambda: left @ right}, repetitions))["product"]
+
+    def product() -> None:
+        torch.mm(left, right)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return 2 * side**3 / medians(alternate({"product": product}, repetitions))["product"]
 
 
 def forward_flops(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> int:

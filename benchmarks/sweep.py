@@ -24,7 +24,7 @@ import pyarrow as pa
 import torch
 from tiles import MARK, write_tiles
 
-from apacs_ray.adapters.heatmaps import HEATMAP_SCHEMA, encode_heatmaps
+from apacs_ray.adapters.heatmaps import HEATMAP_SCHEMA
 from apacs_ray.data.shards import Receipt, read_index, write_table
 from apacs_ray.inference import Predictor
 from apacs_ray.models.ensemble import Ensemble
@@ -34,7 +34,7 @@ from apacs_ray.models.weights import build
 from apacs_ray.settings import FusionSettings
 from apacs_ray.storage import LocalStore, Store
 from apacs_ray.training.config import TrainConfig
-from apacs_ray.training.feed import Crop, Feed, Heatmaps, decode_pixels, one_by_one
+from apacs_ray.training.feed import Crop, Feed, Heatmaps, decode_pixels, encode_heatmaps, one_by_one
 from apacs_ray.training.loop import Trainer
 from apacs_ray.training.order import schedule
 

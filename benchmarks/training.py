@@ -35,7 +35,7 @@ BACKWARD = 2  # times the cost of a forward pass
 
 def main() -> None:
     parser = options(__doc__, "networks of a quarter of the width, 3 repetitions")
-    parser.add_argument("--members", default="fcn32,fcn8", help="networks to measure")
+    parser.add_argument("--members", help="networks to measure (default: fcn32,fcn8, on a GPU all three)")
     parser.add_argument("--compile", action="store_true", help="measure torch.compile as well")
     parser.add_argument("--profile", action="store_true", help="say which operations a step spends its time in")
     arguments = parser.parse_args()
@@ -46,7 +46,7 @@ def main() -> None:
     batches = (1, 2, 4) if gpu else (2,)
     cases = [
         Case(name, 0.25 if arguments.quick else 1.0, batch, 2000 if gpu else 512, device.type)
-        for name in arguments.members.split(",")
+        for name in (arguments.members or ("fcn32,fcn16,fcn8" if gpu else "fcn32,fcn8")).split(",")
         for batch in batches
     ]
     rows = [_measure(case, peak, arguments) for case in cases]

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load
 from torch import nn
 
-from apacs_ray.checkpoints import best_checkpoint, complete_checkpoints, fetch, keep_checkpoint
+from apacs_ray.checkpoints import best_checkpoint, best_weights, complete_checkpoints, fetch, keep_checkpoint
 from apacs_ray.errors import ApacsError
 from apacs_ray.storage import LocalStore, Store, open_store
 from apacs_ray.training.record import EpochPart, EpochRecord
@@ -74,6 +75,23 @@ def test_one_from_the_middle_of_an_epoch_is_the_newest_but_never_the_best(tmp_pa
     keep(store, [0.7, 0.4], tmp_path / "1")
     assert places() == [(1, 0), (2, 0)]
     assert len(list(store.list("members"))) == 2 * 3
+
+
+def test_a_damaged_one_takes_no_place(tmp_path: Path) -> None:
+    """Training passed over it and went on before it: what is done since must stay, and other weights be taken."""
+    store = LocalStore(str(tmp_path / "run"))
+    folder = "members/fcn8/.state-1"
+    keep(store, [0.1, 0.2, 0.9], tmp_path / "0")
+    damaged = tmp_path / "run" / folder / "attempt-1/epoch_00002/model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    fresh = keep(store, [0.1, 0.2], tmp_path / "1", attempt=2)
+    found = complete_checkpoints(store, folder)
+    assert [checkpoint.epoch for checkpoint in found] == [1, 2]
+    best = best_weights(store, found)
+    assert best is not None
+    assert best[0].epoch == 1
+    assert torch.equal(load(best[1])["weight"], fresh.model.weight)
+    assert best_weights(store, found[1:]) is None
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -26,9 +26,10 @@ COSTS = [Seconds(train, train / 3, load=0.1) for train in (1.0, 7.0, 7.0)]
 
 
 def test_tiling_is_shared_by_all_cpus() -> None:
-    line = tiling(TILES, each=0.5, opening=20, cpus=10)
+    line = tiling(TILES, each=0.5, opening=20, shard=4, cpus=10)
     assert (line.tiles, line.cpu_seconds, line.gpu_seconds) == (160, 100, 0)
     assert line.wall == pytest.approx(10)
+    assert tiling(TILES, each=0.5, opening=0, shard=80, cpus=10).wall == pytest.approx(40)  # two tasks
     assert line.size == pytest.approx(160e6)
 
 
@@ -48,13 +49,20 @@ def test_members_together_read_a_tile_once() -> None:
     assert line.wall == pytest.approx(100 * (15 + 0.1) + 20 * (5 + 0.1) + lines.RUN)
 
 
-def test_eight_gpus_end_with_the_slowest_member() -> None:
-    plan = plan_training(MEMBERS, Cluster(96, 8, 2, 48, 12), batch_size=4)
-    workers = {network.name: network.workers for network in plan.networks}
-    line = training("train_members", TILES, 1, COSTS, plan, cpus=96)
-    alone = {name: 100 * cost.train + 20 * cost.validate for name, cost in zip(MEMBERS, COSTS, strict=True)}
-    assert line.gpu_seconds == pytest.approx(sum(alone.values()))
-    assert line.wall == pytest.approx(max(alone[name] / workers[name] for name in MEMBERS) + lines.RUN_AT_LEAST)
+@pytest.mark.parametrize("gpus", [1, 2, 5, 8])
+def test_gpus_are_shared_as_the_plan_says(gpus: int) -> None:
+    """One: all in turn. Two and eight: FCN-32 on the side of a larger member. Five: whole ones for each."""
+    plan = plan_training(MEMBERS, Cluster(12 * gpus, gpus, 1, 12 * gpus, 12), batch_size=4)
+    fcn32, fcn16, fcn8 = (
+        (100 * cost.train + 20 * cost.validate) / network.workers
+        for cost, network in zip(COSTS, plan.networks, strict=True)
+    )
+    line = training("train_members", TILES, 1, COSTS, plan, cpus=12 * gpus)
+    alone = sum(100 * cost.train + 20 * cost.validate for cost in COSTS)
+    assert line.gpu_seconds == pytest.approx(alone)
+    ends = {1: fcn32 + fcn16 + fcn8, 5: max(fcn32, fcn16, fcn8)}.get(gpus, max(fcn16, fcn8) + fcn32)
+    starts = max(lines.RUN_AT_LEAST, 3 * lines.RUN / (12 * gpus))
+    assert line.wall == pytest.approx(ends + starts)
 
 
 def test_a_gpu_that_waits_for_tiles_goes_as_fast_as_they_come() -> None:
@@ -64,8 +72,8 @@ def test_a_gpu_that_waits_for_tiles_goes_as_fast_as_they_come() -> None:
 
 
 def test_a_pool_ends_with_its_fullest_actor() -> None:
-    line = pool("heatmaps", 9, 2.0, actors=4, gpus=0.0, threads=1, size=10)
-    assert (line.wall, line.cpu_seconds, line.size) == (lines.POOL + 6, 18, 90)
+    line = pool("heatmaps", 10, 2.0, shard=2, actors=4, gpus=0.0, threads=1, size=10)
+    assert (line.wall, line.cpu_seconds, line.size) == (lines.POOL + 8, 20, 100)
 
 
 def _alone(network: NetworkPlan) -> TrainingPlan:

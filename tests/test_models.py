@@ -179,14 +179,18 @@ def test_the_fusion_may_start_on_the_trunk_of_fcn32() -> None:
     torch.manual_seed(1)
     member = build_member("fcn32", width=TINY)
     network = build_fusion("published", ("fcn16", "fcn8"), width=TINY, heatmap_init="zero").eval()
-    start_from_fcn32(network, member.state_dict())
+    start_from_fcn32(network, member.state_dict(), "zero")
     inputs = torch.rand(1, 5, 60, 70)
     with torch.inference_mode():
         ours, theirs = network.trunk(inputs), member.eval().trunk(inputs[:, 2:])
     for mine, other in zip(ours, theirs, strict=True):  # without a say of the heatmaps it sees what FCN-32 sees
         torch.testing.assert_close(mine, other)
+    start_from_fcn32(network, member.state_dict(), "mean")
+    filters = network.trunk.conv1.weight
+    for channel in range(2):
+        torch.testing.assert_close(filters[:, channel], member.trunk.conv1.weight.mean(dim=1))
     with pytest.raises(ApacsError, match=r"members\.width"):
-        start_from_fcn32(network, build_member("fcn32", width=0.5).state_dict())
+        start_from_fcn32(network, build_member("fcn32", width=0.5).state_dict(), "zero")
 
 
 def test_models_travel_as_safetensors_and_json() -> None:

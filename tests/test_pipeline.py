@@ -86,10 +86,14 @@ def test_changed_fusion_settings_redo_fusion_and_evaluation_only(
     output = tmp_path / "changed"
     shutil.copytree(undisturbed, output)
     sweep = tmp_path / "sweep.yaml"
-    sweep.write_text("trials: 2\nepochs: 1\nspace: {learning_rate: {loguniform: [0.001, 0.002]}}\n")
+    sweep.write_text("trials: 2\nepochs: 6\nspace: {learning_rate: {loguniform: [0.001, 0.002]}}\n")
     # with the sweep, so that Ray Tune runs as well, and with the published head beside the refined one
     options = [*SMALL, "--fusion.from_best", "true", "--tune.config", str(sweep), "--fusion.compare", "true"]
-    done = run("--data", str(cells), "--output", str(output), *options)
+    options = ["--data", str(cells), "--output", str(output), *options]
+    stopped = kill_when(start(*options), lambda: any(output.glob("tune/.state-*/sweep/*/result.json")), signal.SIGINT)
+    assert stopped.status == 130, stopped.summary
+    assert not (output / "tune/_committed.json").exists()
+    done = run(*options)
     assert done.status == 0, done.summary
     for stage in ("ingest", "train_members", "heatmaps"):
         assert f"{stage}: unchanged" in done.text

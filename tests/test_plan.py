@@ -100,26 +100,57 @@ def test_trials_of_several_workers_never_wait_for_each_other(
     cpus: int, gpus: int, workers: int, cpu: float, gpu: float, concurrency: int
 ) -> None:
     cluster = machine(cpus, gpus)
-    if 0 < gpus < workers * gpu:
+    asked = {"workers": workers, "cpu": cpu, "gpu": gpu, "batch_size": 8, "trials": 20}
+    if 0 < gpus * int(1 / gpu) < workers:
         with pytest.raises(ApacsError, match="GPUs"):
-            plan_trials(cluster, workers=workers, cpu=cpu, gpu=gpu, batch_size=8)
+            plan_trials(cluster, **asked)
         return
-    plan, trials = plan_trials(cluster, workers=workers, cpu=cpu, gpu=gpu, batch_size=8, concurrency=concurrency)
-    assert 1 <= trials <= (concurrency or trials)
-    assert trials * plan.workers * plan.gpus <= gpus + 1e-9
+    plan, trials = plan_trials(cluster, **asked, concurrency=concurrency)
+    assert 1 <= trials <= (concurrency or 20)
+    assert trials * plan.workers <= gpus * int(1 / gpu) or not gpus  # no worker has parts of two GPUs
     assert trials * (plan.workers * plan.cpus + 0.01) <= cpus
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "cpu", "gpu", "each", "at_once"),
+    [
+        ([Nodes(4, 0, 4)], 1, 8, 0, 4, 4),  # no node has 8 CPUs
+        ([Nodes(2, 0, 4)], 2, 4, 0, 1.9, 2),  # nor 4, in two places
+        ([Nodes(8, 0, 1), Nodes(2, 0, 1)], 1, 1, 0, 1, 10),
+        ([Nodes(16, 2, 1)], 1, 1, 0.6, 1, 2),  # each GPU holds one
+    ],
+)
+def test_a_trial_asks_for_no_more_than_a_node_has(
+    nodes: list[Nodes], workers: int, cpu: float, gpu: float, each: float, at_once: int
+) -> None:
+    plan, trials = plan_trials(cluster_of(nodes, []), workers=workers, cpu=cpu, gpu=gpu, batch_size=8, trials=20)
+    assert (plan.cpus, trials) == (pytest.approx(each), at_once)
+
+
+def test_trials_whose_workers_find_no_gpu_are_refused() -> None:
+    with pytest.raises(ApacsError, match=r"3 workers with 0\.6 GPU each"):
+        plan_trials(machine(16, 2), workers=3, cpu=1, gpu=0.6, batch_size=8, trials=2)
+
+
+@pytest.mark.parametrize(("gpus", "workers"), [(5, (1, 2, 2)), (8, (1, 4, 4)), (9, (1, 4, 4)), (64, (1, 4, 4))])
+def test_no_gpu_is_spent_on_a_part_of_a_batch_that_waits(gpus: int, workers: tuple[int, ...]) -> None:
+    """Of a batch of 4, three workers take two turns, as two do; four take one."""
+    plan = plan_training(MEMBERS, machine(8 * gpus, gpus), batch_size=4)
+    assert tuple(network.workers for network in plan.networks) == workers
 
 
 def test_an_autoscaler_is_planned_with_before_its_nodes_are_there() -> None:
     head = Nodes(0, 0, 1)
     kinds = [Nodes(32, 0, 8), Nodes(48, 4, 2), Nodes(48, 4, 2)]  # the last two: spot, and on demand in its place
     cluster = cluster_of([head], kinds)
-    assert cluster == Cluster(8 * 32 + 2 * 48, 8, 2, 48, 12)
+    assert cluster == Cluster(8 * 32 + 2 * 48, 8, 2, 48, 12, 8 * 32)
+    assert cluster.tiling_cpus == 8 * 32  # no GPU node is started for tiles
+    assert machine(48, 4).tiling_cpus == 48
     plan = plan_training(MEMBERS, cluster, batch_size=8)
     assert [network.gpus for network in plan.networks] == [1.0, 1.0, 1.0]
     assert all(network.threads * 4 <= 48 for network in plan.networks)  # four workers on a node
     assert cluster_of([head, Nodes(48, 4, 3)], kinds).gpus == 12
-    assert cluster_of([Nodes(2, 0, 1)], []) == Cluster(2, 0, 1, 2)
+    assert cluster_of([Nodes(2, 0, 1)], []) == Cluster(2, 0, 1, 2, plain_cpus=2)
     assert cluster_of([head], []) == Cluster(1.0, 0, 1, 1.0)
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from apacs_ray import cli
 from apacs_ray.cli import default_output, parse, read_yaml
 from apacs_ray.errors import UsageError
+from apacs_ray.settings import TrainingSettings
 from apacs_ray.stages.ingest import reject_limit
 from apacs_ray.sweep import read_sweep
 
@@ -104,9 +106,17 @@ def test_reject_limit(text: str, listed: int, limit: int) -> None:
     assert reject_limit(text, listed) == limit
 
 
-def test_shipped_sweeps_are_valid() -> None:
-    for path in (ROOT / "tune_configs").glob("*.yaml"):
-        assert read_sweep(str(path)).trials >= 1
+@pytest.mark.parametrize("name", [path.name for path in sorted((ROOT / "configs").iterdir())])
+def test_every_config_of_the_repository_is_valid(name: str) -> None:
+    command("--data", "x", "--config", f"configs/{name}")
+
+
+def test_the_papers_fusion_learns_as_its_members_do() -> None:
+    settings = command("--data", "x", "--config", "configs/paper.yaml").settings
+    learning = TrainingSettings.model_fields.keys() & read_yaml(ROOT / "configs/paper.yaml")["members"].keys()
+    assert len(learning) > 10
+    assert settings.fusion.model_dump(include=learning) == settings.members.model_dump(include=learning)
+    assert settings.fusion_width == settings.members.width == 1
 
 
 @pytest.mark.parametrize(
@@ -127,9 +137,9 @@ def test_a_bad_sweep_is_refused_by_name(tmp_path: Path, text: str, words: str) -
         read_sweep(str(path))
 
 
-@pytest.mark.parametrize("name", ["fusion_asha", "fusion_optuna", "fusion_pbt", "smoke"])
+@pytest.mark.parametrize("name", [path.name for path in sorted((ROOT / "tune_configs").iterdir())])
 def test_every_sweep_of_the_repository_is_valid(name: str) -> None:
-    assert read_sweep(f"tune_configs/{name}.yaml").trials >= 4
+    assert read_sweep(f"tune_configs/{name}").trials >= 4
 
 
 @pytest.mark.parametrize(
@@ -145,3 +155,48 @@ def test_impossible_sweeps_are_one_line(tmp_path: Path, text: str, message: str)
     (tmp_path / "sweep.yaml").write_text(f"trials: 2\nepochs: 1\n{text}\n")
     with pytest.raises(UsageError, match=message):
         read_sweep(str(tmp_path / "sweep.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "no such file"),
+        ("trials: 1\nepochs: 1\nextra: 1\nspace: {dropout: {choice: [0.1]}}", "extra"),
+        ("trials: 1\nepochs: 1\nspace: {members: {choice: [[fcn8, fcn9]]}}", "members.1"),
+        ("trials: 1\nepochs: 1\nsearcher: optuna\nspace: {dropout: {uniform: [0, 0.1]}}", "searcher optuna needs"),
+    ],
+    ids=["missing", "unknown key", "impossible value", "no optuna"],
+)
+def test_a_sweep_that_cannot_run_is_told_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, words: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)  # as if it were not installed
+    path = tmp_path / "sweep.yaml"
+    if text is not None:
+        path.write_text(text)
+    options = ["--data", "x", "--tune.config", str(path)]
+    with pytest.raises(UsageError, match=rf"^tune\.config: .*{words}") as caught:
+        command(*options)
+    assert "\n" not in str(caught.value)
+    command(*options, "--fusion.from_best", "false")  # which does not sweep
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deny(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "a.yaml").touch()
+    monkeypatch.setattr(Path, "read_text", deny)
+    with pytest.raises(UsageError, match=r"a\.yaml: cannot be read \(Permission denied\)"):
+        read_yaml(tmp_path / "a.yaml")
+
+
+def test_the_default_sweep_is_found_from_anywhere_and_not_missed_where_nothing_could_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command("--data", "x")
+    monkeypatch.setattr(cli, "REPOSITORY", tmp_path)  # `python -m apacs_ray doctor` of an installed package
+    command("--data", "x")
+    with pytest.raises(UsageError, match=r"^tune\.config: tune_configs/smoke\.yaml: no such file"):
+        command("--data", "x", "--tune.config", "tune_configs/smoke.yaml")

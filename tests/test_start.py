@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from apacs_ray.errors import ApacsError
 from apacs_ray.models.fcn import build_member
-from apacs_ray.models.start import DEVIATION, MEAN, read_checkpoint, start_from_imagenet, start_from_released
+from apacs_ray.models.start import (
+    DEVIATION,
+    MEAN,
+    download_imagenet,
+    read_checkpoint,
+    start_from_imagenet,
+    start_from_released,
+)
 from apacs_ray.models.weights import PUBLISHED_NAMES
 
 
@@ -69,6 +76,19 @@ def test_narrow_networks_cannot_take_them(vgg: nn.Module) -> None:
         start_from_imagenet(build_member("fcn8", width=0.25), "fcn8", vgg.state_dict())
     with pytest.raises(ApacsError, match=r"lack features\.0\.weight"):
         start_from_imagenet(build_member("fcn8", width=0.25), "fcn8", {})
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("no route to host"), RuntimeError('invalid hash value (expected "9df8cd0f", got "e3b0c442")')]
+)
+def test_a_download_that_fails_or_is_damaged_says_what_to_do(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torchvision.models.AlexNet_Weights, "get_state_dict", fail)
+    with pytest.raises(ApacsError, match=r"alexnet.*\.pth: cannot be downl.*members\.checkpoint FOLDER") as caught:
+        download_imagenet("fcn32")
+    assert str(error) in str(caught.value)
 
 
 def _released(name: str, prefix: str) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from apacs_ray import lease as lease_module
+from apacs_ray.adapters.session import joined_machines, refuse_local
 from apacs_ray.errors import ApacsError, UsageError
 from apacs_ray.lease import LOCK, Holder, Lease, LeaseHeld
 from apacs_ray.run import Counts, Marker, Run
@@ -140,6 +141,88 @@ def test_an_owner_elsewhere_with_a_heartbeat_keeps_the_run(store: Store) -> None
     store.write(LOCK, json.dumps(vars(alive)).encode())
     with pytest.raises(LeaseHeld, match="elsewhere"):
         Lease.acquire(store)
+
+
+@pytest.fixture
+def abandoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A run whose lock says that this process holds it, and that nobody keeps."""
+    monkeypatch.setattr(lease_module, "HEARTBEAT_EVERY", 0.05)
+    store = open_store(str(tmp_path))
+    held = Lease.acquire(store)
+    held._stop.set()
+    held._thread.join()
+    return store
+
+
+def rewrite(store: Store, **changed: object) -> None:
+    """Change what the lock says; None leaves it out."""
+    content = {**json.loads(store.read(LOCK)), **changed}
+    store.write(LOCK, json.dumps({key: value for key, value in content.items() if value is not None}).encode())
+
+
+def test_a_living_owner_keeps_the_run_whatever_its_name_and_its_inode_say(tmp_path: Path) -> None:
+    code = """
+        import sys
+        from pathlib import Path
+        from apacs_ray.lease import Lease
+        from apacs_ray.storage import open_store
+        Path("/proc/self/comm").write_text("a) Z (b")
+        Lease.acquire(open_store(sys.argv[1]))
+        print("held", flush=True)
+        sys.stdin.read()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
+    store = open_store(str(tmp_path))
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == b"held\n"
+        rewrite(store, started=json.loads(store.read(LOCK))["started"] - 3)  # as /proc says when it made an inode anew
+        with pytest.raises(LeaseHeld, match=f"process {owner.pid} on"):
+            Lease.acquire(store)
+        owner.kill()
+    Lease.acquire(store).release()
+
+
+def test_a_later_process_of_the_same_pid_does_not_hold_the_run(abandoned: Store) -> None:
+    rewrite(abandoned, start_ticks=json.loads(abandoned.read(LOCK))["start_ticks"] - 1)
+    Lease.acquire(abandoned).release()
+
+
+@pytest.mark.parametrize("changed", [{"pid_namespace": "pid:[1]"}, {"pid_namespace": None, "start_ticks": None}])
+def test_a_pid_of_another_container_or_of_an_old_lock_says_nothing(
+    abandoned: Store, changed: dict[str, object]
+) -> None:
+    """Containers on their host's network have one host name and one boot; only the heartbeat tells."""
+    rewrite(abandoned, pid=2**22 + 1, **changed)  # more than Linux gives
+    with pytest.raises(LeaseHeld):
+        Lease.acquire(abandoned)
+    rewrite(abandoned, heartbeat=time.time() - 100)
+    Lease.acquire(abandoned).release()
+
+
+def test_a_lock_released_while_it_is_looked_at_is_free(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, read = Lease.acquire(store), type(store).read
+
+    def late(self: Store, path: str) -> bytes:
+        held.release()
+        return read(self, path)
+
+    monkeypatch.setattr(type(store), "read", late)
+    Lease.acquire(store).release()
+
+
+def test_a_local_output_is_refused_where_an_autoscaler_may_start_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "NodeManagerAddress": "10.0.0.1"}])
+    monkeypatch.setenv("APACS_RAY_NODES", "[{cpus: 14, gpus: 0, count: 8}, {cpus: 44, gpus: 4, count: 2}]")
+    monkeypatch.delenv("RAY_FAKE_CLUSTER", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert joined_machines() == 1  # a Ray of our own
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert joined_machines() == 11
+    with pytest.raises(ApacsError, match="a local --output cannot be seen by all 11 nodes"):
+        refuse_local(joined_machines(), "/runs/mine", "--output")
+    monkeypatch.setenv("RAY_FAKE_CLUSTER", "1")
+    assert joined_machines() == 1
 
 
 def test_counts_must_add_up(tmp_path: Path) -> None:

@@ -1,13 +1,25 @@
-"""Curves for TensorBoard."""
+"""Curves for TensorBoard, and metrics for Prometheus."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tensorboardX.crc32c import crc32c
 
+from apacs_ray.adapters import gauges as gauges_module
+from apacs_ray.adapters.gauges import Gauges
+from apacs_ray.adapters.session import RaySession
+from apacs_ray.data.folder import Reject
+from apacs_ray.data.shards import Receipt
+from apacs_ray.errors import ApacsError
+from apacs_ray.run import Run
+from apacs_ray.settings import DataSettings, Settings
+from apacs_ray.stages.cut import Cut
+from apacs_ray.stages.ingest import INGEST
+from apacs_ray.stages.pipeline import Context, run_stage
 from apacs_ray.storage import LocalStore
 from apacs_ray.tracking import read_events, write_curves
 from apacs_ray.training.record import EpochRecord
@@ -70,3 +82,79 @@ def test_records_carry_their_checksums_and_a_cut_file_gives_its_whole_events(sto
     setting = read_events(content)[1].summary.value[0]
     assert setting.tag.startswith("setting")
     assert b"| head | refined |" in setting.tensor.string_val[0]
+
+
+class Watched:
+    """Gauges under a clock that stands until a test moves it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.gauges = Gauges()
+
+    def rate(self, what: str = "fcn8", stage: str = "heatmaps") -> float:
+        self.gauges.tell()
+        return value(self.gauges, "rows_per_second", stage=stage, what=what)
+
+
+def value(gauges: Gauges, name: str, **tags: str) -> float:
+    return gauges._values[name, tuple(tags.items())]
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
+    found = Watched()
+    monkeypatch.setattr(gauges_module, "time", SimpleNamespace(monotonic=lambda: found.now))
+    return found
+
+
+def test_a_rate_is_of_the_last_minute_also_when_nothing_more_comes(watched: Watched) -> None:
+    for second in range(0, 200, 10):
+        watched.now = float(second)
+        watched.gauges.rows("heatmaps", "fcn8", second * (1 if second < 100 else 2))
+    assert watched.rate() == 2
+    watched.now += 30
+    assert watched.rate() == pytest.approx(1, rel=0.2)
+    watched.now += 60
+    assert watched.rate() == 0
+
+
+def test_a_stage_that_has_ended_has_no_rate(watched: Watched) -> None:
+    for stage in ("ingest", "heatmaps"):
+        watched.gauges.running(stage, now=True)
+        for done in (0, 40):
+            watched.now += 10
+            watched.gauges.rows(stage, "tiles", done)
+    watched.gauges.running("ingest", now=False)
+    assert watched.rate("tiles", stage="ingest") == 0
+    assert watched.rate("tiles", stage="heatmaps") == 4
+    assert value(watched.gauges, "rows", stage="ingest", what="tiles") == 40
+
+
+def test_a_counter_that_starts_again_gives_no_negative_rate(watched: Watched) -> None:
+    """`heatmaps.folds` trains networks of the same names again and again."""
+    rates = []
+    for _ in range(2):
+        for done in (0, 100, 200):
+            watched.now += 10
+            watched.gauges.rows("heatmaps", "fcn8", done)
+            rates.append(watched.rate())
+    assert rates == [0, 10, 10] * 2
+
+
+def test_rejects_count_units_and_tiles_also_where_they_are_too_many(
+    store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data"
+    for name in ("train/input/a.png", "train/groundtruth/a.png"):
+        (data / name).parent.mkdir(parents=True)
+        (data / name).touch()
+    reject = Reject("u", None, None, None, "ingest", "code", "reason")
+    receipt = Receipt("tiles/split=train/0.parquet", 7, 4, {}, [vars(reject)] * 3)
+    cut = Cut([receipt], [reject, reject], "pairs", 4, 7, "image", defects=[reject])
+    monkeypatch.setattr("apacs_ray.stages.ingest_folder.cut_folder", lambda *_: cut)
+    run = Run.open(store.child("run"), Settings(data=DataSettings(max_rejects="0")), str(data))
+    context = Context(run, RaySession(run))
+    with pytest.raises(ApacsError, match="2 of 4 pairs rejected"):
+        run_stage(context, INGEST)
+    run.close()
+    assert value(context.ray.gauges, "rejects", stage="ingest") == 5

@@ -18,10 +18,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from apacs_ray.errors import ApacsError
+from apacs_ray.errors import ApacsError, TrainingError
 from apacs_ray.training.config import TrainConfig
 from apacs_ray.training.jitter import jitter_stain
-from apacs_ray.training.loop import Trainer, epochs_since_best, make_optimizer, rate_factor, train_epochs
+from apacs_ray.training.loop import (
+    Trainer,
+    earliest_place,
+    epochs_since_best,
+    make_optimizer,
+    rate_factor,
+    train_epochs,
+)
 from apacs_ray.training.loss import tile_losses
 from apacs_ray.training.order import SampleRef, schedule
 from apacs_ray.training.record import EpochRecord, history_csv, read_history
@@ -193,6 +200,11 @@ class TestSamples:
 
     def test_decoding_tasks_do_not_load_torch(self) -> None:
         code = "import sys, apacs_ray.training.samples; sys.exit('torch' in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+    def test_networks_loop_and_inference_do_not_load_ray(self) -> None:
+        modules = "apacs_ray.training.loop, apacs_ray.training.feed, apacs_ray.models.weights, apacs_ray.inference"
+        code = f"import sys, {modules}, apacs_ray.estimate.networks; sys.exit('ray' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
@@ -426,6 +438,38 @@ class TestTogether:
         train_epochs([slow, whole], stream(CONFIG), steps(CONFIG), lambda who, record: None)
         assert len(slow.history) == 2
         assert len(whole.history) == CONFIG.epochs
+
+    def test_one_that_stopped_early_holds_nobody_back_when_training_starts_again(self) -> None:
+        slow = Trainer(tiny(), replace(CONFIG, patience=1, learning_rate=1e-12), device=CPU)
+        whole = Trainer(tiny(), CONFIG, device=CPU)
+        seen: list[int] = []
+
+        def die(trainer: Trainer, record: EpochRecord) -> None:
+            seen.append(record.epoch)
+            if trainer is whole and record.epoch == 2:
+                raise KilledError
+
+        with pytest.raises(KilledError):
+            train_epochs([slow, whole], stream(CONFIG), steps(CONFIG), die)
+        assert earliest_place([slow, whole]) == (3, 0)
+        train_epochs([slow, whole], stream(CONFIG, 3), steps(CONFIG), die)
+        assert seen == [0, 0, 1, 1, 2, 3]
+        assert earliest_place([slow, whole]) == (CONFIG.epochs, 0)
+
+    @pytest.mark.parametrize("lost", ["train", "val"])
+    def test_a_tile_that_is_lost_or_comes_twice_ends_training(self, lost: str) -> None:
+        """One of several in its batch, so that every step is still there."""
+
+        def leaky() -> Iterator[Sample]:
+            samples = list(stream(replace(CONFIG, epochs=1)))
+            at = next(number for number, sample in enumerate(samples) if sample.ref.phase == lost)
+            yield from samples[:at] + samples[at + 1 :]
+
+        tiles = (N_TRAIN, N_VAL)
+        Trainer(tiny(), CONFIG, device=CPU).run(stream(CONFIG), steps(CONFIG), nothing, tiles)
+        came = f"{N_TRAIN - (lost == 'train')} training and {N_VAL - (lost == 'val')} validation tiles came"
+        with pytest.raises(TrainingError, match=came):
+            Trainer(tiny(), CONFIG, device=CPU).run(leaky(), steps(CONFIG), nothing, tiles)
 
 
 class KilledError(Exception):

@@ -5,19 +5,15 @@ A row holds one lossless RGB PNG, whose channels are the probabilities of FCN-32
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-from PIL import Image
 
 from apacs_ray.adapters.pool import PoolPlan, map_shards
 from apacs_ray.data.shards import Receipt, open_table, read_receipt, write_table
 from apacs_ray.storage import Store
-from apacs_ray.training.feed import HEATMAP_ORDER, Heatmaps, decode_pixels
+from apacs_ray.training.feed import Heatmaps, decode_pixels, encode_heatmaps
 
 HEATMAP_SCHEMA = pa.schema([("tile_id", pa.string()), ("heatmaps", pa.binary())])
 ALL = 0  # the fold of tiles that no fold left out: seen by the members trained on everything
@@ -80,11 +76,3 @@ class _HeatmapWriter:
         receipt = Receipt(target, len(rows), len(rows))
         write_table(self._task.store, pa.Table.from_pylist(rows, HEATMAP_SCHEMA), receipt, group)
         return receipt
-
-
-def encode_heatmaps(probabilities: Mapping[str, npt.NDArray[np.float32]]) -> bytes:
-    """Probabilities (H, W) in 0..1 of the three members as one RGB PNG of uint8."""
-    picture = np.stack([np.rint(probabilities[name] * 255).astype(np.uint8) for name in HEATMAP_ORDER], axis=2)
-    sink = io.BytesIO()
-    Image.fromarray(picture).save(sink, "PNG", compress_level=1)
-    return sink.getvalue()

@@ -72,6 +72,7 @@ class RaySession:
         if self._started:
             import ray
 
+            self.gauges.close()
             ray.shutdown()
             self._started = False
 
@@ -87,10 +88,13 @@ class RaySession:
 
 
 def joined_machines() -> int:
-    """How many machines it has."""
+    """How many machines it has, or will have when its autoscaler has started all it may beside the head."""
     import ray
 
-    return len({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]})
+    there = len({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]})
+    if "RAY_FAKE_CLUSTER" in os.environ:  # the nodes that it starts are all on this machine (cluster/local.yaml)
+        return there
+    return max(there, 1 + sum(nodes.count for nodes in _startable()))
 
 
 def refuse_local(machines: int, uri: str | None, option: str) -> None:
@@ -106,8 +110,13 @@ def joined_cluster() -> Cluster:
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return cluster_of(
         [Nodes(node.get("CPU", 0.0), node.get("GPU", 0.0), 1) for node in alive],
-        startable_nodes() if os.environ.get("RAY_ADDRESS") else [],
+        _startable(),
     )
+
+
+def _startable() -> list[Nodes]:
+    """Nodes that the autoscaler of the cluster we joined may start; a Ray of our own has none."""
+    return startable_nodes() if os.environ.get("RAY_ADDRESS") else []
 
 
 def prepare_ray() -> None:
@@ -161,7 +170,10 @@ def configure_data() -> None:
 def map_blocks(
     work: Callable[[pa.Table], pa.Table], blocks: Sequence[pa.Table], *, cpus: float = 1
 ) -> Iterator[dict[str, Any]]:
-    """Rows of the tables that `work(block)` returns, in the order of `blocks`; one Ray Data task a block."""
+    """Rows of the tables that `work(block)` returns, in the order of `blocks`; one Ray Data task a block.
+
+    No more tasks at a time than nodes without GPUs hold: for more, an autoscaler would start GPU nodes, too.
+    """
     import ray
 
     expected = source_hash()
@@ -171,5 +183,8 @@ def map_blocks(
         return work(block)
 
     configure_data()
-    dataset = ray.data.from_arrow(list(blocks))
-    yield from dataset.map_batches(checked, batch_size=None, batch_format="pyarrow", num_cpus=cpus).iter_rows()
+    at_once = ray.data.TaskPoolStrategy(size=max(1, int(joined_cluster().tiling_cpus / cpus)))
+    dataset = ray.data.from_arrow(list(blocks)).map_batches(
+        checked, batch_size=None, batch_format="pyarrow", num_cpus=cpus, compute=at_once
+    )
+    yield from dataset.iter_rows()

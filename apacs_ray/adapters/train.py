@@ -24,7 +24,7 @@ from apacs_ray.adapters.session import KEEP_MEMORY
 from apacs_ray.checkpoints import attempts, complete_checkpoints, fetch, keep_checkpoint
 from apacs_ray.console import say
 from apacs_ray.data.shards import TileIndex
-from apacs_ray.errors import ApacsError, StoreTroubleError
+from apacs_ray.errors import ApacsError, StoreTroubleError, TrainingError
 from apacs_ray.models.spec import ModelSpec
 from apacs_ray.plan import NetworkPlan
 from apacs_ray.run import require_source
@@ -92,8 +92,12 @@ def train(tasks: Sequence[TrainingTask], *, parallel: bool, on_progress: Callabl
         for thread in threads:
             thread.start()
         looked = time.monotonic()
+        told: set[str] = set()
         while any(thread.is_alive() for thread in threads):
             time.sleep(POLL)  # the main thread stays here: only it hears Ctrl-C
+            for name in errors.keys() - told:
+                told.add(name)
+                say(f"{name}: training stopped: {_cause(errors[name])}; what trains beside it goes on to its end")
             if not group[0].store.is_local and time.monotonic() - looked < POLL_STORE:
                 continue
             looked = time.monotonic()
@@ -146,10 +150,15 @@ def _fit_once(task: TrainingTask, callbacks: Sequence[Any]) -> bool:
     store = task.store.child(task.state)
     task = replace(task, attempt=1 + max(attempts(store, ""), default=0))
     plan = task.plan
+    torch_config = None
+    if plan.workers == 1:
+        torch_config = _Alone()
+    elif 0 < plan.gpus < 1:
+        torch_config = TorchConfig(backend="gloo")  # NCCL refuses two ranks on one GPU
     trainer = TorchTrainer(
         _train_loop,
         train_loop_config={"task": task},
-        torch_config=_Alone() if plan.workers == 1 else None,
+        torch_config=torch_config,
         scaling_config=ray.train.ScalingConfig(
             num_workers=plan.workers,
             use_gpu=plan.gpus > 0,
@@ -165,8 +174,13 @@ def _fit_once(task: TrainingTask, callbacks: Sequence[Any]) -> bool:
         ),
     )
     store.delete(ERROR)
-    finished = trainer.fit().return_value
-    if store.version(ERROR) is not None:
+    try:
+        finished = trainer.fit().return_value
+    except Exception as error:
+        if store.version(ERROR) is not None:
+            raise ApacsError(store.read(ERROR).decode()) from error
+        raise
+    if finished is None:
         raise ApacsError(store.read(ERROR).decode())
     return bool(finished)
 
@@ -181,14 +195,14 @@ def _cause(error: BaseException) -> str:
     return lines[-1] if lines else repr(inner)
 
 
-def _train_loop(config: dict[str, Any]) -> bool:
-    """One DDP worker; whether training came to its end."""
+def _train_loop(config: dict[str, Any]) -> bool | None:
+    """One DDP worker; whether training came to its end. None: it cannot, and `ERROR` in its state says why."""
     import ray.train
     import ray.train.torch
     import torch
     import torch.distributed as dist
 
-    from apacs_ray.training.loop import Trainer, describe_device, train_epochs
+    from apacs_ray.training.loop import Trainer, describe_device, earliest_place, train_epochs
     from apacs_ray.training.order import schedule
     from apacs_ray.training.record import EpochRecord, told
     from apacs_ray.training.state import save_state
@@ -213,7 +227,7 @@ def _train_loop(config: dict[str, Any]) -> bool:
         _resume(trainer, task.store, network.state)
         of[trainer] = network
     how = task.networks[0].config
-    epoch, step = min(trainer.place for trainer in of)
+    epoch, step = earliest_place(list(of))
     refs = schedule(
         task.indices["train"].groups(),
         len(task.indices["val"]),
@@ -246,20 +260,28 @@ def _train_loop(config: dict[str, Any]) -> bool:
     else:
         samples = one_by_one(task.feed, task.indices, refs)
     try:
-        left = train_epochs(list(of), samples, steps, on_epoch, _Notice(all_reduce, world, device))
+        tiles = (len(task.indices["train"]), len(task.indices["val"]))
+        left = train_epochs(list(of), samples, steps, on_epoch, _Notice(all_reduce, world, device), tiles)
         if rank == 0:
             for trainer in left:
                 keep(trainer)
         return not left
     except StoreTroubleError:
         raise  # a new worker, later, may have better luck
-    except ApacsError as error:  # trying again would end the same way, so it is told and not retried
-        task.store.write(f"{task.state}/{ERROR}", str(error).encode())
-    except torch.OutOfMemoryError as error:
-        section = "fusion" if task.networks[0].spec.kind == "fusion" else "members"
-        message = f"the GPU's memory is too small: raise {section}.accumulate, or lower {section}.batch_size or .crop"
-        task.store.write(f"{task.state}/{ERROR}", f"{message} ({str(error).splitlines()[0][:200]})".encode())
-    return True
+    except (ApacsError, torch.OutOfMemoryError) as error:
+        task.store.write(f"{task.state}/{ERROR}", _told(error, task).encode())
+        if world > 1 and not isinstance(error, TrainingError):
+            raise  # the others wait for this worker, and Ray ends them only when it fails
+        return None  # trying again would end the same way
+
+
+def _told(error: Exception, task: TrainingTask) -> str:
+    """For a person: what ended training, and what to do."""
+    if isinstance(error, ApacsError):
+        return str(error)
+    section = "fusion" if task.networks[0].spec.kind == "fusion" else "members"
+    advice = f"raise {section}.accumulate, or lower {section}.batch_size or .crop"
+    return f"the GPU's memory is too small: {advice} ({str(error).splitlines()[0][:200]})"
 
 
 def _device(gpus: float) -> torch.device:

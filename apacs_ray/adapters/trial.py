@@ -141,4 +141,5 @@ def _in_this_process(config: dict[str, Any], settings: FusionSettings, task: Tri
             write_curves(task.store, curves, state.history, config)
             tune.report(told(state.history), checkpoint=tune.Checkpoint.from_directory(folder))
 
-    trainer.run(samples, -(-len(train_index) // settings.batch_size), on_epoch)
+    steps = -(-len(train_index) // settings.batch_size)
+    trainer.run(samples, steps, on_epoch, (len(train_index), len(val_index)))

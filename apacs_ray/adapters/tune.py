@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ray.tune import Callback
 
 from apacs_ray.adapters.keyless import forward_no_keys, ray_filesystem
 from apacs_ray.adapters.trial import TRIAL_CURVES, TrialTask, plain_setting, run_trial
 from apacs_ray.clean import without_secrets
-from apacs_ray.errors import ApacsError
 from apacs_ray.plan import Cluster, plan_trials
 from apacs_ray.sweep import MUTABLE, Distribution, Sweep
 from apacs_ray.tracking import CURVES
@@ -53,20 +55,21 @@ def sweep(task: TrialTask, plan: Sweep, cluster: Cluster, on_done: Callable[[int
     """Run or restore the sweep whose state lies in `task.state` of the run."""
     from ray import tune
 
-    resources, concurrency = {"cpu": min(plan.resources.cpu, cluster.cpus)}, plan.concurrency
-    if plan.resources.workers > 1:
-        asked = plan.resources
-        nested, concurrency = plan_trials(
-            cluster,
-            workers=asked.workers,
-            cpu=asked.cpu,
-            gpu=asked.gpu,
-            batch_size=task.fusion.batch_size,
-            concurrency=plan.concurrency,
-        )
-        task, resources = replace(task, plan=nested), {"cpu": 0.01}
-    elif cluster.gpus and plan.resources.gpu:
-        resources["gpu"] = plan.resources.gpu
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Tune would take a Ctrl-C for the end of the sweep
+    asked = plan.resources
+    each, concurrency = plan_trials(
+        cluster,
+        workers=asked.workers,
+        cpu=asked.cpu,
+        gpu=asked.gpu,
+        batch_size=task.fusion.batch_size,
+        trials=plan.trials,
+        concurrency=plan.concurrency,
+    )
+    if each.workers > 1:
+        task, resources = replace(task, plan=each), {"cpu": 0.01}
+    else:
+        resources = {"cpu": each.cpus, **({"gpu": each.gpus} if each.gpus else {})}
     trainable = tune.with_resources(tune.with_parameters(run_trial, task=task), resources)
     store = task.store.child(task.state)
     filesystem = ray_filesystem(store)
@@ -91,7 +94,7 @@ def sweep(task: TrialTask, plan: Sweep, cluster: Cluster, on_done: Callable[[int
                 mode="max",
                 num_samples=plan.trials,
                 # Ray Tune heeds this for searchers; the random one is told itself
-                max_concurrent_trials=concurrency or None if plan.searcher == "optuna" else None,
+                max_concurrent_trials=concurrency if plan.searcher == "optuna" else None,
                 scheduler=_scheduler(plan),
                 search_alg=_searcher(plan, task.seed, concurrency),
             ),
@@ -101,7 +104,8 @@ def sweep(task: TrialTask, plan: Sweep, cluster: Cluster, on_done: Callable[[int
                 storage_filesystem=filesystem,
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=2),
-                checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
+                # one that others may go on from must be there until they do
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=3 if plan.scheduler.kind == "pbt" else 1),
                 callbacks=[TrialCount(on_done)],
             ),
         )
@@ -128,6 +132,7 @@ def _scheduler(plan: Sweep) -> Any:
             time_attr="epoch",
             perturbation_interval=plan.scheduler.interval,
             hyperparam_mutations={name: _domain(drawn) for name, drawn in plan.space.items() if name in MUTABLE},
+            custom_explore_fn=partial(_within, plan.space),
         )
     return AsyncHyperBandScheduler(
         time_attr="epoch",
@@ -137,14 +142,16 @@ def _scheduler(plan: Sweep) -> Any:
     )
 
 
+def _within(space: Mapping[str, Distribution], setting: dict[str, Any]) -> dict[str, Any]:
+    """A setting that population based training changed, not beyond the ends of its ranges."""
+    ranges = {name: drawn.ends() for name, drawn in space.items() if drawn.kind not in ("choice", "grid")}
+    return setting | {name: min(max(setting[name], low), high) for name, (low, high) in ranges.items()}
+
+
 def _searcher(plan: Sweep, seed: int, concurrency: int) -> Any:
     from ray.tune.search import BasicVariantGenerator
 
     if plan.searcher == "optuna":
-        try:
-            import optuna  # noqa: F401 - an extra; Ray imports it later and then fails in its own words
-        except ImportError as error:
-            raise ApacsError("tune.config: searcher optuna needs the package: pip install '.[optuna]'") from error
         from ray.tune.search.optuna import OptunaSearch
 
         return OptunaSearch(seed=seed)
@@ -153,11 +160,23 @@ def _searcher(plan: Sweep, seed: int, concurrency: int) -> Any:
 
 def _result(result: Any) -> TrialResult:
     metrics = result.metrics or {}
+    setting, val_dice = _best_epoch(result)
     return TrialResult(
         str(metrics.get("trial_id", Path(result.path).name)),
-        plain_setting(result.config or {}),
-        metrics.get("best_val_dice"),
+        plain_setting(setting),
+        val_dice,
         int(metrics.get("epoch", 0)),
         round(float(metrics.get("time_total_s", 0.0)), 2),
         without_secrets(str(result.error).strip().splitlines()[-1])[:LONGEST_ERROR] if result.error else None,
     )
+
+
+def _best_epoch(result: Any) -> tuple[dict[str, Any], float | None]:
+    """The highest val Dice of a trial, and the setting that it had then: population based training changes it."""
+    config, epochs = result.config or {}, result.metrics_dataframe
+    if epochs is None or epochs.empty:
+        return config, None
+    best = epochs.loc[epochs["val_dice"].idxmax()]
+    drawn = {name: best.get(f"config/{name}", value) for name, value in config.items()}
+    plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in drawn.items()}
+    return plain, float(best["val_dice"])

@@ -19,6 +19,7 @@ from apacs_ray.slides.shards import measure_tiles
 from apacs_ray.storage import LocalStore, Store
 
 SLIDES, PAIRS, TILES = 3, 64, 8  # of a kind that are opened; tiles of a slide that are cut
+SHARDS = 5  # that are tried until one gives a tile
 T = TypeVar("T")
 
 
@@ -60,19 +61,23 @@ def cut_pairs(store: Store, pairs: Sequence[Pair], tiles: TilesSettings, data: D
     good = [source for source in sources if isinstance(source, Source)]
     if not good:
         return Sample((0.0,) * len(pairs), opening, CutTiles())
-    rows = plan_tiles(good, tiles, data, seed=0).shards[0].slice(0, TILES)
-    with tempfile.TemporaryDirectory() as folder:
-        output = LocalStore(folder)
-        started = time.perf_counter()
-        receipt = write_shard(ShardTask(store, output, tiles, data, "estimate"), rows)
-        seconds = time.perf_counter() - started
-        kept = []
-        if receipt.rows_out:
+    made, cut = 0.0, CutTiles()
+    shards = plan_tiles(good, tiles, data, seed=0).shards
+    for plan in shards[:SHARDS]:
+        rows = plan.slice(0, TILES)
+        with tempfile.TemporaryDirectory() as folder:
+            output = LocalStore(folder)
+            started = time.perf_counter()
+            receipt = write_shard(ShardTask(store, output, tiles, data, "estimate"), rows)
+            seconds = time.perf_counter() - started
+            if not receipt.rows_out:
+                continue
             with output.open(receipt.path) as stream:
                 kept = open_table(stream, receipt.path).read(columns=["image", "mask"]).to_pylist()
-    share = receipt.rows_out / receipt.rows_in
+        made, cut = receipt.rows_out / receipt.rows_in, _cut(kept, seconds)
+        break
     planned = [len(tiles_of(source, tiles)) if isinstance(source, Source) else 0 for source in sources]
-    return Sample(tuple(share * count for count in planned), opening, _cut(kept, seconds))
+    return Sample(tuple(made * count for count in planned), opening, cut)
 
 
 def cut_slides(task: SlideTask, slides: Sequence[SlideFiles]) -> Sample:

@@ -1,8 +1,8 @@
 """What each stage of a run will take, from measured seconds a tile: pure arithmetic.
 
 On CPUs, work is core-seconds: runs at the same time end no sooner than all their work fits on the cores. On GPUs, work
-is seconds of a whole device; a run with a share of one goes at that share of its speed. What Ray takes to start things
-is told in constants: small runs on two cores were measured.
+is seconds of a device, which runs with shares of one have in turn. What Ray takes to start things is told in constants:
+small runs on two cores were measured.
 """
 
 from __future__ import annotations
@@ -67,10 +67,17 @@ class Seconds:
     load: float
 
 
-def tiling(tiles: Tiles, each: float, opening: float, cpus: float) -> Line:
-    """Ingest on all CPUs: `opening` core-seconds for all sources, then a tile a core in `each` s."""
+def tiling(tiles: Tiles, each: float, opening: float, *, shard: int, cpus: float) -> Line:
+    """Ingest on `cpus`: `opening` core-seconds for all sources, then tiles in `each` s, a `shard` of them a task."""
     work = opening + tiles.all * each
-    return Line("ingest", tiles.all, each, work, 0.0, tiles.all * tiles.size, work / cpus)
+    wall = opening / cpus + each * _fullest(tiles.all, shard, max(1, int(cpus)))
+    return Line("ingest", tiles.all, each, work, 0.0, tiles.all * tiles.size, wall)
+
+
+def _fullest(tiles: int, shard: int, places: int) -> float:
+    """Tiles of the place that gets most of them, when shards are dealt out."""
+    shards = math.ceil(tiles / shard)
+    return math.ceil(shards / places) * tiles / max(1, shards)
 
 
 def training(
@@ -79,12 +86,16 @@ def training(
     """Networks that learn for `epochs`; network i costs `seconds[i]` on one worker of its run."""
     runs = plan.runs(seconds)
     walls = [_run(tiles, epochs, group, network) for group, network in runs]
-    devices = [network.workers * (network.gpus or network.threads) for _, network in runs]
-    work = [wall * count for wall, count in zip(walls, devices, strict=True)]
     on_gpus = any(network.gpus for _, network in runs)
     at_once = plan.mode == "parallel"
+    work = [
+        wall * network.workers * (1 if on_gpus else network.threads)
+        for wall, (_, network) in zip(walls, runs, strict=True)
+    ]
     wall = max(walls) if at_once else sum(walls)
-    if not on_gpus:
+    if on_gpus:
+        wall = max(_on_shared_gpus(walls, runs), sum(work) / math.ceil(_gpus(runs)))
+    else:
         wall = max(wall, sum(work) / cpus)
     reserved = sum(wall * network.workers * network.cpus for wall, (_, network) in zip(walls, runs, strict=True))
     starts = max(RUN_AT_LEAST * (1 if at_once else len(runs)), RUN * len(runs) / cpus)
@@ -100,12 +111,27 @@ def training(
     )
 
 
+Runs = Sequence[tuple[Sequence[Seconds], NetworkPlan]]
+
+
+def _gpus(runs: Runs) -> float:
+    return sum(network.workers * network.gpus for _, network in runs)
+
+
+def _on_shared_gpus(walls: Sequence[float], runs: Runs) -> float:
+    """When runs on GPUs end: those with a small share of one hold up whoever has the rest of it."""
+    small = [wall for wall, (_, network) in zip(walls, runs, strict=True) if network.gpus <= 0.5]
+    large = [wall for wall, (_, network) in zip(walls, runs, strict=True) if network.gpus > 0.5]
+    return max(large, default=0.0) + sum(small)
+
+
 def _run(tiles: Tiles, epochs: int, seconds: Sequence[Seconds], network: NetworkPlan) -> float:
     """Seconds of one run: networks stepped one after the other on tiles that are read once for all of them."""
     train, validate = (sum(getattr(one, what) for one in seconds) for what in ("train", "validate"))
     load = seconds[0].load
-    if network.gpus:  # read on the side, at a share of the device's speed
-        train, validate = (max(each / network.gpus, load / max(1, network.data_tasks)) for each in (train, validate))
+    if network.gpus:  # read on the side
+        aside = load / max(1, network.data_tasks)
+        train, validate = max(train, aside), max(validate, aside)
     else:  # on the same cores
         train, validate = train + load, validate + load
     return epochs * (tiles.train * train + tiles.val * validate) / network.workers
@@ -116,14 +142,15 @@ def pool(
     tiles: int,
     each: float,
     *,
+    shard: int,
     actors: int,
     gpus: float,
     threads: int,
     size: float,
 ) -> Line:
-    """Tiles through a pool of `actors`, a tile in `each` s on `gpus` or `threads` cores of each."""
+    """Tiles through a pool of `actors`, a tile in `each` s on `gpus` or `threads` cores of each, a shard at a time."""
     work = tiles * each
-    wall = POOL + each * math.ceil(tiles / actors)
+    wall = POOL + each * _fullest(tiles, shard, actors)
     return Line(stage, tiles, each, work * threads, work * gpus, tiles * size, wall)
 
 

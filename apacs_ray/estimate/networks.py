@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image, ImageFilter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,7 +22,7 @@ from apacs_ray.models.ensemble import Ensemble
 from apacs_ray.models.spec import MEMBERS, ModelSpec
 from apacs_ray.models.weights import build
 from apacs_ray.training.config import TrainConfig
-from apacs_ray.training.feed import decode_pixels
+from apacs_ray.training.feed import decode_pixels, encode_heatmaps
 from apacs_ray.training.loop import Trainer
 from apacs_ray.training.order import SampleRef
 from apacs_ray.training.samples import Sample, augment
@@ -76,21 +77,25 @@ class Inference:
 
 @dataclass(frozen=True)
 class Times:
-    """What was asked for: a `Seconds` for each training; s a tile through the members, and through everything."""
+    """What was asked for: a `Seconds` for each training; s a tile through the members, its heatmaps stored, and
+    through everything, judged; bytes of the heatmaps.
+    """
 
     trainings: list[Seconds]
     members: float
     everything: float
+    heatmaps: int
 
 
 def measure(tile: SampleTile, trainings: Sequence[Training], inference: Inference) -> Times:
     """Take the steps on the device of this process."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     load = _seconds_to_load(tile)
-    return Times(
-        [_time_training(tile, training, load, device) for training in trainings],
-        *_time_inference(tile, inference, load, device),
-    )
+    store, size = _storing(tile)
+    members, everything = _time_inference(tile, inference, device)
+    judge = _seconds_to_judge(tile, inference)
+    seconds = [_time_training(tile, training, load, device) for training in trainings]
+    return Times(seconds, load + members + store, load + everything + judge, size)
 
 
 def assume(tile: SampleTile, trainings: Sequence[Training], inference: Inference) -> Times:
@@ -103,7 +108,8 @@ def assume(tile: SampleTile, trainings: Sequence[Training], inference: Inference
         seconds.append(Seconds((1 + BACKWARD) * forward, flops([training.spec], whole) / ASSUMED_GPU, load))
     members = flops(inference.members, whole) / ASSUMED_GPU
     fusions = flops(list(inference.fusions.values()), whole) / ASSUMED_GPU
-    return Times(seconds, members + load, members + fusions + load + judge)
+    store, size = _storing(tile)
+    return Times(seconds, load + members + store, load + members + fusions + judge, size)
 
 
 def flops(specs: Sequence[ModelSpec], size: Size) -> int:
@@ -127,6 +133,13 @@ def _cropped(size: Size, crop: int) -> Size:
 def _seconds_to_load(tile: SampleTile) -> float:
     """Decoding, and the moves of augmentation."""
     return _fastest(lambda: augment(*tile.pixels(), 1, crop=0, flips=True, turns=True))
+
+
+def _storing(tile: SampleTile) -> tuple[float, int]:
+    """Seconds to encode a tile's heatmaps, and their bytes: a blurred grey picture stands for each."""
+    grey = Image.fromarray(tile.pixels()[0]).convert("L").filter(ImageFilter.GaussianBlur(4))
+    pictures = dict.fromkeys(map(str, MEMBERS), (np.asarray(grey) / 255).astype(np.float32))
+    return _fastest(lambda: encode_heatmaps(pictures)), len(encode_heatmaps(pictures))
 
 
 def _seconds_to_judge(tile: SampleTile, inference: Inference) -> float:
@@ -161,9 +174,9 @@ def _time_training(tile: SampleTile, training: Training, load: float, device: to
     return Seconds(train, train * flops([spec], whole) / flops([spec], mask.shape) / (1 + BACKWARD), load)
 
 
-def _time_inference(tile: SampleTile, inference: Inference, load: float, device: torch.device) -> tuple[float, float]:
+def _time_inference(tile: SampleTile, inference: Inference, device: torch.device) -> tuple[float, float]:
+    """Seconds through the members, and through members and fusions."""
     rgb, mask = tile.pixels()
-    judge = _seconds_to_judge(tile, inference)
     members, fusions = inference.members, list(inference.fusions.values())
     part = _part([*members, *fusions], mask.shape, 1, device)
     seconds = []
@@ -175,8 +188,8 @@ def _time_inference(tile: SampleTile, inference: Inference, load: float, device:
         )
         predictor = Predictor(ensemble, threads=inference.threads, precision=inference.precision)
         took = _fastest(partial(predictor.logits, rgb[: part[0], : part[1]]))
-        seconds.append(took * flops(specs, mask.shape) / flops(specs, part) + load)
-    return seconds[0], seconds[1] + judge
+        seconds.append(took * flops(specs, mask.shape) / flops(specs, part))
+    return seconds[0], seconds[1]
 
 
 def _fastest(work: Callable[[], object]) -> float:

@@ -101,10 +101,11 @@ def build_fusion(
     return network
 
 
-def start_from_fcn32(network: nn.Module, member: Mapping[str, Tensor]) -> None:
+def start_from_fcn32(network: nn.Module, member: Mapping[str, Tensor], heatmap_init: HeatmapInit) -> None:
     """Put the trunk of a trained FCN-32 of the same width into a fusion, which has the same shapes behind its input.
 
-    In the first layer the filters on RGB are FCN-32's, those on heatmaps stay as they were started. Raises ApacsError.
+    In the first layer the filters on RGB are FCN-32's; those on heatmaps stay as `build_fusion` started them, and as
+    the `mean` are that of FCN-32's. Raises ApacsError.
     """
     wanted = network.state_dict()
     tensors = {key: value.clone() for key, value in member.items() if key.startswith("trunk.")}
@@ -113,6 +114,8 @@ def start_from_fcn32(network: nn.Module, member: Mapping[str, Tensor]) -> None:
     if filters.shape[0] != tensors[first].shape[0]:
         raise ApacsError("fusion.trunk fcn32: fusion.width must be members.width")
     filters[:, -3:] = tensors[first]
+    if heatmap_init == "mean":
+        filters[:, :-3] = tensors[first].mean(dim=1, keepdim=True)
     network.load_state_dict({**wanted, **tensors, first: filters})
 
 

@@ -107,7 +107,7 @@ def fusion_weights(store: Store, spec: ModelSpec, trunk: Literal["random", "fcn3
         return None
     torch.manual_seed(seed)
     network = build(spec)
-    start_from_fcn32(network, load_tensors(store.read("members/fcn32/model.safetensors")))
+    start_from_fcn32(network, load_tensors(store.read("members/fcn32/model.safetensors")), spec.heatmap_init)
     return weights_bytes(network)
 
 
@@ -118,7 +118,7 @@ def download_imagenet(name: MemberName) -> Mapping[str, Any]:
     weights = AlexNet_Weights.IMAGENET1K_V1 if name == "fcn32" else VGG16_Weights.IMAGENET1K_V1
     try:
         state: Mapping[str, Any] = weights.get_state_dict(progress=False, check_hash=True)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch.hub's for a file whose hash is another
         file = IMAGENET_FILES[name]
         raise ApacsError(
             f"{weights.url}: cannot be downloaded ({error}); members.checkpoint FOLDER takes {file} from there"

@@ -22,14 +22,13 @@ from apacs_ray.estimate.lines import REPORT, Line, Seconds, Tiles, pool, sweep, 
 from apacs_ray.estimate.networks import ASSUMED_GPU, Inference, SampleTile, Times, Training, assume, measure
 from apacs_ray.models.spec import MEMBERS, ModelSpec, fusion_spec
 from apacs_ray.plan import Cluster, NetworkPlan, TrainingPlan, plan_training, plan_trials
-from apacs_ray.settings import Settings
 from apacs_ray.slides.find import SlideFiles
 from apacs_ray.stages.cut import with_given_splits
 from apacs_ray.stages.ingest import data_store, holds_folders
 from apacs_ray.stages.ingest_slides import make_smears, slides_to_cut
 from apacs_ray.stages.pipeline import Context
 from apacs_ray.stages.train_fusion import fusion_folders
-from apacs_ray.sweep import Sweep, read_sweep
+from apacs_ray.sweep import read_sweep
 from apacs_ray.training.config import TrainConfig
 
 HOUR = 3600.0
@@ -37,7 +36,10 @@ U = TypeVar("U", Pair, SlideFiles)
 
 
 def estimate(context: Context, only: Sequence[str] | None) -> None:
-    """Say for each stage (of `only`, None: all) what it will take. Trains nothing and keeps nothing."""
+    """Say for each stage (of `only`, None: all) what it will take.
+
+    Nothing is trained, and nothing but what is made or fetched anyway is kept: synthetic smears, slides in the cache.
+    """
     began = time.perf_counter()
     context.ray.start()
     cluster = context.ray.cluster()
@@ -89,7 +91,8 @@ def _look_at_data(context: Context, cluster: Cluster) -> tuple[Tiles, SampleTile
     count = _count(listed, chosen, sample.tiles, settings.data.val_fraction)
     tiles = Tiles(*count, sample.cut.size / sample.cut.count)
     opening = sample.opening * len(listed) / len(chosen)
-    return tiles, sample.cut.tile, tiling(tiles, sample.cut.each, opening, cluster.cpus)
+    shard = settings.tiles.shard
+    return tiles, sample.cut.tile, tiling(tiles, sample.cut.each, opening, shard=shard, cpus=cluster.tiling_cpus)
 
 
 def _chosen(listed: Sequence[U], most: int) -> list[U]:
@@ -146,7 +149,16 @@ class _Networks:
         self._member_plan = self._plan(self._member_specs, settings.members.mode)
         self._fusion_plan = self._plan(self._fusion_specs, "parallel")
         self._sweep = read_sweep(settings.tune.config)
-        self._trial, self._trials = _plan_trials(self._sweep, settings, cluster)
+        asked = self._sweep.resources
+        self._trial, self._trials = plan_trials(
+            cluster,
+            workers=asked.workers,
+            cpu=asked.cpu,
+            gpu=asked.gpu,
+            batch_size=settings.fusion.batch_size,
+            trials=self._sweep.trials,
+            concurrency=self._sweep.concurrency,
+        )
 
     def members(self) -> Line:
         """The stage that trains the members."""
@@ -161,7 +173,10 @@ class _Networks:
         folds, tiles = self._settings.heatmaps.folds, self._tiles
         # each of `folds` trainings sees all folds but one
         trained = [self._trained("heatmaps: folds", self._member_plan, 0).times(folds - 1)] if folds > 1 else []
-        return [*trained, self._pooled("heatmaps", tiles.train + tiles.val, self._times.members, size=tiles.size)]
+        return [
+            *trained,
+            self._pooled("heatmaps", tiles.train + tiles.val, self._times.members, size=self._times.heatmaps),
+        ]
 
     def sweep(self) -> list[Line]:
         """The sweep, where its result will be used."""
@@ -215,26 +230,12 @@ class _Networks:
             stage,
             tiles,
             each,
+            shard=self._settings.tiles.shard,
             actors=plan.actors,
             gpus=plan.gpus,
             threads=self._settings.evaluate.threads,
             size=size,
         )
-
-
-def _plan_trials(plan: Sweep, settings: Settings, cluster: Cluster) -> tuple[NetworkPlan, int]:
-    """What a trial gets, and how many run at a time."""
-    asked = plan.resources
-    if asked.workers > 1:
-        batch = settings.fusion.batch_size
-        return plan_trials(
-            cluster, workers=asked.workers, cpu=asked.cpu, gpu=asked.gpu, batch_size=batch, concurrency=plan.concurrency
-        )
-    gpu = asked.gpu if cluster.gpus else 0.0
-    cpu = min(asked.cpu, cluster.cpus)
-    fit = [cluster.cpus / cpu, *([cluster.gpus / gpu] if gpu else []), plan.concurrency or math.inf]
-    at_once = max(1, min(plan.trials, int(min(fit) + 1e-9)))
-    return NetworkPlan("fusion", 1, cpu, gpu, max(1, int(cpu)), 0), at_once
 
 
 def _show(lines: Sequence[Line]) -> None:

@@ -104,6 +104,7 @@ def _work(context: Context, mark: str) -> Outcome:
         "shards_reused": sum(receipt.reused for receipt in receipts),
         **cut.facts,
     }
+    context.ray.gauges.rejects("ingest", len(cut.rejects) + len(tile_rejects))  # before they end the stage
     _require_within_limit(cut.unit, len(cut.rejects), cut.units, context)
     _require_within_limit("tiles", len(tile_rejects), cut.tiles, context)
     return Outcome(counts, {"val_unit": cut.val_unit, "rejected_units": len(cut.rejects)})

@@ -113,7 +113,6 @@ def run_stage(context: Context, stage: Stage) -> None:
         raise
     finally:
         context.ray.gauges.running(stage.name, now=False)
-    context.ray.gauges.rejects(stage.name, outcome.counts.rejected)
     seconds = round(time.time() - started, 2)
     marker = Marker(stage.name, fingerprint, run.lease.owner, started, seconds, outcome.counts, outcome.info)
     run.commit(stage.folder, marker)

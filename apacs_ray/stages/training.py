@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from apacs_ray.adapters.train import NetworkTask, TrainingTask, read_progress, train
-from apacs_ray.checkpoints import best_checkpoint, complete_checkpoints
+from apacs_ray.checkpoints import best_checkpoint, best_weights, complete_checkpoints
 from apacs_ray.console import say
 from apacs_ray.data.shards import TileIndex, read_index
 from apacs_ray.errors import ApacsError
@@ -142,12 +142,14 @@ def forget_state(store: Store, networks: Sequence[Network], mark: str) -> None:
 
 def _keep_best(store: Store, network: Network, spec: ModelSpec, mark: str) -> None:
     checkpoints = complete_checkpoints(store, state_folder(network, mark))
-    best = best_checkpoint(checkpoints)
-    if best is None:
-        raise ApacsError(f"{network.name}: training ended without a checkpoint")
+    found = best_weights(store, checkpoints)
+    if found is None:
+        raise ApacsError(f"{network.name}: training ended without a checkpoint that is whole")
+    best, weights = found
+    if best != best_checkpoint(checkpoints):
+        say(f"{network.name}: the best weights are damaged in the store; those of epoch {best.epoch} are taken")
     history = tuple(EpochRecord(**record) for record in checkpoints[-1].state["history"])
     metrics = {"epoch": best.epoch, "epochs": len(history), "val_dice": best.record.val_dice}
-    weights = store.read(f"{best.path}/model.safetensors")
     store.write(f"{network.folder}/model.safetensors", weights)
     store.write(f"{network.folder}/model.json", replace(spec, metrics=metrics).to_json())
     store.write(f"{network.folder}/history.csv", history_csv(history).encode())

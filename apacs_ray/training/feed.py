@@ -115,3 +115,11 @@ def decode_pixels(content: bytes) -> Pixels:
     if content.startswith(JPEG):
         return np.asarray(simplejpeg.decode_jpeg(content))
     return np.asarray(Image.open(io.BytesIO(content), formats=STORED))
+
+
+def encode_heatmaps(probabilities: Mapping[str, npt.NDArray[np.float32]]) -> bytes:
+    """Probabilities (H, W) in 0..1 of the three members as one RGB PNG of uint8."""
+    picture = np.stack([np.rint(probabilities[name] * 255).astype(np.uint8) for name in HEATMAP_ORDER], axis=2)
+    sink = io.BytesIO()
+    Image.fromarray(picture).save(sink, "PNG", compress_level=1)
+    return sink.getvalue()

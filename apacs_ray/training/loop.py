@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from apacs_ray.errors import ApacsError
+from apacs_ray.errors import ApacsError, TrainingError
 from apacs_ray.training.config import TrainConfig
 from apacs_ray.training.jitter import jitter_stain
 from apacs_ray.training.loss import tile_losses
@@ -33,12 +33,14 @@ def train_epochs(
     steps: int,
     on_epoch: Callable[[Trainer, EpochRecord], None],
     leave: Callable[[], bool] = lambda: False,
+    tiles: tuple[int, int] | None = None,
 ) -> Sequence[Trainer]:
     """Train networks on one stream of `samples`, each batch made once and given to all, until all are finished.
 
-    The stream begins at the earliest `place` of the networks and has `steps` an epoch; a network that is ahead
+    The stream begins at the `earliest_place` and has `steps` an epoch; a network that is ahead
     (training was killed between two checkpoints) waits. All must have the same batch settings. Raises ApacsError when
-    a loss is not finite, naming the tiles, or when the stream lacks steps; `on_epoch` does not see such an epoch.
+    a loss is not finite, naming the tiles, when the stream lacks steps, or when not all of the training and validation
+    `tiles` came, each once, to the ranks together; `on_epoch` does not see such an epoch.
 
     `leave` is asked after every step: when it says so, training ends there, and the networks that are returned are in
     the middle of an epoch, which their `state` holds.
@@ -47,7 +49,7 @@ def train_epochs(
     stream = batches(samples, micro_batch)
     batch = next(stream, None)
     while active := [trainer for trainer in trainers if not trainer.finished()]:
-        epoch, first = min(trainer.place for trainer in active)
+        epoch, first = earliest_place(active)
         taken = first
         taking = [trainer for trainer in active if trainer.next_epoch == epoch]
         for trainer in taking:
@@ -65,8 +67,14 @@ def train_epochs(
         if taken != steps:
             raise ApacsError(f"epoch {epoch}: {taken} of {steps} steps arrived: training data was lost on its way")
         for trainer in taking:
-            on_epoch(trainer, trainer.end_epoch())
+            on_epoch(trainer, trainer.end_epoch(tiles))
     return []
+
+
+def earliest_place(trainers: Sequence[Trainer]) -> tuple[int, int]:
+    """Epoch and step with which the stream for `trainers` begins; behind the last epoch when all are finished."""
+    places = [trainer.place for trainer in trainers if not trainer.finished()]
+    return min(places, default=(max(trainer.config.epochs for trainer in trainers), 0))
 
 
 class Trainer:
@@ -120,10 +128,14 @@ class Trainer:
         return bool(self.config.patience) and epochs_since_best(self.history) >= self.config.patience
 
     def run(
-        self, samples: Iterator[Sample], steps: int, on_epoch: Callable[[EpochRecord, TrainState], None]
+        self,
+        samples: Iterator[Sample],
+        steps: int,
+        on_epoch: Callable[[EpochRecord, TrainState], None],
+        tiles: tuple[int, int] | None = None,
     ) -> tuple[EpochRecord, ...]:
         """Train this network alone; see `train_epochs`. Returns the history."""
-        train_epochs([self], samples, steps, lambda trainer, record: on_epoch(record, trainer.state()))
+        train_epochs([self], samples, steps, lambda trainer, record: on_epoch(record, trainer.state()), tiles=tiles)
         return self.history
 
     def state(self) -> TrainState:
@@ -157,13 +169,21 @@ class Trainer:
         seconds = round(time.monotonic() - self._started, 3)
         self._part = EpochPart(self.next_epoch, self._steps, self._train.sums(self._all_reduce), seconds)
 
-    def end_epoch(self) -> EpochRecord:
-        """Close the epoch; its record joins the history. Raises ApacsError naming tiles whose loss is not finite."""
+    def end_epoch(self, tiles: tuple[int, int] | None = None) -> EpochRecord:
+        """Close the epoch; its record joins the history.
+
+        Raises TrainingError naming tiles whose loss is not finite, or when training and validation `tiles` are others.
+        """
         epoch = self.next_epoch
         self._require_finite(epoch, "train", self._train)
         self._require_finite(epoch, "val", self._val)  # also meets weights that the epoch's last step broke
-        train_loss, train_dice = self._train.result(self._all_reduce)
-        val_loss, val_dice = self._val.result(self._all_reduce)
+        train_loss, train_dice, trained = self._train.result(self._all_reduce)
+        val_loss, val_dice, judged = self._val.result(self._all_reduce)
+        if tiles is not None and (trained, judged) != tiles:
+            raise TrainingError(
+                f"epoch {epoch}: {trained} training and {judged} validation tiles came, not {tiles[0]} and {tiles[1]} "
+                "(a defect: please report it)"
+            )
         rate = float(self.optimizer.param_groups[0]["lr"])
         seconds = round(time.monotonic() - self._started, 3)
         record = EpochRecord(epoch, train_loss, train_dice, val_loss, val_dice, rate, seconds)
@@ -223,7 +243,7 @@ class Trainer:
         rows = [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in self._all_reduce(told).tolist()]
         if any(rows):
             step, _, tiles = min(row for row in rows if row).partition(" ")
-            raise ApacsError(
+            raise TrainingError(
                 f"epoch {epoch}, {phase} step {int(step)}: the loss is not finite (tiles {tiles}): "
                 "lower the learning rate, or look at these tiles"
             )
@@ -270,11 +290,11 @@ class _Tally:
         """Add what an earlier part of the epoch gathered."""
         self._sums += torch.tensor(sums, dtype=self._sums.dtype, device=self._sums.device)
 
-    def result(self, all_reduce: AllReduce) -> tuple[float, float]:
-        """Mean loss over tiles and pooled Dice, over all ranks (NaN where there was nothing)."""
+    def result(self, all_reduce: AllReduce) -> tuple[float, float, int]:
+        """Mean loss over tiles and pooled Dice, over all ranks (NaN where there was nothing), and how many tiles."""
         loss, tiles, overlap, predicted, true = self.sums(all_reduce)
         dice = 2 * overlap / (predicted + true) if predicted + true else math.nan
-        return loss / tiles if tiles else math.nan, dice
+        return loss / tiles if tiles else math.nan, dice, round(tiles)
 
 
 def epochs_since_best(history: tuple[EpochRecord, ...]) -> int:

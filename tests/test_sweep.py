@@ -1,0 +1,48 @@
+"""What a sweep takes from Ray Tune's trials, without Ray."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from apacs_ray.adapters.tune import _best_epoch, _within
+from apacs_ray.settings import FusionSettings
+from apacs_ray.sweep import Distribution
+
+SPACE = {
+    name: Distribution.model_validate(drawn)
+    for name, drawn in {
+        "dropout": {"uniform": [0.0, 0.9]},
+        "learning_rate": {"loguniform": [1e-4, 1e-2]},
+        "members": {"choice": [["fcn32", "fcn16"], ["fcn16", "fcn8"]]},
+    }.items()
+}
+
+
+def test_what_population_based_training_changes_stays_possible() -> None:
+    """It multiplies by 0.8 or 1.2: a dropout of 0.9 would become 1.08."""
+    setting = {"dropout": 0.9 * 1.2, "learning_rate": 1e-4 * 0.8, "members": "fcn16+fcn8"}
+    assert _within(SPACE, setting) == {"dropout": 0.9, "learning_rate": 1e-4, "members": "fcn16+fcn8"}
+    FusionSettings.model_validate({"dropout": _within(SPACE, setting)["dropout"]})
+
+
+def trial(epochs: list[dict[str, Any]] | None, config: dict[str, Any]) -> Any:
+    return SimpleNamespace(config=config, metrics_dataframe=None if epochs is None else pd.DataFrame(epochs))
+
+
+def test_a_trial_counts_by_its_own_epochs_and_the_setting_that_each_had() -> None:
+    """Its second epoch took over another trial's weights, whose best is told as its own, and a changed rate."""
+    epochs = [
+        {"val_dice": 0.7, "best_val_dice": 0.7, "config/learning_rate": 1e-3, "config/members": "fcn16+fcn8"},
+        {"val_dice": 0.6, "best_val_dice": 0.9, "config/learning_rate": 2e-3, "config/members": "fcn32+fcn16"},
+    ]
+    config = {"learning_rate": 2e-3, "members": "fcn32+fcn16"}
+    assert _best_epoch(trial(epochs, config)) == ({"learning_rate": 1e-3, "members": "fcn16+fcn8"}, 0.7)
+
+
+@pytest.mark.parametrize("epochs", [None, []])
+def test_a_trial_that_told_nothing_has_no_score(epochs: list[dict[str, Any]] | None) -> None:
+    assert _best_epoch(trial(epochs, {"dropout": 0.1})) == ({"dropout": 0.1}, None)
