@@ -2,11 +2,13 @@
 
 Bare: processes of this machine that read, measure and encode the tiles of the shards and write them, one shard after
 the other. Ours: the same shards as tasks of Ray Data on raylets of one CPU, sent by a driver on the head, which has no
-CPU for tasks. Both read one local slide and write to one local folder. All take turns; what starts is not counted.
+CPU for tasks. Both read one local slide and write to one local folder. The bare processes are measured before and after
+the cluster, which is not there meanwhile; what starts is not counted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -52,31 +54,15 @@ def main() -> None:
 
 def _measure(kind: str, data: Path, folder: Path, repetitions: int) -> list[dict[str, object]]:
     work = Work(data, folder / "out")
-    pools = {count: multiprocessing.get_context("spawn").Pool(count) for count in NODES}
-    clusters = {}
+    seconds: dict[str, float] = {}
     for count in NODES:
-        place = folder / f"cluster-{count}"
-        place.mkdir()
-        clusters[count] = RayCluster(place, head_cpus=0)
-        for _ in range(count):
-            clusters[count].add_node(cpus=1)
-    ways: dict[str, Callable[[], object]] = {}
-    drivers = []
-    try:
-        for count in NODES:
-            ways[f"bare {count}"] = partial(work.bare, pools[count])
-            drivers.append(
-                Elsewhere(partial(_driver, work, count), {**clusters[count].joined, "PYTHONPATH": str(ROOT)})
-            )
-            ways[f"ours {count}"] = drivers[-1]
-        seconds = medians(alternate(ways, repetitions))
-    finally:
-        for driver in drivers:
-            driver.end()
-        for cluster in clusters.values():
-            cluster.stop()
-        for pool in pools.values():
-            pool.terminate()
+        with multiprocessing.get_context("spawn").Pool(count) as pool:
+            way = {f"bare {count}": partial(work.bare, pool)}
+            before = alternate(way, repetitions)
+            with _driver_of(count, work, folder) as driver:  # a cluster that waits would take from the bare processes
+                ours = alternate({f"ours {count}": driver}, repetitions)
+            after = alternate(way, repetitions)
+        seconds |= medians({name: before[name] + after[name] for name in way}) | medians(ours)
     rates = {name: work.tiles / value for name, value in seconds.items()}
     return [
         {
@@ -90,6 +76,22 @@ def _measure(kind: str, data: Path, folder: Path, repetitions: int) -> list[dict
         }
         for count in NODES
     ]
+
+
+@contextlib.contextmanager
+def _driver_of(nodes: int, work: Work, folder: Path) -> Iterator[Elsewhere]:
+    """Cutting by a cluster of so many nodes, for as long as the block runs."""
+    place = folder / f"cluster-{nodes}"
+    place.mkdir()
+    cluster = RayCluster(place, head_cpus=0)
+    try:
+        for _ in range(nodes):
+            cluster.add_node(cpus=1)
+        driver = Elsewhere(partial(_driver, work, nodes), {**cluster.joined, "PYTHONPATH": str(ROOT)})
+        yield driver
+        driver.end()
+    finally:
+        cluster.stop()
 
 
 class Work:

@@ -2,8 +2,8 @@
 
 Begun: seconds from the command to the first line it prints, to the first shard of tiles and to the first training
 step. The default run's data (smears rendered beforehand, so that ingest begins with cutting), networks of a tenth of
-the width. Job: on a cluster whose head has no CPU for tasks and whose two nodes have one each. Memory: resident, of the
-head's processes and the job's driver, looked at twice a second.
+the width. Job: on a cluster whose head has no CPU for tasks and whose two nodes have one each. Memory: resident, shared
+pages divided among those who share them, of the head's processes and the job's driver, looked at twice a second.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from jobs import Job  # noqa: E402
+from jobs import ENDED, Job  # noqa: E402
 from measure import options, show  # noqa: E402
 from ray_cluster import RayCluster, processes  # noqa: E402
 from runs import start  # noqa: E402
@@ -39,6 +39,7 @@ SETTINGS = [
     "--fusion.epochs", "2", "--fusion.crop", "256", "--fusion.batch_size", "2",
     "--tune.config", "tune_configs/smoke.yaml",
 ]  # fmt: skip
+LOOK_EVERY = 20.0  # s between questions whether a run goes on: each is a process beside it
 PARTS = {"gcs": "gcs_server", "raylet": "/raylet ", "dashboard": "dashboard/", "driver": "pipelines/full.py"}
 
 
@@ -97,7 +98,8 @@ def _submitted(data: Path, folder: Path) -> tuple[dict[str, float], dict[str, li
         began = time.time()
         job = Job(cluster, "pipelines/full.py", "--data", str(data), "--output", str(folder / "run"), *SETTINGS)
         submitted = time.time()
-        times = {"submitted_s": submitted - began, **_milestones(folder / "run", began, lambda: True)}
+        milestones = _milestones(folder / "run", began, lambda: job.status() not in ENDED)
+        times = {"submitted_s": submitted - began, **milestones}
         status = job.end()
         if status != "SUCCEEDED":
             raise SystemExit(f"the job ended as {status}:\n{job.logs()}")
@@ -119,33 +121,38 @@ def _milestones(output: Path, began: float, goes_on: Callable[[], bool]) -> dict
 
 
 def _first(output: Path, pattern: str, goes_on: Callable[[], bool]) -> Path:
+    looked = time.monotonic()
     while not (found := sorted(output.glob(pattern), key=lambda path: path.stat().st_mtime)):
-        if not goes_on():
-            raise SystemExit(f"the run ended before there was {pattern}")
         time.sleep(0.02)
+        if time.monotonic() - looked > LOOK_EVERY:
+            looked = time.monotonic()
+            if not goes_on():
+                raise SystemExit(f"the run ended before there was {pattern}")
     return found[0]
 
 
 def _watch(cluster: RayCluster, memory: dict[str, list[float]], ended: threading.Event) -> None:
-    """Resident memory of the head's processes, MB, by part; the driver, which Ray starts apart, by its command."""
+    """Memory of the head's processes, MB, by part; the driver, which Ray starts apart, by its command."""
     while not ended.wait(0.5):
         sums = dict.fromkeys([*PARTS, "other"], 0.0)
         found = dict(processes(cluster.head))
-        for pid in subprocess.run(["pgrep", "-f", "pipelines/full.py"], capture_output=True, text=True).stdout.split():
+        driver = ["pgrep", "-f", r"^\S*python\S* pipelines/full\.py"]
+        for pid in subprocess.run(driver, capture_output=True, text=True).stdout.split():
             found.setdefault(int(pid), "pipelines/full.py")
         for pid, title in found.items():
             part = next((name for name, word in PARTS.items() if word in title), "other")
-            sums[part] += _resident(pid)
+            sums[part] += _proportional(pid)
         for name, value in sums.items():
             memory[name].append(value)
 
 
-def _resident(pid: int) -> float:
+def _proportional(pid: int) -> float:
+    """Resident memory, pages that processes share divided among them."""
     try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:  # it has ended meanwhile
         return 0.0
-    return pages * 4096 / 1e6
+    return next((int(line.split()[1]) / 1000 for line in lines if line.startswith("Pss:")), 0.0)
 
 
 def memory_rows(memory: dict[str, list[float]]) -> list[dict[str, Any]]:
