@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 
 from apacs_ray.clean import uri_defect
 from apacs_ray.errors import UsageError
-from apacs_ray.settings import Settings, TuneSettings
+from apacs_ray.settings import Settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LARGEST_YAML = 1 << 20  # bytes
@@ -93,7 +93,7 @@ def parse(argv: Sequence[str], program: str, summary: str) -> Command:
         for key, value in tree.items():
             _require_open(f"{section}.{key}", value)
     if settings.fusion.from_best:
-        _require_sweep(settings.tune)
+        _require_sweep(settings)
     return Command(data, output or default_output(data), settings, dry_run, estimate)
 
 
@@ -103,16 +103,19 @@ def _require_open(key: str, value: Any) -> None:
         raise UsageError(f"{key}: {defect}")
 
 
-def _require_sweep(tune: TuneSettings) -> None:
+def _require_sweep(settings: Settings) -> None:
     """Raise UsageError for a sweep that cannot run, which would be found when the members are trained, hours later."""
     from apacs_ray.sweep import read_sweep  # which reads its file by this module
 
+    tune = settings.tune
     if not tune.model_fields_set and not (REPOSITORY / tune.config).is_file():
         return  # the doctor of an installed package: the sweeps stay in the repository, as the scripts do
     try:
         sweep = read_sweep(tune.config)
     except UsageError as error:
         raise UsageError(f"tune.config: {error}") from error
+    if "fcn32" in sweep.trunks and settings.fusion_width != settings.members.width:
+        raise UsageError(f"tune.config: {tune.config}: trunk fcn32 needs fusion.width as members.width; leave it out")
     if sweep.searcher == "optuna" and importlib.util.find_spec("optuna") is None:
         raise UsageError(f"tune.config: {tune.config}: searcher optuna needs the package: pip install '.[optuna]'")
 

@@ -49,3 +49,9 @@ def carried_message(error: BaseException) -> str | None:
         r"^(?:apacs_ray\.errors\.)?(?:ApacsError|UsageError|StoreTroubleError): (.+)$", str(error), re.MULTILINE
     )
     return found[-1] if found else None
+
+
+def gpu_too_small(error: Exception, section: str) -> str:
+    """What a person is told when training ran out of GPU memory: the settings of `section` that need less."""
+    advice = f"raise {section}.accumulate, or lower {section}.batch_size or .crop"
+    return f"the GPU's memory is too small: {advice} ({str(error).splitlines()[0][:200]})"

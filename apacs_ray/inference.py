@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from apacs_ray.errors import ApacsError
 from apacs_ray.evaluation.predictions import sigmoid
 from apacs_ray.models.ensemble import Ensemble
 from apacs_ray.models.spec import ModelSpec
@@ -37,7 +38,19 @@ class Predictor:
 
     @torch.inference_mode()
     def logits(self, rgb: npt.NDArray[np.uint8]) -> dict[str, Array]:
-        """Logits (H, W) float32 of every network for one tile (H, W, 3) uint8."""
+        """Logits (H, W) float32 of every network for one tile (H, W, 3) uint8.
+
+        Raises ApacsError when the GPU's memory is too small for it.
+        """
+        try:
+            return self._logits(rgb)
+        except torch.OutOfMemoryError as error:
+            raise ApacsError(
+                f"the GPU's memory is too small for all networks on a tile of {rgb.shape[1]} x {rgb.shape[0]} px: set "
+                f"evaluate.precision bfloat16, or a smaller tiles.size ({str(error).splitlines()[0][:200]})"
+            ) from error
+
+    def _logits(self, rgb: npt.NDArray[np.uint8]) -> dict[str, Array]:
         pixels = torch.from_numpy(np.array(rgb))  # a copy: decoded pictures are read-only
         if self._device.type == "cuda":
             pixels = pixels.pin_memory().to(self._device, non_blocking=True)

@@ -252,6 +252,12 @@ class Settings(Section):
     evaluate: EvaluateSettings = EvaluateSettings()
     run: RunSettings = RunSettings()
 
+    @model_validator(mode="after")
+    def _trunk_fits(self) -> Settings:
+        if self.fusion.trunk == "fcn32" and self.fusion_width != self.members.width:
+            raise ValueError(f"fusion.trunk fcn32 needs fusion.width {self.members.width:g}, that of the members")
+        return self
+
     @property
     def fusion_width(self) -> float:
         """Width of the fusion network; the members' where it is not set."""

@@ -111,6 +111,11 @@ class Sweep(_Strict):
                 raise ValueError(f"scheduler pbt changes {', '.join(MUTABLE)} on the way; none is in the space")
         return self
 
+    @property
+    def trunks(self) -> tuple[str, ...]:
+        """Starts of the trunk that trials may draw."""
+        return self.space["trunk"].values if "trunk" in self.space else ()
+
     @field_validator("space")
     @classmethod
     def _known_and_possible(cls, space: dict[str, Distribution]) -> dict[str, Distribution]:

@@ -1,4 +1,6 @@
-"""Curves for TensorBoard: an event file a network, always the whole history, so that a resumed run leaves no gap."""
+"""Curves for TensorBoard: an event file a network, always the whole history, so that a resumed run leaves no gap; and
+the test metrics, a file a model.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +21,7 @@ from apacs_ray.training.record import EpochRecord
 
 CURVES = "tensorboard"  # the folder in a run: `tensorboard --logdir <output>/tensorboard`
 NAME = "events.out.tfevents.curves"  # TensorBoard takes files with `tfevents` in their name
+TESTED = {"Dice": "dice", "IoU": "iou", "accuracy": "accuracy", "boundary IoU": "boundary_iou"}
 _HEAD, _CRC = struct.Struct("<QI"), 4  # a record: its length, a checksum of that, the event, a checksum of that
 
 
@@ -43,6 +46,19 @@ def write_curves(
         now += record.seconds
         events.append(Event(wall_time=now, step=record.epoch, summary=_scalars(record)))
     store.write(path, _encode(events))
+
+
+def write_metrics(store: Store, metrics: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write `tensorboard/evaluation/<model>/...` with the pooled figures of each model over the test tiles."""
+    now = time.time()
+    for model, row in metrics.items():
+        values = {name: row[key] for name, key in TESTED.items() if row[key] is not None}
+        shown = [Summary.Value(tag=f"test/{name}", simple_value=value) for name, value in values.items()]
+        events = [
+            Event(wall_time=now, file_version="brain.Event:2"),
+            Event(wall_time=now, summary=Summary(value=shown)),
+        ]
+        store.write(f"{CURVES}/evaluation/{model}/{NAME}", _encode(events))
 
 
 def read_events(content: bytes) -> list[Event]:

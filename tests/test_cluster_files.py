@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+import subprocess
+import sys
+import time
 import tomllib
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import boto3
 import botocore.session
 import pytest
 import ray
 import yaml
+from botocore.client import BaseClient
 from botocore.model import Shape
 from botocore.validate import ParamValidator
+from moto import mock_aws
 from packaging.requirements import Requirement
 from ray._private import ray_constants
+from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_TYPE
 from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -41,6 +50,7 @@ MACHINES = {
     "n2-standard-32": (32, 0),
     "g2-standard-48": (48, 4),
 }
+OBJECTS = ("GetObject", "PutObject", "DeleteObject", "AbortMultipartUpload")
 SYSTEM_GIB = 100  # of a root disk: the image with its driver, and PyTorch
 SLIDE_GIB = 3  # of a slide that a task has in use
 
@@ -148,7 +158,7 @@ def test_worker_disks_hold_the_slide_cache(name: str) -> None:
 @pytest.mark.parametrize("name", CLOUDS)
 def test_nodes_start_with_the_token_and_without_an_open_dashboard(name: str) -> None:
     config = load(name)
-    for command in [config["head_start_ray_commands"][-1], config["worker_start_ray_commands"][-1]]:
+    for command in [config["head_start_ray_commands"][-1], config["worker_start_ray_commands"][1]]:
         assert re.search(r"RAY_AUTH_MODE=token ray start", command)
         assert "0.0.0.0" not in command
     assert "--dashboard-host=127.0.0.1" in config["head_start_ray_commands"][-1]
@@ -158,6 +168,24 @@ def test_nodes_start_with_the_token_and_without_an_open_dashboard(name: str) -> 
     assert "cluster/requirements.txt" in local
     assert all((ROOT / path).is_file() for path in local)
     assert "security_group" not in config["provider"]  # it could only open more than SSH
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_workers_listen_for_the_notice_that_spot_instances_get(name: str, tmp_path: Path) -> None:
+    config = load(name)
+    assert config["file_mounts"]["~/spot_notice.py"] == "cluster/spot_notice.py"
+    assert not any("spot_notice" in command for command in config["head_start_ray_commands"])
+    *_, start, listen = config["worker_start_ray_commands"]
+    assert "--address=$RAY_HEAD_IP:6379 " in start
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$RAY_AUTH_MODE $*"\nexec sleep 60\n')
+    (tmp_path / "python").chmod(0o755)
+    environment = {"HOME": str(tmp_path), "PATH": f"{tmp_path}:/usr/bin:/bin", "RAY_HEAD_IP": "10.0.0.1"}
+    # it does not hold the SSH connection
+    subprocess.run(["bash", "-c", f"({listen})"], env=environment, check=True, capture_output=True, timeout=30)
+    log = tmp_path / "spot_notice.log"
+    while not (log.is_file() and log.read_text()):
+        time.sleep(0.01)
+    assert log.read_text() == f"token {tmp_path}/spot_notice.py {name} 10.0.0.1:6379\n"
 
 
 # what the clouds read
@@ -185,6 +213,82 @@ def test_ec2_knows_every_field(kind: str) -> None:
     assert request["IamInstanceProfile"]["Name"] == ("apacs-ray-head" if kind == "head" else "apacs-ray-worker")
     assert request["MetadataOptions"]["HttpTokens"] == "required"
     assert request["ImageId"].startswith("resolve:ssm:/aws/service/")
+
+
+def test_the_readme_makes_the_profiles_of_the_nodes(tmp_path: Path) -> None:
+    (loop,) = re.findall(r"^    for node in .*?^    done$", (CLUSTER / "README.md").read_text(), re.S | re.M)
+    (tmp_path / "aws").write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
+    (tmp_path / "aws").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "BUCKET": "s3://a-bucket"}
+    done = subprocess.run(["sh", "-ec", loop], cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+    with mock_aws():
+        iam = boto3.client("iam", "eu-central-1", aws_access_key_id="a", aws_secret_access_key="b")
+        for service, command, *options in map(json.loads, done.stdout.splitlines()):
+            assert service == "iam"
+            names = [option[2:].title().replace("-", "") for option in options[::2]]
+            getattr(iam, command.replace("-", "_"))(**dict(zip(names, options[1::2], strict=True)))
+        for name in ("apacs-ray-head", "apacs-ray-worker"):
+            (role,) = iam.get_instance_profile(InstanceProfileName=name)["InstanceProfile"]["Roles"]
+            given = iam.get_role_policy(RoleName=role["RoleName"], PolicyName="apacs-ray")["PolicyDocument"]
+            assert rights(given)["s3:GetObject"] == ["arn:aws:s3:::a-bucket/*"]
+
+
+def rights(policy: dict[str, Any]) -> dict[str, list[str]]:
+    """Action -> resources on which a policy allows it, on some of them under a condition."""
+    found: dict[str, list[str]] = {}
+    for statement in policy["Statement"]:
+        assert statement["Effect"] == "Allow"
+        for action in statement["Action"]:
+            found[action] = found.get(action, []) + statement["Resource"]
+    return found
+
+
+def policy(node: str) -> dict[str, Any]:
+    return json.loads((CLUSTER / "aws_policies" / f"{node}.json").read_text())
+
+
+def test_nodes_may_use_one_bucket_and_the_head_may_start_workers() -> None:
+    bucket = "arn:aws:s3:::YOUR-BUCKET"
+    ours = {"s3:ListBucket": [bucket], **{f"s3:{right}": [f"{bucket}/*"] for right in OBJECTS}}
+    head = rights(policy("head"))
+    assert rights(policy("worker")) == ours
+    assert {action: on for action, on in head.items() if action.startswith("s3:")} == ours
+    assert head["iam:PassRole"] == ["arn:aws:iam::*:role/apacs-ray-worker"]
+    (images,) = head["ssm:GetParameters"]
+    image = node_types("aws")["head"]["node_config"]["ImageId"].removeprefix("resolve:ssm:")
+    assert fnmatch(f"arn:aws:ssm:eu-central-1::parameter{image}", images)
+
+
+def test_the_head_may_do_what_the_autoscaler_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node's life, by Ray's own code; only instances with the tag of this cluster may be started and ended."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "of-the-test")
+    asked: dict[str, dict[str, Any]] = {}
+    call = BaseClient._make_api_call
+
+    def listen(client: BaseClient, operation: str, arguments: dict[str, Any]) -> Any:
+        asked[operation] = arguments
+        return call(client, operation, arguments)
+
+    config = load("aws")
+    with mock_aws():
+        ec2 = boto3.client("ec2", config["provider"]["region"])
+        image, subnet = ec2.describe_images()["Images"][0]["ImageId"], ec2.describe_subnets()["Subnets"][0]["SubnetId"]
+        boto3.client("iam").create_instance_profile(InstanceProfileName="apacs-ray-worker")
+        monkeypatch.setattr(BaseClient, "_make_api_call", listen)
+        nodes = AWSNodeProvider(config["provider"], config["cluster_name"])
+        spot = {**node_types("aws")["gpu_spot"]["node_config"], "ImageId": image, "SubnetIds": [subnet]}
+        nodes.create_node(spot, {"ray-node-type": "worker"}, 1)
+        (node,) = nodes.non_terminated_nodes({})
+        nodes.set_node_tags(node, {"ray-node-status": "up-to-date"})
+        nodes.terminate_nodes([node])
+    assert {f"ec2:{action}" for action in asked} == {right for right in rights(policy("head")) if right[:4] == "ec2:"}
+    (tagged,) = asked["RunInstances"]["TagSpecifications"]
+    assert tagged["ResourceType"] == "instance"
+    conditions = [condition for one in policy("head")["Statement"] for condition in one.get("Condition", {}).values()]
+    for key in ("aws:RequestTag/ray-cluster-name", "aws:ResourceTag/ray-cluster-name"):
+        assert {key: config["cluster_name"]} in conditions
+    assert {"Key": "ray-cluster-name", "Value": config["cluster_name"]} in tagged["Tags"]
 
 
 @pytest.mark.parametrize("kind", node_types("gcp"))
@@ -483,9 +587,8 @@ def test_the_image_holds_what_the_job_runs() -> None:
     dockerfile = (CLUSTER / "Dockerfile").read_text()
     copied = re.findall(r"^COPY (\S+) (\S+)$", dockerfile, re.MULTILINE)
     assert all((ROOT / source).exists() for source, _ in copied)
-    assert {f"/app/{folder}" for folder in ("apacs_ray", "pipelines", "configs", "tune_configs")} <= {
-        to for _, to in copied
-    }
+    parts = ("apacs_ray", "pipelines", "configs", "tune_configs", "pyproject.toml")
+    assert {f"/app/{part}" for part in parts} <= {to for _, to in copied}
     assert "PYTHONPATH=/app" in dockerfile
     uid = re.search(r"^USER (\d+)$", dockerfile, re.MULTILINE)
     assert uid is not None
@@ -494,7 +597,7 @@ def test_the_image_holds_what_the_job_runs() -> None:
     )
 
 
-@pytest.mark.parametrize("path", sorted(CLUSTER.iterdir()), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(path for path in CLUSTER.rglob("*") if path.is_file()), ids=lambda p: p.name)
 def test_no_keys(path: Path) -> None:
     text = path.read_text()
     assert not re.search(r"\b(AKIA|ASIA)[A-Z0-9]{16}\b", text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import importlib.metadata
 import os
 import shutil
 import socket
@@ -17,15 +18,18 @@ from pathlib import Path
 import boto3
 import numpy as np
 import pytest
+from ray._common.utils import get_default_ray_temp_dir
 from s3_proxy import Behaviour, Proxy
 
+from apacs_ray import cli
+from apacs_ray.adapters.session import _private_sessions
 from apacs_ray.adapters.survey import Survey, cause
 from apacs_ray.cli import parse
-from apacs_ray.doctor import cluster, codecs, devices, folders, machine, objects, versions
+from apacs_ray.doctor import cluster, codecs, devices, folders, machine, objects, tables, versions
 from apacs_ray.doctor.command import doctor
 from apacs_ray.doctor.finding import Finding, examine, shown
 from apacs_ray.doctor.stores import Stores
-from apacs_ray.errors import ApacsError
+from apacs_ray.errors import ApacsError, UsageError
 from apacs_ray.plan import Nodes, cluster_of
 from apacs_ray.storage import LocalStore, open_store
 
@@ -76,6 +80,21 @@ def test_packages_that_are_missing_or_out_of_range() -> None:
     assert "<1" in texts[1]
 
 
+def test_requirements_without_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the image, which holds the source and pyproject.toml, and in a copy of the source alone."""
+
+    def not_installed(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", not_installed)
+    (tmp_path / "pyproject.toml").write_text('[project]\ndependencies = ["numpy>=2"]\n')
+    assert versions.requirements(tmp_path) == ["numpy>=2"]
+    monkeypatch.setattr(versions, "requirements", lambda: not_installed("apacs_ray"))
+    finding = only(versions.check_packages())
+    assert finding.state == "warning"
+    assert "pyproject.toml" in finding.advice
+
+
 def test_the_torch_pair_and_the_devices(tmp_path: Path) -> None:
     settings = parse(["--data", "x"], "doctor", "").settings
     assert only(versions.check_torch()).state == "ok"
@@ -118,6 +137,21 @@ def test_shared_memory_disk_and_files(tmp_path: Path, monkeypatch: pytest.Monkey
     assert machine.check_disk("disk", tmp_path, 0, "x").state == "failed"
     monkeypatch.setattr(machine, "FEWEST_FILES", 1 << 40)
     assert "ulimit" in only(machine.check_open_files()).advice
+
+
+def test_the_disk_of_ray_is_where_ray_would_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = parse(["--data", "x"], "doctor", "").settings
+    for name in ("TMPDIR", "RAY_TMPDIR"):  # the second is heeded before the first
+        folder = tmp_path / name
+        folder.mkdir()
+        monkeypatch.setenv(name, str(folder))
+        assert str(machine.ray_folder()) == get_default_ray_temp_dir()
+        assert f"{folder}/ray: " in only(machine.check_disks(settings, "s3://bucket/run", None)).found
+    monkeypatch.setattr(machine, "TOO_LITTLE", 1 << 60)
+    assert only(machine.check_disks(settings, "s3://bucket/run", None)).state == "failed"
+    monkeypatch.delenv("TMPDIR")
+    monkeypatch.delenv("RAY_TMPDIR")
+    assert str(machine.ray_folder()) == _private_sessions()
 
 
 def test_cpus_and_memory_of_a_container(tmp_path: Path) -> None:
@@ -182,6 +216,26 @@ def test_local_data(tmp_path: Path) -> None:
     assert finding.state == "ok"
     assert "deep/a [b].png" in finding.found
     assert only(folders.check_data(LocalStore(str(tmp_path / "deep/a [b].png")))).state == "failed"
+
+
+def test_tables_that_cannot_be_read(tmp_path: Path) -> None:
+    def findings(text: str | None, name: str) -> list[Finding]:
+        table = tmp_path / "table.csv"
+        table.unlink(missing_ok=True)
+        if text is not None:
+            table.write_text(text)
+        data = parse(["--data", "x", f"--data.{name}", str(table)], "doctor", "").settings.data
+        return [*tables.check_splits(data), *tables.check_mpps(data)]
+
+    for name in ("splits", "mpps"):
+        missing = only(findings(None, name))
+        assert (missing.name, missing.state) == (f"data.{name}", "failed")
+        assert "table.csv: no such text file" in missing.found
+    assert only(findings("slide_id,mpp\na,0.25\n", "mpps")).state == "ok"
+    assert only(findings("slide_id,split\na,train\nb,test\n", "splits")).found.endswith("table.csv: 2 slides")
+    wrong = only(findings("slide_id,split\na,train\nb,trane\n", "splits"))
+    assert wrong.state == "failed"
+    assert "line 3" in wrong.found
 
 
 # S3
@@ -329,16 +383,23 @@ def test_credentials_in_the_uri_are_not_repeated() -> None:
 def test_the_plan_for_this_machine_and_for_a_cluster(monkeypatch: pytest.MonkeyPatch, s3: str) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     here = parse(["--data", "/cells", "--output", "/runs"], "doctor", "")
-    assert [finding.name for finding in cluster.check_cluster(here)] == ["cluster", "plan"]
+    assert [finding.name for finding in cluster.check_cluster(here)] == ["cluster", "plan", "sweep"]
     with socket.create_server(("127.0.0.1", 0)) as head:
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{head.getsockname()[1]}")
         two = Survey(cluster_of([Nodes(16, 2, 2)], []), 2)
         states = [(finding.name, finding.state) for finding in cluster.check_cluster(here, lambda: two)]
-        assert states == [("cluster", "ok"), ("cluster", "failed"), ("cluster", "failed"), ("plan", "ok")]
+        assert states == [
+            ("cluster", "ok"),
+            ("cluster", "failed"),
+            ("cluster", "failed"),
+            ("plan", "ok"),
+            ("sweep", "ok"),
+        ]
         remote = parse(["--data", f"{s3}/cells", "--output", f"{s3}/run"], "doctor", "")
         findings = list(cluster.check_cluster(remote, lambda: two))
-        assert [finding.state for finding in findings] == ["ok", "ok"]
+        assert [finding.state for finding in findings] == ["ok", "ok", "ok"]
         assert "GPU" in findings[1].found
+        assert "20 trials, 16 at a time" in findings[2].found
 
         def refused() -> Survey:
             raise ApacsError("Ray did not join: version mismatch")
@@ -349,6 +410,37 @@ def test_the_plan_for_this_machine_and_for_a_cluster(monkeypatch: pytest.MonkeyP
     assert "nobody answers" in nobody.found
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
     assert "job server" in only(cluster.check_cluster(here)).found
+
+
+def test_a_sweep_that_would_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster, "_this_machine", lambda: cluster_of([Nodes(16, 2, 1)], []))
+    config = tmp_path / "sweep.yaml"
+    given = ("--tune.config", str(config))
+
+    def sweep(*options: str) -> list[Finding]:
+        findings = cluster.check_cluster(parse(["--data", "/cells", "--output", "/runs", *options], "doctor", ""))
+        return [finding for finding in findings if finding.name == "sweep"]
+
+    space = "trials: 4\nepochs: 2\nspace: {dropout: {uniform: [0.0, 0.5]}}\n"
+    config.write_text(f"{space}resources: {{cpu: 1, gpu: 1, workers: 4}}\n")
+    too_large = only(sweep(*given))
+    assert too_large.state == "failed"
+    assert "2 GPUs" in too_large.found
+    assert sweep(*given, "--fusion.from_best", "false") == []
+
+    config.write_text(f"{space}searcher: magic\n")
+    with pytest.raises(UsageError, match=r"sweep\.yaml: searcher"):
+        doctor(given)
+    config.write_text(f"{space}searcher: optuna\n")
+    assert only(sweep(*given)).state == "ok"
+    monkeypatch.setitem(sys.modules, "optuna", None)  # as where it is not installed
+    with pytest.raises(UsageError, match="optuna"):
+        doctor(given)
+
+    monkeypatch.setattr(cli, "REPOSITORY", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert only(sweep()).state == "warning"
 
 
 def test_the_error_that_says_why_ray_did_not_join() -> None:

@@ -181,6 +181,13 @@ def test_a_sweep_that_cannot_run_is_told_before_anything_starts(
     command(*options, "--fusion.from_best", "false")  # which does not sweep
 
 
+def test_a_trunk_of_another_width_is_refused() -> None:
+    command("--data", "x", "--members.width", "0.5", "--fusion.trunk", "fcn32")
+    for more in (["--fusion.trunk", "fcn32"], ["--tune.config", "tune_configs/fusion_asha.yaml"]):
+        with pytest.raises(UsageError, match=r"fusion\.width"):
+            command("--data", "x", "--members.width", "0.5", "--fusion.width", "0.25", *more)
+
+
 def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def deny(*_: object, **__: object) -> str:
         raise PermissionError(13, "Permission denied")

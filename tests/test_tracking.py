@@ -21,7 +21,7 @@ from apacs_ray.stages.cut import Cut
 from apacs_ray.stages.ingest import INGEST
 from apacs_ray.stages.pipeline import Context, run_stage
 from apacs_ray.storage import LocalStore
-from apacs_ray.tracking import read_events, write_curves
+from apacs_ray.tracking import read_events, write_curves, write_metrics
 from apacs_ray.training.record import EpochRecord
 
 PATH = "tensorboard/members/fcn8/events.out.tfevents.curves"
@@ -67,6 +67,18 @@ def test_a_new_training_in_the_same_folder_begins_anew(store: LocalStore) -> Non
     write_curves(store, "members/fcn8", epochs(1))
     assert read_events(store.read(PATH))[0].wall_time > old
     assert curve(store, "loss/train") == [(0, 1.0)]
+
+
+def test_every_model_has_its_test_metrics(store: LocalStore) -> None:
+    """An undefined one is left out, as in `metrics.json`."""
+    row = {"dice": 0.9, "iou": None, "accuracy": 0.97, "boundary_iou": 0.5, "tp": 3}
+    write_metrics(store, {"fusion": row, "otsu": row | {"dice": 0.7}})
+    found = {}
+    for model in ("fusion", "otsu"):
+        events = read_events(store.read(f"tensorboard/evaluation/{model}/events.out.tfevents.curves"))
+        found[model] = {value.tag: round(value.simple_value, 6) for event in events for value in event.summary.value}
+    assert found["fusion"] == {"test/Dice": 0.9, "test/accuracy": 0.97, "test/boundary IoU": 0.5}
+    assert found["otsu"]["test/Dice"] == 0.7
 
 
 def test_records_carry_their_checksums_and_a_cut_file_gives_its_whole_events(store: LocalStore) -> None:

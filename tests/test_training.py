@@ -18,7 +18,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from apacs_ray.errors import ApacsError, TrainingError
+from apacs_ray.errors import ApacsError, TrainingError, gpu_too_small
+from apacs_ray.inference import Predictor
+from apacs_ray.models.ensemble import Ensemble
+from apacs_ray.models.fcn import build_member
+from apacs_ray.models.spec import MEMBERS
 from apacs_ray.training.config import TrainConfig
 from apacs_ray.training.jitter import jitter_stain
 from apacs_ray.training.loop import (
@@ -589,6 +593,22 @@ class TestResume:
             "state.json",
         ]
         assert json.loads((checkpoint / "state.json").read_text())["epoch"] == 1
+
+
+def test_a_gpu_that_is_too_small_is_told_with_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = gpu_too_small(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nAnd more"), "members")
+    assert "members.accumulate" in told
+    assert "Tried to allocate 2 GiB" in told
+    assert "And more" not in told
+
+    def full(ensemble: Ensemble, image: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    members = {name: build_member(name, width=0.01) for name in MEMBERS}
+    predictor = Predictor(Ensemble(members, {}), threads=1, precision="float32")
+    monkeypatch.setattr(Ensemble, "forward", full)
+    with pytest.raises(ApacsError, match=r"tile of 40 x 32 px: set evaluate\.precision"):
+        predictor.logits(np.zeros((32, 40, 3), np.uint8))
 
 
 def test_history_survives_its_file() -> None:

@@ -24,7 +24,7 @@ from apacs_ray.adapters.session import KEEP_MEMORY
 from apacs_ray.checkpoints import attempts, complete_checkpoints, fetch, keep_checkpoint
 from apacs_ray.console import say
 from apacs_ray.data.shards import TileIndex
-from apacs_ray.errors import ApacsError, StoreTroubleError, TrainingError
+from apacs_ray.errors import ApacsError, StoreTroubleError, TrainingError, gpu_too_small
 from apacs_ray.models.spec import ModelSpec
 from apacs_ray.plan import NetworkPlan
 from apacs_ray.run import require_source
@@ -279,9 +279,7 @@ def _told(error: Exception, task: TrainingTask) -> str:
     """For a person: what ended training, and what to do."""
     if isinstance(error, ApacsError):
         return str(error)
-    section = "fusion" if task.networks[0].spec.kind == "fusion" else "members"
-    advice = f"raise {section}.accumulate, or lower {section}.batch_size or .crop"
-    return f"the GPU's memory is too small: {advice} ({str(error).splitlines()[0][:200]})"
+    return gpu_too_small(error, "fusion" if task.networks[0].spec.kind == "fusion" else "members")
 
 
 def _device(gpus: float) -> torch.device:

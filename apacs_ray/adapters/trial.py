@@ -15,6 +15,7 @@ from typing import Any
 
 from apacs_ray.adapters.train import NetworkTask, TrainingTask, fit
 from apacs_ray.data.shards import TileIndex
+from apacs_ray.errors import ApacsError, gpu_too_small
 from apacs_ray.models.spec import fusion_spec
 from apacs_ray.plan import NetworkPlan
 from apacs_ray.run import require_source
@@ -142,4 +143,9 @@ def _in_this_process(config: dict[str, Any], settings: FusionSettings, task: Tri
             tune.report(told(state.history), checkpoint=tune.Checkpoint.from_directory(folder))
 
     steps = -(-len(train_index) // settings.batch_size)
-    trainer.run(samples, steps, on_epoch, (len(train_index), len(val_index)))
+    try:
+        trainer.run(samples, steps, on_epoch, (len(train_index), len(val_index)))
+    except torch.OutOfMemoryError as error:
+        raise ApacsError(
+            f"{gpu_too_small(error, 'fusion')}; or let fewer trials share a GPU (resources.gpu)"
+        ) from error

@@ -1,4 +1,4 @@
-"""What there is to train on, and the plan that follows from it."""
+"""What there is to train on, and the plans that follow from it: of the members, and of the sweep's trials."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from apacs_ray.adapters.survey import Survey, survey
 from apacs_ray.cli import Command
 from apacs_ray.doctor.finding import Finding
 from apacs_ray.doctor.machine import usable_cpus
-from apacs_ray.errors import ApacsError
+from apacs_ray.errors import ApacsError, UsageError
 from apacs_ray.models.spec import MEMBERS
-from apacs_ray.plan import Cluster, Nodes, cluster_of, plan_training
+from apacs_ray.plan import Cluster, Nodes, cluster_of, plan_training, plan_trials
+from apacs_ray.sweep import read_sweep
 
 CONNECT = 3.0  # s
 START = "unset RAY_ADDRESS to run on this machine, or start the cluster (ray start --head) and give its address"
 
 
 def check_cluster(command: Command, look: Callable[[], Survey] = survey) -> Iterator[Finding]:
-    """The plan for the members on the cluster at `RAY_ADDRESS`, else on this machine, where Ray is not started."""
+    """The plans on the cluster at `RAY_ADDRESS`, else on this machine, where Ray is not started."""
     address = os.environ.get("RAY_ADDRESS", "")
     if not address or address == "local":
         cluster = _this_machine()
         yield Finding("cluster", "ok", f"this machine: {_resources(cluster)} (RAY_ADDRESS is not set)")
-        yield _plan(command, cluster)
+        yield from _plans(command, cluster)
         return
     problem = _unreachable(address)
     if problem:
@@ -45,7 +46,7 @@ def check_cluster(command: Command, look: Callable[[], Survey] = survey) -> Iter
             refuse_local(found.machines, uri, option)
         except ApacsError as error:
             yield Finding("cluster", "failed", str(error), "copy it to S3: aws s3 sync; and give its URI")
-    yield _plan(command, found.cluster)
+    yield from _plans(command, found.cluster)
 
 
 def _this_machine() -> Cluster:
@@ -55,13 +56,43 @@ def _this_machine() -> Cluster:
     return cluster_of([Nodes(cpus, float(torch.cuda.device_count()), 1)], [])
 
 
-def _plan(command: Command, cluster: Cluster) -> Finding:
+def _plans(command: Command, cluster: Cluster) -> Iterator[Finding]:
+    yield _members(command, cluster)
+    if command.settings.fusion.from_best:
+        yield _sweep(command, cluster)
+
+
+def _members(command: Command, cluster: Cluster) -> Finding:
     members = command.settings.members
     plan = plan_training(MEMBERS, cluster, workers=members.workers, batch_size=members.batch_size, mode=members.mode)
     asked = sum(network.workers * network.gpus for network in plan.networks)
     if asked > cluster.gpus + 1e-6:
         return Finding("plan", "failed", f"{plan.describe()}: more GPUs than there are", "lower --members.workers")
     return Finding("plan", "ok", plan.describe())
+
+
+def _sweep(command: Command, cluster: Cluster) -> Finding:
+    """Whether the trials of the sweep fit. That its file can be read is known since the options were."""
+    config = command.settings.tune.config
+    try:
+        sweep = read_sweep(config)
+    except UsageError as error:  # the default one, where the package is installed and the repository is not here
+        return Finding("sweep", "warning", str(error), "start the run in the repository, or give --tune.config")
+    asked = sweep.resources
+    try:
+        _, at_once = plan_trials(
+            cluster,
+            workers=asked.workers,
+            cpu=asked.cpu,
+            gpu=asked.gpu,
+            batch_size=command.settings.fusion.batch_size,
+            trials=sweep.trials,
+            concurrency=sweep.concurrency,
+        )
+    except ApacsError as error:
+        advice = f"lower resources in {config}, or train without the sweep: --fusion.from_best false"
+        return Finding("sweep", "failed", str(error), advice)
+    return Finding("sweep", "ok", f"{config}: {sweep.trials} trials, {at_once} at a time")
 
 
 def _resources(cluster: Cluster) -> str:

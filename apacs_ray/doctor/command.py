@@ -12,7 +12,7 @@ from rich.text import Text
 from apacs_ray.clean import secrets_in
 from apacs_ray.cli import Command, parse
 from apacs_ray.console import console
-from apacs_ray.doctor import cluster, codecs, devices, machine, versions
+from apacs_ray.doctor import cluster, codecs, devices, machine, tables, versions
 from apacs_ray.doctor.finding import Check, Finding, examine, shown
 from apacs_ray.doctor.stores import Stores
 
@@ -57,6 +57,8 @@ def diagnose(command: Command) -> tuple[list[Finding], set[str]]:
         "open files": machine.check_open_files,
         "data": lambda: stores.check_data("data", data),
         "data.masks": lambda: stores.check_data("data.masks", settings.data.masks),
+        "data.splits": lambda: tables.check_splits(settings.data),
+        "data.mpps": lambda: tables.check_mpps(settings.data),
         "output": lambda: stores.check_output("output", output),
         "clock": stores.check_clock,
         "cluster": lambda: cluster.check_cluster(command),

@@ -50,14 +50,21 @@ def check_disks(settings: Settings, output: str, data: str | None) -> Iterator[F
     """Free space where the run writes on this machine."""
     if is_local(output):
         yield check_disk("disk: output", Path(open_store(output).full_path()), 0, "choose another --output")
-    ray = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray"
-    yield check_disk("disk: Ray", ray, 0, "set RAY_TMPDIR to a folder on a larger disk")
+    yield check_disk("disk: Ray", ray_folder(), 0, "set RAY_TMPDIR to a folder on a larger disk")
     if data is not None and not is_local(data):
         from apacs_ray.slides.cache import default_cache
 
         cache = Path(settings.data.cache or default_cache())
         advice = "--data.cache FOLDER on a larger disk, or a smaller --data.cache_gb"
         yield check_disk("disk: data.cache", cache, round(settings.data.cache_gb * GIB), advice)
+
+
+def ray_folder() -> Path:
+    """Where Ray would keep what it logs and spills: as Ray has it where a variable says, else as a run tells it."""
+    for name in ("RAY_TMPDIR", "TMPDIR"):
+        if name in os.environ:
+            return Path(os.environ[name]) / "ray"
+    return Path(f"/tmp/apacs_ray-{os.getuid()}/ray")
 
 
 def check_disk(name: str, folder: Path, wanted: int, advice: str) -> Finding:

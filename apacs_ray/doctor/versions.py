@@ -25,7 +25,10 @@ def check_python() -> Iterator[Finding]:
 
 
 def requirements(root: Path = ROOT) -> list[str]:
-    """What the package depends on: of the checkout, else of the installed distribution."""
+    """What the package depends on: of the checkout, else of the installed distribution.
+
+    Raises PackageNotFoundError where there is neither, as in a copy of the folder `apacs_ray` alone.
+    """
     project = root / "pyproject.toml"
     if project.is_file():
         return list(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"])
@@ -34,7 +37,12 @@ def requirements(root: Path = ROOT) -> list[str]:
 
 def check_packages(wanted: Sequence[str] | None = None) -> Iterator[Finding]:
     """Whether every dependency, with those of its extras, is installed in the range that is asked for."""
-    wanted = requirements() if wanted is None else wanted
+    try:
+        wanted = requirements() if wanted is None else wanted
+    except importlib.metadata.PackageNotFoundError:
+        found = f"apacs_ray is not installed and there is no {ROOT / 'pyproject.toml'}: what it needs is not known"
+        yield Finding("packages", "warning", found, "copy pyproject.toml beside the folder apacs_ray")
+        return
     wrong = [problem for text in wanted for problem in _problems(text)]
     for problem in wrong:
         yield Finding("packages", "failed", problem, INSTALL)

@@ -22,6 +22,7 @@ from apacs_ray.run import Counts, environment, fingerprint, git_commit
 from apacs_ray.stages.pipeline import Context, Outcome, Stage
 from apacs_ray.stages.train_fusion import fusion_folders
 from apacs_ray.storage import Store
+from apacs_ray.tracking import write_metrics
 from apacs_ray.training.record import read_history
 
 SHOWN = 3  # tiles of each kind in the report
@@ -65,6 +66,7 @@ def _work(context: Context, mark: str) -> Outcome:
         store.write(f"evaluation/figures/{picture.kind}_{picture.rank}.png", picture.png)
     page = build_report(_report(context, task, metrics, comparison, pictures))
     store.write("evaluation/report.html", page.encode())
+    write_metrics(store, metrics)
     dice = {model: row["dice"] for model, row in metrics.items()}
     return Outcome(Counts(len(index), per_tile.num_rows), {"dice": dice})
 

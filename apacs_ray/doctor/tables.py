@@ -1,0 +1,31 @@
+"""The tables that settings name: `data.splits` and `data.mpps`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from apacs_ray.data.splits import read_splits
+from apacs_ray.doctor.finding import Finding
+from apacs_ray.errors import ApacsError
+from apacs_ray.settings import DataSettings
+from apacs_ray.stages.cut import open_store_file
+
+
+def check_splits(data: DataSettings) -> Iterator[Finding]:
+    """Whether `data.splits`, where it is given, is there and has a split in every line."""
+    try:
+        text = open_store_file(data.splits)
+        if text is not None:
+            slides = len(read_splits(text))
+            yield Finding("data.splits", "ok", f"{data.splits}: {slides} slide{'s' * (slides != 1)}")
+    except ApacsError as error:
+        yield Finding("data.splits", "failed", str(error), "correct --data.splits, or the file")
+
+
+def check_mpps(data: DataSettings) -> Iterator[Finding]:
+    """Whether `data.mpps`, where it is given, is there."""
+    try:
+        if open_store_file(data.mpps) is not None:
+            yield Finding("data.mpps", "ok", f"{data.mpps}: can be read")
+    except ApacsError as error:
+        yield Finding("data.mpps", "failed", str(error), "correct --data.mpps, or put the file there")
