@@ -9,11 +9,17 @@ import openslide
 import pytest
 from slide_files import picture, write_slide, write_tiff
 
+from apacs_ray.adapters.slides import of_one_slide, shard_rows, shards_a_task, write_rows
 from apacs_ray.data.tiles import Box
 from apacs_ray.errors import BadInput
+from apacs_ray.settings import DataSettings, TilesSettings
+from apacs_ray.slides.cache import SlideCache
+from apacs_ray.slides.find import find_slides
 from apacs_ray.slides.openslide_engine import OpenSlideSlide
-from apacs_ray.slides.plan import level0, qupath_point
+from apacs_ray.slides.plan import SlideTask, inspect_slide, level0, qupath_point
 from apacs_ray.slides.reader import Slide, open_slide, read_box
+from apacs_ray.slides.shards import SlideShard, write_slide_shard
+from apacs_ray.storage import open_store
 
 
 @pytest.fixture(scope="module")
@@ -184,3 +190,31 @@ def _reads(slide: Slide, x: int, y: int) -> bool:
     except BadInput:
         return False
     return True
+
+
+def test_a_slide_that_is_fetched_is_cut_by_few_tasks() -> None:
+    shards = [SlideShard("train", number, number // 6, (number,)) for number in range(18)]
+    groups = list(of_one_slide(shards, 4))
+    assert [len(group) for group in groups] == [4, 2] * 3
+    assert [shard for group in groups for shard in group] == shards
+    assert all(len({shard.slide for shard in group}) == 1 for group in groups)
+    # 1000 slides of 6 shards on 10 and on 100 nodes of 32 CPUs: a task for each slide; one slide on one node: six tasks
+    assert (shards_a_task(6000, 320), shards_a_task(6000, 3200), shards_a_task(6, 32)) == (75, 7, 1)
+
+
+def test_a_task_writes_each_of_its_shards(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    write_tiff(tmp_path / "data" / "s.tif", picture(96, 64))
+    store = open_store(str(tmp_path / "data"))
+    (slide,) = find_slides(store.list()).slides
+    settings = TilesSettings(size=32, min_tissue=0.0)
+    output = open_store(str(tmp_path / "run"))
+    task = SlideTask(store, None, output, settings, DataSettings(), SlideCache(tmp_path / "cache", 1 << 30), "0" * 16)
+    summary = inspect_slide(task, 0, slide)
+    shards = [SlideShard("train", 0, 0, (0, 1, 2, 3)), SlideShard("test", 0, 0, (4, 5))]
+    receipts = write_rows(task, shard_rows([summary], shards))
+    assert [(receipt.rows_in, receipt.rows_out) for receipt in receipts] == [(4, 4), (2, 2)]
+    for receipt, shard in zip(receipts, shards, strict=True):
+        alone = write_slide_shard(task, summary, shard)
+        assert alone.reused
+        assert (alone.path, alone.rows_out) == (receipt.path, receipt.rows_out)

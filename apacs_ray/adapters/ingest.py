@@ -64,13 +64,13 @@ def probe_pairs(
 
 def write_shards(task: ShardTask, shards: Sequence[pa.Table], on_done: Callable[[int], None]) -> list[Receipt]:
     """Write every shard, one task each; only receipts come back."""
-    return receipts_of(lambda plan: write_shard(task, plan), shards, on_done)
+    return receipts_of(lambda plan: [write_shard(task, plan)], shards, on_done)
 
 
 def receipts_of(
-    write: Callable[[pa.Table], Receipt], blocks: Sequence[pa.Table], on_done: Callable[[int], None]
+    write: Callable[[pa.Table], list[Receipt]], blocks: Sequence[pa.Table], on_done: Callable[[int], None]
 ) -> list[Receipt]:
-    """What `write` returns for every block, in order; `on_done` hears how many tiles are settled."""
+    """What `write` returns for all blocks, in order; `on_done` hears how many tiles are settled."""
     receipts: list[Receipt] = []
     settled = 0
     for row in map_blocks(lambda block: _receipt_table(write(block)), blocks):
@@ -105,9 +105,9 @@ RECEIPT_SCHEMA = pa.schema(
 )
 
 
-def _receipt_table(receipt: Receipt) -> pa.Table:
-    row = {**asdict(receipt), "skipped": list(receipt.skipped.items())}
-    return pa.Table.from_pylist([row], RECEIPT_SCHEMA)
+def _receipt_table(receipts: Sequence[Receipt]) -> pa.Table:
+    rows = [{**asdict(receipt), "skipped": list(receipt.skipped.items())} for receipt in receipts]
+    return pa.Table.from_pylist(rows, RECEIPT_SCHEMA)
 
 
 def _receipt(row: dict[str, Any]) -> Receipt:

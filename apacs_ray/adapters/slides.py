@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from itertools import groupby
 
 import pyarrow as pa
 
 from apacs_ray.adapters.ingest import receipts_of
-from apacs_ray.adapters.session import map_blocks
+from apacs_ray.adapters.session import joined_cluster, joined_machines, map_blocks
 from apacs_ray.data.shards import Receipt
 from apacs_ray.slides.find import SlideFiles
 from apacs_ray.slides.plan import SlideSummary, SlideTask, inspect_slide
@@ -31,23 +34,43 @@ def inspect_slides(task: SlideTask, slides: Sequence[SlideFiles], on_done: Calla
 def write_slide_shards(
     task: SlideTask, summaries: Sequence[SlideSummary], shards: Sequence[SlideShard], on_done: Callable[[int], None]
 ) -> list[Receipt]:
-    """Write every shard, one task each; only receipts come back, in order."""
+    """Write every shard; only receipts come back, in order.
 
-    def write(block: pa.Table) -> Receipt:
-        (row,) = block.to_pylist()
-        shard = SlideShard(row["split"], row["number"], row["slide"], tuple(row["rows"]))
-        return write_slide_shard(task, SlideSummary.from_json(row["summary"]), shard)
+    A task writes a shard, or several of a slide that has to be fetched: each node that cuts a slide fetches all of it.
+    """
 
-    blocks = [
-        pa.table(
-            {
-                "split": [shard.split],
-                "number": [shard.number],
-                "slide": [shard.slide],
-                "rows": [list(shard.rows)],
-                "summary": [summaries[shard.slide].to_json()],
-            }
+    alone = task.data.is_local or joined_machines() == 1
+    most = 1 if alone else shards_a_task(len(shards), joined_cluster().tiling_cpus)
+    blocks = [shard_rows(summaries, group) for group in of_one_slide(shards, most)]
+    return receipts_of(partial(write_rows, task), blocks, on_done)
+
+
+def shard_rows(summaries: Sequence[SlideSummary], shards: Sequence[SlideShard]) -> pa.Table:
+    """What a task is told of the shards it writes."""
+    return pa.Table.from_pylist([{**asdict(shard), "summary": summaries[shard.slide].to_json()} for shard in shards])
+
+
+def write_rows(task: SlideTask, block: pa.Table) -> list[Receipt]:
+    """Write the shards of `shard_rows`, one after the other."""
+    return [
+        write_slide_shard(
+            task,
+            SlideSummary.from_json(row["summary"]),
+            SlideShard(row["split"], row["number"], row["slide"], tuple(row["rows"])),
         )
-        for shard in shards
+        for row in block.to_pylist()
     ]
-    return receipts_of(write, blocks, on_done)
+
+
+def shards_a_task(shards: int, cpus: float) -> int:
+    """How many shards of a fetched slide one task may write: fetching takes longer than cutting, so that a task for
+    every fourth CPU is enough to keep disks and network busy.
+    """
+    return max(1, int(4 * shards / cpus))
+
+
+def of_one_slide(shards: Sequence[SlideShard], most: int) -> Iterator[list[SlideShard]]:
+    """Neighbouring shards of the same slide, at most so many together."""
+    for _, same in groupby(shards, key=lambda shard: shard.slide):
+        part = list(same)
+        yield from (part[start : start + most] for start in range(0, len(part), most))
