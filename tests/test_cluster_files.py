@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import zipfile
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -25,6 +26,7 @@ from botocore.validate import ParamValidator
 from moto import mock_aws
 from packaging.requirements import Requirement
 from ray._private import ray_constants
+from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_TYPE
 from ray.autoscaler._private.util import prepare_config, validate_config
@@ -602,3 +604,17 @@ def test_no_keys(path: Path) -> None:
     text = path.read_text()
     assert not re.search(r"\b(AKIA|ASIA)[A-Z0-9]{16}\b", text)
     assert not re.search(r"(?i)aws_secret_access_key|aws_access_key_id|private_key|RAY_AUTH_TOKEN\b", text)
+
+
+def test_a_jobs_working_directory_is_small_and_holds_what_runs(tmp_path: Path) -> None:
+    """As Ray packs `--working-dir .`, by `.gitignore` and `.rayignore`; runs and caches are large, and stay behind."""
+    package = tmp_path / "package.zip"
+    create_package(str(ROOT), package, include_gitignore=True)
+    assert package.stat().st_size < 1 << 20
+    with zipfile.ZipFile(package) as packed:
+        names = set(packed.namelist())
+    scripts = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pipelines").glob("*.py")}
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "apacs_ray").rglob("*.py")}
+    sweeps = {f"tune_configs/{path.name}" for path in (ROOT / "tune_configs").iterdir()}
+    assert scripts | modules | sweeps <= names
+    assert not [name for name in names if name.startswith((".git/", "runs/", "tests/", "docs/"))]

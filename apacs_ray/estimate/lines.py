@@ -160,9 +160,8 @@ def sweep(plan: Sweep, tiles: Tiles, seconds: Seconds, *, concurrency: int, netw
     each = _run(tiles, 1, [seconds], network)
     work = epochs * each * network.workers
     wall = SWEEP + (plan.trials * TRIAL + epochs * each) / concurrency
-    steps = round(epochs * tiles.train)
-    return Line("tune_fusion", steps, seconds.train, work * network.cpus, work * network.gpus, 0.0,
-                wall)  # fmt: skip
+    cpu_seconds, gpu_seconds = work * network.cpus, work * network.gpus
+    return Line("tune_fusion", round(epochs * tiles.train), seconds.train, cpu_seconds, gpu_seconds, 0.0, wall)
 
 
 def sweep_epochs(plan: Sweep) -> float:
