@@ -66,6 +66,7 @@ def start(*argv: str, script: str = "full.py", env: dict[str, str] | None = None
         text=True,
         env=environment,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background ignores
     )
 
 

@@ -50,7 +50,8 @@ def test_what_a_run_leaves(undisturbed: Path) -> None:
         assert (spec.name, spec.training_data) == (name, record["stages"]["ingest"]["fingerprint"])
         assert (undisturbed / f"members/{name}/history.csv").read_text().count("\n") == 4
     curves = sorted(path.parent.relative_to(undisturbed / "tensorboard") for path in undisturbed.rglob("*tfevents*"))
-    assert list(map(str, curves)) == ["fusion", "members/fcn16", "members/fcn32", "members/fcn8"]
+    trained, tested = ["fusion", "members/fcn16", "members/fcn32", "members/fcn8"], [f"evaluation/{m}" for m in metrics]
+    assert list(map(str, curves)) == sorted([*trained, *tested])
     page = (undisturbed / "evaluation/report.html").read_text()
     assert "fïeld" in page or "f%C3%AFeld" in page
     assert "http://" not in page

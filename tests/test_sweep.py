@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
 
-from apacs_ray.adapters.tune import _best_epoch, _within
+from apacs_ray.adapters.tune import _best_epoch, _stopped_by_ctrl_c, _within
 from apacs_ray.settings import FusionSettings
 from apacs_ray.sweep import Distribution
 
@@ -27,6 +28,26 @@ def test_what_population_based_training_changes_stays_possible() -> None:
     setting = {"dropout": 0.9 * 1.2, "learning_rate": 1e-4 * 0.8, "members": "fcn16+fcn8"}
     assert _within(SPACE, setting) == {"dropout": 0.9, "learning_rate": 1e-4, "members": "fcn16+fcn8"}
     FusionSettings.model_validate({"dropout": _within(SPACE, setting)["dropout"]})
+
+
+def test_ctrl_c_ends_a_sweep_that_listens_and_one_that_does_not() -> None:
+    """Also when nothing of an exception would come out of where it is."""
+    heard: list[int] = []
+
+    def sweep(listens: bool) -> None:
+        with _stopped_by_ctrl_c():
+            if listens:
+                signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))  # as Tune does
+            signal.raise_signal(signal.SIGINT)
+            heard.append(0)  # a sweep that listens ends by itself
+
+    before = signal.getsignal(signal.SIGINT)
+    for listens, told in ((True, [signal.SIGUSR1, 0]), (False, [])):
+        heard.clear()
+        with pytest.raises(KeyboardInterrupt):
+            sweep(listens)
+        assert heard == told
+        assert signal.getsignal(signal.SIGINT) == before
 
 
 def trial(epochs: list[dict[str, Any]] | None, config: dict[str, Any]) -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
-from collections.abc import Callable, Mapping
+import signal
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -55,7 +57,6 @@ def sweep(task: TrialTask, plan: Sweep, cluster: Cluster, on_done: Callable[[int
     """Run or restore the sweep whose state lies in `task.state` of the run."""
     from ray import tune
 
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Tune would take a Ctrl-C for the end of the sweep
     asked = plan.resources
     each, concurrency = plan_trials(
         cluster,
@@ -109,7 +110,36 @@ def sweep(task: TrialTask, plan: Sweep, cluster: Cluster, on_done: Callable[[int
                 callbacks=[TrialCount(on_done)],
             ),
         )
-    return [_result(result) for result in tuner.fit()]
+    with _stopped_by_ctrl_c():
+        results = tuner.fit()
+    return [_result(result) for result in results]
+
+
+@contextlib.contextmanager
+def _stopped_by_ctrl_c() -> Iterator[None]:
+    """Ctrl-C ends the sweep where it stands, and raises KeyboardInterrupt when its state is kept.
+
+    Tune alone would return as if the sweep had ended, and an exception from a handler may be lost in its callbacks. So
+    it is told by SIGUSR1, on which it stops likewise; the second Ctrl-C does not wait for it.
+    """
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    before, asked = signal.getsignal(signal.SIGUSR1), False
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal asked
+        if asked or signal.getsignal(signal.SIGUSR1) == before:  # Tune does not listen yet
+            raise KeyboardInterrupt
+        asked = True
+        signal.raise_signal(signal.SIGUSR1)
+
+    previous = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        signal.signal(signal.SIGUSR1, before)
+    if asked:
+        raise KeyboardInterrupt
 
 
 def _domain(drawn: Distribution) -> Any:

@@ -7,6 +7,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from types import FrameType
 from typing import NoReturn
 
 from apacs_ray.clean import printable, without_secrets
@@ -40,6 +41,14 @@ def main(program: str, summary: str, stages: Sequence[str] | None, argv: Sequenc
     os._exit(status)
 
 
+def _as_ctrl_c(number: int, frame: FrameType | None) -> None:
+    """End as by Ctrl-C, also where that is ignored: a script's commands in the background are started so."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler):
+        raise KeyboardInterrupt
+    handler(signal.SIGINT, frame)
+
+
 def _tell(text: str) -> None:
     """To stderr, without secrets and without what would steer a terminal."""
     print(printable(without_secrets(text), lines=True), file=sys.stderr)
@@ -58,7 +67,7 @@ def _run(command: Command, only: Sequence[str] | None) -> int:
     from apacs_ray.stages.registry import STAGES, read_metrics
     from apacs_ray.storage import open_store
 
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # `ray job stop` sends SIGTERM
+    signal.signal(signal.SIGTERM, _as_ctrl_c)  # `ray job stop` sends it
     store = open_store(command.output)
     say(f"run: {store.uri} (data: {command.data or 'synthetic smears'})")
     run = Run.open(store, command.settings, command.data)
