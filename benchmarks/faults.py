@@ -213,7 +213,10 @@ class Watcher:
 
     def _watch(self) -> None:
         while not self._stop.wait(0.05):
-            for path in list(self._output.rglob("*")):
+            paths: list[Path] = []
+            with contextlib.suppress(OSError):  # a folder was deleted at this moment
+                paths.extend(self._output.rglob("*"))
+            for path in paths:
                 with contextlib.suppress(OSError, ValueError, KeyError):  # written or deleted at this moment
                     self._look(path)
 

@@ -8,15 +8,16 @@ import pytest
 import torch
 from runs import SMALL, read_json, run
 
-from apacs_ray.data.folder import Pair
+from apacs_ray.data.folder import Pair, find_pairs
 from apacs_ray.estimate import lines
-from apacs_ray.estimate.cutting import spread
+from apacs_ray.estimate.cutting import cut_pairs, spread
 from apacs_ray.estimate.lines import Seconds, Tiles, pool, sweep, sweep_epochs, tiling, training
 from apacs_ray.estimate.networks import ASSUMED_GPU, Inference, SampleTile, Training, assume, flops, measure
 from apacs_ray.models.spec import ModelSpec
 from apacs_ray.plan import Cluster, NetworkPlan, TrainingPlan, plan_training
+from apacs_ray.settings import DataSettings, TilesSettings
 from apacs_ray.stages.estimate import _count
-from apacs_ray.storage import Entry
+from apacs_ray.storage import Entry, LocalStore
 from apacs_ray.sweep import Distribution, Scheduler, Sweep
 from apacs_ray.training.config import TrainConfig
 
@@ -168,12 +169,21 @@ def test_an_estimate_of_a_run(undisturbed: Path, cells: Path, tmp_path: Path) ->
     assert run(*options, "--estimate", "--dry-run").status == 2
 
 
-def test_an_estimate_needs_a_tile(tmp_path: Path) -> None:
+def test_a_sample_of_pairs(cells: Path, tmp_path: Path) -> None:
+    """Tiles of the pairs that are good; of bad ones alone there is none to go on with."""
+    store = LocalStore(str(cells))
+    pairs = find_pairs(list(store.list()), root=store.uri).pairs
+    sample = cut_pairs(store, pairs[:3], TilesSettings(size=64), DataSettings())
+    assert sample.tiles == (4, 4, 4)
+    assert sample.cut.count == 8
+    assert sample.cut.tile is not None
+    assert sample.cut.tile.pixels()[0].shape == (64, 64, 3)
     for part in ("Train", "Test"):
         for kind in ("Input", "GroundTruth"):
             folder = tmp_path / f"Cells_{part}_{kind}"
             folder.mkdir()
             (folder / "one.png").write_bytes(b"no picture")
-    done = run("--data", str(tmp_path), "--output", str(tmp_path / "run"), "--estimate", *SMALL)
-    assert done.status == 1
-    assert "none of the 2 that were tried gives a tile" in done.summary
+    store = LocalStore(str(tmp_path))
+    bad = find_pairs(list(store.list()), root=store.uri).pairs
+    nothing = cut_pairs(store, bad, TilesSettings(size=64), DataSettings())
+    assert (nothing.tiles, nothing.cut.count, nothing.cut.tile) == ((0, 0), 0, None)
