@@ -36,8 +36,7 @@ from apacs_ray.storage import LocalStore  # noqa: E402
 SETTINGS = [
     "--tiles.size", "512", "--tiles.shard", "8",
     "--members.width", "0.1", "--members.epochs", "2", "--members.crop", "256", "--members.batch_size", "2",
-    "--fusion.epochs", "2", "--fusion.crop", "256", "--fusion.batch_size", "2",
-    "--tune.config", "tune_configs/smoke.yaml",
+    "--fusion.epochs", "2", "--fusion.crop", "256", "--fusion.batch_size", "2", "--fusion.from_best", "false",
 ]  # fmt: skip
 LOOK_EVERY = 20.0  # s between questions whether a run goes on: each is a process beside it
 PARTS = {"gcs": "gcs_server", "raylet": "/raylet ", "dashboard": "dashboard/", "driver": "pipelines/full.py"}
@@ -52,6 +51,7 @@ def main() -> None:
             write_smear(LocalStore(str(data)), spec, number)
         runs = [_here(data, Path(folder) / f"here-{number}") for number in range(1 if arguments.quick else 3)]
         rows.append({"way": "python pipelines/full.py", **_middle(runs)})
+        print(rows[0], flush=True)
         jobs, memory = [], {}
         for number in range(1 if arguments.quick else 3):
             times, memory = _submitted(data, Path(folder) / f"job-{number}")
@@ -100,6 +100,7 @@ def _submitted(data: Path, folder: Path) -> tuple[dict[str, float], dict[str, li
         submitted = time.time()
         milestones = _milestones(folder / "run", began, lambda: job.status() not in ENDED)
         times = {"submitted_s": submitted - began, **milestones}
+        print(times, flush=True)
         status = job.end()
         if status != "SUCCEEDED":
             raise SystemExit(f"the job ended as {status}:\n{job.logs()}")
