@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from apacs_ray.cli import find_config, read_yaml
 from apacs_ray.errors import UsageError
+from apacs_ray.plan import Cluster, NetworkPlan, plan_trials
 from apacs_ray.settings import FusionSettings
 
 SWEPT = (
@@ -126,6 +127,20 @@ class Sweep(_Strict):
             for value in distribution.ends():
                 FusionSettings.model_validate({name: value})
         return space
+
+
+def plan_sweep(sweep: Sweep, cluster: Cluster, batch_size: int) -> tuple[NetworkPlan, int]:
+    """`plan_trials` of what the sweep asks for."""
+    asked = sweep.resources
+    return plan_trials(
+        cluster,
+        workers=asked.workers,
+        cpu=asked.cpu,
+        gpu=asked.gpu,
+        batch_size=batch_size,
+        trials=sweep.trials,
+        concurrency=sweep.concurrency,
+    )
 
 
 def read_sweep(name: str) -> Sweep:

@@ -18,8 +18,8 @@ from ray.tune import Callback
 from apacs_ray.adapters.keyless import forward_no_keys, ray_filesystem
 from apacs_ray.adapters.trial import TRIAL_CURVES, TrialTask, plain_setting, run_trial
 from apacs_ray.clean import without_secrets
-from apacs_ray.plan import Cluster, plan_trials
-from apacs_ray.sweep import MUTABLE, Distribution, Sweep
+from apacs_ray.plan import Cluster
+from apacs_ray.sweep import MUTABLE, Distribution, Sweep, plan_sweep
 from apacs_ray.tracking import CURVES
 
 LONGEST_ERROR = 400  # characters of a trial's error that are kept
@@ -57,16 +57,7 @@ def sweep(task: TrialTask, plan: Sweep, cluster: Cluster, on_done: Callable[[int
     """Run or restore the sweep whose state lies in `task.state` of the run."""
     from ray import tune
 
-    asked = plan.resources
-    each, concurrency = plan_trials(
-        cluster,
-        workers=asked.workers,
-        cpu=asked.cpu,
-        gpu=asked.gpu,
-        batch_size=task.fusion.batch_size,
-        trials=plan.trials,
-        concurrency=plan.concurrency,
-    )
+    each, concurrency = plan_sweep(plan, cluster, task.fusion.batch_size)
     if each.workers > 1:
         task, resources = replace(task, plan=each), {"cpu": 0.01}
     else:

@@ -14,8 +14,8 @@ from apacs_ray.doctor.finding import Finding
 from apacs_ray.doctor.machine import usable_cpus
 from apacs_ray.errors import ApacsError, UsageError
 from apacs_ray.models.spec import MEMBERS
-from apacs_ray.plan import Cluster, Nodes, cluster_of, plan_training, plan_trials
-from apacs_ray.sweep import read_sweep
+from apacs_ray.plan import Cluster, Nodes, cluster_of, plan_training
+from apacs_ray.sweep import plan_sweep, read_sweep
 
 CONNECT = 3.0  # s
 START = "unset RAY_ADDRESS to run on this machine, or start the cluster (ray start --head) and give its address"
@@ -78,17 +78,8 @@ def _sweep(command: Command, cluster: Cluster) -> Finding:
         sweep = read_sweep(config)
     except UsageError as error:  # the default one, where the package is installed and the repository is not here
         return Finding("sweep", "warning", str(error), "start the run in the repository, or give --tune.config")
-    asked = sweep.resources
     try:
-        _, at_once = plan_trials(
-            cluster,
-            workers=asked.workers,
-            cpu=asked.cpu,
-            gpu=asked.gpu,
-            batch_size=command.settings.fusion.batch_size,
-            trials=sweep.trials,
-            concurrency=sweep.concurrency,
-        )
+        _, at_once = plan_sweep(sweep, cluster, command.settings.fusion.batch_size)
     except ApacsError as error:
         advice = f"lower resources in {config}, or train without the sweep: --fusion.from_best false"
         return Finding("sweep", "failed", str(error), advice)

@@ -21,14 +21,14 @@ from apacs_ray.estimate.cutting import PAIRS, SLIDES, cut_pairs, cut_slides, spr
 from apacs_ray.estimate.lines import REPORT, Line, Seconds, Tiles, pool, sweep, tiling, training
 from apacs_ray.estimate.networks import ASSUMED_GPU, Inference, SampleTile, Times, Training, assume, measure
 from apacs_ray.models.spec import MEMBERS, ModelSpec, fusion_spec
-from apacs_ray.plan import Cluster, NetworkPlan, TrainingPlan, plan_training, plan_trials
+from apacs_ray.plan import Cluster, NetworkPlan, TrainingPlan, plan_training
 from apacs_ray.slides.find import SlideFiles
 from apacs_ray.stages.cut import with_given_splits
 from apacs_ray.stages.ingest import data_store, holds_folders
 from apacs_ray.stages.ingest_slides import make_smears, slides_to_cut
 from apacs_ray.stages.pipeline import Context
 from apacs_ray.stages.train_fusion import fusion_folders
-from apacs_ray.sweep import read_sweep
+from apacs_ray.sweep import plan_sweep, read_sweep
 from apacs_ray.training.config import TrainConfig
 
 HOUR = 3600.0
@@ -149,16 +149,7 @@ class _Networks:
         self._member_plan = self._plan(self._member_specs, settings.members.mode)
         self._fusion_plan = self._plan(self._fusion_specs, "parallel")
         self._sweep = read_sweep(settings.tune.config)
-        asked = self._sweep.resources
-        self._trial, self._trials = plan_trials(
-            cluster,
-            workers=asked.workers,
-            cpu=asked.cpu,
-            gpu=asked.gpu,
-            batch_size=settings.fusion.batch_size,
-            trials=self._sweep.trials,
-            concurrency=self._sweep.concurrency,
-        )
+        self._trial, self._trials = plan_sweep(self._sweep, cluster, settings.fusion.batch_size)
 
     def members(self) -> Line:
         """The stage that trains the members."""
