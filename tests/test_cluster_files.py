@@ -118,20 +118,23 @@ def test_the_head_takes_no_tasks_and_everything_else_starts_from_zero(name: str)
 
 
 @pytest.mark.parametrize("name", CLOUDS)
-def test_workers_are_spot_with_a_dearer_gpu_type_to_fall_back_on(name: str) -> None:
+def test_workers_are_spot_with_dearer_types_to_fall_back_on(name: str) -> None:
     nodes = node_types(name)
     assert {kind: is_spot(node) for kind, node in nodes.items()} == {
         "head": False,
         "cpu_spot": True,
+        "cpu_on_demand": False,
         "gpu_spot": True,
         "gpu_on_demand": False,
     }
-    spot, fallback = nodes["gpu_spot"], nodes["gpu_on_demand"]
-    assert spot["resources"] == fallback["resources"]
-    assert machine(spot) == machine(fallback)
-    assert spot["priority"] > fallback["priority"]
+    for kind in ("cpu", "gpu"):
+        spot, fallback = nodes[f"{kind}_spot"], nodes[f"{kind}_on_demand"]
+        for same in ("resources", "max_workers"):
+            assert spot[same] == fallback[same]
+        assert machine(spot) == machine(fallback)
+        assert spot["priority"] > fallback["priority"]
     assert "GPU" not in nodes["cpu_spot"]["resources"]
-    assert load(name)["max_workers"] >= nodes["cpu_spot"]["max_workers"] + spot["max_workers"]
+    assert load(name)["max_workers"] >= nodes["cpu_spot"]["max_workers"] + nodes["gpu_spot"]["max_workers"]
 
 
 @pytest.mark.parametrize("name", CLOUDS)

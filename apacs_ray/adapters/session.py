@@ -122,6 +122,8 @@ def _startable() -> list[Nodes]:
 def prepare_ray() -> None:
     """Settings of Ray that must stand before it is imported, here and (by inheritance) in its workers."""
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    # Ray Train looks at its workers this often (s), and a worker that has told of an epoch waits for it
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")

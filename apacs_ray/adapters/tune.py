@@ -89,6 +89,7 @@ def sweep(task: TrialTask, plan: Sweep, cluster: Cluster, on_done: Callable[[int
                 max_concurrent_trials=concurrency if plan.searcher == "optuna" else None,
                 scheduler=_scheduler(plan),
                 search_alg=_searcher(plan, task.seed, concurrency),
+                trial_dirname_creator=_folder,
             ),
             run_config=tune.RunConfig(
                 name="sweep",
@@ -179,11 +180,15 @@ def _searcher(plan: Sweep, seed: int, concurrency: int) -> Any:
     return BasicVariantGenerator(random_state=seed, max_concurrent=concurrency)
 
 
+def _folder(trial: Any) -> str:
+    return str(trial.trial_id)
+
+
 def _result(result: Any) -> TrialResult:
     metrics = result.metrics or {}
     setting, val_dice = _best_epoch(result)
     return TrialResult(
-        str(metrics.get("trial_id", Path(result.path).name)),
+        Path(result.path).name,  # metrics name another trial where this one took over finished weights
         plain_setting(setting),
         val_dice,
         int(metrics.get("epoch", 0)),

@@ -61,8 +61,6 @@ def _run(command: Command, only: Sequence[str] | None) -> int:
     prepare_ray()  # the stages import Ray
     from apacs_ray.console import metrics_table, say, stage_table
     from apacs_ray.run import Run
-    from apacs_ray.stages.dry_run import dry_run
-    from apacs_ray.stages.estimate import estimate
     from apacs_ray.stages.pipeline import Context, adopt, run_stage
     from apacs_ray.stages.registry import STAGES, read_metrics
     from apacs_ray.storage import open_store
@@ -77,8 +75,12 @@ def _run(command: Command, only: Sequence[str] | None) -> int:
     failed = True
     try:
         if command.dry_run:
+            from apacs_ray.stages.dry_run import dry_run
+
             dry_run(context)
         if command.estimate:
+            from apacs_ray.stages.estimate import estimate  # this one imports torch
+
             estimate(context, only)
         for stage in () if only_looks else STAGES:
             if not stage.wanted(command.settings):

@@ -20,14 +20,14 @@ from apacs_ray.errors import ApacsError
 from apacs_ray.estimate.cutting import PAIRS, SLIDES, cut_pairs, cut_slides, spread
 from apacs_ray.estimate.lines import REPORT, Line, Seconds, Tiles, pool, sweep, tiling, training
 from apacs_ray.estimate.networks import ASSUMED_GPU, Inference, SampleTile, Times, Training, assume, measure
-from apacs_ray.models.spec import MEMBERS, ModelSpec, fusion_spec
+from apacs_ray.models.spec import MEMBERS, ModelSpec
 from apacs_ray.plan import Cluster, NetworkPlan, TrainingPlan, plan_training
 from apacs_ray.slides.find import SlideFiles
 from apacs_ray.stages.cut import with_given_splits
 from apacs_ray.stages.ingest import data_store, holds_folders
 from apacs_ray.stages.ingest_slides import make_smears, slides_to_cut
 from apacs_ray.stages.pipeline import Context
-from apacs_ray.stages.train_fusion import fusion_folders
+from apacs_ray.stages.train_fusion import fusion_specs
 from apacs_ray.sweep import plan_sweep, read_sweep
 from apacs_ray.training.config import TrainConfig
 
@@ -142,10 +142,7 @@ class _Networks:
             ModelSpec("member", name, width=settings.members.width, dropout=settings.members.dropout)
             for name in MEMBERS
         ]
-        self._fusion_specs = []
-        for key in fusion_folders(settings):
-            how = settings.fusion if key == "fusion" else settings.fusion.model_copy(update={"head": "published"})
-            self._fusion_specs.append(fusion_spec(how, settings.fusion_width, key))
+        self._fusion_specs = [spec for _, spec in fusion_specs(settings, settings.fusion).values()]
         self._member_plan = self._plan(self._member_specs, settings.members.mode)
         self._fusion_plan = self._plan(self._fusion_specs, "parallel")
         self._sweep = read_sweep(settings.tune.config)

@@ -34,13 +34,20 @@ def _fingerprint(context: Context) -> str:
     )
 
 
+def fusion_specs(settings: Settings, fusion: FusionSettings) -> dict[str, tuple[FusionSettings, ModelSpec]]:
+    """How the fusions of a run learn and what they are, by key, when `fusion` says how the first one does."""
+    hows = {
+        key: fusion if key == "fusion" else fusion.model_copy(update={"head": "published"})
+        for key in fusion_folders(settings)
+    }
+    return {key: (how, fusion_spec(how, settings.fusion_width, key)) for key, how in hows.items()}
+
+
 def _networks(context: Context, fusion: FusionSettings) -> list[Network]:
     networks = []
-    for key, folder in fusion_folders(context.settings).items():
-        how = fusion if key == "fusion" else fusion.model_copy(update={"head": "published"})
+    for key, (how, spec) in fusion_specs(context.settings, fusion).items():
         heatmaps = Heatmaps(how.members, context.done("heatmaps").fingerprint)
-        spec = fusion_spec(how, context.settings.fusion_width, key)
-        networks.append(Network(key, spec, folder, how, heatmaps, start=_start(context, spec, how)))
+        networks.append(Network(key, spec, FOLDERS[key], how, heatmaps, start=_start(context, spec, how)))
     return networks
 
 

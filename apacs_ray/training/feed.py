@@ -18,7 +18,7 @@ from apacs_ray.data.shards import Place, TileIndex, read_rows
 from apacs_ray.settings import MemberName
 from apacs_ray.storage import Store
 from apacs_ray.training.order import SampleRef
-from apacs_ray.training.samples import Sample, augment
+from apacs_ray.training.samples import Move, Sample
 
 STORED = ("PNG", "WEBP")  # of the many formats of Pillow, some of which start other programs
 JPEG = b"\xff\xd8"
@@ -59,33 +59,60 @@ class Feed:
 
     def load(self, wanted: Sequence[tuple[SampleRef, Place]]) -> list[Sample]:
         """Samples in the order wanted; each Parquet row group is read once."""
-        decoded = self.decode([place for _, place in wanted])  # one at a time: a crop is small, its tile is not
-        return [self.sample(ref, place, *pixels) for (ref, place), pixels in zip(wanted, decoded, strict=True)]
+        stored = self._read([place for _, place in wanted])
+        return [self._sample(ref, place, tile) for (ref, place), tile in zip(wanted, stored, strict=True)]
 
     def sample(self, ref: SampleRef, place: Place, inputs: Pixels, mask: Pixels) -> Sample:
         """One sample from decoded pixels, augmented in training."""
         if ref.phase == "train":
-            how = self.augmentation
-            inputs, mask = augment(inputs, mask, ref.seed, crop=how.crop, flips=how.flips, turns=how.turns)
+            move = self._move(ref, inputs)
+            inputs, mask = move.of(inputs), move.of(mask)
         return Sample(ref, place.tile_id, inputs, mask)
 
-    def decode(self, places: Sequence[Place]) -> Iterator[tuple[Pixels, Pixels]]:
-        """Inputs (H, W, C) uint8 and mask (H, W) uint8 in {0, 1} of each tile."""
+    def decode(self, place: Place) -> tuple[Pixels, Pixels]:
+        """Inputs (H, W, C) uint8 and mask (H, W) uint8 in {0, 1} of a tile."""
+        (tile,) = self._read([place])
+        return self._inputs(tile), decode_mask(tile["mask"])
+
+    def _sample(self, ref: SampleRef, place: Place, tile: Mapping[str, bytes]) -> Sample:
+        """One sample from encoded pixels.
+
+        When it is made the tile's own pixels are gone, so that the allocator gives their memory to the next tile: new
+        pages, which the kernel clears first, would cost half as much as decoding.
+        """
+        inputs = self._inputs(tile)
+        if ref.phase != "train":
+            return Sample(ref, place.tile_id, inputs, decode_mask(tile["mask"]))
+        move = self._move(ref, inputs)
+        mask = decode_mask(tile["mask"], (move.left, move.top, move.left + move.width, move.top + move.height))
+        return Sample(ref, place.tile_id, move.of(inputs), move.turned(mask))
+
+    def _move(self, ref: SampleRef, inputs: Pixels) -> Move:
+        how = self.augmentation
+        return Move.draw(ref.seed, inputs.shape[:2], crop=how.crop, flips=how.flips, turns=how.turns)
+
+    def _read(self, places: Sequence[Place]) -> list[dict[str, bytes]]:
+        """The encoded pictures of each tile: image, mask and, where they are wanted, heatmaps."""
         tiles = read_rows(self.store, [(at.path, at.group, at.row) for at in places], ["image", "mask"])
         if self.heatmaps is None:
-            for tile in tiles:
-                yield decode_pixels(tile["image"]), _decode_mask(tile["mask"])
-            return
-        channels = [HEATMAP_ORDER.index(member) for member in self.heatmaps.members]
+            return tiles
         beside = [(self.heatmaps.path(at.path), at.group, at.row) for at in places]
-        for tile, stored in zip(tiles, read_rows(self.store, beside, ["heatmaps"]), strict=True):
-            heatmaps = decode_pixels(stored["heatmaps"])[:, :, channels]
-            inputs = np.concatenate([heatmaps, decode_pixels(tile["image"])], axis=2)
-            yield inputs, _decode_mask(tile["mask"])
+        stored = read_rows(self.store, beside, ["heatmaps"])
+        return [tile | heatmaps for tile, heatmaps in zip(tiles, stored, strict=True)]
+
+    def _inputs(self, tile: Mapping[str, bytes]) -> Pixels:
+        rgb = decode_pixels(tile["image"])
+        if self.heatmaps is None:
+            return rgb
+        channels = [HEATMAP_ORDER.index(member) for member in self.heatmaps.members]
+        return np.concatenate([decode_pixels(tile["heatmaps"])[:, :, channels], rgb], axis=2)
 
 
-def _decode_mask(content: bytes) -> Pixels:
-    return decode_pixels(content).astype(np.uint8)
+def decode_mask(content: bytes, window: tuple[int, int, int, int] | None = None) -> Pixels:
+    """A mask that ingest encoded, or its window (left, top, right, bottom): (H, W) uint8 in {0, 1}."""
+    picture = Image.open(io.BytesIO(content), formats=STORED).crop(window)
+    # as Pillow holds it, a byte a pixel: as an array it would go through bits and back
+    return (np.frombuffer(picture.tobytes("raw", "L"), np.uint8) & 1).reshape(picture.height, picture.width)
 
 
 Indices = Mapping[str, TileIndex]
@@ -97,7 +124,7 @@ def in_memory(feed: Feed, indices: Indices, refs: Iterable[SampleRef]) -> Iterat
     for ref in refs:
         place = indices[ref.phase].place(ref.row)
         if place not in kept:
-            kept[place] = next(feed.decode([place]))
+            kept[place] = feed.decode(place)
         yield feed.sample(ref, place, *kept[place])
 
 

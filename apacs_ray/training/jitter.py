@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
 
 
 def jitter_stain(inputs: Tensor, sizes: Sequence[tuple[int, int]], seeds: Sequence[int], strength: float) -> Tensor:
@@ -18,6 +17,8 @@ def jitter_stain(inputs: Tensor, sizes: Sequence[tuple[int, int]], seeds: Sequen
     """
     if not strength:
         return inputs
+    from torchvision.transforms.v2 import functional as TF  # a second, which a run without jitter is spared
+
     jittered = inputs.clone()
     for tile, (height, width), seed in zip(jittered, sizes, seeds, strict=True):
         draw = np.random.default_rng([seed, 1]).uniform(-1, 1, 4) * strength

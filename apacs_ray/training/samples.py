@@ -14,6 +14,7 @@ import numpy.typing as npt
 from apacs_ray.training.order import Phase, SampleRef
 
 Pixels = npt.NDArray[np.uint8]
+STRIP = 64  # columns of a picture that are written at a time
 
 
 @dataclass(frozen=True)
@@ -48,25 +49,56 @@ class Batch:
     tile_ids: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Move:
+    """What augmentation does to a picture: a window of it, which is then flipped and turned."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    down: bool
+    across: bool
+    quarters: int
+
+    @classmethod
+    def draw(cls, seed: int, size: tuple[int, int], *, crop: int, flips: bool, turns: bool) -> Move:
+        """For a tile of `size` (height, width): a window of side `crop` px (0 or a smaller tile: all of it)."""
+        rng = np.random.default_rng(seed)
+        height, width = size
+        top = left = 0
+        if crop:
+            top = int(rng.integers(max(height - crop, 0) + 1))
+            left = int(rng.integers(max(width - crop, 0) + 1))
+            height, width = min(height, crop), min(width, crop)
+        down, across, quarters = rng.integers(2), rng.integers(2), int(rng.integers(4))
+        return cls(top, left, height, width, bool(flips and down), bool(flips and across), quarters if turns else 0)
+
+    def of(self, picture: Pixels) -> Pixels:
+        """The window of (H, W, C) or (H, W), flipped and turned."""
+        return self.turned(picture[self.top : self.top + self.height, self.left : self.left + self.width])
+
+    def turned(self, window: Pixels) -> Pixels:
+        """The window flipped and turned, in one copy."""
+        channels = window[..., None] if window.ndim == 2 else window
+        seen = np.rot90(channels[:: -1 if self.down else 1, :: -1 if self.across else 1], self.quarters)
+        moved = np.empty(seen.shape, np.uint8)
+        if seen.strides[1] == seen.shape[2]:  # whole rows at once
+            moved[:] = seen
+            return moved.reshape(*seen.shape[:2], *window.shape[2:])
+        # values one by one: faster by channels, and when what is read at a time (rows of the window, if it is turned)
+        # stays in the cache
+        width = STRIP if self.quarters % 2 else seen.shape[1]
+        for left in range(0, seen.shape[1], width):
+            for channel in range(seen.shape[2]):
+                moved[:, left : left + width, channel] = seen[:, left : left + width, channel]
+        return moved.reshape(*seen.shape[:2], *window.shape[2:])
+
+
 def augment(inputs: Pixels, mask: Pixels, seed: int, *, crop: int, flips: bool, turns: bool) -> tuple[Pixels, Pixels]:
     """A random crop of side `crop` px (0 or a smaller tile: all of it), flips and turns, from `seed`."""
-    rng = np.random.default_rng(seed)
-    height, width = mask.shape
-    top = left = 0
-    if crop:
-        top = int(rng.integers(max(height - crop, 0) + 1))
-        left = int(rng.integers(max(width - crop, 0) + 1))
-    window = np.s_[top : top + (crop or height), left : left + (crop or width)]
-    down, across, quarters = rng.integers(2), rng.integers(2), int(rng.integers(4))
-    flipped, turned = (bool(flips and down), bool(flips and across)), quarters if turns else 0
-    return _moved(inputs, window, *flipped, turned), _moved(mask[..., None], window, *flipped, turned)[..., 0]
-
-
-def _moved(picture: Pixels, window: tuple[slice, slice], down: bool, across: bool, quarters: int) -> Pixels:
-    """The window of (H, W, C), flipped and turned: one copy, of whole pixels, 2.5 times faster than of values."""
-    pixels = np.ascontiguousarray(picture).view(f"V{picture.shape[2]}")[..., 0][window]
-    pixels = np.ascontiguousarray(np.rot90(pixels[:: -1 if down else 1, :: -1 if across else 1], quarters))
-    return pixels.view(np.uint8).reshape(*pixels.shape, picture.shape[2])
+    move = Move.draw(seed, (mask.shape[0], mask.shape[1]), crop=crop, flips=flips, turns=turns)
+    return move.of(inputs), move.of(mask)
 
 
 def batches(samples: Iterator[Sample], micro_batch: int) -> Iterator[Batch]:
