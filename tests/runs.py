@@ -26,6 +26,7 @@ SMALL = [
     "--members.precision", "float32", "--members.learning_rate", "0.002",
     "--fusion.epochs", "2", "--fusion.crop", "48", "--fusion.precision", "float32", "--fusion.from_best", "false",
 ]  # fmt: skip
+SLOWLY = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "2"}  # Ray's own: an epoch takes seconds, in which it can be met
 PATIENCE = 400  # s after which a run that should end has hung
 
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from jobs import Job
 from ray_cluster import DEFAULT_PORT, RayCluster, processes
-from runs import SMALL, read_json
+from runs import SLOWLY, SMALL, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,7 +33,7 @@ def measured(cluster: RayCluster) -> dict[str, float]:
 def test_a_job_is_stopped_and_goes_on_when_submitted_again(
     undisturbed: Path, cells: Path, untrained: Path, tmp_path: Path
 ) -> None:
-    cluster = RayCluster(tmp_path)
+    cluster = RayCluster(tmp_path, env=SLOWLY)
     options = ["--data", str(cells), "--output", str(untrained), *SMALL]
     try:
         job = Job(cluster, "pipelines/full.py", *options)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
-from runs import SMALL, kill_when, read_json, run, start
+from runs import SLOWLY, SMALL, kill_when, read_json, run, start
 from slide_files import write_slide, write_tiff
 from test_annotations import collection, polygon
 
@@ -142,7 +142,7 @@ def test_killed_and_resumed_the_numbers_are_the_same(undisturbed: Path, cells: P
     for folder in ("heatmaps", "fusion", "evaluation"):
         shutil.rmtree(output / folder)
     for pattern in ("heatmaps/split=*/*.parquet", "fusion/.state-*/attempt-1/epoch_00000/state.json"):
-        process = start("--data", str(cells), "--output", str(output), *SMALL)
+        process = start("--data", str(cells), "--output", str(output), *SMALL, env=SLOWLY)
         died = kill_when(process, lambda p=pattern: any(output.glob(p)))
         assert died.status == -signal.SIGKILL
     for snapshot in output.glob("fusion/.state-*/attempt-*/*.json"):  # as a kill in the middle of a write

@@ -16,14 +16,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from apacs_ray.data.images import encode_mask
 from apacs_ray.errors import ApacsError, TrainingError, gpu_too_small
 from apacs_ray.inference import Predictor
 from apacs_ray.models.ensemble import Ensemble
 from apacs_ray.models.fcn import build_member
 from apacs_ray.models.spec import MEMBERS
 from apacs_ray.training.config import TrainConfig
+from apacs_ray.training.feed import decode_mask
 from apacs_ray.training.jitter import jitter_stain
 from apacs_ray.training.loop import (
     Trainer,
@@ -36,7 +40,7 @@ from apacs_ray.training.loop import (
 from apacs_ray.training.loss import tile_losses
 from apacs_ray.training.order import SampleRef, schedule
 from apacs_ray.training.record import EpochRecord, history_csv, read_history
-from apacs_ray.training.samples import Sample, augment, batches
+from apacs_ray.training.samples import Move, Sample, augment, batches
 from apacs_ray.training.state import TrainState, load_state, save_state
 
 CPU = torch.device("cpu")
@@ -170,6 +174,23 @@ class TestSamples:
         assert (same[0] == same[1]).all()
         plain, _ = augment(inputs, mask, 5, crop=0, flips=False, turns=False)
         assert (plain == inputs).all()
+
+    @given(st.integers(1, 150), st.integers(1, 150), st.sampled_from([(), (1,), (3,), (6,)]), st.integers(0, 99))
+    def test_a_move_is_the_window_flipped_and_turned(
+        self, height: int, width: int, channels: tuple[int, ...], seed: int
+    ) -> None:
+        picture = np.random.default_rng(seed).integers(0, 256, (height, width, *channels), dtype=np.uint8)
+        move = Move.draw(seed, (height, width), crop=100, flips=True, turns=True)
+        window = picture[move.top : move.top + 100, move.left : move.left + 100]
+        window = window[::-1] if move.down else window
+        window = window[:, ::-1] if move.across else window
+        assert np.array_equal(move.of(picture), np.rot90(window, move.quarters))
+
+    def test_a_window_of_a_stored_mask(self) -> None:
+        mask = np.random.default_rng(0).integers(0, 2, (30, 41)).astype(bool)
+        assert np.array_equal(decode_mask(encode_mask(mask)), mask)
+        assert np.array_equal(decode_mask(encode_mask(mask), (3, 5, 20, 30)), mask[5:30, 3:20])
+        assert decode_mask(encode_mask(mask)).dtype == np.uint8
 
     def test_a_tile_smaller_than_the_crop_stays_whole(self) -> None:
         inputs, mask = tile(0)

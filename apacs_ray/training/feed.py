@@ -112,7 +112,8 @@ def decode_mask(content: bytes, window: tuple[int, int, int, int] | None = None)
     """A mask that ingest encoded, or its window (left, top, right, bottom): (H, W) uint8 in {0, 1}."""
     picture = Image.open(io.BytesIO(content), formats=STORED).crop(window)
     # as Pillow holds it, a byte a pixel: as an array it would go through bits and back
-    return (np.frombuffer(picture.tobytes("raw", "L"), np.uint8) & 1).reshape(picture.height, picture.width)
+    values: Pixels = np.frombuffer(picture.tobytes("raw", "L"), np.uint8) & np.uint8(1)
+    return values.reshape(picture.height, picture.width)
 
 
 Indices = Mapping[str, TileIndex]
