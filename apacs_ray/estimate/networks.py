@@ -22,7 +22,7 @@ from apacs_ray.models.ensemble import Ensemble
 from apacs_ray.models.spec import MEMBERS, ModelSpec
 from apacs_ray.models.weights import build
 from apacs_ray.training.config import TrainConfig
-from apacs_ray.training.feed import decode_pixels, encode_heatmaps
+from apacs_ray.training.feed import decode_mask, decode_pixels, encode_heatmaps
 from apacs_ray.training.loop import Trainer
 from apacs_ray.training.order import SampleRef
 from apacs_ray.training.samples import Sample, augment
@@ -46,7 +46,7 @@ class SampleTile:
     def pixels(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
         """RGB (H, W, 3) and mask (H, W) in {0, 1}."""
         rgb = decode_pixels(self.image)
-        mask = np.zeros(rgb.shape[:2], np.uint8) if self.mask is None else decode_pixels(self.mask).astype(np.uint8)
+        mask = np.zeros(rgb.shape[:2], np.uint8) if self.mask is None else decode_mask(self.mask)
         return rgb, mask
 
 

@@ -18,7 +18,7 @@ from apacs_ray.data.shards import Place, TileIndex, read_rows
 from apacs_ray.settings import MemberName
 from apacs_ray.storage import Store
 from apacs_ray.training.order import SampleRef
-from apacs_ray.training.samples import Move, Sample
+from apacs_ray.training.samples import Move, Sample, augment
 
 STORED = ("PNG", "WEBP")  # of the many formats of Pillow, some of which start other programs
 JPEG = b"\xff\xd8"
@@ -65,8 +65,7 @@ class Feed:
     def sample(self, ref: SampleRef, place: Place, inputs: Pixels, mask: Pixels) -> Sample:
         """One sample from decoded pixels, augmented in training."""
         if ref.phase == "train":
-            move = self._move(ref, inputs)
-            inputs, mask = move.of(inputs), move.of(mask)
+            inputs, mask = augment(inputs, mask, ref.seed, **vars(self.augmentation))
         return Sample(ref, place.tile_id, inputs, mask)
 
     def decode(self, place: Place) -> tuple[Pixels, Pixels]:
@@ -83,13 +82,8 @@ class Feed:
         inputs = self._inputs(tile)
         if ref.phase != "train":
             return Sample(ref, place.tile_id, inputs, decode_mask(tile["mask"]))
-        move = self._move(ref, inputs)
-        mask = decode_mask(tile["mask"], (move.left, move.top, move.left + move.width, move.top + move.height))
-        return Sample(ref, place.tile_id, move.of(inputs), move.turned(mask))
-
-    def _move(self, ref: SampleRef, inputs: Pixels) -> Move:
-        how = self.augmentation
-        return Move.draw(ref.seed, inputs.shape[:2], crop=how.crop, flips=how.flips, turns=how.turns)
+        move = Move.draw(ref.seed, inputs.shape[:2], **vars(self.augmentation))
+        return Sample(ref, place.tile_id, move.of(inputs), move.turned(decode_mask(tile["mask"], move.box)))
 
     def _read(self, places: Sequence[Place]) -> list[dict[str, bytes]]:
         """The encoded pictures of each tile: image, mask and, where they are wanted, heatmaps."""

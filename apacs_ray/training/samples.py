@@ -74,6 +74,11 @@ class Move:
         down, across, quarters = rng.integers(2), rng.integers(2), int(rng.integers(4))
         return cls(top, left, height, width, bool(flips and down), bool(flips and across), quarters if turns else 0)
 
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """The window as Pillow takes it: left, top, right, bottom."""
+        return self.left, self.top, self.left + self.width, self.top + self.height
+
     def of(self, picture: Pixels) -> Pixels:
         """The window of (H, W, C) or (H, W), flipped and turned."""
         return self.turned(picture[self.top : self.top + self.height, self.left : self.left + self.width])
@@ -85,13 +90,11 @@ class Move:
         moved = np.empty(seen.shape, np.uint8)
         if seen.strides[1] == seen.shape[2]:  # whole rows at once
             moved[:] = seen
-            return moved.reshape(*seen.shape[:2], *window.shape[2:])
-        # values one by one: faster by channels, and when what is read at a time (rows of the window, if it is turned)
-        # stays in the cache
-        width = STRIP if self.quarters % 2 else seen.shape[1]
-        for left in range(0, seen.shape[1], width):
-            for channel in range(seen.shape[2]):
-                moved[:, left : left + width, channel] = seen[:, left : left + width, channel]
+        else:  # one by one: faster by channels, and when the rows that are read at a time stay in the cache
+            width = STRIP if self.quarters % 2 else seen.shape[1]
+            for left in range(0, seen.shape[1], width):
+                for channel in range(seen.shape[2]):
+                    moved[:, left : left + width, channel] = seen[:, left : left + width, channel]
         return moved.reshape(*seen.shape[:2], *window.shape[2:])
 
 
