@@ -666,7 +666,7 @@ def _worker(rank: int, world: int, folder: str) -> None:
         rank=rank,
         world_size=world,
         init_method=f"file://{folder}/meet",
-        timeout=datetime.timedelta(seconds=60),
+        timeout=datetime.timedelta(seconds=300),
     )
 
     def all_reduce(tensor: Tensor) -> Tensor:
