@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from measure import options, show  # noqa: E402
 from ray_cluster import RayCluster, kill_node, processes  # noqa: E402
-from runs import run, start, write_cells  # noqa: E402
+from runs import SLOWLY, run, start, write_cells  # noqa: E402
 
 OPTIONS = [
     "--tiles.size", "64", "--tiles.shard", "2",
@@ -93,7 +93,7 @@ class Site:
 
     def submit(self) -> None:
         """Start the command, or start it again."""
-        env = {**self.cluster.joined, "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
+        env = {**self.cluster.joined, **SLOWLY, "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
         self.driver = start(*self._argv, env=env)
         threading.Thread(target=self._drain_output, args=(self.driver,), daemon=True).start()
 
