@@ -41,6 +41,7 @@ OPTIONS = [
 ]  # fmt: skip
 SWEEP = "trials: 2\nepochs: 3\nspace: {learning_rate: {loguniform: [0.001, 0.002]}}\n"
 NOTICE = 15  # s that a node has left when it is drained
+NOTHING_STORED = "nothing is stored before its end"  # of an evaluation
 PATIENCE = 240.0  # s in which a stage ends after a fault
 
 
@@ -261,6 +262,8 @@ def main() -> None:
             finally:
                 site.stop()
             show("faults", rows, arguments.json)
+    if any(row["differences"] != "none" for row in rows):
+        raise SystemExit("a fault changed what a job leaves")
 
 
 def _suffer(name: str, strike: Strike, site: Site, plain: Path) -> list[dict[str, Any]]:
@@ -291,7 +294,9 @@ def _suffer(name: str, strike: Strike, site: Site, plain: Path) -> list[dict[str
     if site.driver.returncode != 0:
         raise SystemExit(f"{name}: the job failed:\n{_log(site)}")
     for row in rows:
-        row["stored_units_made_again"] = watcher.again(FOLDERS[row["in"]]) if row["in"] != "evaluate" else "-"
+        row["stored_units_made_again"] = (
+            watcher.again(FOLDERS[row["in"]]) if row["in"] != "evaluate" else NOTHING_STORED
+        )
         row["differences"] = ", ".join(differences(row["in"], site.output, plain)) or "none"
     return rows
 

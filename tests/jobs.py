@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -14,11 +15,12 @@ ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
 class Job:
-    """A pipeline script as a job on a cluster."""
+    """A pipeline script as a job on a cluster; `env` is set in all its processes."""
 
-    def __init__(self, cluster: RayCluster, script: str, *argv: str) -> None:
+    def __init__(self, cluster: RayCluster, script: str, *argv: str, env: dict[str, str] | None = None) -> None:
         self._cluster = cluster
-        told = self._ray("submit", "--no-wait", "--working-dir", str(ROOT), "--", sys.executable, script, *argv)
+        place = ["--working-dir", str(ROOT), "--runtime-env-json", json.dumps({"env_vars": env or {}})]
+        told = self._ray("submit", "--no-wait", *place, "--", sys.executable, script, *argv)
         self.id = told.partition("Job '")[2].partition("'")[0]
 
     def status(self) -> str:

@@ -25,9 +25,7 @@ class RayCluster:
     With an `autoscaling` config this starts nodes by itself. They dial the default port, so that must be free.
     """
 
-    def __init__(
-        self, folder: Path, head_cpus: int = 2, autoscaling: Path | None = None, env: dict[str, str] | None = None
-    ) -> None:
+    def __init__(self, folder: Path, head_cpus: int = 2, autoscaling: Path | None = None) -> None:
         gcs, dashboard, agent, metrics = _free_ports(4)
         scaled = [f"--autoscaling-config={autoscaling}", "--num-gpus=0"] if autoscaling else []
         fake = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "APACS_RAY_NODES": FAKE_NODES}
@@ -43,7 +41,6 @@ class RayCluster:
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
             **(fake if autoscaling else {}),
-            **(env or {}),
         }
         self.metrics = f"http://127.0.0.1:{metrics}/metrics"  # of the head, for Prometheus
         self.env = {**self._env, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}

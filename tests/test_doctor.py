@@ -233,9 +233,10 @@ def test_tables_that_cannot_be_read(tmp_path: Path) -> None:
         assert "table.csv: no such text file" in missing.found
     assert only(findings("slide_id,mpp\na,0.25\n", "mpps")).state == "ok"
     assert only(findings("slide_id,split\na,train\nb,test\n", "splits")).found.endswith("table.csv: 2 slides")
-    wrong = only(findings("slide_id,split\na,train\nb,trane\n", "splits"))
-    assert wrong.state == "failed"
-    assert "line 3" in wrong.found
+    for name, line in (("split", "b,trane"), ("mpp", "b,-1")):
+        wrong = only(findings(f"slide_id,{name}\na,{'train' if name == 'split' else 1}\n{line}\n", f"{name}s"))
+        assert wrong.state == "failed"
+        assert "line 3" in wrong.found
 
 
 # S3

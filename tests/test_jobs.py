@@ -33,10 +33,10 @@ def measured(cluster: RayCluster) -> dict[str, float]:
 def test_a_job_is_stopped_and_goes_on_when_submitted_again(
     undisturbed: Path, cells: Path, untrained: Path, tmp_path: Path
 ) -> None:
-    cluster = RayCluster(tmp_path, env=SLOWLY)
+    cluster = RayCluster(tmp_path)
     options = ["--data", str(cells), "--output", str(untrained), *SMALL]
     try:
-        job = Job(cluster, "pipelines/full.py", *options)
+        job = Job(cluster, "pipelines/full.py", *options, env=SLOWLY)
         job.until(lambda: any(untrained.glob("members/fcn8/.state-*/attempt-1/epoch_00000/state.json")))
         wanted = {
             'ray_apacs_ray_stage_running{stage="train_members"}',

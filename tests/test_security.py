@@ -53,12 +53,12 @@ from apacs_ray.slides import polygons
 from apacs_ray.slides.cache import SlideCache
 from apacs_ray.slides.find import find_slides
 from apacs_ray.slides.masks import ImageMask
+from apacs_ray.slides.mpps import read_mpps
 from apacs_ray.slides.plan import read_manifest
 from apacs_ray.slides.polygons import fill, read_asap, read_geojson
 from apacs_ray.slides.reader import open_slide
 from apacs_ray.slides.vips_engine import JpegTiles
 from apacs_ray.stages.evaluate import _rejects
-from apacs_ray.stages.ingest_slides import _read_mpps
 from apacs_ray.stages.pipeline import Context, Outcome, Stage, run_stage
 from apacs_ray.storage import Entry, LocalStore, S3Store, open_store
 from apacs_ray.training.feed import decode_pixels
@@ -642,11 +642,11 @@ def test_a_tile_larger_than_its_place_is_not_decoded(tmp_path: Path, monkeypatch
 
 def test_tables_and_settings_that_would_explode(tmp_path: Path) -> None:
     field = "x" * 200_000
-    for read, text in ((read_splits, f"slide_id,split\n{field},train\n"), (_read_mpps, f"slide_id,mpp\n{field},1\n")):
+    for read, text in ((read_splits, f"slide_id,split\n{field},train\n"), (read_mpps, f"slide_id,mpp\n{field},1\n")):
         with pytest.raises(UsageError, match="line"):
             read(text)
     with pytest.raises(UsageError, match="must be positive"):
-        _read_mpps("slide_id,mpp\na,inf\n")
+        read_mpps("slide_id,mpp\na,inf\n")
     laughs = ["a0: &a0 [x, x]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 40)), "tiles: {size: *a39}"]
     for text, words in (
         ("\n".join(laughs), "an alias"),

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from runs import SLOWLY, SMALL, read_json, run, start, wait_for
+from runs import SMALL, read_json, run, start, wait_for
 from s3_proxy import KINDS, Behaviour, Proxy, at_random, in_turn, refusing_writes
 from torch import nn
 
@@ -284,7 +284,7 @@ def test_from_and_to_a_failing_store_the_numbers_are_the_same(
         (mine,) = [entry.path for entry in output.list(split) if entry.path.endswith(path.name[-13:])]
         with output.open(mine) as stream:
             assert without_source(pq.read_table(stream)) == without_source(pq.read_table(path))
-    process = start(*options, script="train_members.py", env=SLOWLY)
+    process = start(*options, script="train_members.py")
     wait_for(
         process, lambda: any(entry.path.endswith("epoch_00000/state.json") for entry in output.list("members/fcn32"))
     )

@@ -185,7 +185,8 @@ def map_blocks(
         return work(block)
 
     configure_data()
-    at_once = ray.data.TaskPoolStrategy(size=max(1, int(joined_cluster().tiling_cpus / cpus)))
+    places = int(joined_cluster().tiling_cpus / cpus)
+    at_once = ray.data.TaskPoolStrategy(size=max(1, min(places, len(blocks))))
     dataset = ray.data.from_arrow(list(blocks)).map_batches(
         checked, batch_size=None, batch_format="pyarrow", num_cpus=cpus, compute=at_once
     )

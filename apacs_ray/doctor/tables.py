@@ -8,6 +8,7 @@ from apacs_ray.data.splits import read_splits
 from apacs_ray.doctor.finding import Finding
 from apacs_ray.errors import ApacsError
 from apacs_ray.settings import DataSettings
+from apacs_ray.slides.mpps import read_mpps
 from apacs_ray.stages.cut import open_store_file
 
 
@@ -23,9 +24,11 @@ def check_splits(data: DataSettings) -> Iterator[Finding]:
 
 
 def check_mpps(data: DataSettings) -> Iterator[Finding]:
-    """Whether `data.mpps`, where it is given, is there."""
+    """Whether `data.mpps`, where it is given, is there and has a resolution in every line."""
     try:
-        if open_store_file(data.mpps) is not None:
-            yield Finding("data.mpps", "ok", f"{data.mpps}: can be read")
+        text = open_store_file(data.mpps)
+        if text is not None:
+            slides = len(read_mpps(text))
+            yield Finding("data.mpps", "ok", f"{data.mpps}: {slides} slide{'s' * (slides != 1)}")
     except ApacsError as error:
-        yield Finding("data.mpps", "failed", str(error), "correct --data.mpps, or put the file there")
+        yield Finding("data.mpps", "failed", str(error), "correct --data.mpps, or the file")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -20,6 +17,7 @@ from apacs_ray.data.shards import Receipt
 from apacs_ray.errors import BadInput, UsageError
 from apacs_ray.slides.cache import SlideCache, default_cache
 from apacs_ray.slides.find import SlideData, SlideFiles, find_slides
+from apacs_ray.slides.mpps import read_mpps
 from apacs_ray.slides.plan import SlideSummary, SlideTask
 from apacs_ray.slides.shards import SlideShard, plan_shards
 from apacs_ray.stages.cut import Cut, open_store_file, with_given_splits
@@ -87,7 +85,7 @@ def slides_to_cut(
     slides = with_given_splits(found.slides, settings.data.splits)
     _require_splits(context, store, slides)
     cache = SlideCache(Path(settings.data.cache or default_cache()), round(settings.data.cache_gb * GIB))
-    mpps = _read_mpps(open_store_file(settings.data.mpps))
+    mpps = read_mpps(open_store_file(settings.data.mpps))
     return SlideTask(store, masks, run.store, settings.tiles, settings.data, cache, mark, mpps), found, slides
 
 
@@ -155,22 +153,6 @@ def _require_splits(context: Context, store: Store, slides: Sequence[SlideFiles]
                 raise UsageError(f"{store.uri}: no {part} slide among {len(slides)}")
     elif unknown:
         say(f"ingest: no split is known for {len(unknown)} slides (no data.splits, no folder): they become train")
-
-
-def _read_mpps(text: str | None) -> dict[str, float]:
-    """Slide id -> um per px, of the CSV text of `data.mpps` (slide_id,mpp). Raises UsageError naming the line."""
-    if text is None:
-        return {}
-    mpps: dict[str, float] = {}
-    reader = csv.DictReader(io.StringIO(text))
-    try:
-        for row in reader:
-            mpps[row["slide_id"]] = float(row["mpp"])
-            if not 0 < mpps[row["slide_id"]] < math.inf:
-                raise UsageError(f"data.mpps, line {reader.line_num}: um per px must be positive")
-    except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise UsageError(f"data.mpps, line {reader.line_num}: expected slide_id,mpp with a number") from error
-    return mpps
 
 
 def _say_notes(summaries: Sequence[SlideSummary]) -> None:
