@@ -34,14 +34,15 @@ def main() -> None:
     parser = options(__doc__, "one seed, 2 epochs")
     parser.add_argument("--width", type=float, default=0.25, help="of the network")
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
     arguments = parser.parse_args()
     seeds, epochs = (1, 2) if arguments.quick else (arguments.seeds, arguments.epochs)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         store = LocalStore(folder)
         write_tiles(store, SIDE, {"train": 32, "val": 16}, smear=2048)
-        for seed in range(seeds):
+        for seed in range(arguments.first, arguments.first + seeds):
             row: dict[str, float | int | str] = {"seed": seed}
             for precision in ("float32", "bfloat16"):
                 config = TrainConfig(epochs, BATCH, seed, learning_rate=1e-3, dice_weight=0.5)
