@@ -232,6 +232,13 @@ class TestSamples:
         code = f"import sys, {modules}, apacs_ray.estimate.networks; sys.exit('ray' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
+    def test_a_network_is_loaded_without_torchs_compiler(self) -> None:
+        modules = "apacs_ray.models.weights import build, load_model, weights_bytes"
+        given = 'spec = ModelSpec("fusion", "fusion", members=("fcn32", "fcn8"), width=0.02, heatmap_init="mean")'
+        load = "load_model(weights_bytes(build(spec)), spec); sys.exit('torch._dynamo' in sys.modules)"
+        code = f"import sys; from {modules}; from apacs_ray.models.spec import ModelSpec; {given}; {load}"
+        assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
 
 class TestJitter:
     def test_only_rgb_changes_mildly_and_by_seed(self) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from apacs_ray.errors import ApacsError
 from apacs_ray.models.fcn import build_member
@@ -34,7 +34,7 @@ def weights_bytes(model: nn.Module) -> bytes:
 
 def load_model(weights: bytes, spec: ModelSpec) -> nn.Module:
     """The trained network, in eval mode. Raises ApacsError naming what does not fit."""
-    with torch.device("meta"):
+    with _Undrawn():
         model = build(spec)
     try:
         tensors = load_tensors(weights)
@@ -42,6 +42,21 @@ def load_model(weights: bytes, spec: ModelSpec) -> nn.Module:
         raise ApacsError(f"{spec.name}: no safetensors file ({error})") from error
     _assign(model, tensors, spec.name)
     return model.eval()
+
+
+class _Undrawn(TorchFunctionMode):
+    """Weights are left as they are in memory, where a loaded file replaces them.
+
+    On the meta device torch would draw them in Python, for which it first imports its compiler (1.2 s).
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def _assign(model: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
