@@ -125,13 +125,11 @@ def plan_training(
 
     On CPUs each worker gets an equal fraction of a node; on GPUs the split that ends first by `COST`, and of a node's
     CPUs what a worker gets of its GPUs. `workers` > 0 fixes the DDP workers of each network; a worker gets at least one
-    tile of a batch. `together`: one run for all of them, which decodes each batch once; `auto`: that on one GPU, and on
-    one machine of fewer CPUs than networks, where runs of their own cost more processes than they have CPUs for
-    (`benchmarks/modes.py`).
+    tile of a batch. `together`: one run for all of them, which decodes each batch once; `auto`: that on one GPU or one
+    CPU, which runs of their own would only fight for. On two CPUs and more, processes of one thread each are no slower.
     """
     if mode == "auto":
-        small = cluster.nodes == 1 and cluster.cpus < len(names)
-        mode = "together" if math.floor(cluster.gpus) == 1 or (cluster.gpus < 1 and small) else "parallel"
+        mode = "together" if math.floor(cluster.gpus) == 1 or cluster.cpus < 2 else "parallel"
     if mode == "together" and len(names) > 1:
         (one,) = plan_training([TOGETHER], cluster, workers=workers, batch_size=batch_size).networks
         return TrainingPlan((replace(one, name=" + ".join(names)),), "together")

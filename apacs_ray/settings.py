@@ -155,7 +155,7 @@ class MembersSettings(TrainingSettings):
     mode: Literal["auto", "parallel", "together"] = Field(
         "auto",
         description="parallel: a training run for each member at the same time; together: one run steps all three on "
-        "each batch; auto: together on one GPU, or on fewer CPUs than members",
+        "each batch; auto: together on one GPU or one CPU",
     )
     init: Literal["random", "imagenet", "published"] = Field(
         "random",
