@@ -127,8 +127,8 @@ def plan_training(
     CPUs what a worker gets of its GPUs. `workers` > 0 fixes the DDP workers of each network; a worker gets at least one
     tile of a batch. `together`: one run for all of them, which decodes each batch once; `auto`: that on one GPU or one
     CPU, which runs of their own would only fight for. On two CPUs it would save 16 s and 38 CPU seconds, mostly of
-    starting processes (`benchmarks/modes.py`); but its threads wait for each other, so that beside another busy program
-    an epoch took ten times as long, where processes of one thread each share what there is.
+    starting processes (`benchmarks/modes.py`); but its threads wait for each other: beside another busy program, tried
+    once, an epoch took some ten times as long.
     """
     if mode == "auto":
         mode = "together" if math.floor(cluster.gpus) == 1 or cluster.cpus < 2 else "parallel"

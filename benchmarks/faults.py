@@ -41,7 +41,6 @@ OPTIONS = [
 ]  # fmt: skip
 SWEEP = "trials: 2\nepochs: 3\nspace: {learning_rate: {loguniform: [0.001, 0.002]}}\n"
 NOTICE = 15  # s that a node has left when it is drained
-NOTHING_STORED = "nothing is stored before its end"  # of an evaluation
 PATIENCE = 240.0  # s in which a stage ends after a fault
 
 
@@ -208,6 +207,8 @@ class Watcher:
     def again(self, folder: str) -> str:
         """What below `folder` was made more than once, and where training left a node."""
         made = self._made[folder].values()
+        if not made:
+            return "nothing is stored before its end"
         twice = sum(len(times) - 1 for times in made)
         left = "".join(f"; left at {place}" for place in sorted(self._left[folder]))
         return f"{twice} of {len(made)}{left}"
@@ -294,9 +295,7 @@ def _suffer(name: str, strike: Strike, site: Site, plain: Path) -> list[dict[str
     if site.driver.returncode != 0:
         raise SystemExit(f"{name}: the job failed:\n{_log(site)}")
     for row in rows:
-        row["stored_units_made_again"] = (
-            watcher.again(FOLDERS[row["in"]]) if row["in"] != "evaluate" else NOTHING_STORED
-        )
+        row["stored_units_made_again"] = watcher.again(FOLDERS[row["in"]])
         row["differences"] = ", ".join(differences(row["in"], site.output, plain)) or "none"
     return rows
 
