@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 SHARED = ROOT.parent / "shared"
 
-from runs import SMALL, run, write_cells  # noqa: E402 - the path stands only now
+from runs import SMALL, SWEPT, run, write_cells  # noqa: E402 - the path stands only now
 from s3_proxy import Behaviour, Proxy, proxy  # noqa: E402
 
 
@@ -37,6 +37,24 @@ def undisturbed(cells: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One run without a disturbance; the others must come to the same."""
     output = tmp_path_factory.mktemp("runs") / "undisturbed"
     done = run("--data", str(cells), "--output", str(output), *SMALL)
+    assert done.status == 0, done.summary
+    return output
+
+
+@pytest.fixture(scope="session")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small sweep whose trials take seconds, so that they can be met in the act."""
+    path = tmp_path_factory.mktemp("sweep") / "sweep.yaml"
+    path.write_text("trials: 2\nepochs: 40\nspace: {learning_rate: {loguniform: [0.001, 0.002]}}\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def swept(undisturbed: Path, cells: Path, sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undisturbed run with a sweep, and the fusion that this gives."""
+    output = tmp_path_factory.mktemp("runs") / "swept"
+    shutil.copytree(undisturbed, output)
+    done = run("--data", str(cells), "--output", str(output), *SMALL, *SWEPT, str(sweep))
     assert done.status == 0, done.summary
     return output
 

@@ -25,9 +25,7 @@ class Job:
 
     def status(self) -> str:
         """As in `SUCCEEDED`."""
-        listed = self._ray("list")
-        _, _, rest = listed.partition(f"submission_id='{self.id}'")
-        return rest.partition("<JobStatus.")[2].partition(":")[0]
+        return str(self._cluster.ask(f"api/jobs/{self.id}")["status"])
 
     def logs(self) -> str:
         return self._ray("logs", self.id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import shutil
 import signal
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from ray_cluster import Node, RayCluster, kill_node, listening, processes
-from runs import SMALL, read_json, run, start, wait_for
+from runs import SLOWLY, SMALL, SWEPT, kill_when, read_json, run, start, wait_for
 from safetensors.numpy import load_file
 
 from apacs_ray.data.synthetic import slide_specs
@@ -21,11 +22,11 @@ from apacs_ray.training.record import read_history
 MEMBERS = ("fcn32", "fcn16", "fcn8")
 
 
-def worker_of(nodes: list[Node]) -> tuple[int, Node] | None:
-    """Ray Train's worker process on these nodes, and its node."""
+def worker_of(nodes: list[Node], work: str = "ray::RayTrainWorker") -> tuple[int, Node] | None:
+    """A process on these nodes that does this work (Ray Train's, if nothing is said), and its node."""
     for node in nodes:
         for pid, title in processes(node).items():
-            if title.startswith("ray::RayTrainWorker"):
+            if title.startswith(work):
                 return pid, node
     return None
 
@@ -83,6 +84,67 @@ def test_nodes_that_go_cost_little_and_change_nothing(
         same_training(untrained, undisturbed)
     finally:
         cluster.stop()
+
+
+def test_every_stage_after_the_members_loses_a_node_or_a_worker(
+    swept: Path, cells: Path, sweep: Path, tmp_path: Path
+) -> None:
+    """Heatmaps: a node killed. Sweep: Ctrl-C, and when it goes on, a node drained, of which its trial has notice.
+    Fusion: its worker killed, the only failure that counts. Evaluation: a node killed.
+    """
+    output = tmp_path / "run"
+    shutil.copytree(swept, output)
+    for folder in ("heatmaps", "tune", "fusion", "fusion_published", "evaluation"):
+        shutil.rmtree(output / folder)
+    cluster = RayCluster(tmp_path, head_cpus=0)
+    try:
+        nodes = [cluster.add_node() for _ in range(3)]
+        options = ["--data", str(cells), "--output", str(output), *SMALL, "--run.max_failures", "1"]
+        go = partial(start, *options, *SWEPT, str(sweep), env={**cluster.joined, **SLOWLY})
+        process = go()
+
+        def busy(pattern: str, work: str) -> tuple[int, Node]:
+            """Where a stage works when it has stored something."""
+            return wait_for(process, lambda: worker_of(nodes, work) if any(output.glob(pattern)) else None)
+
+        def lose(node: Node) -> None:
+            nodes.remove(node)
+            kill_node(node)
+
+        predicting = "ray::MapWorker(MapBatches(Worker)).submit"
+        lose(busy("heatmaps/split=*/*.parquet", predicting)[1])
+        stopped = kill_when(process, lambda: any(output.glob("tune/.state-*/sweep/*/result.json")), signal.SIGINT)
+        assert stopped.status == 130, stopped.summary
+        assert not (output / "tune/_committed.json").exists()
+        process = go()
+        _, drained = busy("tune/.state-*/sweep/*/checkpoint_000000/state.json", "ray::ImplicitFunc.train")
+        cluster.drain(drained, notice=120)
+        states = partial(output.glob, "tune/.state-*/sweep/*/checkpoint_*/state.json")
+        wait_for(process, lambda: any(read_json(state)["part"] for state in states()))
+        nodes.append(cluster.add_node())
+        lose(drained)
+        worker, _ = busy("fusion/.state-*/attempt-1/epoch_00000/state.json", "ray::RayTrainWorker")
+        os.kill(worker, signal.SIGKILL)
+        lose(busy("fusion/_committed.json", predicting)[1])
+        text, _ = process.communicate(timeout=400)
+        assert process.returncode == 0, text[-3000:]
+        assert "lost its worker or node; goes on from its last checkpoint" in text
+        assert "Traceback" not in text
+    finally:
+        cluster.stop()
+    same = ["heatmaps/split=*/*.parquet", "tune/best.yaml", "fusion*/model.safetensors", "evaluation/metrics.json"]
+    for path in [path for pattern in same for path in swept.glob(pattern)]:
+        assert (output / path.relative_to(swept)).read_bytes() == path.read_bytes(), path
+    mine, theirs = (sorted(read_trials(run), key=str) for run in (output, swept))
+    assert mine == theirs
+    history = read_history((output / "fusion/history.csv").read_text())
+    assert [record.epoch for record in history] == [0, 1]
+
+
+def read_trials(output: Path) -> list[dict[str, str]]:
+    """What trials came to, apart from their names and how long they took."""
+    with (output / "tune/trials.csv").open() as lines:
+        return [{k: v for k, v in row.items() if k not in ("trial_id", "seconds")} for row in csv.DictReader(lines)]
 
 
 def test_ingest_outlives_its_nodes_their_caches_and_the_head(s3: str, tmp_path: Path) -> None:

@@ -57,13 +57,26 @@ def trial(epochs: list[dict[str, Any]] | None, config: dict[str, Any]) -> Any:
 def test_a_trial_counts_by_its_own_epochs_and_the_setting_that_each_had() -> None:
     """Its second epoch took over another trial's weights, whose best is told as its own, and a changed rate."""
     epochs = [
-        {"val_dice": 0.7, "best_val_dice": 0.7, "config/learning_rate": 1e-3, "config/members": "fcn16+fcn8"},
-        {"val_dice": 0.6, "best_val_dice": 0.9, "config/learning_rate": 2e-3, "config/members": "fcn32+fcn16"},
+        {"epoch": 0, "val_dice": 0.0, "best_val_dice": 0.0, "config/learning_rate": 1e-3},  # left its node in its first
+        {
+            "epoch": 1,
+            "val_dice": 0.7,
+            "best_val_dice": 0.7,
+            "config/learning_rate": 1e-3,
+            "config/members": "fcn16+fcn8",
+        },
+        {
+            "epoch": 2,
+            "val_dice": 0.6,
+            "best_val_dice": 0.9,
+            "config/learning_rate": 2e-3,
+            "config/members": "fcn32+fcn16",
+        },
     ]
     config = {"learning_rate": 2e-3, "members": "fcn32+fcn16"}
     assert _best_epoch(trial(epochs, config)) == ({"learning_rate": 1e-3, "members": "fcn16+fcn8"}, 0.7)
 
 
-@pytest.mark.parametrize("epochs", [None, []])
+@pytest.mark.parametrize("epochs", [None, [], [{"epoch": 0, "val_dice": 0.0, "config/dropout": 0.1}]])
 def test_a_trial_that_told_nothing_has_no_score(epochs: list[dict[str, Any]] | None) -> None:
     assert _best_epoch(trial(epochs, {"dropout": 0.1})) == ({"dropout": 0.1}, None)

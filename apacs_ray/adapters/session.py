@@ -160,7 +160,10 @@ def _private_sessions() -> str | None:
 def configure_data() -> None:
     """Set Ray Data up for this process: in order, quiet, nothing dropped. Before any dataset is built."""
     from ray.data import DataContext
+    from ray.data._internal.execution.resource_manager import ResourceManager
 
+    # A dataset begins without resources, one task at a time, until it asks a second time: Ray would wait for a second
+    ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = 0.2
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True

@@ -2,18 +2,20 @@
 
 A trial of one process starts nothing, so such trials cannot wait for each other; they share GPUs by fractions. A trial
 of several workers holds next to nothing itself and starts a `TorchTrainer`; the plan says how many fit at a time. Both
-kinds go on from their last epoch when they are restored.
+kinds go on from their last epoch when they are restored, and from the step that they were at when their node is to be
+taken away.
 """
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from apacs_ray.adapters.train import NetworkTask, TrainingTask, fit
+from apacs_ray.adapters.train import ASK_EVERY, NetworkTask, TrainingTask, fit
 from apacs_ray.data.shards import TileIndex
 from apacs_ray.errors import ApacsError, gpu_too_small
 from apacs_ray.models.spec import fusion_spec
@@ -27,6 +29,7 @@ from apacs_ray.training.feed import Crop, Feed, Heatmaps, in_memory, one_by_one
 
 TRIAL_CURVES = "tune"
 IN_MEMORY = 2**30  # bytes of decoded tiles that a trial may keep
+OVERDUE = 300.0  # s after its announced end at which a node is taken to stay
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class TrialTask:
     threads: int
     source: str
     state: str
+    max_failures: int
     plan: NetworkPlan | None = None
 
     def settings(self, config: dict[str, Any]) -> FusionSettings:
@@ -94,7 +98,7 @@ def _by_workers(config: dict[str, Any], settings: FusionSettings, task: TrialTas
         start = f"{state}/start.safetensors"
         task.store.write(start, weights)
     network = NetworkTask("fusion", spec, task.training(settings), state, _curves(), start, config)
-    training = TrainingTask((network,), task.feed(settings), task.indices, plan, 2, task.source)
+    training = TrainingTask((network,), task.feed(settings), task.indices, plan, task.max_failures, task.source)
     fit(training, [TuneReportCallback()])
 
 
@@ -104,10 +108,10 @@ def _in_this_process(config: dict[str, Any], settings: FusionSettings, task: Tri
 
     from apacs_ray.models.start import fusion_weights
     from apacs_ray.models.weights import build, load_model
-    from apacs_ray.training.loop import Trainer
+    from apacs_ray.training.loop import Trainer, train_epochs
     from apacs_ray.training.order import schedule
     from apacs_ray.training.record import EpochRecord, told
-    from apacs_ray.training.state import TrainState, save_state
+    from apacs_ray.training.state import save_state
 
     torch.set_num_threads(task.threads)
     spec, how = fusion_spec(settings, task.width), task.training(settings)
@@ -122,10 +126,12 @@ def _in_this_process(config: dict[str, Any], settings: FusionSettings, task: Tri
             for group in trainer.optimizer.param_groups:  # PBT may have changed it since
                 group["weight_decay"] = how.weight_decay
     train_index, val_index = task.indices["train"], task.indices["val"]
+    epoch, step = trainer.place
     refs = schedule(
         train_index.groups(),
         len(val_index),
-        epochs=range(trainer.next_epoch, task.epochs),
+        epochs=range(epoch, task.epochs),
+        first_step=step,
         batch_size=settings.batch_size,
         rank=0,
         world=1,
@@ -136,16 +142,52 @@ def _in_this_process(config: dict[str, Any], settings: FusionSettings, task: Tri
 
     curves = _curves()
 
-    def on_epoch(record: EpochRecord, state: TrainState) -> None:
+    def report() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            save_state(Path(folder), state)
-            write_curves(task.store, curves, state.history, config)
-            tune.report(told(state.history), checkpoint=tune.Checkpoint.from_directory(folder))
+            save_state(Path(folder), trainer.state())
+            tune.report(told(trainer.history), checkpoint=tune.Checkpoint.from_directory(folder))
 
+    def on_epoch(_: Trainer, record: EpochRecord) -> None:
+        write_curves(task.store, curves, trainer.history, config)
+        report()
+
+    notice = _Notice()
     steps = -(-len(train_index) // settings.batch_size)
     try:
-        trainer.run(samples, steps, on_epoch, (len(train_index), len(val_index)))
+        left = train_epochs([trainer], samples, steps, on_epoch, notice, (len(train_index), len(val_index)))
     except torch.OutOfMemoryError as error:
         raise ApacsError(
             f"{gpu_too_small(error, 'fusion')}; or let fewer trials share a GPU (resources.gpu)"
         ) from error
+    if left:
+        report()  # returns when Ray Tune knows of the checkpoint
+        notice.await_end()
+
+
+class _Notice:
+    """Asked after every step: whether this process's node is to be taken away. Every few seconds it looks."""
+
+    def __init__(self) -> None:
+        import ray
+
+        self._node = ray.get_runtime_context().get_node_id()
+        self._looked = time.monotonic()
+        self._end = 0.0  # unix time; 0: nobody said when
+
+    def __call__(self) -> bool:
+        if time.monotonic() - self._looked < ASK_EVERY:
+            return False
+        self._looked = time.monotonic()
+        from ray._private.state import state  # where Ray Train looks; Ray has no public question for it
+
+        draining = state.get_draining_nodes()
+        self._end = draining.get(self._node, 0) / 1000
+        return self._node in draining
+
+    def await_end(self) -> None:
+        """Wait until the node ends: a process that ended before it would count as a failure of the trial.
+
+        Raises ApacsError when the node is still there long after its end.
+        """
+        time.sleep(max(0.0, self._end - time.time()) + OVERDUE)
+        raise ApacsError(f"node {self._node} was to be taken away, but is still there")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pickle
 import signal
@@ -18,6 +19,7 @@ from ray.tune import Callback
 from apacs_ray.adapters.keyless import forward_no_keys, ray_filesystem
 from apacs_ray.adapters.trial import TRIAL_CURVES, TrialTask, plain_setting, run_trial
 from apacs_ray.clean import without_secrets
+from apacs_ray.console import say
 from apacs_ray.plan import Cluster
 from apacs_ray.sweep import MUTABLE, Distribution, Sweep, plan_sweep
 from apacs_ray.tracking import CURVES
@@ -37,8 +39,8 @@ class TrialResult:
     error: str | None
 
 
-class TrialCount(Callback):  # type: ignore[misc]
-    """Tells how many trials have ended. Ray Tune pickles its callbacks; the listener stays behind."""
+class _Listener(Callback):  # type: ignore[misc]
+    """Tells how many trials have ended, and what befell them. Ray Tune pickles it; `on_done` stays behind."""
 
     def __init__(self, on_done: Callable[[int], None]) -> None:
         self._on_done: Callable[[int], None] | None = on_done
@@ -48,6 +50,12 @@ class TrialCount(Callback):  # type: ignore[misc]
         self._done += 1
         if self._on_done is not None:
             self._on_done(self._done)
+
+    def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        say(f"trial {trial.trial_id}: lost its worker or node; goes on from its last checkpoint")
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        say(f"trial {trial.trial_id}: failed: {_line(trial.get_error() or 'it left no error')}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_on_done": None, "_done": self._done}
@@ -96,12 +104,13 @@ def sweep(task: TrialTask, plan: Sweep, cluster: Cluster, on_done: Callable[[int
                 storage_path=store.full_path(),
                 storage_filesystem=filesystem,
                 verbose=0,
-                failure_config=tune.FailureConfig(max_failures=2),
+                failure_config=tune.FailureConfig(max_failures=task.max_failures),
                 # one that others may go on from must be there until they do
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=3 if plan.scheduler.kind == "pbt" else 1),
-                callbacks=[TrialCount(on_done)],
+                callbacks=[_Listener(on_done)],
             ),
         )
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # `_Listener` says in a line what it shows tracebacks of
     with _stopped_by_ctrl_c():
         results = tuner.fit()
     return [_result(result) for result in results]
@@ -193,14 +202,22 @@ def _result(result: Any) -> TrialResult:
         val_dice,
         int(metrics.get("epoch", 0)),
         round(float(metrics.get("time_total_s", 0.0)), 2),
-        without_secrets(str(result.error).strip().splitlines()[-1])[:LONGEST_ERROR] if result.error else None,
+        _line(result.error) if result.error else None,
     )
+
+
+def _line(error: object) -> str:
+    """The last line of what ended a trial: its message."""
+    return without_secrets(str(error).strip().splitlines()[-1])[:LONGEST_ERROR]
 
 
 def _best_epoch(result: Any) -> tuple[dict[str, Any], float | None]:
     """The highest val Dice of a trial, and the setting that it had then: population based training changes it."""
     config, epochs = result.config or {}, result.metrics_dataframe
     if epochs is None or epochs.empty:
+        return config, None
+    epochs = epochs[epochs["epoch"] > 0]  # a trial that had to leave its node in its first epoch has told of none
+    if epochs.empty:
         return config, None
     best = epochs.loc[epochs["val_dice"].idxmax()]
     drawn = {name: best.get(f"config/{name}", value) for name, value in config.items()}

@@ -50,6 +50,7 @@ def _work(context: Context, mark: str) -> Outcome:
         max(1, int(plan.resources.cpu)),
         source_hash(),
         f"tune/.state-{mark[:8]}",
+        settings.run.max_failures,
     )
     with context.bars() as shown:
         trials = sweep(task, plan, cluster, lambda done: shown.show("trials", done, plan.trials))

@@ -38,8 +38,8 @@ def score(record: EpochRecord) -> float:
 
 
 def told(history: tuple[EpochRecord, ...]) -> dict[str, float]:
-    """What Ray and people hear after an epoch: epochs done, validation Dice (0 where it is not defined), the best."""
-    dice = [0.0 if math.isnan(record.val_dice) else record.val_dice for record in history]
+    """What Ray and people hear: epochs done, validation Dice (0 where it is not defined, or before any), the best."""
+    dice = [0.0 if math.isnan(record.val_dice) else record.val_dice for record in history] or [0.0]
     return {"epoch": len(history), "val_dice": dice[-1], "best_val_dice": max(dice)}
 
 
