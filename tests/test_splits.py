@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from apacs_ray.data.splits import assign_val, read_splits
 from apacs_ray.errors import UsageError
+from apacs_ray.slides.mpps import read_mpps
 
 
 def tiles(slides, images_a_slide=1, tiles_an_image=1):
@@ -84,3 +85,16 @@ def test_a_wrong_table_is_refused_by_line(text, says):
     with pytest.raises(UsageError, match=r"data\.splits") as caught:
         read_splits(text)
     assert says in str(caught.value)
+
+
+def test_read_mpps():
+    assert read_mpps(None) == {}
+    text = '\ufeffslide_id,mpp\r\nA,0.25\r\n"B,1", 0.5 \r\n'
+    assert read_mpps(text) == {"A": 0.25, "B,1": 0.5}
+    for line, says in (
+        ("B,", "'' of slide 'B' is not a number"),
+        ("B,-1", "must be positive, not -1"),
+        ("A,1", "line 2"),
+    ):
+        with pytest.raises(UsageError, match=rf"data\.mpps, line 3: .*{says}"):
+            read_mpps(f"slide_id,mpp\nA,0.25\n{line}\n")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import math
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from apacs_ray.data.folder import SPLITS, Split
+from apacs_ray.data.slide_table import read_slide_table
 from apacs_ray.errors import UsageError
 
 ValUnit = Literal["slide", "image", "tile"]
@@ -50,38 +48,13 @@ def _rank(seed: int, name: str) -> bytes:
 
 
 def read_splits(text: str) -> dict[str, Split]:
-    """Slide id -> split, of the CSV text of `data.splits`: a header slide_id,split, then one line a slide.
-
-    Further columns are passed over. Raises UsageError with the number of the line that is wrong.
-    """
-    reader = csv.reader(io.StringIO(text.removeprefix("\ufeff"), newline=""), strict=True)
-    lines: list[tuple[int, list[str]]] = []
-    try:
-        lines.extend((reader.line_num, fields) for fields in reader if any(field.strip() for field in fields))
-    except csv.Error as error:
-        raise UsageError(f"data.splits, line {reader.line_num}: {error}") from error
-    if not lines:
-        raise UsageError("data.splits: the file is empty; it needs a header slide_id,split and a line a slide")
-    number, header = lines[0]
-    names = [name.strip().lower() for name in header]
-    if names.count("slide_id") != 1 or names.count("split") != 1:
-        raise UsageError(f"data.splits, line {number}: the header must be slide_id,split, not {','.join(header)}")
-    given: dict[str, tuple[int, Split]] = {}
-    for number, fields in lines[1:]:
-        slide, split = _line(number, fields, names)
-        if slide in given:
-            raise UsageError(f"data.splits, line {number}: slide {slide!r} is on line {given[slide][0]} already")
-        given[slide] = (number, split)
-    return {slide: split for slide, (_, split) in given.items()}
-
-
-def _line(number: int, fields: list[str], names: list[str]) -> tuple[str, Split]:
-    if len(fields) != len(names):
-        raise UsageError(f"data.splits, line {number}: {len(fields)} fields where the header has {len(names)}")
-    slide = unicodedata.normalize("NFC", fields[names.index("slide_id")].strip())
-    split = fields[names.index("split")].strip().lower()
-    if not slide:
-        raise UsageError(f"data.splits, line {number}: the slide_id is empty")
-    if split not in SPLITS:
-        raise UsageError(f"data.splits, line {number}: split {split!r} of slide {slide!r} is not train, val or test")
-    return slide, split
+    """Slide id -> split, of the CSV text of `data.splits` (slide_id,split). Raises UsageError naming the line."""
+    splits: dict[str, Split] = {}
+    for slide, (number, value) in read_slide_table(text, "data.splits", "split").items():
+        split = value.lower()
+        if split not in SPLITS:
+            raise UsageError(
+                f"data.splits, line {number}: split {split!r} of slide {slide!r} is not train, val or test"
+            )
+        splits[slide] = split
+    return splits

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 
+from apacs_ray.data.slide_table import read_slide_table
 from apacs_ray.errors import UsageError
 
 
 def read_mpps(text: str | None) -> dict[str, float]:
     """Slide id -> um per px, of the CSV text of `data.mpps` (slide_id,mpp). Raises UsageError naming the line."""
-    if text is None:
-        return {}
     mpps: dict[str, float] = {}
-    reader = csv.DictReader(io.StringIO(text))
-    try:
-        for row in reader:
-            mpps[row["slide_id"]] = float(row["mpp"])
-            if not 0 < mpps[row["slide_id"]] < math.inf:
-                raise UsageError(f"data.mpps, line {reader.line_num}: um per px must be positive")
-    except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise UsageError(f"data.mpps, line {reader.line_num}: expected slide_id,mpp with a number") from error
+    if text is None:
+        return mpps
+    for slide, (number, value) in read_slide_table(text, "data.mpps", "mpp").items():
+        try:
+            mpps[slide] = float(value)
+        except ValueError as error:
+            raise UsageError(f"data.mpps, line {number}: {value!r} of slide {slide!r} is not a number") from error
+        if not 0 < mpps[slide] < math.inf:
+            raise UsageError(f"data.mpps, line {number}: um per px of slide {slide!r} must be positive, not {value}")
     return mpps
