@@ -26,8 +26,7 @@ SMALL = [
     "--members.precision", "float32", "--members.learning_rate", "0.002",
     "--fusion.epochs", "2", "--fusion.crop", "56", "--fusion.precision", "float32", "--fusion.from_best", "false",
 ]  # fmt: skip
-# with a sweep (its path follows), and with the published head beside the refined one
-SWEPT = ["--fusion.compare", "true", "--fusion.from_best", "true", "--tune.config"]
+SWEPT = ["--fusion.from_best", "true", "--tune.config"]  # the path of a sweep follows
 SLOWLY = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "2"}  # Ray's own: an epoch takes seconds, in which it can be met
 PATIENCE = 400  # s after which a run that should end has hung
 

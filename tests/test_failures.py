@@ -94,7 +94,7 @@ def test_every_stage_after_the_members_loses_a_node_or_a_worker(
     """
     output = tmp_path / "run"
     shutil.copytree(swept, output)
-    for folder in ("heatmaps", "tune", "fusion", "fusion_published", "evaluation"):
+    for folder in ("heatmaps", "tune", "fusion", "evaluation"):
         shutil.rmtree(output / folder)
     cluster = RayCluster(tmp_path, head_cpus=0)
     try:
@@ -132,7 +132,7 @@ def test_every_stage_after_the_members_loses_a_node_or_a_worker(
         assert "Traceback" not in text
     finally:
         cluster.stop()
-    same = ["heatmaps/split=*/*.parquet", "tune/best.yaml", "fusion*/model.safetensors", "evaluation/metrics.json"]
+    same = ["heatmaps/split=*/*.parquet", "tune/best.yaml", "fusion/model.safetensors", "evaluation/metrics.json"]
     for path in [path for pattern in same for path in swept.glob(pattern)]:
         assert (output / path.relative_to(swept)).read_bytes() == path.read_bytes(), path
     mine, theirs = (sorted(read_trials(run), key=str) for run in (output, swept))

@@ -191,14 +191,11 @@ SWEEP = """
     from apacs_ray.settings import FusionSettings, Settings
     from apacs_ray.storage import open_store
     from apacs_ray.sweep import Sweep
-    from ray import tune
     from unittest import mock
     store = open_store(sys.argv[1])
     ray = RaySession(mock.Mock(store=store, data=None))
     ray.start()
-    once = tune.FailureConfig()
-    tune.FailureConfig = lambda **_: once  # one try of a trial tells enough
-    task = TrialTask(store, {}, FusionSettings(), 0.02, "f", 1, 0, 1, "another source", "tune/.state-1")
+    task = TrialTask(store, {}, FusionSettings(), 0.02, "f", 1, 0, 1, "another source", "tune/.state-1", 0)
     plan = Sweep.model_validate({"trials": 1, "epochs": 1, "space": {"dropout": {"uniform": [0.1, 0.2]}}})
     (trial,) = sweep(task, plan, joined_cluster(), print)
     assert "another copy" in trial.error, trial.error

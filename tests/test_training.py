@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -705,7 +706,8 @@ def _worker(rank: int, world: int, folder: str) -> None:
     except ApacsError as error:
         message = str(error)
     torch.save((results, message, _left_and_resumed(rank, world, folder, all_reduce)), f"{folder}/result-{rank}")
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # an end with gloo's threads still there now and then aborts ("terminate called ...")
 
 
 def _left_and_resumed(rank: int, world: int, folder: str, all_reduce: Any) -> Any:
