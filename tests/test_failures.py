@@ -90,7 +90,7 @@ def test_every_stage_after_the_members_loses_a_node_or_a_worker(
     swept: Path, cells: Path, sweep: Path, tmp_path: Path
 ) -> None:
     """Heatmaps: a node killed. Sweep: Ctrl-C, and when it goes on, a node drained, of which its trial has notice.
-    Fusion: its worker killed, the only failure that counts. Evaluation: a node killed.
+    Fusion: its worker killed, the one failure that counts, and none is allowed. Evaluation: a node killed.
     """
     output = tmp_path / "run"
     shutil.copytree(swept, output)
@@ -99,7 +99,7 @@ def test_every_stage_after_the_members_loses_a_node_or_a_worker(
     cluster = RayCluster(tmp_path, head_cpus=0)
     try:
         nodes = [cluster.add_node() for _ in range(3)]
-        options = ["--data", str(cells), "--output", str(output), *SMALL, "--run.max_failures", "1"]
+        options = ["--data", str(cells), "--output", str(output), *SMALL, "--run.max_failures", "0"]
         go = partial(start, *options, *SWEPT, str(sweep), env={**cluster.joined, **SLOWLY})
         process = go()
 
@@ -125,11 +125,16 @@ def test_every_stage_after_the_members_loses_a_node_or_a_worker(
         lose(drained)
         worker, _ = busy("fusion/.state-*/attempt-1/epoch_00000/state.json", "ray::RayTrainWorker")
         os.kill(worker, signal.SIGKILL)
+        text, _ = process.communicate(timeout=400)
+        assert process.returncode == 1, text[-3000:]
+        assert "lost its worker or node; goes on from its last checkpoint" in text
+        assert "fusion: training stopped: " in text
+        assert "Traceback" not in text
+        process = go()
         lose(busy("fusion/_committed.json", predicting)[1])
         text, _ = process.communicate(timeout=400)
         assert process.returncode == 0, text[-3000:]
-        assert "lost its worker or node; goes on from its last checkpoint" in text
-        assert "Traceback" not in text
+        assert "tune_fusion: unchanged" in text
     finally:
         cluster.stop()
     same = ["heatmaps/split=*/*.parquet", "tune/best.yaml", "fusion/model.safetensors", "evaluation/metrics.json"]
