@@ -9,7 +9,6 @@ watcher looks at the run meanwhile and sees whether anything that was stored is 
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
 import os
 import re
@@ -31,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from measure import options, show  # noqa: E402
 from ray_cluster import RayCluster, kill_node, processes  # noqa: E402
-from runs import SLOWLY, run, start, write_cells  # noqa: E402
+from runs import SLOWLY, read_trials, run, start, write_cells  # noqa: E402
 
 OPTIONS = [
     "--tiles.size", "64", "--tiles.shard", "2",
@@ -345,14 +344,8 @@ def differences(stage: str, output: Path, plain: Path) -> Iterator[str]:
     markers = [json.loads((run / FOLDERS[stage] / "_committed.json").read_text()) for run in (output, plain)]
     if markers[0]["counts"] != markers[1]["counts"] or markers[0]["fingerprint"] != markers[1]["fingerprint"]:
         yield "counts"
-    if stage == "tune_fusion" and _trials(output) != _trials(plain):
+    if stage == "tune_fusion" and read_trials(output) != read_trials(plain):
         yield "trials.csv"
-
-
-def _trials(output: Path) -> list[dict[str, str]]:
-    with (output / "tune/trials.csv").open() as lines:
-        rows = [{k: v for k, v in row.items() if k not in ("trial_id", "seconds")} for row in csv.DictReader(lines)]
-    return sorted(rows, key=str)
 
 
 def _log(site: Site) -> str:

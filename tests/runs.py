@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -99,3 +100,10 @@ def kill_when(process: subprocess.Popen[str], reached: Callable[[], bool], how: 
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
+
+
+def read_trials(output: Path) -> list[dict[str, str]]:
+    """What a sweep's trials came to, apart from their names and how long they took, in an order of their own."""
+    with (output / "tune/trials.csv").open() as lines:
+        rows = [{k: v for k, v in row.items() if k not in ("trial_id", "seconds")} for row in csv.DictReader(lines)]
+    return sorted(rows, key=str)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import shutil
 import signal
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from ray_cluster import Node, RayCluster, kill_node, listening, processes
-from runs import SLOWLY, SMALL, SWEPT, kill_when, read_json, run, start, wait_for
+from runs import SLOWLY, SMALL, SWEPT, kill_when, read_json, read_trials, run, start, wait_for
 from safetensors.numpy import load_file
 
 from apacs_ray.data.synthetic import slide_specs
@@ -140,16 +139,9 @@ def test_every_stage_after_the_members_loses_a_node_or_a_worker(
     same = ["heatmaps/split=*/*.parquet", "tune/best.yaml", "fusion/model.safetensors", "evaluation/metrics.json"]
     for path in [path for pattern in same for path in swept.glob(pattern)]:
         assert (output / path.relative_to(swept)).read_bytes() == path.read_bytes(), path
-    mine, theirs = (sorted(read_trials(run), key=str) for run in (output, swept))
-    assert mine == theirs
+    assert read_trials(output) == read_trials(swept)
     history = read_history((output / "fusion/history.csv").read_text())
     assert [record.epoch for record in history] == [0, 1]
-
-
-def read_trials(output: Path) -> list[dict[str, str]]:
-    """What trials came to, apart from their names and how long they took."""
-    with (output / "tune/trials.csv").open() as lines:
-        return [{k: v for k, v in row.items() if k not in ("trial_id", "seconds")} for row in csv.DictReader(lines)]
 
 
 def test_ingest_outlives_its_nodes_their_caches_and_the_head(s3: str, tmp_path: Path) -> None:

@@ -214,10 +214,9 @@ def _line(error: object) -> str:
 def _best_epoch(result: Any) -> tuple[dict[str, Any], float | None]:
     """The highest val Dice of a trial, and the setting that it had then: population based training changes it."""
     config, epochs = result.config or {}, result.metrics_dataframe
+    if epochs is not None and not epochs.empty:
+        epochs = epochs[epochs["epoch"] > 0]  # a trial that had to leave its node in its first epoch has told of none
     if epochs is None or epochs.empty:
-        return config, None
-    epochs = epochs[epochs["epoch"] > 0]  # a trial that had to leave its node in its first epoch has told of none
-    if epochs.empty:
         return config, None
     best = epochs.loc[epochs["val_dice"].idxmax()]
     drawn = {name: best.get(f"config/{name}", value) for name, value in config.items()}
