@@ -2,8 +2,8 @@
 
 Bare: processes of this machine that read, measure and encode the tiles of the shards and write them, one shard after
 the other. Ours: the same shards as tasks of Ray Data on raylets of one CPU, sent by a driver on the head, which has no
-CPU for tasks. Both read one local slide and write to one local folder. The bare processes are measured before and after
-the cluster, which is not there meanwhile; what starts is not counted.
+CPU for tasks. Both read one local slide and write shards of the default size to one local folder. The bare processes
+are measured before and after the cluster, which is not there meanwhile; what starts is not counted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from measure import Elsewhere, alternate, medians, options, show  # noqa: E402
 from ray_cluster import RayCluster  # noqa: E402
-from tiling import QUALITY, SHARD, TILE, fresh, write_slide  # noqa: E402
+from tiling import QUALITY, TILE, fresh, write_slide  # noqa: E402
 
 from apacs_ray.settings import DataSettings, TilesSettings  # noqa: E402
 from apacs_ray.slides.cache import SlideCache  # noqa: E402
@@ -33,35 +33,37 @@ from apacs_ray.slides.plan import SlideSummary, SlideTask, inspect_slide  # noqa
 from apacs_ray.slides.shards import SlideShard, write_slide_shard  # noqa: E402
 from apacs_ray.storage import open_store  # noqa: E402
 
-NODES = (1, 2)
-TIMES = 2  # the grid is gone over so often in one repetition
+TIMES = 4  # the grid is gone over so often in one repetition
 
 
 def main() -> None:
-    parser = options(__doc__ or "", "a slide of 8000 x 8000 px, 3 repetitions")
+    parser = options(__doc__ or "", "a slide of 8000 x 8000 px in shards of 8 tiles")
     parser.add_argument("--formats", default="tif,mrxs", help="of the slide")
+    parser.add_argument("--nodes", default="1,2", help="of each cluster")
+    parser.add_argument("--repetitions", type=int, default=3)
     arguments = parser.parse_args()
-    side = 8000 if arguments.quick else 20_000
+    side, shard = (8000, 8) if arguments.quick else (32_000, TilesSettings().shard)
+    counts = [int(count) for count in arguments.nodes.split(",")]
     rows = []
     for kind in arguments.formats.split(","):
         with tempfile.TemporaryDirectory() as folder:
             data = Path(folder) / "data"
             data.mkdir()
             write_slide(data / f"slide.{kind}", side)
-            rows += _measure(kind, data, Path(folder), 3 if arguments.quick else 5)
+            work = Work(data, Path(folder) / "out", shard)
+            rows += _measure(kind, work, counts, Path(folder), arguments.repetitions)
     show(f"cutting tiles of {TILE} px", rows, arguments.json)
 
 
-def _measure(kind: str, data: Path, folder: Path, repetitions: int) -> list[dict[str, object]]:
-    work = Work(data, folder / "out")
+def _measure(kind: str, work: Work, counts: list[int], folder: Path, repetitions: int) -> list[dict[str, object]]:
     seconds: dict[str, float] = {}
-    for count in NODES:
+    for count in counts:
         with multiprocessing.get_context("spawn").Pool(count) as pool:
             way = {f"bare {count}": partial(work.bare, pool)}
             before = alternate(way, repetitions)
             with _driver_of(count, work, folder) as driver:  # a cluster that waits would take from the bare processes
                 ours = alternate({f"ours {count}": driver}, repetitions)
-            after = alternate(way, repetitions)
+            after = alternate(way, repetitions, warm=False)
         seconds |= medians({name: before[name] + after[name] for name in way}) | medians(ours)
     rates = {name: work.tiles / value for name, value in seconds.items()}
     return [
@@ -71,10 +73,10 @@ def _measure(kind: str, data: Path, folder: Path, repetitions: int) -> list[dict
             "bare_tiles_per_s": rates[f"bare {count}"],
             "ours_tiles_per_s": rates[f"ours {count}"],
             "ratio": rates[f"ours {count}"] / rates[f"bare {count}"],
-            "speed_up": rates[f"ours {count}"] / rates["ours 1"],
-            "bare_speed_up": rates[f"bare {count}"] / rates["bare 1"],
+            "speed_up": rates[f"ours {count}"] / rates[f"ours {counts[0]}"],
+            "bare_speed_up": rates[f"bare {count}"] / rates[f"bare {counts[0]}"],
         }
-        for count in NODES
+        for count in counts
     ]
 
 
@@ -97,17 +99,17 @@ def _driver_of(nodes: int, work: Work, folder: Path) -> Iterator[Elsewhere]:
 class Work:
     """The shards of one slide, to be written anew in every repetition."""
 
-    def __init__(self, data: Path, output: Path) -> None:
+    def __init__(self, data: Path, output: Path, shard: int) -> None:
         store = open_store(str(data))
         (slide,) = find_slides(store.list()).slides
-        settings = TilesSettings(size=TILE, quality=QUALITY, shard=SHARD, min_tissue=0.0, last="drop")
+        settings = TilesSettings(size=TILE, quality=QUALITY, shard=shard, min_tissue=0.0, last="drop")
         cache = SlideCache(output / "cache", 1 << 40)
         self._output = output
         self._base = SlideTask(store, None, open_store(str(output)), settings, DataSettings(), cache, "0" * 16)
         self.summary = inspect_slide(self._base, 0, slide)
-        starts = [*range(0, self.summary.tiles, SHARD)] * TIMES
+        starts = [*range(0, self.summary.tiles, shard)] * TIMES
         self.shards = [
-            SlideShard("train", number, 0, tuple(range(start, min(start + SHARD, self.summary.tiles))))
+            SlideShard("train", number, 0, tuple(range(start, min(start + shard, self.summary.tiles))))
             for number, start in enumerate(starts)
         ]
 
