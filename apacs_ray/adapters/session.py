@@ -125,8 +125,8 @@ def prepare_ray() -> None:
     # Ray Train looks at its workers this often (s), and a worker that has told of an epoch waits for it
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    # Ray Data looks at its tasks every 0.1 s, and a thread of its own that fetches what they say of their output makes it
-    # look twice or three times before it starts the next task; ours say little
+    # Ray Data looks at its tasks every 0.1 s, and a thread of its own that fetches what they say of their output makes
+    # it look twice or three times before it starts the next task; ours say little
     os.environ.setdefault("RAY_DATA_METADATA_PREFETCH_ON_THREAD", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
