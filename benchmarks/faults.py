@@ -226,16 +226,12 @@ class Watcher:
         made = self._made[inside.parts[0]]
         if path.suffix == ".parquet" and inside.parts[0] in ("tiles", "heatmaps"):
             made[inside].add(path.stat().st_mtime_ns)
-        elif path.name == "state.json" and "attempt-" in str(inside):
-            state = json.loads(path.read_text())
+        elif path.name == "state.json":  # of a network's attempt, or of a trial
+            state, network = json.loads(path.read_text()), inside.parts[-3 if inside.parts[0] == "tune" else 1]
             for record in state["history"]:
-                made[inside.parts[1], record["epoch"]].add(record["seconds"])
+                made[network, record["epoch"]].add(record["seconds"])
             if state["part"]:
                 self._left[inside.parts[0]].add(f"epoch {state['part']['epoch']} step {state['part']['steps']}")
-        elif path.name == "result.json":
-            for line in path.read_text().splitlines():
-                result = json.loads(line)
-                made[result["trial_id"], result["epoch"]].add(result["time_this_iter_s"])
 
 
 def main() -> None:

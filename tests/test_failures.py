@@ -85,11 +85,9 @@ def test_nodes_that_go_cost_little_and_change_nothing(
         cluster.stop()
 
 
-def test_every_stage_after_the_members_loses_a_node_or_a_worker(
-    swept: Path, cells: Path, sweep: Path, tmp_path: Path
-) -> None:
+def test_every_stage_after_the_members_loses_a_node(swept: Path, cells: Path, sweep: Path, tmp_path: Path) -> None:
     """Heatmaps: a node killed. Sweep: Ctrl-C, and when it goes on, a node drained, of which its trial has notice.
-    Fusion: its worker killed, the one failure that counts, and none is allowed. Evaluation: a node killed.
+    Fusion: a node killed, the one failure that counts, and none is allowed. Evaluation: a node killed.
     """
     output = tmp_path / "run"
     shutil.copytree(swept, output)
@@ -122,13 +120,13 @@ def test_every_stage_after_the_members_loses_a_node_or_a_worker(
         wait_for(process, lambda: any(read_json(state)["part"] for state in states()))
         nodes.append(cluster.add_node())
         lose(drained)
-        worker, _ = busy("fusion/.state-*/attempt-1/epoch_00000/state.json", "ray::RayTrainWorker")
-        os.kill(worker, signal.SIGKILL)
+        lose(busy("fusion/.state-*/attempt-1/epoch_00000/state.json", "ray::RayTrainWorker")[1])
         text, _ = process.communicate(timeout=400)
         assert process.returncode == 1, text[-3000:]
         assert "lost its worker or node; goes on from its last checkpoint" in text
         assert "fusion: training stopped: " in text
         assert "Traceback" not in text
+        nodes.append(cluster.add_node())
         process = go()
         lose(busy("fusion/_committed.json", predicting)[1])
         text, _ = process.communicate(timeout=400)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from apacs_ray.adapters.feed import ray_samples
 from apacs_ray.adapters.keyless import ray_filesystem
+from apacs_ray.adapters.notice import WorkersNotice
 from apacs_ray.adapters.session import KEEP_MEMORY
 from apacs_ray.checkpoints import attempts, complete_checkpoints, fetch, keep_checkpoint
 from apacs_ray.console import say
@@ -36,13 +37,12 @@ from apacs_ray.training.feed import Feed, one_by_one
 if TYPE_CHECKING:
     import torch
 
-    from apacs_ray.training.loop import AllReduce, Trainer
+    from apacs_ray.training.loop import Trainer
 
 PROGRESS = "progress.json"
 ERROR = "error.txt"
 POLL = 1.0  # s between looks at the progress of runs
 POLL_STORE = 10.0  # s where each look is a request to an object store
-ASK_EVERY = 2.0  # s between questions whether a node is to be taken away; of 30 s notice that leaves enough
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,8 @@ def _train_loop(config: dict[str, Any]) -> bool | None:
         samples = one_by_one(task.feed, task.indices, refs)
     try:
         tiles = (len(task.indices["train"]), len(task.indices["val"]))
-        left = train_epochs(list(of), samples, steps, on_epoch, _Notice(all_reduce, world, device), tiles)
+        notice = WorkersNotice(all_reduce, world, device)
+        left = train_epochs(list(of), samples, steps, on_epoch, notice, tiles)
         if rank == 0:
             for trainer in left:
                 keep(trainer)
@@ -295,32 +296,6 @@ def _device(gpus: float) -> torch.device:
             f"node {node} promised a GPU, but torch finds none there; look at its driver (python -m apacs_ray doctor)"
         )
     return ray.train.torch.get_device()
-
-
-class _Notice:
-    """Asked after every step: whether a node of this run is to be taken away. All workers get the same answer.
-
-    Ray's question makes all workers wait for each other, so it is put every few seconds only. After how many steps
-    that is, workers agree on: their clocks differ.
-    """
-
-    def __init__(self, all_reduce: AllReduce, world: int, device: torch.device) -> None:
-        self._all_reduce, self._world, self._device = all_reduce, world, device
-        self._asked = time.monotonic()
-        self._steps, self._every = 0, 1
-
-    def __call__(self) -> bool:
-        import ray.train
-        import torch
-
-        self._steps += 1
-        if self._steps < self._every:
-            return False
-        now = time.monotonic()
-        took = torch.tensor((now - self._asked) / self._steps, dtype=torch.float64, device=self._device)
-        step = float(self._all_reduce(took)) / self._world
-        self._asked, self._steps, self._every = now, 0, max(1, min(2 * self._every, int(ASK_EVERY / step)))
-        return ray.train.get_preemption_info() is not None
 
 
 def _network(task: TrainingTask, network: NetworkTask) -> Any:

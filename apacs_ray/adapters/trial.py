@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from apacs_ray.adapters.train import ASK_EVERY, NetworkTask, TrainingTask, fit
+from apacs_ray.adapters.notice import NodeNotice
+from apacs_ray.adapters.train import NetworkTask, TrainingTask, fit
 from apacs_ray.data.shards import TileIndex
 from apacs_ray.errors import ApacsError, gpu_too_small
 from apacs_ray.models.spec import fusion_spec
@@ -29,7 +29,6 @@ from apacs_ray.training.feed import Crop, Feed, Heatmaps, in_memory, one_by_one
 
 TRIAL_CURVES = "tune"
 IN_MEMORY = 2**30  # bytes of decoded tiles that a trial may keep
-OVERDUE = 300.0  # s after its announced end at which a node is taken to stay
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,7 @@ def _in_this_process(config: dict[str, Any], settings: FusionSettings, task: Tri
         write_curves(task.store, curves, trainer.history, config)
         report()
 
-    notice = _Notice()
+    notice = NodeNotice()
     steps = -(-len(train_index) // settings.batch_size)
     try:
         left = train_epochs([trainer], samples, steps, on_epoch, notice, (len(train_index), len(val_index)))
@@ -162,32 +161,3 @@ def _in_this_process(config: dict[str, Any], settings: FusionSettings, task: Tri
     if left:
         report()  # returns when Ray Tune knows of the checkpoint
         notice.await_end()
-
-
-class _Notice:
-    """Asked after every step: whether this process's node is to be taken away. Every few seconds it looks."""
-
-    def __init__(self) -> None:
-        import ray
-
-        self._node = ray.get_runtime_context().get_node_id()
-        self._looked = time.monotonic()
-        self._end = 0.0  # unix time; 0: nobody said when
-
-    def __call__(self) -> bool:
-        if time.monotonic() - self._looked < ASK_EVERY:
-            return False
-        self._looked = time.monotonic()
-        from ray._private.state import state  # where Ray Train looks; Ray has no public question for it
-
-        draining = state.get_draining_nodes()
-        self._end = draining.get(self._node, 0) / 1000
-        return self._node in draining
-
-    def await_end(self) -> None:
-        """Wait until the node ends: a process that ended before it would count as a failure of the trial.
-
-        Raises ApacsError when the node is still there long after its end.
-        """
-        time.sleep(max(0.0, self._end - time.time()) + OVERDUE)
-        raise ApacsError(f"node {self._node} was to be taken away, but is still there")

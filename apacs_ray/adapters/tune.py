@@ -81,8 +81,10 @@ def sweep(task: TrialTask, plan: Sweep, cluster: Cluster, on_done: Callable[[int
             tuner = tune.Tuner.restore(
                 path, trainable, resume_unfinished=True, resume_errored=True, storage_filesystem=filesystem
             )
-        except (EOFError, pickle.UnpicklingError, RuntimeError, ValueError):
-            store.delete_folder("sweep")  # a kill cut its state before the first trial: begin again
+        except (AttributeError, EOFError, ImportError, pickle.UnpicklingError, RuntimeError, ValueError) as error:
+            # a kill cut its state before the first trial, or it is of another version of this code
+            say(f"tune_fusion: what an interrupted sweep left cannot be read; it begins again ({_line(error)})")
+            store.delete_folder("sweep")
     if tuner is None:
         task.store.delete_folder(f"{CURVES}/{TRIAL_CURVES}")  # of an earlier sweep
         domains = {name: _domain(drawn) for name, drawn in plan.space.items()}
@@ -208,7 +210,7 @@ def _result(result: Any) -> TrialResult:
 
 def _line(error: object) -> str:
     """The last line of what ended a trial: its message."""
-    return without_secrets(str(error).strip().splitlines()[-1])[:LONGEST_ERROR]
+    return without_secrets((str(error).strip() or repr(error)).splitlines()[-1])[:LONGEST_ERROR]
 
 
 def _best_epoch(result: Any) -> tuple[dict[str, Any], float | None]:
