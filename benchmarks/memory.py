@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tiling import SHARD, TILE, write_slide
+from tiling import SHARD, TILE, shards_of, write_slide
 
 SIDES = (12_000, 40_000)  # multiples of the 4000 px that are repeated
 
@@ -45,7 +45,7 @@ def _cut(folder: str) -> float:
     from apacs_ray.slides.cache import SlideCache
     from apacs_ray.slides.find import find_slides
     from apacs_ray.slides.plan import SlideTask, inspect_slide
-    from apacs_ray.slides.shards import SlideShard, write_slide_shard
+    from apacs_ray.slides.shards import write_slide_shard
     from apacs_ray.storage import open_store
 
     store = open_store(folder)
@@ -54,9 +54,8 @@ def _cut(folder: str) -> float:
     output = open_store(f"{folder}/out")
     task = SlideTask(store, None, output, settings, DataSettings(), SlideCache(Path(folder) / "cache", 1), "0" * 16)
     summary = inspect_slide(task, 0, slide)
-    for number, start in enumerate(range(0, summary.tiles, SHARD)):
-        rows = tuple(range(start, min(start + SHARD, summary.tiles)))
-        write_slide_shard(task, summary, SlideShard("train", number, 0, rows))
+    for shard in shards_of(summary, SHARD, times=1):
+        write_slide_shard(task, summary, shard)
     # not ru_maxrss, which a process takes over from the one that started it
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) / 1024

@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from measure import Elsewhere, alternate, medians, options, show  # noqa: E402
 from ray_cluster import RayCluster  # noqa: E402
-from tiling import QUALITY, TILE, fresh, write_slide  # noqa: E402
+from tiling import QUALITY, TILE, fresh, shards_of, write_slide  # noqa: E402
 
 from apacs_ray.settings import DataSettings, TilesSettings  # noqa: E402
 from apacs_ray.slides.cache import SlideCache  # noqa: E402
@@ -107,11 +107,7 @@ class Work:
         self._output = output
         self._base = SlideTask(store, None, open_store(str(output)), settings, DataSettings(), cache, "0" * 16)
         self.summary = inspect_slide(self._base, 0, slide)
-        starts = [*range(0, self.summary.tiles, shard)] * TIMES
-        self.shards = [
-            SlideShard("train", number, 0, tuple(range(start, min(start + shard, self.summary.tiles))))
-            for number, start in enumerate(starts)
-        ]
+        self.shards = shards_of(self.summary, shard, TIMES)
 
     @property
     def tiles(self) -> int:

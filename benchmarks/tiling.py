@@ -92,11 +92,7 @@ def _measure(data: Path, output: Path, repetitions: int) -> dict[str, float]:
     summary = inspect_slide(base, 0, slide)
     inspected = time.perf_counter() - started
     boxes = [Box(row["x"], row["y"], TILE, TILE) for row in read_manifest(base.output, base.manifest_path(0))] * TIMES
-    starts = [*range(0, summary.tiles, SHARD)] * TIMES
-    shards = [
-        SlideShard("train", number, 0, tuple(range(start, min(start + SHARD, summary.tiles))))
-        for number, start in enumerate(starts)
-    ]
+    shards = shards_of(summary, SHARD, TIMES)
     path = data / slide.path
     plain = multiprocessing.get_context("spawn").Pool(WORKERS)  # before Ray: its threads do not bear forks
     plain.starmap(_plain_part, [(str(path), boxes[:1])] * WORKERS)  # warm
@@ -140,6 +136,15 @@ def _start_ray() -> float:
     started = time.perf_counter()
     ray.init(address="local", num_cpus=WORKERS, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     return time.perf_counter() - started
+
+
+def shards_of(summary: SlideSummary, size: int, times: int) -> list[SlideShard]:
+    """All tiles of the first slide in shards of `size`, so many times over."""
+    starts = [*range(0, summary.tiles, size)] * times
+    return [
+        SlideShard("train", number, 0, tuple(range(start, min(start + size, summary.tiles))))
+        for number, start in enumerate(starts)
+    ]
 
 
 def fresh(base: SlideTask, mark: int) -> SlideTask:
