@@ -15,6 +15,10 @@ class StoreTroubleError(ApacsError):
     """A store does not answer as it should, after several attempts; later it may."""
 
 
+class RefusedError(ApacsError):
+    """A store answers, and refuses this object: no right to read it, or it lies in an archive."""
+
+
 class TrainingError(ApacsError):
     """Training cannot go on, and all its workers have found so."""
 
@@ -45,9 +49,8 @@ def carried_message(error: BaseException) -> str | None:
 
     Ray passes a worker's exception on as text: the traceback, whose last words are the type and the message.
     """
-    found = re.findall(
-        r"^(?:apacs_ray\.errors\.)?(?:ApacsError|UsageError|StoreTroubleError): (.+)$", str(error), re.MULTILINE
-    )
+    kinds = "ApacsError|UsageError|StoreTroubleError|RefusedError"
+    found = re.findall(rf"^(?:apacs_ray\.errors\.)?(?:{kinds}): (.+)$", str(error), re.MULTILINE)
     return found[-1] if found else None
 
 

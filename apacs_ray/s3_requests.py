@@ -20,7 +20,7 @@ from urllib3.exceptions import HTTPError
 
 from apacs_ray.clean import without_secrets
 from apacs_ray.console import say
-from apacs_ray.errors import ApacsError, StoreTroubleError
+from apacs_ray.errors import ApacsError, RefusedError, StoreTroubleError
 
 T = TypeVar("T")
 PATIENCE = 300.0  # s that a request is tried again
@@ -48,7 +48,8 @@ FAILURES = (
 def patiently(what: str, ask: Callable[[], T], patience: float, expected: Sequence[int] = ()) -> T:
     """What `ask()` returns; asked again for `patience` seconds while the store is in trouble.
 
-    Raises StoreTroubleError after that and ApacsError for a refusal, both beginning with `what`; answers with an
+    Raises StoreTroubleError after that, RefusedError for a 403 and ApacsError for other refusals, each beginning with
+    `what`; answers with an
     `expected` status are the caller's, as they are.
     """
     started, pause, said = time.monotonic(), PAUSE, False
@@ -59,7 +60,8 @@ def patiently(what: str, ask: Callable[[], T], patience: float, expected: Sequen
             if status(error) in expected:
                 raise
             if not _may_pass(error):
-                raise ApacsError(f"{what} ({without_secrets(str(error))})") from error
+                kind = RefusedError if status(error) == 403 else ApacsError
+                raise kind(f"{what} ({without_secrets(str(error))})") from error
             waited = time.monotonic() - started
             if waited + pause > patience:
                 after = f"; tried for {waited:.0f} s" if patience >= SAID_AFTER else ""

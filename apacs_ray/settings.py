@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, field_validator, model_validator
 
 MemberName = Literal["fcn32", "fcn16", "fcn8"]
 HeatmapInit = Literal["random", "mean", "zero"]
@@ -32,6 +32,11 @@ class DataSettings(Section):
     )
     engine: Literal["auto", "vips", "openslide"] = Field(
         "auto", description="what reads whole slides; auto: libvips where it can, else OpenSlide"
+    )
+    plane: Literal["middle", "sharpest"] | NonNegativeInt = Field(
+        "middle",
+        description="focal plane of a z-stack (TIFF): middle, its number from 0, or sharpest, which is chosen anew for "
+        "each tile",
     )
     cache: str | None = Field(
         None, description="folder on each node for slides from object storage (default: in the temporary folder)"

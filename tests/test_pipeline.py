@@ -21,7 +21,8 @@ from apacs_ray.data.synthetic import render, slide_specs
 from apacs_ray.data.tiles import Box
 from apacs_ray.lease import Lease
 from apacs_ray.models.spec import ModelSpec
-from apacs_ray.slides.reader import open_slide, read_box
+from apacs_ray.slides.open import open_slide
+from apacs_ray.slides.reader import read_box
 from apacs_ray.storage import open_store
 from apacs_ray.training.feed import decode_pixels
 

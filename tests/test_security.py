@@ -54,10 +54,10 @@ from apacs_ray.slides.cache import SlideCache
 from apacs_ray.slides.find import find_slides
 from apacs_ray.slides.masks import ImageMask
 from apacs_ray.slides.mpps import read_mpps
+from apacs_ray.slides.open import open_slide
 from apacs_ray.slides.plan import read_manifest
 from apacs_ray.slides.polygons import fill, read_asap, read_geojson
-from apacs_ray.slides.reader import open_slide
-from apacs_ray.slides.vips_engine import JpegTiles
+from apacs_ray.slides.tiff_tiles import TiffTiles
 from apacs_ray.stages.evaluate import _rejects
 from apacs_ray.stages.pipeline import Context, Outcome, Stage, run_stage
 from apacs_ray.storage import Entry, LocalStore, S3Store, open_store
@@ -632,9 +632,13 @@ def test_a_tile_larger_than_its_place_is_not_decoded(tmp_path: Path, monkeypatch
     monkeypatch.setattr("simplejpeg.decode_jpeg", lambda *_, **__: pytest.fail("it was decoded"))
     with path.open("rb") as file:
         for size, words in ((len(sink.getvalue()), "it measures 2048 x 2048"), (1 << 45, "the file ends")):
-            tiles = JpegTiles(np.array([0]), np.array([size]), 256, 256, b"", True)
+            tiles = TiffTiles(
+                page=0, subifd=None, width=256, height=256, tile_width=256, tile_height=256, samples=3, planar=False,
+                strips=False, compression="JPEG", photometric="YCBCR", predictor=1, tables=b"", alpha="", palette=None,
+                offsets=np.array([0]), sizes=np.array([size]),
+            )  # fmt: skip
             with pytest.raises(ValueError, match=words):
-                tiles.read(file.fileno(), 1, 0, 0)
+                tiles.read(file.fileno(), 0, 0)
 
 
 def test_tables_and_settings_that_would_explode(tmp_path: Path) -> None:

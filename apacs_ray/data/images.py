@@ -134,7 +134,7 @@ def decode_mask(data: bytes, max_pixels: int, threshold: int | None) -> Mask:
 
 
 def encode_image(
-    rgb: Rgb,
+    rgb: Rgb | Image.Image,
     image_format: Literal["jpeg", "png", "webp"],
     quality: int,
     subsampling: Literal["4:4:4", "4:2:2", "4:2:0"],
@@ -150,8 +150,13 @@ def encode_image(
         "webp": {"lossless": True, "quality": 50, "method": 2},
     }
     sink = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(rgb)).save(sink, image_format, **options[image_format])
+    as_picture(rgb).save(sink, image_format, **options[image_format])
     return sink.getvalue()
+
+
+def as_picture(rgb: Rgb | Image.Image) -> Image.Image:
+    """Pixels as a picture of Pillow's, as they are when they are one already: each way back and forth is a copy."""
+    return rgb if isinstance(rgb, Image.Image) else Image.fromarray(np.ascontiguousarray(rgb))
 
 
 def encode_mask(mask: Mask) -> bytes:

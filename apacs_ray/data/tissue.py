@@ -10,6 +10,8 @@ import numpy.typing as npt
 from PIL import Image
 from scipy import ndimage
 
+from apacs_ray.data.images import as_picture
+
 SHRINK = 4
 SATURATION = 0.12  # HSV, 0..1: stained cytoplasm lies above, the lamp's tint on bare glass below
 DARK = 200.0  # luminance 0..255: nuclei and dense clumps of little colour lie below
@@ -30,9 +32,9 @@ def focus(rgb: npt.NDArray[np.uint8]) -> float:
     return measure(rgb)[1]
 
 
-def measure(rgb: npt.NDArray[np.uint8]) -> tuple[float, float]:
+def measure(rgb: npt.NDArray[np.uint8] | Image.Image) -> tuple[float, float]:
     """`tissue_fraction` and `focus` of a tile, from one shrinking of it."""
-    shrunk = np.asarray(Image.fromarray(np.ascontiguousarray(rgb)).reduce(SHRINK), np.float32)
+    shrunk = np.asarray(as_picture(rgb).reduce(SHRINK), np.float32)
     red, green, blue = (np.ascontiguousarray(shrunk[..., channel]) for channel in range(3))
     highest = np.maximum(np.maximum(red, green), blue)
     lowest = np.minimum(np.minimum(red, green), blue)

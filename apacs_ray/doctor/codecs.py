@@ -74,7 +74,7 @@ def check_vips() -> Iterator[Finding]:
     """libvips: JPEG in memory, and a TIFF pyramid through the engine that reads slides."""
     import pyvips
 
-    from apacs_ray.slides.reader import open_slide
+    from apacs_ray.slides.open import open_slide
     from apacs_ray.slides.smears import write_as_tiff
 
     content = pyvips.Image.new_from_array(picture()).copy(interpretation="srgb").jpegsave_buffer(Q=95)
@@ -91,7 +91,7 @@ def check_vips() -> Iterator[Finding]:
 
 def check_openslide() -> Iterator[Finding]:
     """OpenSlide: a MIRAX slide."""
-    from apacs_ray.slides.reader import open_slide
+    from apacs_ray.slides.open import open_slide
     from apacs_ray.slides.smears import write_as_mrxs
 
     with tempfile.TemporaryDirectory(prefix="apacs_ray-doctor-") as folder:

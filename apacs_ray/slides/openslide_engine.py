@@ -1,8 +1,13 @@
-"""OpenSlide: MRXS, NDPI, SCN, VMS, BIF, DICOM, JPEG 2000 in SVS, and what else libvips cannot decode."""
+"""OpenSlide: MRXS, NDPI, SCN, VMS, BIF, DICOM, JPEG 2000 in SVS, and what else the TIFF engine does not decode."""
 
 from __future__ import annotations
 
+import configparser
+import contextlib
 import ctypes
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +17,12 @@ from PIL import Image
 
 from apacs_ray.data.tiles import Box
 from apacs_ray.errors import BadInput
-from apacs_ray.slides.reader import WHITE, Level, Rgb, SlideInfo
+from apacs_ray.slides.mpp import square_mpp
+from apacs_ray.slides.reader import WHITE, Level, Rgb, SlideInfo, level_downsample
 
 PIXEL = ctypes.POINTER(ctypes.c_uint32)
 OPAQUE = np.uint32(0xFF000000)
+MIRAX = ".mrxs"
 
 
 class OpenSlideSlide:
@@ -24,11 +31,21 @@ class OpenSlideSlide:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._slide = self._open()
-        self.info = _info(self._slide)
+        self._resources = contextlib.ExitStack()
+        try:
+            self._opened_path = self._resources.enter_context(_mirax_names(path)) if _is_mirax(path) else path
+            self._slide = self._open()
+            self._downsamples = self._slide.level_downsamples  # by which OpenSlide finds a place, right or not
+            self.info = _info(self._slide)
+        except BaseException:
+            self._resources.close()
+            raise
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> Rgb:
-        downsample = self.info.levels[level].downsample
+        return np.asarray(self.read_image(level, x, y, width, height))
+
+    def read_image(self, level: int, x: int, y: int, width: int, height: int) -> Image.Image:
+        downsample = self._downsamples[level]
         at = round(x * downsample), round(y * downsample)
         try:
             return self._read(level, *at, width, height)
@@ -44,49 +61,91 @@ class OpenSlideSlide:
 
     def close(self) -> None:
         self._slide.close()
+        self._resources.close()
 
     def _open(self) -> openslide.OpenSlide:
         try:
-            return openslide.OpenSlide(str(self._path))
+            return openslide.OpenSlide(str(self._opened_path))
         except openslide.OpenSlideUnsupportedFormatError as error:
             raise BadInput("unsupported_slide", f"{self._path.name}: OpenSlide knows no such format") from error
         except (openslide.OpenSlideError, OSError) as error:
             raise BadInput("unreadable", f"{self._path.name}: {error}") from error
 
-    def _read(self, level: int, x: int, y: int, width: int, height: int) -> Rgb:
+    def _read(self, level: int, x: int, y: int, width: int, height: int) -> Image.Image:
         """By OpenSlide's C function into an array: premultiplied ARGB, (x, y) in level-0 px."""
         argb = np.empty((height, width), np.uint32)
         lowlevel._read_region(self._slide._osr, argb.ctypes.data_as(PIXEL), x, y, level, width, height)
         picture = Image.frombuffer("RGB", (width, height), argb, "raw", "BGRX", 0, 1)  # little-endian ARGB
-        rgb = np.asarray(picture)
+        if argb.min() >= OPAQUE:
+            return picture
         transparent = argb < OPAQUE
-        if transparent.any():
-            missing = (255 - (argb >> np.uint32(24)))[transparent].astype(np.float32)[:, None] / 255
-            rgb = rgb.copy()
-            rgb[transparent] = np.rint(rgb[transparent] + missing * np.array(self.info.background, np.float32))
-        return rgb
+        rgb = np.array(picture)
+        missing = (255 - (argb >> np.uint32(24)))[transparent].astype(np.float32)[:, None] / 255
+        rgb[transparent] = np.rint(rgb[transparent] + missing * np.array(self.info.background, np.float32))
+        return Image.fromarray(rgb)
+
+
+def _is_mirax(path: Path) -> bool:
+    return path.suffix.lower() == MIRAX
+
+
+@contextlib.contextmanager
+def _mirax_names(path: Path) -> Iterator[Path]:
+    """A MIRAX slide under the names that OpenSlide looks for: NAME.mrxs and NAME/, in this case. Raises BadInput."""
+    beside = sorted(path.parent.iterdir(), key=lambda one: one.name != path.stem)  # the exact name first
+    folder = next((one for one in beside if one.name.lower() == path.stem.lower() and one.is_dir()), None)
+    if folder is None:
+        raise BadInput(
+            "missing_file",
+            f"{path.name}: its folder {path.stem}/ (Slidedat.ini, Index.dat, Data0000.dat ...) does not lie beside it; "
+            "copy that, too",
+        )
+    held = {one.name for one in folder.iterdir()}
+    for name in ("Slidedat.ini", *_data_files(folder / "Slidedat.ini")):
+        if name not in held:
+            raise BadInput("missing_file", f"{path.name}: {name} is missing in its folder {folder.name}/; copy it anew")
+    if path.suffix == MIRAX and folder.name == path.stem:
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="apacs_ray-mrxs-") as place:
+        linked = Path(place, path.stem + MIRAX)
+        linked.symlink_to(path.absolute())
+        linked.with_suffix("").symlink_to(folder.absolute(), target_is_directory=True)
+        yield linked
+
+
+def _data_files(slidedat: Path) -> list[str]:
+    """The files of pixels that a `Slidedat.ini` names; none where it cannot be read, which OpenSlide then says."""
+    ini = configparser.ConfigParser(strict=False, interpolation=None)
+    try:
+        ini.read_string(slidedat.read_text("utf-8-sig"))
+        return [name for key, name in ini["DATAFILE"].items() if re.fullmatch(r"file_\d+", key)]
+    except (OSError, UnicodeDecodeError, configparser.Error, KeyError):
+        return []
 
 
 def _info(slide: openslide.OpenSlide) -> SlideInfo:
     properties = slide.properties
-    levels = tuple(
-        Level(width, height, downsample)
-        for (width, height), downsample in zip(slide.level_dimensions, slide.level_downsamples, strict=True)
-    )
-    x = int(properties.get(openslide.PROPERTY_NAME_BOUNDS_X, 0))
-    y = int(properties.get(openslide.PROPERTY_NAME_BOUNDS_Y, 0))
-    width = int(properties.get(openslide.PROPERTY_NAME_BOUNDS_WIDTH, levels[0].width - x))
-    height = int(properties.get(openslide.PROPERTY_NAME_BOUNDS_HEIGHT, levels[0].height - y))
-    colour = properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR)
-    background = WHITE if colour is None else tuple(bytes.fromhex(colour))
-    return SlideInfo("openslide", levels, _mpp(properties), Box(x, y, width, height), background)  # type: ignore[arg-type]
+    full = slide.level_dimensions[0]
+    levels = tuple(Level(w, h, level_downsample(full, (w, h))) for w, h in slide.level_dimensions)
+    x = _whole(properties, openslide.PROPERTY_NAME_BOUNDS_X, 0)
+    y = _whole(properties, openslide.PROPERTY_NAME_BOUNDS_Y, 0)
+    width = _whole(properties, openslide.PROPERTY_NAME_BOUNDS_WIDTH, full[0] - x)
+    height = _whole(properties, openslide.PROPERTY_NAME_BOUNDS_HEIGHT, full[1] - y)
+    color = properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR)
+    background = WHITE if color is None else tuple(bytes.fromhex(color))
+    names = openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y
+    mpp, note = square_mpp((_number(properties, names[0]), _number(properties, names[1])))
+    notes = () if note is None else (note,)
+    return SlideInfo("openslide", levels, mpp, Box(x, y, width, height), background, notes)  # type: ignore[arg-type]
 
 
-def _mpp(properties: openslide._PropertyMap) -> float | None:
-    """um per px, when it is the same in both directions (to 1 %): tiles are square in px and in um."""
+def _whole(properties: Mapping[str, str], name: str, otherwise: int) -> int:
+    return int(properties.get(name, otherwise))
+
+
+def _number(properties: Mapping[str, str], name: str) -> float | None:
     try:
-        x = float(properties[openslide.PROPERTY_NAME_MPP_X])
-        y = float(properties[openslide.PROPERTY_NAME_MPP_Y])
+        return float(properties[name])
     except (KeyError, ValueError):
         return None
-    return x if x > 0 and abs(x - y) <= 0.01 * x else None

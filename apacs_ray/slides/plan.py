@@ -21,17 +21,20 @@ from PIL import Image, ImageDraw
 from apacs_ray.data.folder import Reject
 from apacs_ray.data.shards import open_table
 from apacs_ray.data.tiles import Box, grid, tile_id
+from apacs_ray.data.units import one_unit
 from apacs_ray.errors import BadInput
 from apacs_ray.settings import DataSettings, TilesSettings
 from apacs_ray.slides.cache import SlideCache
 from apacs_ray.slides.find import SlideFiles, fov_origin
 from apacs_ray.slides.masks import MaskSource, open_masks
-from apacs_ray.slides.reader import Slide, SlideInfo, open_slide
+from apacs_ray.slides.open import open_slide
+from apacs_ray.slides.reader import Slide, SlideInfo
 from apacs_ray.slides.roi import Tissue, find_tissue
 from apacs_ray.storage import Entry, Store
 
 MIN_TISSUE = 0.02  # share of a tile that must be tissue, unless tiles.min_tissue says otherwise
 NATIVE = 0.01  # a wanted mpp this close to the slide's own means the slide's own: nothing is resampled
+NO_MASK = "no_mask"  # of a picture beside a slide that is none of its masks: nothing is wrong with it
 FOOTER = b"apacs_ray.slide"
 MANIFEST_SCHEMA = pa.schema(
     [
@@ -60,7 +63,9 @@ class SlideSummary:
     skipped: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # what a person should know
     defects: tuple[str, ...] = ()  # parts of its annotation that are no area
-    reject: Reject | None = None
+    reject: Reject | None = None  # of the slide
+    annotation_reject: Reject | None = None  # of its annotation
+    annotated: bool = False  # whether its tiles have masks
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -76,12 +81,14 @@ class SlideSummary:
                 "annotation": tuple(Entry(**entry) for entry in files["annotation"]),
             }
         )
-        reject = None if tree["reject"] is None else Reject(**tree["reject"])
+        rejects = {
+            name: None if tree[name] is None else Reject(**tree[name]) for name in ("reject", "annotation_reject")
+        }
         return cls(
             **{
                 **tree,
                 "slide": slide,
-                "reject": reject,
+                **rejects,
                 "notes": tuple(tree["notes"]),
                 "defects": tuple(tree["defects"]),
             }
@@ -108,7 +115,8 @@ class SlideTask:
 def inspect_slide(task: SlideTask, number: int, slide: SlideFiles) -> SlideSummary:
     """Find a slide's tissue and write its manifest; a manifest that is there already is left as it is.
 
-    A slide that does not open is a summary with its reject, and no manifest.
+    A slide that does not open is a summary with its reject, and no manifest. An annotation that cannot be used is a
+    reject as well; its slide stays, and its tiles have no masks.
     """
     path = task.manifest_path(number)
     if task.output.version(path) is not None:
@@ -116,10 +124,11 @@ def inspect_slide(task: SlideTask, number: int, slide: SlideFiles) -> SlideSumma
             summary = SlideSummary.from_json(pq.read_metadata(stream).metadata[FOOTER].decode())
         return replace(summary, slide=slide)  # which files are read, the data says
     try:
-        with opened(task, slide) as (opened_slide, masks):
+        with one_unit(slide.path), opened(task, slide) as opened_slide:
             tissue = find_tissue(opened_slide)
-            rows, summary = plan_slide(task, slide, opened_slide.info, tissue, masks)
+            rows, summary = plan_slide(task, slide, opened_slide.info, tissue)
             picture = picture_of(tissue, opened_slide.info, rows, summary)
+            summary = _with_annotation(task, summary, opened_slide.info)
     except BadInput as defect:
         return SlideSummary(slide, reject=Reject.of(defect, task.data.uri_of(slide.path), slide.slide_id))
     task.output.write(path.replace(".parquet", ".png"), picture)
@@ -130,41 +139,65 @@ def inspect_slide(task: SlideTask, number: int, slide: SlideFiles) -> SlideSumma
     return summary
 
 
+def _with_annotation(task: SlideTask, summary: SlideSummary, info: SlideInfo) -> SlideSummary:
+    """The summary with what its slide's annotation turned out to be."""
+    slide = summary.slide
+    if slide.kind is None:
+        return summary
+    first = slide.annotation[0].path
+    try:
+        with one_unit(first), opened_masks(task, slide, info) as masks:
+            return replace(summary, annotated=True, defects=tuple(masks.defects))
+    except BadInput as defect:
+        if defect.code == NO_MASK:
+            return replace(summary, notes=(*summary.notes, defect.reason))
+        uri = annotation_store(task, slide).uri_of(first)
+        return replace(summary, annotation_reject=Reject.of(defect, uri, slide.slide_id))
+
+
 @contextlib.contextmanager
-def opened(task: SlideTask, slide: SlideFiles) -> Iterator[tuple[Slide, MaskSource | None]]:
-    """The slide and its masks (None without annotation), staged if need be, while they are in use."""
-    settings = task.settings
+def opened(task: SlideTask, slide: SlideFiles) -> Iterator[Slide]:
+    """The slide, staged if need be, while it is in use."""
     with task.cache.staged(task.data, slide.files) as folder:
-        reader = open_slide(folder / slide.path, settings.engine)
+        reader = open_slide(folder / slide.path, task.settings.engine, task.settings.plane)
         try:
-            if slide.kind is None:
-                yield reader, None
-                return
-            with task.cache.staged(task.masks or task.data, slide.annotation) as beside:
-                files = [
-                    (beside / entry.path, *(fov_origin(entry) if slide.kind == "fovs" else (0, 0)))
-                    for entry in slide.annotation
-                ]
-                masks = open_masks(
-                    slide.kind,
-                    files,
-                    reader.info,
-                    classes=settings.mask_classes,
-                    threshold=settings.mask_threshold,
-                    max_pixels=settings.max_pixels,
-                )
-                yield reader, masks
+            yield reader
         finally:
             reader.close()
 
 
+def annotation_store(task: SlideTask, slide: SlideFiles) -> Store:
+    """Where a slide's annotation lies."""
+    return task.masks or task.data
+
+
+@contextlib.contextmanager
+def opened_masks(task: SlideTask, slide: SlideFiles, info: SlideInfo) -> Iterator[MaskSource]:
+    """The masks of an annotated slide, staged if need be, while they are in use."""
+    settings = task.settings
+    assert slide.kind is not None
+    with task.cache.staged(annotation_store(task, slide), slide.annotation) as beside:
+        files = [
+            (beside / entry.path, *(fov_origin(entry) if slide.kind == "fovs" else (0, 0)))
+            for entry in slide.annotation
+        ]
+        yield open_masks(
+            slide.kind,
+            files,
+            info,
+            classes=settings.mask_classes,
+            threshold=settings.mask_threshold,
+            max_pixels=settings.max_pixels,
+        )
+
+
 def plan_slide(
-    task: SlideTask, slide: SlideFiles, info: SlideInfo, tissue: Tissue, masks: MaskSource | None
+    task: SlideTask, slide: SlideFiles, info: SlideInfo, tissue: Tissue
 ) -> tuple[list[dict[str, Any]], SlideSummary]:
     """The tiles of a slide that hold tissue, as manifest rows in reading order, and the slide's summary."""
     tiles = task.tiles
     mpp = task.mpps.get(slide.slide_id) or info.mpp or task.settings.mpp
-    notes = []
+    notes = [*info.notes]
     if mpp is None:
         notes.append("no mpp: cut at native resolution" + (", tiles.mpp is not kept" if tiles.mpp else ""))
     downsample = tiles.mpp / mpp if tiles.mpp and mpp else 1.0
@@ -183,10 +216,7 @@ def plan_slide(
             continue
         place = {"tile_id": tile_id(slide.image_id, x, y), "x": x, "y": y, "column": box.x, "row": box.y}
         rows.append({**place, "width": box.width, "height": box.height})
-    defects = () if masks is None else tuple(masks.defects)
-    summary = SlideSummary(
-        slide, info.engine, mpp, downsample, width, height, len(rows), skipped, tuple(notes), defects
-    )
+    summary = SlideSummary(slide, info.engine, mpp, downsample, width, height, len(rows), skipped, tuple(notes))
     return rows, summary
 
 
@@ -214,7 +244,8 @@ def picture_of(tissue: Tissue, info: SlideInfo, rows: Sequence[dict[str, Any]], 
         left, top = row["x"] / scale, row["y"] / scale
         right = left + row["width"] * summary.downsample / scale
         bottom = top + row["height"] * summary.downsample / scale
-        draw.rectangle([left, top, right - 1, bottom - 1], outline=(0, 114, 178))
+        # the last tile of a row may be narrower than a pixel of the picture
+        draw.rectangle([left, top, max(left, right - 1), max(top, bottom - 1)], outline=(0, 114, 178))
     image.thumbnail((1600, 1600))
     sink = io.BytesIO()
     image.save(sink, "PNG")

@@ -1,24 +1,22 @@
-"""What a whole slide is, whichever engine reads it, and which engine that is.
+"""What a whole slide is, whichever engine reads it.
 
-libvips reads TIFF pyramids fastest; OpenSlide reads what the scanners' vendors invented. Pixels are 8-bit RGB as
-stored, without colour management; what a slide does not hold is its background colour.
+Pixels are 8-bit RGB as stored, without color management; what a slide does not hold is its background color.
+`slides.open` chooses the engine.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from apacs_ray.data.tiles import Box
-from apacs_ray.errors import BadInput
 
 Rgb = npt.NDArray[np.uint8]
 Engine = Literal["auto", "vips", "openslide"]
-LARGEST_SIDE, LARGEST_AREA = 2_000_000, 2e11  # px; of a quarter of a micron: half a metre, and 125 square centimetres
 WHITE = (255, 255, 255)
 
 
@@ -33,13 +31,17 @@ class Level:
 
 @dataclass(frozen=True)
 class SlideInfo:
-    """What a slide says of itself. `bounds` is the part that was scanned, level-0 px; `mpp` um per level-0 px."""
+    """What a slide says of itself. `bounds` is the part that was scanned, level-0 px; `mpp` um per level-0 px.
+
+    `notes` are what a person should know of how it is read.
+    """
 
     engine: str
     levels: tuple[Level, ...]
     mpp: float | None
     bounds: Box
     background: tuple[int, int, int] = WHITE
+    notes: tuple[str, ...] = ()
 
     @property
     def width(self) -> int:
@@ -67,43 +69,28 @@ class Slide(Protocol):
         """
         ...
 
+    def read_image(self, level: int, x: int, y: int, width: int, height: int) -> Image.Image:
+        """The same as a picture of Pillow's (RGB), without a copy where the engine has one."""
+        ...
+
     def close(self) -> None: ...
 
 
-def open_slide(path: Path, engine: Engine = "auto") -> Slide:
-    """Open a slide with the engine that can read it.
+def level_downsample(full: tuple[int, int], level: tuple[int, int]) -> float:
+    """Level-0 px per px of a level, from the sides of both: the integer that the sides were cut from, if one fits.
 
-    Raises BadInput: missing_file, empty_file, unreadable, truncated, unsupported_slide, too_large.
-
-    `auto` takes libvips for tiled TIFF whose compression it decodes, and OpenSlide for everything else.
+    Sides are cut to whole px, up or down, so a short side says little: 507 px halved four times are 31, not 31.69.
     """
-    slide = _opened(path, engine)
-    for level in slide.info.levels:
-        sides = level.width, level.height
-        if min(sides) < 1 or max(sides) > LARGEST_SIDE or level.width * level.height > LARGEST_AREA:
-            slide.close()
-            raise BadInput("too_large", f"{path.name}: a level of {level.width} x {level.height} px, as no slide has")
-    return slide
+    ratios = [whole / part for whole, part in zip(full, level, strict=True)]
+    near = range(max(1, int(min(ratios))), int(max(ratios)) + 2)
+    # of several integers a power of two, as scanners halve; else the nearest to what the longer side says
+    fitting = [n for n in near if all(abs(whole / n - part) < 1 for whole, part in zip(full, level, strict=True))]
+    long = ratios[0] if full[0] >= full[1] else ratios[1]
+    return float(min(fitting, key=lambda n: (n & (n - 1) != 0, abs(n - long)))) if fitting else long
 
 
-def _opened(path: Path, engine: Engine) -> Slide:
-    from apacs_ray.slides.openslide_engine import OpenSlideSlide
-    from apacs_ray.slides.vips_engine import VipsSlide, tiff_levels
-
-    if not path.is_file():
-        raise BadInput("missing_file", f"{path.name}: no such file")
-    if path.stat().st_size == 0:
-        raise BadInput("empty_file", f"{path.name} has no bytes")
-    pages = tiff_levels(path) if engine != "openslide" else None
-    if pages is not None:
-        return VipsSlide(path, pages)
-    if engine == "vips":
-        raise BadInput("unsupported_slide", f"{path.name}: no tiled TIFF that libvips decodes (data.engine auto may)")
-    return OpenSlideSlide(path)
-
-
-def read_box(slide: Slide, box: Box, downsample: float, width: int, height: int) -> Rgb:
-    """(height, width, 3) of a tile that begins at level-0 px (box.x, box.y) and has `downsample` level-0 px a pixel.
+def read_box(slide: Slide, box: Box, downsample: float, width: int, height: int) -> Image.Image:
+    """The RGB picture of a tile that begins at level-0 px (box.x, box.y) and has `downsample` level-0 px a pixel.
 
     The nearest finer level is read. Where it is not at this scale already, it is resampled by Pillow's Lanczos
     filter with its support widened to the scale (so nothing aliases), on the exact, fractional source rectangle, and
@@ -115,19 +102,16 @@ def read_box(slide: Slide, box: Box, downsample: float, width: int, height: int)
     scale = downsample / level.downsample  # px of the level per px of the tile
     left, top = box.x / level.downsample, box.y / level.downsample
     if abs(scale - 1) < 1e-6 and abs(left - round(left)) < 1e-3 and abs(top - round(top)) < 1e-3:
-        return slide.read(number, round(left), round(top), width, height)
-    from PIL import Image
-
+        return slide.read_image(number, round(left), round(top), width, height)
     margin = int(np.ceil(3 * max(scale, 1.0))) + 1  # Lanczos looks three pixels of the tile far
     x, y = int(np.floor(left)) - margin, int(np.floor(top)) - margin
     right, bottom = left + width * scale, top + height * scale
-    source = slide.read(number, x, y, int(np.ceil(right)) + margin - x, int(np.ceil(bottom)) + margin - y)
-    rectangle = (left - x, top - y, right - x, bottom - y)
-    return np.asarray(Image.fromarray(source).resize((width, height), Image.Resampling.LANCZOS, box=rectangle))
+    source = slide.read_image(number, x, y, int(np.ceil(right)) + margin - x, int(np.ceil(bottom)) + margin - y)
+    return source.resize((width, height), Image.Resampling.LANCZOS, box=(left - x, top - y, right - x, bottom - y))
 
 
 def filled(info: SlideInfo, width: int, height: int) -> Rgb:
-    """(height, width, 3) of the slide's background colour."""
+    """(height, width, 3) of the slide's background color."""
     rgb = np.empty((height, width, 3), np.uint8)
     rgb[:] = info.background
     return rgb

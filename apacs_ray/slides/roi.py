@@ -58,8 +58,6 @@ def find_tissue(slide: Slide) -> Tissue:
 
 def _read_shrunk(slide: Slide, number: int, shrink: int) -> npt.NDArray[np.uint8]:
     """A whole level, averaged over `shrink` x `shrink` px, read in strips so that memory stays flat."""
-    from PIL import Image
-
     level = slide.info.levels[number]
     strip = max(1, 4096 // shrink) * shrink
     strips = []
@@ -67,7 +65,7 @@ def _read_shrunk(slide: Slide, number: int, shrink: int) -> npt.NDArray[np.uint8
         parts = []
         for left in range(0, level.width, strip):
             width, height = min(strip, level.width - left), min(strip, level.height - top)
-            parts.append(np.asarray(Image.fromarray(slide.read(number, left, top, width, height)).reduce(shrink)))
+            parts.append(np.asarray(slide.read_image(number, left, top, width, height).reduce(shrink)))
         strips.append(np.concatenate(parts, axis=1))
     return np.concatenate(strips)
 

@@ -6,13 +6,15 @@ many shards and keeps all workers busy, and many small slides do so as well.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from PIL import Image
 
 from apacs_ray.data.folder import Reject, Split
 from apacs_ray.data.images import encode_image, encode_mask
@@ -20,9 +22,11 @@ from apacs_ray.data.shards import Receipt, read_receipt, shard_path, write_table
 from apacs_ray.data.splits import assign_val
 from apacs_ray.data.tiles import TILE_SCHEMA, Box, once_region
 from apacs_ray.data.tissue import measure
+from apacs_ray.data.units import one_unit
 from apacs_ray.errors import BadInput
-from apacs_ray.slides.plan import SlideSummary, SlideTask, opened, read_manifest
-from apacs_ray.slides.reader import SlideInfo, read_box
+from apacs_ray.slides.masks import MaskSource
+from apacs_ray.slides.plan import SlideSummary, SlideTask, opened, opened_masks, read_manifest
+from apacs_ray.slides.reader import Slide, SlideInfo, read_box
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def _draw_val(
 ) -> tuple[dict[int, set[int]], str]:
     """Manifest rows of each training slide that become val."""
     # slides without annotation teach nothing, so they cannot judge either
-    known = [(number, summary) for number, summary in training if summary.tiles and summary.slide.kind is not None]
+    known = [(number, summary) for number, summary in training if summary.tiles and summary.annotated]
     fraction = task.settings.val_fraction
     if len({summary.slide.slide_id for _, summary in known}) >= 3:
         units = [
@@ -124,22 +128,37 @@ def measure_tiles(
         rejects.append(asdict(Reject.of(defect, uri, summary.slide.slide_id, row["x"], row["y"])))
 
     try:
-        with opened(task, summary.slide) as (slide, masks):
+        with one_unit(summary.slide.path, again=True), _opened_both(task, summary) as (slide, masks):
             for row in rows:
-                box = Box(row["x"], row["y"], row["width"], row["height"])
                 try:
-                    rgb = read_box(slide, box, summary.downsample, box.width, box.height)
-                    mask = None
-                    if masks is not None:
-                        mask = masks.tile(box.x, box.y, box.width, box.height, summary.downsample)
+                    with one_unit(f"{summary.slide.path} at {row['x']}, {row['y']}", again=True):
+                        kept.append(_measured(task, summary, slide, masks, row))
                 except BadInput as defect:
                     refuse(row, defect)
-                else:
-                    kept.append(_tile_row(task, summary, slide.info, row, rgb, mask))
     except BadInput as defect:  # it opened when it was inspected, and does not now
         for row in rows[len(kept) + len(rejects) :]:
             refuse(row, defect)
     return kept, rejects
+
+
+@contextlib.contextmanager
+def _opened_both(task: SlideTask, summary: SlideSummary) -> Iterator[tuple[Slide, MaskSource | None]]:
+    with opened(task, summary.slide) as slide:
+        if not summary.annotated:
+            yield slide, None
+            return
+        with opened_masks(task, summary.slide, slide.info) as masks:
+            yield slide, masks
+
+
+def _measured(
+    task: SlideTask, summary: SlideSummary, slide: Slide, masks: MaskSource | None, row: dict[str, Any]
+) -> dict[str, Any]:
+    """The row of a tile, read now."""
+    box = Box(row["x"], row["y"], row["width"], row["height"])
+    picture = read_box(slide, box, summary.downsample, box.width, box.height)
+    mask = None if masks is None else masks.tile(box.x, box.y, box.width, box.height, summary.downsample)
+    return _tile_row(task, summary, slide.info, row, picture, mask)
 
 
 def _tile_row(
@@ -147,11 +166,11 @@ def _tile_row(
     summary: SlideSummary,
     info: SlideInfo,
     row: dict[str, Any],
-    rgb: npt.NDArray[np.uint8],
+    picture: Image.Image,
     mask: npt.NDArray[np.bool_] | None,
 ) -> dict[str, Any]:
     tiles = task.tiles
-    tissue, focus = measure(rgb)
+    tissue, focus = measure(picture)
     once = once_region(
         row["column"],
         row["row"],
@@ -172,7 +191,7 @@ def _tile_row(
         "width": row["width"],
         "height": row["height"],
         **dict(zip(("once_left", "once_top", "once_right", "once_bottom"), once, strict=True)),
-        "image": encode_image(rgb, tiles.image_format, tiles.quality, tiles.subsampling),
+        "image": encode_image(picture, tiles.image_format, tiles.quality, tiles.subsampling),
         "image_format": tiles.image_format,
         "mask": None if mask is None else encode_mask(mask),
         "mask_fraction": None if mask is None else float(mask.mean()),

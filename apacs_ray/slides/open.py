@@ -1,0 +1,79 @@
+"""Which engine reads a slide: the TIFF engine what is plain TIFF, OpenSlide what the scanners' vendors invented."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import openslide
+
+from apacs_ray.errors import BadInput
+from apacs_ray.slides.openslide_engine import OpenSlideSlide
+from apacs_ray.slides.reader import Engine, Slide
+from apacs_ray.slides.tiff import OtherEngine, Plane, read_pyramid
+from apacs_ray.slides.vips_engine import VipsSlide
+
+LARGEST_SIDE, LARGEST_AREA = 2_000_000, 2e11  # px; of a quarter of a micron: half a meter, and 125 square centimeters
+PLAIN = {"generic-tiff", "aperio"}  # of OpenSlide's formats, what the TIFF engine reads faster and more strictly
+# TIFF to which more belongs than its tags say: tiles that overlap (BIF, Trestle), that are one JPEG stream (NDPI)
+NEVER_PLAIN = {"ventana", "trestle", "hamamatsu"}
+
+
+def open_slide(path: Path, engine: Engine = "auto", plane: Plane = "middle") -> Slide:
+    """Open a slide with the engine that reads it right; what that one refuses, the other is asked for.
+
+    `plane` is the focal plane of a z-stack: 'middle', its number from 0, or 'sharpest' of each region that is read.
+    Raises BadInput: missing_file, empty_file, unreadable, truncated, unsupported_slide, too_large.
+    """
+    slide = _opened(path, engine, plane)
+    for level in slide.info.levels:
+        sides = level.width, level.height
+        if min(sides) < 1 or max(sides) > LARGEST_SIDE or level.width * level.height > LARGEST_AREA:
+            slide.close()
+            raise BadInput("too_large", f"{path.name}: a level of {level.width} x {level.height} px, as no slide has")
+    return slide
+
+
+def _opened(path: Path, engine: Engine, plane: Plane) -> Slide:
+    if not path.is_file():
+        raise BadInput("missing_file", f"{path.name}: no such file")
+    if path.stat().st_size == 0:
+        raise BadInput("empty_file", f"{path.name} has no bytes")
+    vendor = openslide.OpenSlide.detect_format(str(path))
+    plain = vendor is None or vendor in PLAIN
+    if plain and engine == "openslide":
+        _require_plain_is_right(path, plane)
+    by_vips, by_openslide = lambda: VipsSlide(path, read_pyramid(path, plane)), lambda: OpenSlideSlide(path)
+    ways: list[tuple[str, Callable[[], Slide]]] = [("libvips", by_vips), ("OpenSlide", by_openslide)]
+    if engine == "vips" or (plain and engine == "auto"):
+        ways = ways if engine == "auto" else ways[:1]
+    else:
+        ways.reverse()
+        ways = ways[:1] if engine == "openslide" or vendor in NEVER_PLAIN else ways
+    return _first_that_opens(path, ways)
+
+
+def _require_plain_is_right(path: Path, plane: Plane) -> None:
+    """Raise BadInput for plain TIFF that OpenSlide reads without complaint, and wrong."""
+    try:
+        read_pyramid(path, plane)
+    except OtherEngine:
+        return
+
+
+def _first_that_opens(path: Path, ways: list[tuple[str, Callable[[], Slide]]]) -> Slide:
+    reasons: list[str] = []
+    codes: list[str] = []
+    for name, way in ways:
+        try:
+            return way()
+        except OtherEngine as error:
+            codes.append("unsupported_slide")
+            reasons.append(f"{name}: {error}")
+        except BadInput as defect:
+            if name == "libvips" and not reasons and defect.code in ("unsupported_slide", "too_large"):
+                raise  # no engine reads such a file right
+            codes.append(defect.code)
+            reasons.append(f"{name}: {defect.reason.removeprefix(f'{path.name}: ')}")
+    code = next((code for code in codes if code != "unsupported_slide"), codes[0])
+    raise BadInput(code, f"{path.name}: {'; '.join(reasons)}")
