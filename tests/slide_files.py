@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -61,4 +63,39 @@ def write_slide(path: Path, rgb: Rgb, *, margin: int = 0, hole: tuple[int, int] 
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_mrxs(path, settings, source)
+    return path
+
+
+def write_ndpi(path: Path, rgb: Rgb, mpp: float = 0.5) -> Path:
+    """A Hamamatsu NDPI of one level: a whole JPEG with restart intervals, and offsets of 8 bytes.
+
+    tifffile takes restart intervals for tiles; their bytes have no header.
+    """
+    height, width = rgb.shape[:2]
+    sink = io.BytesIO()
+    Image.fromarray(rgb).save(sink, "JPEG", quality=95, subsampling=0, restart_marker_blocks=width // 32)
+    data = bytearray(b"II*\0" + bytes(8))
+
+    def put(content: bytes) -> int:
+        place = len(data)
+        data.extend(content + bytes(len(content) % 2))
+        return place
+
+    pixels = put(sink.getvalue())
+    bits, resolution = put(struct.pack("<3H", 8, 8, 8)), put(struct.pack("<2I", round(10000 / mpp), 1))
+    maker, model = put(b"Hamamatsu\0"), put(b"C13210\0")
+    magnification = struct.unpack("<I", struct.pack("<f", 20.0))[0]
+    entries = [
+        (254, 4, 1, 0), (256, 4, 1, width), (257, 4, 1, height), (258, 3, 3, bits), (259, 3, 1, 7), (262, 3, 1, 6),
+        (271, 2, 10, maker), (272, 2, 7, model), (273, 4, 1, pixels), (277, 3, 1, 3), (278, 4, 1, height),
+        (279, 4, 1, len(sink.getvalue())), (282, 5, 1, resolution), (283, 5, 1, resolution), (284, 3, 1, 1),
+        (296, 3, 1, 3), (65420, 4, 1, 1), (65421, 11, 1, magnification), (65422, 9, 1, 0), (65423, 9, 1, 0),
+        (65424, 9, 1, 0),
+    ]  # fmt: skip
+    data[4:12] = struct.pack("<Q", put(b""))
+    data.extend(struct.pack("<H", len(entries)))
+    for tag, kind, count, value in entries:
+        data.extend(struct.pack("<HHII", tag, kind, count, value))
+    data.extend(bytes(8 + 4 * len(entries)))  # no next page, and the upper halves of the values
+    path.write_bytes(data)
     return path

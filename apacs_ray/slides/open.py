@@ -16,6 +16,7 @@ from apacs_ray.slides.vips_engine import VipsSlide
 LARGEST_SIDE, LARGEST_AREA = 2_000_000, 2e11  # px; of a quarter of a micron: half a meter, and 125 square centimeters
 PLAIN = {"generic-tiff", "aperio"}  # of OpenSlide's formats, what the TIFF engine reads faster and more strictly
 # TIFF to which more belongs than its tags say: tiles that overlap (BIF, Trestle), that are one JPEG stream (NDPI)
+TIFF = {b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"}
 NEVER_PLAIN = {"ventana", "trestle", "hamamatsu"}
 
 
@@ -41,16 +42,24 @@ def _opened(path: Path, engine: Engine, plane: Plane) -> Slide:
         raise BadInput("empty_file", f"{path.name} has no bytes")
     vendor = openslide.OpenSlide.detect_format(str(path))
     plain = vendor is None or vendor in PLAIN
-    if plain and engine == "openslide":
-        _require_plain_is_right(path, plane)
     by_vips, by_openslide = lambda: VipsSlide(path, read_pyramid(path, plane)), lambda: OpenSlideSlide(path)
     ways: list[tuple[str, Callable[[], Slide]]] = [("libvips", by_vips), ("OpenSlide", by_openslide)]
-    if engine == "vips" or (plain and engine == "auto"):
-        ways = ways if engine == "auto" else ways[:1]
-    else:
+    if not _is_tiff(path) or vendor in NEVER_PLAIN:
+        ways = ways[1:]
+        if engine == "vips":
+            raise BadInput("unsupported_slide", f"{path.name}: no plain TIFF (data.engine auto may read it)")
+    elif engine != "auto":
+        if plain and engine == "openslide":
+            _require_plain_is_right(path, plane)
+        ways = [way for way in ways if way[0] == {"vips": "libvips", "openslide": "OpenSlide"}[engine]]
+    elif not plain:
         ways.reverse()
-        ways = ways[:1] if engine == "openslide" or vendor in NEVER_PLAIN else ways
     return _first_that_opens(path, ways)
+
+
+def _is_tiff(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) in TIFF
 
 
 def _require_plain_is_right(path: Path, plane: Plane) -> None:
@@ -74,6 +83,8 @@ def _first_that_opens(path: Path, ways: list[tuple[str, Callable[[], Slide]]]) -
             if name == "libvips" and not reasons and defect.code in ("unsupported_slide", "too_large"):
                 raise  # no engine reads such a file right
             codes.append(defect.code)
+            if len(ways) == 1:
+                raise
             reasons.append(f"{name}: {defect.reason.removeprefix(f'{path.name}: ')}")
     code = next((code for code in codes if code != "unsupported_slide"), codes[0])
     raise BadInput(code, f"{path.name}: {'; '.join(reasons)}")

@@ -69,7 +69,8 @@ class OpenSlideSlide:
         except openslide.OpenSlideUnsupportedFormatError as error:
             raise BadInput("unsupported_slide", f"{self._path.name}: OpenSlide knows no such format") from error
         except (openslide.OpenSlideError, OSError) as error:
-            raise BadInput("unreadable", f"{self._path.name}: {error}") from error
+            code = "unsupported_slide" if "nsupported" in str(error) else "unreadable"
+            raise BadInput(code, f"{self._path.name}: {error}") from error
 
     def _read(self, level: int, x: int, y: int, width: int, height: int) -> Image.Image:
         """By OpenSlide's C function into an array: premultiplied ARGB, (x, y) in level-0 px."""

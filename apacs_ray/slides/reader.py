@@ -6,6 +6,7 @@ Pixels are 8-bit RGB as stored, without color management; what a slide does not 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -81,12 +82,14 @@ def level_downsample(full: tuple[int, int], level: tuple[int, int]) -> float:
 
     Sides are cut to whole px, up or down, so a short side says little: 507 px halved four times are 31, not 31.69.
     """
-    ratios = [whole / part for whole, part in zip(full, level, strict=True)]
-    near = range(max(1, int(min(ratios))), int(max(ratios)) + 2)
-    # of several integers a power of two, as scanners halve; else the nearest to what the longer side says
-    fitting = [n for n in near if all(abs(whole / n - part) < 1 for whole, part in zip(full, level, strict=True))]
-    long = ratios[0] if full[0] >= full[1] else ratios[1]
-    return float(min(fitting, key=lambda n: (n & (n - 1) != 0, abs(n - long)))) if fitting else long
+    pairs = list(zip(full, level, strict=True))
+    least = max(whole / (part + 1) for whole, part in pairs)
+    most = min(whole / (part - 1) if part > 1 else float(whole) for whole, part in pairs)
+    long = max((whole, whole / part) for whole, part in pairs)[1]
+    fitting = range(math.floor(least) + 1, math.ceil(most))
+    powers = [1 << n for n in range(32) if 1 << n in fitting]  # as scanners halve
+    nearest = min(fitting, key=lambda n: abs(n - long), default=long)
+    return float(min(powers, key=lambda n: abs(n - long), default=nearest))
 
 
 def read_box(slide: Slide, box: Box, downsample: float, width: int, height: int) -> Image.Image:

@@ -17,7 +17,6 @@ from apacs_ray.slides.mpp import square_mpp, tiff_scale
 from apacs_ray.slides.tiff_tiles import STRICT, Alpha, TiffTiles
 
 BY_VIPS = {"LZW", "WEBP"}  # libvips decodes these, in one plane
-OPENSLIDE_MAY = {"LZW", "ZSTD", "APERIO_JP2000_RGB", "APERIO_JP2000_YCBC", "JPEG_2000_LOSSY"}
 GRAY, COLOR = {"MINISBLACK", "MINISWHITE", "PALETTE"}, {"RGB", "YCBCR", "MINISBLACK"}
 MAX_TILE = 1 << 26  # px
 PLANES = "ZIQ"  # tifffile's axes that focal planes lie along; I and Q are what a file does not name
@@ -154,6 +153,8 @@ def _tiles(page: Any, key: Any) -> TiffTiles:
     if compression == "JPEG" and not (planar or key.samplesperpixel in (1, 3)):
         raise OtherEngine(f"JPEG tiles of {key.samplesperpixel} samples")
     if not strict and (compression not in BY_VIPS or planar):
+        if key.extrasamples:  # OpenSlide takes any for an alpha
+            raise BadInput("unsupported_slide", f"{what} with an extra sample beside the colors; {CONVERT}")
         raise OtherEngine(f"libvips does not decode {what} ({CONVERT})")
     width, height = key.imagewidth, key.imagelength
     tile_width, tile_height = (

@@ -136,9 +136,11 @@ class VipsSlide:
         except pyvips.Error as error:
             raise BadInput("unreadable_region", f"{self._path.name}: {reason(error)}") from error
         pixels = pixels.reshape(place.height, place.width, -1)
-        if pixels.shape[2] < 3:
-            return self._on_background(pixels[..., :1], pixels[..., 1], tiles.alpha) if tiles.alpha else pixels[..., :1]
-        return self._on_background(pixels[..., :3], pixels[..., 3], tiles.alpha) if tiles.alpha else pixels[..., :3]
+        colors = 3 if pixels.shape[2] >= 3 else 1
+        if not tiles.alpha:
+            return pixels[..., :colors]
+        # libvips has divided what was multiplied
+        return self._on_background(pixels[..., :colors], pixels[..., colors], "straight")
 
     def _image(self, tiles: TiffTiles) -> Any:
         key = tiles.page, tiles.subifd
