@@ -20,6 +20,7 @@ import pyvips
 import simplejpeg
 import tifffile
 from PIL import Image
+from PIL.ImagePalette import ImagePalette
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
@@ -34,7 +35,7 @@ MAX_TILE = 1 << 26  # px of one tile of a mask in tiles, which is decoded as a w
 MOST_PAGES = 1000
 BLOCK = 1 << 24  # px that are looked at in one go
 SOI = b"\xff\xd8"
-BY_VIPS = {"NONE", "LZW", "DEFLATE", "ADOBE_DEFLATE", "PACKBITS", "JPEG", "WEBP", "CCITTRLE", "CCITT_T4", "CCITT_T6"}
+BY_VIPS = {"NONE", "LZW", "DEFLATE", "ADOBE_DEFLATE", "PACKBITS", "JPEG", "WEBP", "CCITTRLE", "CCITTFAX3", "CCITTFAX4"}
 BY_PILLOW = {"ZSTD", "LZMA"}
 LOSSY = {"JPEG", "WEBP"}
 PHOTOMETRICS = {"MINISWHITE", "MINISBLACK", "RGB", "PALETTE", "YCBCR"}
@@ -220,15 +221,22 @@ def _stored(stream: BinaryIO, max_pixels: int) -> Stored:
     header = read_header(stream, max_pixels).image
     if header.mode in ("CMYK", "YCbCr"):
         raise BadInput("unsupported_mode", f"a mask in {header.mode}; save it as grey")
-    palette = np.array(header.getpalette("RGB"), np.int64).reshape(-1, 3) if header.mode == "P" else None
     return Stored(
         *header.size,
         orientation=turn_of(header),
-        palette=palette,
+        palette=_table(header.palette) if header.mode == "P" and header.palette is not None else None,
         lossy=header.format == "JPEG",
         by_pillow=header.format == "BMP",
         compression="" if isinstance(header, PngImageFile) else str(header.format),
     )
+
+
+def _table(palette: ImagePalette) -> Palette:
+    """A palette as the header gives it; to ask Pillow for its colors would read the pixels."""
+    order, content = palette.getdata()
+    whole = len(content) // len(order) * len(order)
+    colors = np.frombuffer(bytes(content[:whole]), np.uint8).reshape(-1, len(order))
+    return colors[:, [order.index(channel) for channel in "RGB"]].astype(np.int64)
 
 
 def _stored_tiff(tiff: tifffile.TiffFile) -> Stored:

@@ -51,7 +51,7 @@ def open_masks(
     threshold: int | None = None,
     max_pixels: int = MAX_PIXELS,
     doubtful: bool = False,
-    rules: Sequence[int] | None = None,
+    rules: Sequence[int] = (),
 ) -> MaskSource:
     """The annotation of a slide from local files, each with the level-0 (x, y) its name gives (0, 0 where none).
 
@@ -96,7 +96,7 @@ class ImageMask:
         max_pixels: int = MAX_PIXELS,
         *,
         doubtful: bool = False,
-        rules: Sequence[int] | None = None,
+        rules: Sequence[int] = (),
     ) -> None:
         self.defects: Sequence[str] = ()
         self._name = path.name
@@ -154,7 +154,7 @@ class FovMasks:
         files: Sequence[tuple[Path, int, int]],
         threshold: int | None,
         max_pixels: int,
-        rules: Sequence[int] | None = None,
+        rules: Sequence[int] = (),
     ) -> None:
         self.defects: Sequence[str] = ()
         self._files = files
