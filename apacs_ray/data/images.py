@@ -1,4 +1,4 @@
-"""Source images and masks: their headers, their pixels, and how tiles are encoded.
+"""Source images: their headers, their pixels, and how tiles are encoded. Masks are read by `apacs_ray.data.masks`.
 
 JPEG, PNG, TIFF and BMP files are told apart by their first bytes, never by their names. Every defect of a
 file is a `BadInput`; trouble of the store under a stream is raised as it is, since it says nothing about the
@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, cast
 
 import numpy as np
@@ -20,6 +21,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
+from apacs_ray.data.png import without_texts
 from apacs_ray.errors import BadInput
 
 Rgb = npt.NDArray[np.uint8]
@@ -52,7 +54,9 @@ DAMAGE = (
 )
 COLOUR_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
 DEEP_MODES = {"I;16", "I;16B", "I;16L", "I;16N"}  # 16-bit grey
-ORIENTATION, TILE_WIDTH, TILE_LENGTH = 274, 322, 323  # TIFF and EXIF tags
+# TIFF and EXIF tags
+BITS_PER_SAMPLE, PHOTOMETRIC, ORIENTATION, MAX_SAMPLE_VALUE, TILE_WIDTH, TILE_LENGTH = 258, 262, 274, 281, 322, 323
+DARK = 1 << 14  # no photograph in 16 bits ends below: a camera's 10, 12 or 14 bits do
 SWAPS_SIDES = {5, 6, 7, 8}
 CUT_SHORT = (
     "truncated",
@@ -63,28 +67,42 @@ CUT_SHORT = (
 BUFFER = 1 << 16
 
 
+@dataclass(frozen=True)
+class Header:
+    """A file whose header was read: `image` has no pixels yet, `bits` of a channel are used (None: not told)."""
+
+    image: ImageFile.ImageFile
+    bits: int | None
+
+    @property
+    def white_is_zero(self) -> bool:
+        return isinstance(self.image, TiffImageFile) and self.image.tag_v2.get(PHOTOMETRIC) == 0
+
+
 def probe_image(file: BinaryIO, max_pixels: int) -> tuple[int, int]:
-    """(width, height) in px of an image or a mask with its EXIF orientation applied, from its header alone.
+    """(width, height) in px of an image with its EXIF orientation applied, from its header alone.
 
     `file` can seek and may be remote: some 64 KiB are read. Raises BadInput: empty_file, unreadable,
     truncated, too_large, multiple_frames, unsupported_mode. An OSError of `file` itself passes.
     """
-    header = _header(cast(BinaryIO, io.BufferedReader(_Guarded(file), BUFFER)), max_pixels)
-    width, height = header.size
-    return (height, width) if _turn(header) in SWAPS_SIDES else (width, height)
+    image = read_header(cast(BinaryIO, io.BufferedReader(_Guarded(file), BUFFER)), max_pixels).image
+    width, height = image.size
+    return (height, width) if turn_of(image) in SWAPS_SIDES else (width, height)
 
 
 def decode_image(data: bytes, max_pixels: int) -> Rgb:
     """An image file as 8-bit sRGB, (H, W, 3) uint8 0..255, with its EXIF orientation applied.
 
-    16-bit grey keeps its upper byte; transparency is laid on white; an embedded ICC profile is converted to
-    sRGB, and one that is broken or meant for another kind of pixels is passed over, as viewers do. Raises
-    BadInput: as `probe_image`.
+    Of 16 bits the upper byte is kept, of the 10, 12 or 14 bits of a camera that the file tells the upper eight, and
+    values up to 255 are what they are; transparency is laid on white; an embedded ICC profile is converted to sRGB, and
+    one that is broken or meant for another kind of pixels is passed over, as viewers do. Raises BadInput: as
+    `probe_image`, and too_dark for 16 bits of which the upper ones are not used.
     """
-    image = _loaded(io.BytesIO(data), max_pixels)
+    header = read_header(io.BytesIO(data), max_pixels, whole=True)
+    image = _loaded(header.image)
     profile = image.info.get("icc_profile")
     if image.mode in DEEP_MODES:
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = Image.fromarray(_upper_byte(np.asarray(image), header.bits, header.white_is_zero))
     alpha: Image.Image | None = None
     if image.has_transparency_data:
         image = _straight(image)
@@ -95,42 +113,6 @@ def decode_image(data: bytes, max_pixels: int) -> Rgb:
         white.paste(colours, mask=alpha)
         colours = white
     return np.array(colours)
-
-
-def decode_mask(data: bytes, max_pixels: int, threshold: int | None) -> Mask:
-    """A mask file as (H, W) bool, True where a cell is, with its EXIF orientation applied.
-
-    Accepted are 1-bit masks, the values {0, 1}, {0, 255} or (16-bit) {0, 65535} in one or three equal
-    channels, and palettes of two colours, of which the lighter is cell. Any other mask is grey: `threshold`
-    (1..255) makes values of at least that cell; without it the mask is refused. Where values of a 16-bit mask
-    exceed 255 their upper byte is compared; of colours it is their luminance (Rec. 601). Raises BadInput: as
-    `probe_image`, and grey_mask; unsupported_mode also for a mask with transparent parts.
-    """
-    image = _loaded(io.BytesIO(data), max_pixels)
-    if image.has_transparency_data:
-        image = _straight(image)
-        if image.getchannel("A").getextrema() != (255, 255):
-            raise BadInput("unsupported_mode", "the mask has transparent parts, neither cell nor background")
-        image = image.convert("RGB")
-    if image.mode == "1":
-        return np.array(image)
-    if image.mode == "P":
-        two_tone = _two_tone(image)
-        if two_tone is not None:
-            return two_tone
-    values, coloured = _grey_values(image)
-    present = np.flatnonzero(np.bincount(values.ravel()))
-    top = int(present[-1])
-    if not coloured and top in (0, 1, 255, 65535) and set(present.tolist()) <= {0, top}:
-        return values > 0
-    if threshold is None:
-        kind = "luminances of colours" if coloured else "grey values"
-        raise BadInput(
-            "grey_mask",
-            f"the mask has {len(present)} {kind} from {present[0]} to {top}, not just 0 and 1 or 0 and 255; "
-            "data.mask_threshold N takes values of at least N as cell",
-        )
-    return (values >> 8 if top > 255 else values) >= threshold
 
 
 def encode_image(
@@ -203,8 +185,10 @@ class _Guarded(io.RawIOBase):
         return len(content)
 
 
-def _header(stream: BinaryIO, max_pixels: int) -> ImageFile.ImageFile:
-    """Open a file, not its pixels, and refuse what its header already rules out."""
+def read_header(stream: BinaryIO, max_pixels: int, *, whole: bool = False) -> Header:
+    """Open a file, not its pixels, and refuse what its header already rules out; `whole` where they are read later."""
+    profile: bytes | None = None
+    bits: int | None = None
     try:
         magic = stream.read(8)
         if not magic:
@@ -213,15 +197,20 @@ def _header(stream: BinaryIO, max_pixels: int) -> ImageFile.ImageFile:
         if reader is None:
             raise BadInput("unreadable", f"not a JPEG, PNG, TIFF or BMP file (it begins with {magic!r})")
         stream.seek(0)
+        if reader is PngImageFile:
+            png = without_texts(stream, whole=whole)
+            stream, profile, bits = png.stream, png.profile, png.bits
         image = reader(stream)
         frames = int(getattr(image, "n_frames", 1))
     except _StoreTroubleError as trouble:
         raise cast(OSError, trouble.__cause__) from None
     except DAMAGE as error:
-        code = "unsupported_mode" if "unknown pixel mode" in str(error) else _code_of(error)
+        code = "unsupported_mode" if "unknown pixel mode" in str(error) else code_of(error)
         raise BadInput(code, f"the header cannot be read: {_text_of(error)}") from error
     _require_usable(image, frames, max_pixels)
-    return image
+    if profile is not None:
+        image.info["icc_profile"] = profile
+    return Header(image, _significant_bits(image) if isinstance(image, TiffImageFile) else bits)
 
 
 def _require_usable(image: ImageFile.ImageFile, frames: int, max_pixels: int) -> None:
@@ -237,18 +226,22 @@ def _require_usable(image: ImageFile.ImageFile, frames: int, max_pixels: int) ->
         raise BadInput("unsupported_mode", f"pixels of Pillow's mode {image.mode}; save them with 8 bits a channel")
 
 
-def _loaded(stream: BinaryIO, max_pixels: int) -> Image.Image:
-    """The pixels of a file, upright."""
-    image = _header(stream, max_pixels)
-    turn = _turn(image)
+def _loaded(image: ImageFile.ImageFile) -> Image.Image:
+    """The pixels of a file whose header was read, upright."""
+    turn = turn_of(image)
+    deep = image.mode not in DEEP_MODES and any(";16" in str(tile) for tile in image.tile)
     try:
         image.load()
     except DAMAGE as error:
-        raise BadInput(_code_of(error), f"the pixels cannot be read: {_text_of(error)}") from error
+        raise BadInput(code_of(error), f"the pixels cannot be read: {_text_of(error)}") from error
+    if deep:  # of colours Pillow keeps the upper bytes
+        extrema = cast(tuple[tuple[int, int], ...], image.getextrema())
+        tops = [top for (_, top), band in zip(extrema, image.getbands(), strict=True) if band != "A"]
+        _require_bright(max(tops) << 8 | 255)
     return image if turn == 1 else ImageOps.exif_transpose(image)
 
 
-def _turn(image: ImageFile.ImageFile) -> int:
+def turn_of(image: ImageFile.ImageFile) -> int:
     """EXIF orientation 1..8 that is still to be applied, as the header gives it."""
     if isinstance(image, TiffImageFile) or (isinstance(image, PngImageFile) and "exif" not in image.info):
         return 1  # Pillow turns TIFF itself; to look further in a PNG it would read all pixels
@@ -259,13 +252,45 @@ def _turn(image: ImageFile.ImageFile) -> int:
     return turn if turn in range(1, 9) else 1
 
 
-def _code_of(error: BaseException) -> str:
+def code_of(error: BaseException) -> str:
+    """The code of a decoder's complaint: truncated or unreadable."""
     text = str(error).lower()
     return "truncated" if isinstance(error, EOFError) or any(part in text for part in CUT_SHORT) else "unreadable"
 
 
 def _text_of(error: BaseException) -> str:
     return str(error) or type(error).__name__
+
+
+def _significant_bits(image: TiffImageFile) -> int | None:
+    """How many bits of a channel a TIFF says it uses."""
+    try:
+        told = image.tag_v2.get(MAX_SAMPLE_VALUE, 0)
+        top = max(told) if isinstance(told, tuple) else int(told)
+        stored = image.tag_v2.get(BITS_PER_SAMPLE, (1,))[0]
+    except DAMAGE:
+        return None
+    return top.bit_length() if 0 < top < 1 << stored else int(stored)
+
+
+def _upper_byte(values: npt.NDArray[np.uint16], bits: int | None, white_is_zero: bool) -> npt.NDArray[np.uint8]:
+    """The upper eight of the bits that 16-bit grey uses, which is decided for the whole image."""
+    top = int(values.max())
+    if bits is None or not 8 <= bits < 16 or top >> bits:
+        bits = 8 if top <= 255 and not white_is_zero else 16  # bytes that were saved with 16 bits
+    if white_is_zero:
+        values = np.uint16((1 << bits) - 1) - values
+    if bits == 16:
+        _require_bright(int(values.max()))
+    return (values >> (bits - 8)).astype(np.uint8)
+
+
+def _require_bright(top: int) -> None:
+    if top < DARK:
+        raise BadInput(
+            "too_dark",
+            f"its 16-bit values end at {top}, as of a camera of {max(top.bit_length(), 10)} bits; save it with 8 bits",
+        )
 
 
 def _straight(image: Image.Image) -> Image.Image:
@@ -285,30 +310,3 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     except (ImageCms.PyCMSError, *DAMAGE):
         return image.convert("RGB")
     return cast(Image.Image, converted)
-
-
-def _two_tone(image: Image.Image) -> Mask | None:
-    """A palette image of two colours (declared, or used) as a mask, the lighter colour True; else None."""
-    table = np.array(image.getpalette("RGB"), np.int64).reshape(-1, 3)
-    indices = np.asarray(image)
-    used = np.flatnonzero(np.bincount(indices.ravel()))
-    if used[-1] >= len(table):
-        raise BadInput("unreadable", f"the mask uses colour {used[-1]} of a palette of {len(table)}")
-    light = table @ (299, 587, 114)
-    for colours in (table, table[used]):
-        tones = np.unique(colours, axis=0) @ (299, 587, 114)
-        if len(tones) == 2 and tones[0] != tones[1]:
-            is_lighter: Mask = (light == tones.max())[indices]
-            return is_lighter
-    return None
-
-
-def _grey_values(image: Image.Image) -> tuple[npt.NDArray[Any], bool]:
-    """(H, W) values of a mask, and whether it is coloured (then they are luminances)."""
-    if image.mode in DEEP_MODES or image.mode == "L":
-        return np.asarray(image), False
-    rgb = image.convert("RGB")
-    channels = np.asarray(rgb)
-    if (channels != channels[:, :, :1]).any():
-        return np.asarray(rgb.convert("L")), True
-    return channels[:, :, 0], False

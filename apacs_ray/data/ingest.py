@@ -16,14 +16,15 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from apacs_ray.data.folder import Pair, Reject
-from apacs_ray.data.images import decode_image, decode_mask, encode_image, encode_mask, probe_image
+from apacs_ray.data.images import decode_image, encode_image, encode_mask, probe_image
+from apacs_ray.data.masks import decode_mask, probe_mask
 from apacs_ray.data.shards import Receipt, read_receipt, shard_path, write_table
 from apacs_ray.data.splits import assign_val
 from apacs_ray.data.tiles import TILE_SCHEMA, grid, once_region, tile_id
 from apacs_ray.data.tissue import measure
 from apacs_ray.errors import BadInput
 from apacs_ray.settings import DataSettings, TilesSettings
-from apacs_ray.storage import Store
+from apacs_ray.storage import Entry, Store
 
 MOST_BYTES = 8  # a pixel: four channels of 16 bits, not compressed
 OTHER_BYTES = 64 << 20  # profiles and what else scanners write into a file
@@ -39,22 +40,30 @@ class Source:
 
 
 def probe_pair(store: Store, pair: Pair, max_pixels: int) -> Source | Reject:
-    """Read the headers of an image and its mask; a defect is returned as a Reject of the pair."""
+    """Read the headers of an image and its mask; a defect is returned as a Reject that names the file it is in."""
+    culprit = pair.image
     try:
-        sizes = []
-        for entry in (pair.image, pair.mask):
-            if entry.size == 0:
-                raise BadInput("empty_file", f"{entry.path} has no bytes")
-            if entry.size > MOST_BYTES * max_pixels + OTHER_BYTES:
-                raise BadInput("too_large", f"{entry.path}: {entry.size} bytes, more than data.max_pixels can need")
-            # from memory, so that an error is the file's and never the store's
-            sizes.append(probe_image(io.BytesIO(store.read(entry.path)), max_pixels))
-        if sizes[0] != sizes[1]:
-            (width, height), (mask_width, mask_height) = sizes
-            raise BadInput("size_mismatch", f"image {width} x {height} px, mask {mask_width} x {mask_height} px")
+        # from memory, so that an error is the file's and never the store's
+        width, height = probe_image(io.BytesIO(_content(store, pair.image, max_pixels)), max_pixels)
+        culprit = pair.mask
+        mask_width, mask_height = probe_mask(_content(store, pair.mask, max_pixels), max_pixels)
+        if (width, height) != (mask_width, mask_height):
+            raise BadInput(
+                "size_mismatch",
+                f"the mask {pair.mask.path} has {mask_width} x {mask_height} px, "
+                f"its image {pair.image.path} {width} x {height} px",
+            )
     except BadInput as defect:
-        return Reject.of(defect, store.uri_of(pair.image.path), pair.slide_id)
-    return Source(pair, *sizes[0])
+        return Reject.of(defect, store.uri_of(culprit.path), pair.slide_id)
+    return Source(pair, width, height)
+
+
+def _content(store: Store, entry: Entry, max_pixels: int) -> bytes:
+    if entry.size == 0:
+        raise BadInput("empty_file", f"{entry.path} has no bytes")
+    if entry.size > MOST_BYTES * max_pixels + OTHER_BYTES:
+        raise BadInput("too_large", f"{entry.path}: {entry.size} bytes, more than data.max_pixels can need")
+    return store.read(entry.path)
 
 
 MANIFEST_SCHEMA = pa.schema(
@@ -153,7 +162,7 @@ def write_shard(task: ShardTask, plan: pa.Table) -> Receipt:
         try:
             rgb, mask = pixels.cut(row)
         except BadInput as defect:
-            uri = task.data.uri_of(row["image"])
+            uri = task.data.uri_of(pixels.culprit)
             rejects.append(asdict(Reject.of(defect, uri, row["slide_id"], row["x"], row["y"])))
             continue
         tissue, focus = measure(rgb)
@@ -170,6 +179,7 @@ class _Pixels:
     """The decoded source of the tile at hand: tiles of a source follow each other, so one is enough."""
 
     def __init__(self, task: ShardTask) -> None:
+        self.culprit = ""  # the file that the last BadInput is about
         self._task = task
         self._path: str | None = None
         self._decoded: tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]] | BadInput
@@ -190,12 +200,20 @@ class _Pixels:
 
     def _decode(self, row: dict[str, Any]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
         data, settings = self._task.data, self._task.settings
+        self.culprit = row["image"]
         rgb = decode_image(data.read(row["image"]), settings.max_pixels)
+        _require_size(rgb.shape[:2], row)
+        self.culprit = row["mask"]
         mask = decode_mask(data.read(row["mask"]), settings.max_pixels, settings.mask_threshold)
-        expected = (row["source_height"], row["source_width"])
-        if rgb.shape[:2] != expected or mask.shape != expected:
-            raise BadInput("size_mismatch", f"decoded {rgb.shape[:2]} and {mask.shape}, headers said {expected}")
+        _require_size(mask.shape, row)
         return rgb, mask
+
+
+def _require_size(shape: tuple[int, ...], row: dict[str, Any]) -> None:
+    height, width = shape
+    if (width, height) != (row["source_width"], row["source_height"]):
+        told = f"{row['source_width']} x {row['source_height']}"
+        raise BadInput("size_mismatch", f"its pixels are {width} x {height}, its header said {told}")
 
 
 def _tile_row(

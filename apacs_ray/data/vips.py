@@ -15,16 +15,20 @@ from apacs_ray.errors import BadInput
 pyvips.cache_set_max(0)  # the cache answers by path: a file replaced under its name would be read as the old one
 
 
-def open_vips(path: Path, **options: Any) -> pyvips.Image:
-    """An image for random access; `options` are the loader's (page, subifd).
+def open_vips(source: Path | bytes, **options: Any) -> pyvips.Image:
+    """An image for random access, of a local file or from memory; `options` are the loader's (page, subifd).
 
     libtiff's decoding errors are warnings to libvips, so warnings fail here; they do so when the pixels are read.
     Raises BadInput (unreadable).
     """
+    options |= {"access": "random", "fail_on": "warning"}
     try:
-        return pyvips.Image.new_from_file(str(path), access="random", fail_on="warning", **options)
+        if isinstance(source, bytes):
+            return pyvips.Image.new_from_buffer(source, "", **options)
+        return pyvips.Image.new_from_file(str(source), **options)
     except pyvips.Error as error:
-        raise BadInput("unreadable", f"{path.name}: {reason(error)}") from error
+        name = "" if isinstance(source, bytes) else f"{source.name}: "
+        raise BadInput("unreadable", f"{name}{reason(error)}") from error
 
 
 def reason(error: pyvips.Error) -> str:

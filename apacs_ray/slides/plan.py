@@ -66,6 +66,7 @@ class SlideSummary:
     reject: Reject | None = None  # of the slide
     annotation_reject: Reject | None = None  # of its annotation
     annotated: bool = False  # whether its tiles have masks
+    mask_rules: tuple[int, ...] = ()  # which values of its mask images are cells, `MaskSource.rules`
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -91,6 +92,7 @@ class SlideSummary:
                 **rejects,
                 "notes": tuple(tree["notes"]),
                 "defects": tuple(tree["defects"]),
+                "mask_rules": tuple(tree["mask_rules"]),
             }
         )
 
@@ -147,7 +149,7 @@ def _with_annotation(task: SlideTask, summary: SlideSummary, info: SlideInfo) ->
     first = slide.annotation[0].path
     try:
         with one_unit(first), opened_masks(task, slide, info) as masks:
-            return replace(summary, annotated=True, defects=tuple(masks.defects))
+            return replace(summary, annotated=True, defects=tuple(masks.defects), mask_rules=masks.rules)
     except BadInput as defect:
         if defect.code == NO_MASK:
             return replace(summary, notes=(*summary.notes, defect.reason))
@@ -172,8 +174,10 @@ def annotation_store(task: SlideTask, slide: SlideFiles) -> Store:
 
 
 @contextlib.contextmanager
-def opened_masks(task: SlideTask, slide: SlideFiles, info: SlideInfo) -> Iterator[MaskSource]:
-    """The masks of an annotated slide, staged if need be, while they are in use."""
+def opened_masks(
+    task: SlideTask, slide: SlideFiles, info: SlideInfo, rules: Sequence[int] = ()
+) -> Iterator[MaskSource]:
+    """The masks of an annotated slide, staged if need be, while they are in use; `rules` are those of its summary."""
     settings = task.settings
     assert slide.kind is not None
     with task.cache.staged(annotation_store(task, slide), slide.annotation) as beside:
@@ -188,6 +192,7 @@ def opened_masks(task: SlideTask, slide: SlideFiles, info: SlideInfo) -> Iterato
             classes=settings.mask_classes,
             threshold=settings.mask_threshold,
             max_pixels=settings.max_pixels,
+            rules=rules,
         )
 
 

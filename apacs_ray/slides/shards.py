@@ -147,7 +147,7 @@ def _opened_both(task: SlideTask, summary: SlideSummary) -> Iterator[tuple[Slide
         if not summary.annotated:
             yield slide, None
             return
-        with opened_masks(task, summary.slide, slide.info) as masks:
+        with opened_masks(task, summary.slide, slide.info, summary.mask_rules) as masks:
             yield slide, masks
 
 

@@ -1,0 +1,327 @@
+"""A mask's file, opened: its size and how it is stored, and its pixels by region, from memory or from a local file.
+
+Both layouts read masks here, so that a file means the same in each. libvips decodes PNG, JPEG and most TIFF, by region
+where the TIFF is tiled; what it lacks (BMP, TIFF in ZSTD or LZMA, tiles of separate planes) Pillow decodes as a whole.
+Where a decoder passes over damage in silence, the stored streams are checked by a stricter one.
+"""
+
+from __future__ import annotations
+
+import io
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import pyvips
+import simplejpeg
+import tifffile
+from PIL import Image
+from PIL.ImagePalette import ImagePalette
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+
+from apacs_ray.data.images import DAMAGE, ORIENTATION, READERS, SWAPS_SIDES, code_of, read_header, turn_of
+from apacs_ray.data.tiles import Box
+from apacs_ray.data.vips import open_vips, reason
+from apacs_ray.errors import BadInput
+
+Pixels = npt.NDArray[Any]  # (H, W) or (H, W, bands), as stored
+Palette = npt.NDArray[np.int64]  # (colours, 3), 0..255
+MAX_TILE = 1 << 26  # px of one tile of a mask in tiles, which is decoded as a whole
+MOST_PAGES = 1000
+BLOCK = 1 << 24  # px that are looked at in one go
+SOI = b"\xff\xd8"
+BY_VIPS = {"NONE", "LZW", "DEFLATE", "ADOBE_DEFLATE", "PACKBITS", "JPEG", "WEBP", "CCITTRLE", "CCITTFAX3", "CCITTFAX4"}
+BY_PILLOW = {"ZSTD", "LZMA"}
+LOSSY = {"JPEG", "WEBP"}
+PHOTOMETRICS = {"MINISWHITE", "MINISBLACK", "RGB", "PALETTE", "YCBCR"}
+# EXIF orientation -> the stored image transposed, then mirrored left to right, then top to bottom
+TURNS = {
+    1: (False, False, False),
+    2: (False, True, False),
+    3: (False, True, True),
+    4: (False, False, True),
+    5: (True, False, False),
+    6: (True, True, False),
+    7: (True, True, True),
+    8: (True, False, True),
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a mask is stored. `width` and `height` are px before its orientation is applied."""
+
+    width: int
+    height: int
+    orientation: int = 1
+    palette: Palette | None = None
+    lossy: bool = False
+    by_pillow: bool = False
+    tile: tuple[int, int] | None = None
+    compression: str = ""
+    offsets: tuple[int, ...] = ()  # of a TIFF's tiles or strips
+    sizes: tuple[int, ...] = ()  # bytes of each
+    tables: bytes = b""  # of its JPEG streams
+
+
+class MaskFile:
+    """An open mask. `width` and `height` are px with its orientation applied."""
+
+    def __init__(self, source: Path | bytes, max_pixels: int) -> None:
+        """Open a mask from a local file or from memory; only its header is read.
+
+        Raises BadInput: empty_file, unreadable, truncated, multiple_frames, unsupported_mode, and too_large for a
+        file of more than `max_pixels` that cannot be read in parts.
+        """
+        self._source = source
+        with _stream(source) as stream:
+            self.stored = stored = _stored(stream, max_pixels)
+        if stored.tile is None or stored.by_pillow:
+            require_fits(stored.width, stored.height, max_pixels)
+        turned = stored.orientation in SWAPS_SIDES
+        self.width, self.height = (stored.height, stored.width) if turned else (stored.width, stored.height)
+        self._array: Pixels | None = None
+        self._image: pyvips.Image | None = None
+
+    def read(self, box: Box) -> Pixels:
+        """The pixels of a box that lies inside the image. Raises BadInput (unreadable, truncated)."""
+        transposed, mirrored, flipped = TURNS[self.stored.orientation]
+        x = self.width - box.x - box.width if mirrored else box.x
+        y = self.height - box.y - box.height if flipped else box.y
+        raw = Box(y, x, box.height, box.width) if transposed else Box(x, y, box.width, box.height)
+        pixels = self._read(raw)
+        pixels = pixels.swapaxes(0, 1) if transposed else pixels
+        return pixels[:: -1 if flipped else 1, :: -1 if mirrored else 1]
+
+    def blocks(self) -> Iterator[Pixels]:
+        """All pixels once, some `BLOCK` at a time, in the order in which they are stored."""
+        wide, high = self.stored.tile or (self.stored.width, max(1, BLOCK // self.stored.width))
+        across = max(1, BLOCK // (wide * high)) * wide
+        for y in range(0, self.stored.height, high):
+            for x in range(0, self.stored.width, across):
+                yield self._read(Box(x, y, min(across, self.stored.width - x), min(high, self.stored.height - y)))
+
+    def require_sound(self) -> None:
+        """Raise BadInput (unreadable) where a stream is damaged in a way that the decoder does not tell.
+
+        libtiff leaves the checksum of Deflate alone, and libjpeg goes on after errors. Damage of raw pixels and of
+        lossless WebP, and single bits of LZW, PackBits, CCITT and JPEG, nothing can tell.
+        """
+        if self.stored.by_pillow or self.stored.compression not in ("DEFLATE", "ADOBE_DEFLATE", "JPEG"):
+            return
+        with _stream(self._source) as stream:
+            for number, (offset, size) in enumerate(zip(self.stored.offsets, self.stored.sizes, strict=True)):
+                if size:
+                    stream.seek(offset)
+                    self._check(number, stream.read(size))
+
+    def _check(self, number: int, content: bytes) -> None:
+        try:
+            if self.stored.compression == "JPEG":
+                whole = SOI + self.stored.tables[2:-2] + content[2:]
+                height, width, *_ = simplejpeg.decode_jpeg_header(whole)
+                if width * height > MAX_TILE:
+                    raise ValueError(f"it measures {width} x {height} px")
+                simplejpeg.decode_jpeg(whole, colorspace="GRAY", strict=True)
+            else:
+                _require_checksum(content)
+        except (ValueError, zlib.error) as error:
+            raise BadInput("unreadable", f"its part {number} is damaged: {error}") from error
+
+    def _read(self, box: Box) -> Pixels:
+        """A box in stored px; tiles that the file leaves out are 0."""
+        if self.stored.by_pillow:
+            if self._array is None:
+                with _stream(self._source) as stream:
+                    self._array = _by_pillow(stream)
+            if self._array.shape[:2] != (self.stored.height, self.stored.width):
+                raise BadInput("unreadable", "its pixels are not as many as its header says")
+            return self._array[box.y : box.y + box.height, box.x : box.x + box.width]
+        image = self._opened()
+        if self.stored.tile is None or 0 not in self.stored.sizes:
+            return _cropped(image, box)
+        bands = () if image.bands == 1 else (image.bands,)
+        whole = np.zeros((box.height, box.width, *bands), _cropped_type(image))
+        wide, high = self.stored.tile
+        across = -(-self.stored.width // wide)
+        for row in range(box.y // high, -(-(box.y + box.height) // high)):
+            for column in range(box.x // wide, -(-(box.x + box.width) // wide)):
+                if not self.stored.sizes[row * across + column]:
+                    continue
+                x, y = max(box.x, column * wide), max(box.y, row * high)
+                right, bottom = min(box.x + box.width, (column + 1) * wide), min(box.y + box.height, (row + 1) * high)
+                part = _cropped(image, Box(x, y, right - x, bottom - y))
+                whole[y - box.y : bottom - box.y, x - box.x : right - box.x] = part
+        return whole
+
+    def _opened(self) -> pyvips.Image:
+        if self._image is None:
+            self._image = image = open_vips(self._source)
+            if (image.width, image.height) != (self.stored.width, self.stored.height):
+                raise BadInput("unreadable", f"libvips finds {image.width} x {image.height} px in its header")
+            if image.bands > 4 or image.interpretation not in ("b-w", "grey16", "srgb", "rgb", "rgb16", "multiband"):
+                raise BadInput("unsupported_mode", f"{image.bands} channels of {image.interpretation}; save it as grey")
+        return self._image
+
+
+def require_fits(width: int, height: int, max_pixels: int) -> None:
+    """Raise BadInput (too_large) for more than `max_pixels`."""
+    if width * height > max_pixels:
+        raise BadInput(
+            "too_large",
+            f"{width} x {height} px exceed data.max_pixels ({max_pixels}); save a whole slide's mask as a tiled TIFF",
+        )
+
+
+def _stream(source: Path | bytes) -> BinaryIO:
+    return io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
+
+
+def _cropped(image: pyvips.Image, box: Box) -> Pixels:
+    try:
+        pixels: Pixels = np.asarray(image.crop(box.x, box.y, box.width, box.height).numpy())
+    except pyvips.Error as error:
+        words = reason(error)
+        raise BadInput(code_of(error), f"the pixels cannot be read: {words}") from error
+    return pixels.reshape(box.height, box.width, *(() if image.bands == 1 else (image.bands,)))
+
+
+def _cropped_type(image: pyvips.Image) -> npt.DTypeLike:
+    types = {"uchar": "u1", "char": "i1", "ushort": "u2", "short": "i2", "uint": "u4", "int": "i4", "float": "f4"}
+    return np.dtype(types[image.format])
+
+
+def _require_checksum(content: bytes) -> None:
+    """Raise zlib.error unless a Deflate stream is whole; nothing of it is kept."""
+    stream = zlib.decompressobj()
+    while content and not stream.eof:
+        stream.decompress(content, 1 << 20)
+        content = stream.unconsumed_tail
+    if not stream.eof:
+        stream.flush()
+        if not stream.eof:
+            raise zlib.error("the stream ends too early")
+
+
+def _stored(stream: BinaryIO, max_pixels: int) -> Stored:
+    magic = stream.read(8)
+    stream.seek(0)
+    kind = next((reader for start, reader in READERS.items() if magic.startswith(start)), None)
+    if kind is TiffImageFile:
+        try:
+            with tifffile.TiffFile(stream) as tiff:
+                return _stored_tiff(tiff)
+        except (tifffile.TiffFileError, *DAMAGE) as error:
+            raise BadInput("unreadable", f"the header cannot be read: {error}") from error
+    header = read_header(stream, max_pixels).image
+    if header.mode in ("CMYK", "YCbCr"):
+        raise BadInput("unsupported_mode", f"a mask in {header.mode}; save it as grey")
+    return Stored(
+        *header.size,
+        orientation=turn_of(header),
+        palette=_table(header.palette) if header.mode == "P" and header.palette is not None else None,
+        lossy=header.format == "JPEG",
+        by_pillow=header.format == "BMP",
+        compression="" if isinstance(header, PngImageFile) else str(header.format),
+    )
+
+
+def _table(palette: ImagePalette) -> Palette:
+    """A palette as the header gives it; to ask Pillow for its colors would read the pixels."""
+    order, content = palette.getdata()
+    whole = len(content) // len(order) * len(order)
+    colors = np.frombuffer(bytes(content[:whole]), np.uint8).reshape(-1, len(order))
+    return colors[:, [order.index(channel) for channel in "RGB"]].astype(np.int64)
+
+
+def _stored_tiff(tiff: tifffile.TiffFile) -> Stored:
+    page = _only_page(tiff)
+    bits, kind, planes = page.bitspersample, int(page.sampleformat), page.planarconfig == 2 and page.samplesperpixel > 1
+    photometric, compression = _name(page.photometric), _name(page.compression)
+    if photometric not in PHOTOMETRICS or kind not in (1, 2, 3) or not 1 <= page.samplesperpixel <= 4:
+        what = f"{page.samplesperpixel} channels of {photometric} (sample format {kind})"
+        raise BadInput("unsupported_mode", f"a mask with {what}; save it as grey of 8 or 16 bits")
+    if bits not in (1, 2, 4, 8, 16, 32):
+        raise BadInput("unsupported_mode", f"a mask with {bits} bits a channel; save it with 8 or 16")
+    by_pillow = compression in BY_PILLOW or planes
+    if compression not in BY_VIPS | BY_PILLOW or (compression.startswith("CCITT") and page.is_tiled):
+        # of tiles in CCITT the decoder tells no damage at all
+        where = " in tiles" if page.is_tiled else ""
+        raise BadInput("unsupported_mode", f"a mask in {compression}{where}; save it with Deflate or LZW")
+    if by_pillow and (bits not in (1, 8, 16) or kind != 1 or (planes and bits != 8)):
+        raise BadInput("unsupported_mode", f"a mask in {compression}{' and planes' * planes}; save it with Deflate")
+    if photometric == "MINISWHITE" and (bits > 16 or kind != 1 or (by_pillow and bits > 8)):
+        raise BadInput("unsupported_mode", f"a mask of {bits} bits in which 0 is white; save it with 0 as black")
+    tile = (page.tilewidth, page.tilelength) if page.is_tiled else None
+    if tile is not None and tile[0] * tile[1] > MAX_TILE:
+        raise BadInput("too_large", f"in tiles of {tile[0]} x {tile[1]} px; {MAX_TILE} px are the limit")
+    turn = int(page.tags.valueof(ORIENTATION, 1))
+    width, height = page.imagewidth, page.imagelength
+    if by_pillow:  # which turns them itself
+        turn, width, height = 1, *((height, width) if turn in SWAPS_SIDES else (width, height))
+    return Stored(
+        width,
+        height,
+        orientation=turn if turn in TURNS else 1,
+        palette=_colormap(page) if photometric == "PALETTE" else None,
+        lossy=compression in LOSSY,
+        by_pillow=by_pillow,
+        tile=tile,
+        compression=compression,
+        offsets=tuple(page.dataoffsets),
+        sizes=tuple(page.databytecounts),
+        tables=page.jpegtables or b"",
+    )
+
+
+def _name(member: Any) -> str:
+    return str(getattr(member, "name", member))
+
+
+def _only_page(tiff: tifffile.TiffFile) -> Any:
+    """The mask's page: the first; smaller ones are its pyramid."""
+    pages: Sequence[Any] = tiff.pages
+    if not len(pages):
+        raise BadInput("unreadable", "it holds no image")
+    if len(pages) > MOST_PAGES:
+        raise BadInput("multiple_frames", f"the file holds {len(pages)} images; save the one that is meant")
+    first = tiff.pages.first
+    if min(first.imagewidth, first.imagelength) < 1:
+        raise BadInput("unreadable", f"{first.imagewidth} x {first.imagelength} px")
+    images = int((tiff.imagej_metadata or {}).get("images", 1)) * int(first.imagedepth)
+    for page in [pages[number] for number in range(1, len(pages))]:
+        page = page.aspage()
+        if page.imagewidth >= first.imagewidth or page.imagelength >= first.imagelength:
+            images = max(images, len(pages))
+    if images > 1:
+        raise BadInput("multiple_frames", f"the file holds {images} images; save the one that is meant")
+    return first
+
+
+def _colormap(page: Any) -> Palette | None:
+    colors = page.colormap
+    return None if colors is None else (np.asarray(colors, np.int64).T >> 8)
+
+
+def _by_pillow(stream: BinaryIO) -> Pixels:
+    """All pixels of a file that libvips cannot read, upright."""
+    magic = stream.read(4)
+    stream.seek(0)
+    reader = next(reader for start, reader in READERS.items() if magic.startswith(start))
+    try:
+        image: Image.Image = reader(stream)
+        image.load()
+    except DAMAGE as error:
+        raise BadInput(code_of(error), f"the pixels cannot be read: {error}") from error
+    if image.mode == "1":
+        return np.asarray(image).astype(np.uint8) * 255
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    if image.mode not in ("L", "LA", "RGB", "RGBA", "I;16", "I;16B", "I;16L", "I;16N"):
+        raise BadInput("unsupported_mode", f"a mask of Pillow's mode {image.mode}; save it as grey")
+    return np.asarray(image)
