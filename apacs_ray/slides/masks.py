@@ -16,9 +16,11 @@ import pyvips
 
 from apacs_ray.data.images import decode_mask
 from apacs_ray.errors import BadInput
+from apacs_ray.slides.annotations import read_annotations
 from apacs_ray.slides.find import AnnotationKind
-from apacs_ray.slides.polygons import LARGEST_FILE, PolygonMask, read_asap, read_geojson
+from apacs_ray.slides.polygons import PolygonMask
 from apacs_ray.slides.reader import SlideInfo
+from apacs_ray.slides.shapes import LARGEST_FILE
 
 Mask = npt.NDArray[np.bool_]
 MAX_PIXELS = 400_000_000
@@ -47,20 +49,21 @@ def open_masks(
 ) -> MaskSource:
     """The annotation of a slide from local files, each with the level-0 (x, y) its name gives (0, 0 where none).
 
-    QuPath shows a slide from its bounds on, so GeoJSON begins there; ASAP counts from level 0. Raises BadInput.
+    Raises BadInput.
     """
     path = files[0][0]
-    if kind in ("geojson", "asap") and path.stat().st_size > LARGEST_FILE:
-        raise BadInput("bad_annotation", f"{path.stat().st_size} bytes; {LARGEST_FILE} are the limit")
-    if kind == "geojson":
-        found = read_geojson(path.read_bytes(), classes).moved(info.bounds.x, info.bounds.y)
-        return _Drawn(PolygonMask(found), [f"feature {defect.feature}: {defect.reason}" for defect in found.defects])
-    if kind == "asap":
-        found = read_asap(path.read_bytes(), classes)
-        return _Drawn(PolygonMask(found), [f"annotation {defect.feature}: {defect.reason}" for defect in found.defects])
     if kind == "image":
         return ImageMask(path, info, threshold, max_pixels)
-    return FovMasks(files, threshold, max_pixels)
+    if kind == "fovs":
+        return FovMasks(files, threshold, max_pixels)
+    if path.stat().st_size > LARGEST_FILE:
+        raise BadInput("bad_annotation", f"{path.name}: {path.stat().st_size} bytes; {LARGEST_FILE} are the limit")
+    drawn = read_annotations(path.read_bytes(), path.name, classes)
+    try:
+        drawn = drawn.placed(info)
+    except BadInput as defect:
+        raise BadInput(defect.code, f"{path.name}: {defect.reason}") from defect
+    return _Drawn(PolygonMask(drawn), [f"annotation {defect.feature}: {defect.reason}" for defect in drawn.defects])
 
 
 class _Drawn:
