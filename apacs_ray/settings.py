@@ -28,7 +28,9 @@ class DataSettings(Section):
     mpp: float | None = Field(None, gt=0, description="um per px at level 0, for images that do not say")
     mpps: str | None = Field(None, description="URI of a CSV slide_id,mpp: um per px of single slides")
     mask_classes: tuple[str, ...] = Field(
-        (), description="classes (QuPath) or groups (ASAP) of annotations that are cells (default: all)"
+        (),
+        description="annotations that are cells, by class (QuPath), group (ASAP), layer or text (ImageScope) or "
+        "category (COCO); default: all but QuPath's Ignore* and Region*",
     )
     engine: Literal["auto", "vips", "openslide"] = Field(
         "auto", description="what reads whole slides; auto: libvips where it can, else OpenSlide"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,15 @@ import numpy as np
 import pytest
 import pyvips
 import shapely
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from apacs_ray.data.tiles import Box
 from apacs_ray.errors import BadInput
+from apacs_ray.slides.annotations import Annotations, read_annotations
 from apacs_ray.slides.masks import ImageMask, open_masks
-from apacs_ray.slides.polygons import PolygonMask, read_asap, read_geojson
+from apacs_ray.slides.polygons import PolygonMask
 from apacs_ray.slides.reader import Level, SlideInfo
 
 INFO = SlideInfo("test", (Level(300, 200, 1.0),), 0.25, Box(40, 20, 200, 150))
@@ -33,12 +35,24 @@ def collection(*features: Any) -> bytes:
     return json.dumps({"type": "FeatureCollection", "features": features}).encode()
 
 
+def read_geojson(content: bytes, classes: Sequence[str] = ()) -> Annotations:
+    return read_annotations(content, "a.geojson", classes)
+
+
+def drawn(*rings: Any) -> Annotations:
+    """The areas of rings; where none of them has an area, the example is no good."""
+    try:
+        return read_geojson(collection(*(polygon([list(point) for point in ring]) for ring in rings)))
+    except BadInput:
+        reject()
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     shapes=st.lists(points, min_size=1, max_size=4), side=st.integers(7, 60), x=st.integers(0, 30), y=st.integers(0, 30)
 )
 def test_tiles_put_together_are_the_whole(shapes: list[Any], side: int, x: int, y: int) -> None:
-    mask = PolygonMask(read_geojson(collection(*(polygon([list(p) for p in ring]) for ring in shapes))))
+    mask = PolygonMask(drawn(*shapes))
     whole = mask.tile(x, y, 100, 90, 1.0)
     for top in range(0, 90, side):
         for left in range(0, 100, side):
@@ -50,7 +64,7 @@ def test_tiles_put_together_are_the_whole(shapes: list[Any], side: int, x: int, 
 @settings(max_examples=80, deadline=None)
 @given(ring=points, downsample=st.sampled_from([1.0, 2.0, 0.5, 1.7]))
 def test_a_pixel_is_in_when_its_centre_is(ring: list[Any], downsample: float) -> None:
-    annotations = read_geojson(collection(polygon([list(p) for p in ring])))
+    annotations = drawn(ring)
     mask = PolygonMask(annotations).tile(3, 5, 50, 40, downsample)
     area = shapely.union_all(list(annotations.areas))
     x, y = np.meshgrid(3 + (np.arange(50) + 0.5) * downsample, 5 + (np.arange(40) + 0.5) * downsample)
@@ -111,26 +125,27 @@ ASAP = """<?xml version="1.0"?><ASAP_Annotations><Annotations>
 
 
 def test_asap() -> None:
-    found = read_asap(ASAP.encode(), ["cell"])
+    found = read_annotations(ASAP.encode(), "a.xml", ["cell"])
     assert PolygonMask(found).tile(0, 0, 12, 12, 1.0).sum() == 100
     assert [defect.feature for defect in found.defects] == [1]
-    assert read_asap(ASAP.encode(), ["nothing"]).areas == ()
+    with pytest.raises(BadInput, match=r"none of its 2 annotations is of class nothing .*; it has cell \(2\)"):
+        read_annotations(ASAP.encode(), "a.xml", ["nothing"])
 
 
 def test_xml_bombs_do_not_go_off() -> None:
     bomb = '<?xml version="1.0"?><!DOCTYPE a [<!ENTITY b "bbbb"><!ENTITY c "&b;&b;&b;">]><a>&c;</a>'
     with pytest.raises(BadInput, match="bad_annotation"):
-        read_asap(bomb.encode())
+        read_annotations(bomb.encode(), "a.xml")
     with pytest.raises(BadInput, match="bad_annotation"):
-        read_asap(b"<a><b></a>")
+        read_annotations(b"<a><b></a>", "a.xml")
 
 
 def test_geojson_begins_at_the_bounds_and_asap_at_level_0(tmp_path: Path) -> None:
     (tmp_path / "s.geojson").write_bytes(collection(polygon([[0, 0], [10, 0], [10, 10], [0, 10]])))
     (tmp_path / "s.xml").write_text(ASAP)
-    drawn = open_masks("geojson", [(tmp_path / "s.geojson", 0, 0)], INFO)
-    assert drawn.tile(40, 20, 10, 10, 1.0).all()
-    asap = open_masks("asap", [(tmp_path / "s.xml", 0, 0)], INFO)
+    geojson = open_masks("geojson", [(tmp_path / "s.geojson", 0, 0)], INFO)
+    assert geojson.tile(40, 20, 10, 10, 1.0).all()
+    asap = open_masks("xml", [(tmp_path / "s.xml", 0, 0)], INFO)
     assert asap.tile(0, 0, 10, 10, 1.0).all()
     assert not asap.tile(40, 20, 10, 10, 1.0).any()
     assert "annotation 1" in asap.defects[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -49,14 +50,15 @@ from apacs_ray.own_folder import own_folder
 from apacs_ray.report.page import build_report
 from apacs_ray.run import MARKER, RUN_JSON, Marker, Run
 from apacs_ray.settings import DataSettings, Settings, TilesSettings
-from apacs_ray.slides import polygons
+from apacs_ray.slides import polygons, shapes, unpack
+from apacs_ray.slides.annotations import read_annotations
 from apacs_ray.slides.cache import SlideCache
 from apacs_ray.slides.find import find_slides
 from apacs_ray.slides.masks import ImageMask
 from apacs_ray.slides.mpps import read_mpps
 from apacs_ray.slides.open import open_slide
 from apacs_ray.slides.plan import read_manifest
-from apacs_ray.slides.polygons import fill, read_asap, read_geojson
+from apacs_ray.slides.polygons import fill
 from apacs_ray.slides.tiff_tiles import TiffTiles
 from apacs_ray.stages.evaluate import _rejects
 from apacs_ray.stages.pipeline import Context, Outcome, Stage, run_stage
@@ -321,8 +323,7 @@ def test_no_other_file_is_unpickled_either(tmp_path: Path, gone_off: Path) -> No
             lambda c=content: ModelSpec.from_json(c),
             lambda c=content: decode_image(c, 1000),
             lambda c=content: decode_pixels(c),
-            lambda c=content: read_geojson(c),
-            lambda c=content: read_asap(c),
+            lambda c=content: read_annotations(c, "a.geojson"),
             lambda c=content: Marker.decode(c),
             lambda: Lease.acquire(store),
         ]
@@ -557,22 +558,61 @@ def test_names_do_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> 
 def test_annotations_that_would_explode() -> None:
     points = (np.random.default_rng(0).random((3000, 2)) * 1000).tolist()
     on_a_line = [[x, 0.0] for x, _ in points]
-    found = read_geojson(collection(*(polygon([*ring, ring[0]]) for ring in (points, on_a_line))))
+    square = [[0, 0], [9, 0], [9, 9], [0, 0]]
+    found = read_annotations(collection(*(polygon([*ring, ring[0]]) for ring in (square, points, on_a_line))), "a")
     assert [defect.reason for defect in found.defects] == ["it crosses itself more than 1000 times"] * 2
-    assert found.areas == ()
-    many = [{"type": "Point", "coordinates": [0, 0]}] * 3000
-    defects = read_geojson(json.dumps(many).encode()).defects
+    assert len(found.areas) == 1
+    many = [polygon(square), *[{"type": "Point", "coordinates": [0, 0]}] * 3000]
+    defects = read_annotations(json.dumps(many).encode(), "a").defects
     assert (len(defects), defects[-1].reason) == (1001, "and 2000 more after this one have no area either")
-    parts = polygons.MOST_PARTS // 2 + 1
+    parts = shapes.MOST_PARTS // 2 + 1
     for content in (b"[" + b"[]," * parts + b"0]", b"[" * 10**6, b'{"a":' * 10**5):
         with pytest.raises(BadInput, match="bad_annotation"):
-            read_geojson(content)
+            read_annotations(content, "a.geojson")
     for xml in (b"<a>" + b"<a x='1'/>" * parts + b"</a>", b'<?xml version="1.0" encoding="none"?><a/>', b"<a>" * 10**5):
         with pytest.raises(BadInput, match="bad_annotation"):
-            read_asap(xml)
+            read_annotations(xml, "a.xml")
     external = b'<!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/passwd">]><a>&b;</a>'
     with pytest.raises(BadInput, match="bad_annotation"):
-        read_asap(external)
+        read_annotations(external, "a.xml")
+
+
+def zipped(**members: bytes) -> bytes:
+    sink = io.BytesIO()
+    with zipfile.ZipFile(sink, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, content in members.items():
+            packed.writestr(name, content)
+    return sink.getvalue()
+
+
+def test_packed_annotations_that_would_explode(monkeypatch: pytest.MonkeyPatch) -> None:
+    blank = b" " * (1 << 22)
+    monkeypatch.setattr(unpack, "LARGEST_FILE", 1 << 21)
+    for content in (gzip.compress(blank), gzip.compress(gzip.compress(blank)), zipped(**{"a.json": blank}), blank):
+        with pytest.raises(BadInput, match="limit"):
+            read_annotations(content, "a.json.gz")
+    monkeypatch.setattr(unpack, "MOST_MEMBERS", 10)
+    with pytest.raises(BadInput, match="more than 10 files"):
+        read_annotations(zipped(**{f"{n}.txt": b"" for n in range(11)}), "a.zip")
+
+
+def test_masks_as_run_lengths_that_would_explode(monkeypatch: pytest.MonkeyPatch) -> None:
+    def coco(counts: Any, size: Any = (1 << 20, 1 << 20)) -> bytes:
+        annotation = {"image_id": 1, "segmentation": {"counts": counts, "size": size}}
+        return json.dumps({"images": [{"id": 1}], "annotations": [annotation]}).encode()
+
+    assert (
+        read_annotations(coco([0, 1 << 40]), "a.json").areas[0].area == 1 << 40
+    )  # as large as it may be, and nothing is filled
+    for counts in ([0, (1 << 40) + 1], [1, -1], [0, 10**400], "o" * 100, "\x7f", [0, 1.5], "P", {}):
+        with pytest.raises(BadInput, match="run lengths"):
+            read_annotations(coco(counts), "a.json")
+    for size in ((0, 5), (1 << 40, 1), (3,), ("5", "5"), None):
+        with pytest.raises(BadInput, match="run lengths"):
+            read_annotations(coco([0, 1], size), "a.json")
+    monkeypatch.setattr("apacs_ray.slides.coco.MOST_RUNS", 100)
+    with pytest.raises(BadInput, match="more than 100 runs"):
+        read_annotations(coco([1] * 201), "a.json")
 
 
 def test_a_comb_of_an_annotation_is_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,9 +17,11 @@ from apacs_ray.data.mask_file import MaskFile, require_fits
 from apacs_ray.data.masks import CellRule, find_rule
 from apacs_ray.data.tiles import Box
 from apacs_ray.errors import BadInput
+from apacs_ray.slides.annotations import read_annotations
 from apacs_ray.slides.find import AnnotationKind
-from apacs_ray.slides.polygons import LARGEST_FILE, PolygonMask, read_asap, read_geojson
+from apacs_ray.slides.polygons import PolygonMask
 from apacs_ray.slides.reader import SlideInfo
+from apacs_ray.slides.shapes import LARGEST_FILE
 
 Mask = npt.NDArray[np.bool_]
 MAX_PIXELS = 400_000_000
@@ -55,22 +57,22 @@ def open_masks(
 ) -> MaskSource:
     """The annotation of a slide from local files, each with the level-0 (x, y) its name gives (0, 0 where none).
 
-    QuPath shows a slide from its bounds on, so GeoJSON begins there; ASAP counts from level 0. A `doubtful` image is a
-    mask only when it looks like one, else BadInput (no_mask). `rules` are those that the same files had before; without
-    them all pixels of mask images are read to find them. Raises BadInput.
+    A `doubtful` image is a mask only when it looks like one, else BadInput (no_mask). `rules` are those that the same
+    files had before; without them all pixels of mask images are read to find them. Raises BadInput.
     """
     path = files[0][0]
-    if kind in ("geojson", "asap") and path.stat().st_size > LARGEST_FILE:
-        raise BadInput("bad_annotation", f"{path.stat().st_size} bytes; {LARGEST_FILE} are the limit")
-    if kind == "geojson":
-        found = read_geojson(path.read_bytes(), classes).moved(info.bounds.x, info.bounds.y)
-        return _Drawn(PolygonMask(found), [f"feature {defect.feature}: {defect.reason}" for defect in found.defects])
-    if kind == "asap":
-        found = read_asap(path.read_bytes(), classes)
-        return _Drawn(PolygonMask(found), [f"annotation {defect.feature}: {defect.reason}" for defect in found.defects])
     if kind == "image":
         return ImageMask(path, info, threshold, max_pixels, doubtful=doubtful, rules=rules)
-    return FovMasks(files, threshold, max_pixels, rules)
+    if kind == "fovs":
+        return FovMasks(files, threshold, max_pixels, rules)
+    if path.stat().st_size > LARGEST_FILE:
+        raise BadInput("bad_annotation", f"{path.name}: {path.stat().st_size} bytes; {LARGEST_FILE} are the limit")
+    drawn = read_annotations(path.read_bytes(), path.name, classes)
+    try:
+        drawn = drawn.placed(info)
+    except BadInput as defect:
+        raise BadInput(defect.code, f"{path.name}: {defect.reason}") from defect
+    return _Drawn(PolygonMask(drawn), [f"annotation {defect.feature}: {defect.reason}" for defect in drawn.defects])
 
 
 class _Drawn:

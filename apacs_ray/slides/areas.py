@@ -1,0 +1,100 @@
+"""Areas out of shapes as drawn: what has none is told, what crosses itself is made valid, negative ones are cut out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import shapely
+from shapely.geometry import GeometryCollection, MultiPolygon, Polygon
+from shapely.geometry.base import BaseGeometry
+
+from apacs_ray.errors import BadInput
+from apacs_ray.slides.shapes import out_of_range
+
+Ring = npt.NDArray[np.float64]  # (N, 2), closed
+MOST_CROSSINGS = 1000  # of an area with itself; to repair it takes time by their square
+MOST_CUTS = 100_000  # pairs of an area and a negative region that meet
+AT_ONCE = 4_000_000  # pairs of edges that are compared at a time
+
+
+def areas_of(geometry: BaseGeometry) -> tuple[list[Polygon], str | None]:
+    """The valid polygons of a geometry, and what is wrong with it, even where it could be repaired.
+
+    No polygon: it cannot be used.
+    """
+    reason = out_of_range(shapely.get_coordinates(geometry))
+    if reason is not None:
+        return [], reason
+    if geometry.is_valid:
+        areas = list(_polygons(geometry))
+        return areas, None if areas else "it has no area"
+    if _meets_itself_often(geometry):
+        return [], f"it crosses itself more than {MOST_CROSSINGS} times"
+    reason = shapely.is_valid_reason(geometry)
+    try:
+        return list(_polygons(shapely.make_valid(geometry))), reason
+    except shapely.errors.GEOSException as error:
+        return [], f"it cannot be made valid: {str(error)[:120]}"
+
+
+def cut_out(areas: Sequence[Polygon], holes: Sequence[Polygon]) -> Iterator[tuple[list[Polygon], str | None]]:
+    """Each area without the holes: what is left of it, and why nothing is if that is a defect.
+
+    Raises BadInput for files that would take hours.
+    """
+    around, inside = shapely.STRtree(holes).query(areas, predicate="intersects")
+    if len(around) > MOST_CUTS:
+        raise BadInput("bad_annotation", f"negative regions cut areas more than {MOST_CUTS} times")
+    begins = np.searchsorted(around, np.arange(len(areas) + 1))
+    for number, area in enumerate(areas):
+        cutting = [holes[hole] for hole in inside[begins[number] : begins[number + 1]]]
+        if not cutting:
+            yield [area], None
+        elif _meets_itself_often(GeometryCollection([area, *cutting])):
+            yield [], f"negative regions cross it more than {MOST_CROSSINGS} times"
+        else:
+            try:
+                yield list(_polygons(shapely.difference(area, shapely.union_all(cutting)))), None
+            except shapely.errors.GEOSException as error:
+                yield [], f"its negative regions cannot be cut out: {str(error)[:120]}"
+
+
+def rings_of(area: Polygon) -> Iterator[Ring]:
+    yield np.asarray(area.exterior.coords)[:, :2]
+    for hole in area.interiors:
+        yield np.asarray(hole.coords)[:, :2]
+
+
+def _polygons(geometry: BaseGeometry) -> Iterator[Polygon]:
+    if isinstance(geometry, Polygon):
+        if geometry.area > 0:
+            yield geometry
+    elif isinstance(geometry, MultiPolygon | GeometryCollection):
+        for part in geometry.geoms:
+            yield from _polygons(part)
+
+
+def _all_rings(geometry: BaseGeometry) -> Iterator[Ring]:
+    """Of areas of any kind, also of such that have no size."""
+    if isinstance(geometry, Polygon):
+        yield from rings_of(geometry)
+    for part in getattr(geometry, "geoms", ()):
+        yield from _all_rings(part)
+
+
+def _meets_itself_often(geometry: BaseGeometry) -> bool:
+    """Whether more than `MOST_CROSSINGS` pairs of edges meet that are no neighbors; looks no further than that."""
+    rings = list(_all_rings(geometry))
+    if not rings:
+        return False
+    starts, ends = (np.concatenate([ring[part] for ring in rings]) for part in (slice(-1), slice(1, None)))
+    edges = shapely.linestrings(np.stack([starts, ends], axis=1)[(starts != ends).any(axis=1)])
+    tree, meetings = shapely.STRtree(edges), 0
+    for start in range(0, len(edges), step := max(1, AT_ONCE // max(1, len(edges)))):
+        part = edges[start : start + step]
+        meetings += tree.query(part, predicate="intersects").shape[1] - 3 * len(part)  # itself and its neighbors
+        if meetings > 2 * MOST_CROSSINGS:  # each pair is met twice
+            return True
+    return False

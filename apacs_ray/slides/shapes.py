@@ -1,0 +1,102 @@
+"""What the readers of annotation files have in common: shapes as drawn, unchecked, and bounds on what is parsed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import shapely
+from shapely.geometry import GeometryCollection, Polygon
+
+from apacs_ray.errors import BadInput
+
+LARGEST_FILE = 512 << 20  # bytes, packed or not
+# Brackets and commas of JSON, or tags and attributes of XML, each an object of up to 150 bytes in memory; a vertex
+# takes three or four of them
+MOST_PARTS = 30_000_000
+FARTHEST = 2.0**31  # px; no slide reaches so far, and arithmetic is exact
+READ_FORMATS = "read are GeoJSON, COCO, and the XML of ASAP and ImageScope"
+# what numpy and shapely raise over coordinates that are none
+MALFORMED = (ValueError, TypeError, LookupError, ArithmeticError, RecursionError, shapely.errors.ShapelyError)
+Origin = Literal["bounds", "level0"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One annotation of a file. `geometry` is what was drawn, px, unchecked, or why it is no area.
+
+    Args:
+        number: its index in the file.
+        classes: the names that a class filter may ask for, the fullest first.
+        layer: regions of one layer belong together.
+        negative: it is cut out of the other areas of its layer.
+        left_out: why it is no cell where no class is asked for.
+    """
+
+    number: int
+    classes: tuple[str, ...]
+    geometry: Polygon | GeometryCollection | str
+    layer: int = 0
+    negative: bool = False
+    left_out: str | None = None
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """All shapes of a file that was understood; none: nobody drew anything.
+
+    Args:
+        file_format: what the file is, for a person.
+        origin: where its coordinates begin, at the slide's bounds or at level 0.
+        size: (width, height) px of the picture that it was drawn on, if that is known.
+    """
+
+    file_format: str
+    shapes: Iterable[Shape]
+    origin: Origin = "level0"
+    size: tuple[int, int] | None = None
+
+
+def require_bounded(text: str, marks: str) -> None:
+    """Raise BadInput for a text that would take far more memory than it has characters, before it is parsed."""
+    parts = sum(text.count(mark) for mark in marks)
+    if parts > MOST_PARTS:
+        raise BadInput(
+            "bad_annotation", f"{parts} parts, about {parts // 3} vertices; {MOST_PARTS} parts are the limit"
+        )
+
+
+def out_of_range(points: npt.NDArray[np.float64]) -> str | None:
+    """Why coordinates cannot be meant, if so."""
+    if not np.isfinite(points).all():
+        return "a coordinate is not finite"
+    return "a coordinate lies beyond any slide" if (np.abs(points) > FARTHEST).any() else None
+
+
+def class_names(*names: str | None) -> tuple[str, ...]:
+    """Names without blanks around them, each once, none empty."""
+    return tuple(dict.fromkeys(name.strip() for name in names if name and name.strip()))
+
+
+def shortened(text: object, length: int = 60) -> str:
+    """A name of the file's, short enough for a sentence."""
+    name = str(text)
+    return name if len(name) <= length else f"{name[:length]}..."
+
+
+def counted(counts: Iterable[tuple[str, int]], most: int = 8) -> str:
+    """`name (count)`, most frequent first."""
+    ordered = sorted(counts, key=lambda entry: (-entry[1], entry[0]))
+    told = ", ".join(f"{shortened(name, 100)} ({count})" for name, count in ordered[:most])
+    return told + (f" and {len(ordered) - most} more" if len(ordered) > most else "")
+
+
+def ellipse(left: float, top: float, right: float, bottom: float) -> Polygon:
+    """The ellipse in a box, as a polygon that departs from it by less than a tenth of a pixel."""
+    radii = np.array([right - left, bottom - top]) / 2
+    corners = min(max(32, int(8 * float(np.abs(radii).max()) ** 0.5)), 4096)
+    angles: npt.NDArray[np.float64] = 2 * np.pi * np.arange(corners) / corners
+    return Polygon(np.array([left, top]) + radii * (1 + np.stack([np.cos(angles), np.sin(angles)], axis=1)))
