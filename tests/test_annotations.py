@@ -130,7 +130,7 @@ def test_geojson_begins_at_the_bounds_and_asap_at_level_0(tmp_path: Path) -> Non
     (tmp_path / "s.xml").write_text(ASAP)
     drawn = open_masks("geojson", [(tmp_path / "s.geojson", 0, 0)], INFO)
     assert drawn.tile(40, 20, 10, 10, 1.0).all()
-    asap = open_masks("asap", [(tmp_path / "s.xml", 0, 0)], INFO)
+    asap = open_masks("xml", [(tmp_path / "s.xml", 0, 0)], INFO)
     assert asap.tile(0, 0, 10, 10, 1.0).all()
     assert not asap.tile(40, 20, 10, 10, 1.0).any()
     assert "annotation 1" in asap.defects[0]

@@ -16,7 +16,7 @@ import pyvips
 
 from apacs_ray.data.images import decode_mask
 from apacs_ray.errors import BadInput
-from apacs_ray.slides.find import AnnotationKind
+from apacs_ray.slides.annotation_names import AnnotationKind
 from apacs_ray.slides.polygons import LARGEST_FILE, PolygonMask, read_asap, read_geojson
 from apacs_ray.slides.reader import SlideInfo
 
@@ -50,12 +50,12 @@ def open_masks(
     QuPath shows a slide from its bounds on, so GeoJSON begins there; ASAP counts from level 0. Raises BadInput.
     """
     path = files[0][0]
-    if kind in ("geojson", "asap") and path.stat().st_size > LARGEST_FILE:
+    if kind in ("geojson", "xml") and path.stat().st_size > LARGEST_FILE:
         raise BadInput("bad_annotation", f"{path.stat().st_size} bytes; {LARGEST_FILE} are the limit")
     if kind == "geojson":
         found = read_geojson(path.read_bytes(), classes).moved(info.bounds.x, info.bounds.y)
         return _Drawn(PolygonMask(found), [f"feature {defect.feature}: {defect.reason}" for defect in found.defects])
-    if kind == "asap":
+    if kind == "xml":
         found = read_asap(path.read_bytes(), classes)
         return _Drawn(PolygonMask(found), [f"annotation {defect.feature}: {defect.reason}" for defect in found.defects])
     if kind == "image":

@@ -104,6 +104,10 @@ class SlideTask:
     def manifest_path(self, number: int) -> str:
         return f"manifest/{self.fingerprint[:8]}/{number:06d}.parquet"
 
+    def annotation_store(self, slide: SlideFiles) -> Store:
+        """Where the annotation of a slide lies."""
+        return self.masks if self.masks and slide.annotation_in == "masks" else self.data
+
 
 def inspect_slide(task: SlideTask, number: int, slide: SlideFiles) -> SlideSummary:
     """Find a slide's tissue and write its manifest; a manifest that is there already is left as it is.
@@ -140,9 +144,10 @@ def opened(task: SlideTask, slide: SlideFiles) -> Iterator[tuple[Slide, MaskSour
             if slide.kind is None:
                 yield reader, None
                 return
-            with task.cache.staged(task.masks or task.data, slide.annotation) as beside:
+            bounds = (reader.info.bounds.x, reader.info.bounds.y)
+            with task.cache.staged(task.annotation_store(slide), slide.annotation) as beside:
                 files = [
-                    (beside / entry.path, *(fov_origin(entry) if slide.kind == "fovs" else (0, 0)))
+                    (beside / entry.path, *(fov_origin(entry, bounds) if slide.kind == "fovs" else (0, 0)))
                     for entry in slide.annotation
                 ]
                 masks = open_masks(
