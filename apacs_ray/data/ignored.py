@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from apacs_ray.storage import Entry
 
-SHOWN = 5  # names of each kind
+SHOWN, PLACES = 5, 10  # names of a kind, and of places that are hidden
 LONGEST = 80  # characters of a name that is shown
 # what file managers, NAS boxes, snapshots and archives leave behind, beside all that begins with a dot
 SYSTEM = {
@@ -51,23 +51,25 @@ class Ignored:
     def told(self) -> str | None:
         """What a person is told of them: counts and the first few names; None when there are none."""
         # of what is hidden one of each place, so that each trash and snapshot is named
-        hidden = {hidden_part(entry.path): entry for entry in reversed(self.hidden)}
+        hidden: dict[str | None, Entry] = {}
+        for entry in self.hidden:
+            hidden.setdefault(hidden_part(entry.path), entry)
         kinds = (
-            (self.hidden, "file", "hidden or of the system", list(reversed(hidden.values()))),
-            (self.previews, "preview", "of annotated slides", self.previews),
-            (self.strays, "annotation", "that belong to no slide", self.strays),
-            (self.others, "file", "of other kinds", self.others),
+            (self.hidden, "file", "hidden or of the system", names(hidden.values(), PLACES)),
+            (self.previews, "preview", "and no mask", names(self.previews)),
+            (self.strays, "annotation", "of no slide that is here", names(self.strays)),
+            (self.others, "file", "of other kinds", names(self.others)),
         )
         told = [
-            f"{len(entries)} {noun}{'s' * (len(entries) > 1)} {what} ({names(entry.path for entry in shown)})"
+            f"{len(entries)} {noun}{'s' * (len(entries) > 1)} {what} ({shown})"
             for entries, noun, what, shown in kinds
             if entries
         ]
         return f"ignored {', '.join(told)}" if told else None
 
 
-def names(paths: Iterable[str], most: int = SHOWN) -> str:
-    """The first few of some names, as text; long ones lose their beginning."""
-    listed: Sequence[str] = list(paths)
-    shown = [path if len(path) <= LONGEST else f"...{path[3 - LONGEST :]}" for path in listed[:most]]
-    return ", ".join([*shown, "..."] if len(listed) > most else shown)
+def names(entries: Iterable[Entry], most: int = SHOWN) -> str:
+    """The paths of the first few of some files; long ones lose their beginning."""
+    paths = [entry.path for entry in entries]
+    shown = [path if len(path) <= LONGEST else f"...{path[3 - LONGEST :]}" for path in paths[:most]]
+    return ", ".join([*shown, "..."] if len(paths) > most else shown)

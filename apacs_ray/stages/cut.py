@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from apacs_ray.console import say
-from apacs_ray.data.apart import apart, same_place
+from apacs_ray.data.apart import apart, is_inside, same_place
 from apacs_ray.data.folder import FolderData, Pair, Reject
 from apacs_ray.data.shards import Receipt
 from apacs_ray.data.slide_table import decode_table
@@ -41,14 +41,14 @@ class Cut:
 
 
 def listed_data(context: Context, store: Store) -> list[Entry]:
-    """What lies in the data; what lies below `data.masks` has another role and is left out."""
+    """What lies in the data. What lies below `data.masks` has another role and is left out."""
     masks = _masks_store(context, store)
     entries = context.listed(store)
-    return list(entries) if masks is None else apart(store, entries, masks)
+    return list(entries) if masks is None or is_inside(store, masks) else apart(store, entries, masks)
 
 
 def listed_masks(context: Context, store: Store) -> tuple[Store | None, list[Entry]]:
-    """The store of `data.masks` and what lies there; None where it is not given, or is the data itself.
+    """The store of `data.masks` and what lies there, less the data; None where it is not given, or is the data itself.
 
     Raises UsageError when nothing lies there.
     """
@@ -58,7 +58,7 @@ def listed_masks(context: Context, store: Store) -> tuple[Store | None, list[Ent
     entries = context.listed(masks)
     if not entries:
         raise UsageError(f"data.masks {masks.uri}: nothing there")
-    return masks, apart(masks, entries, store)
+    return masks, apart(masks, entries, store) if is_inside(store, masks) else list(entries)
 
 
 def _masks_store(context: Context, store: Store) -> Store | None:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from apacs_ray.adapters.ingest import probe_pairs, write_shards
 from apacs_ray.console import say
 from apacs_ray.data.folder import FolderData, Pair, find_pairs
-from apacs_ray.data.ignored import names
 from apacs_ray.data.ingest import ShardTask, plan_tiles
 from apacs_ray.errors import ApacsError, UsageError
 from apacs_ray.stages.cut import Cut, say_found, with_given_splits
@@ -21,7 +20,7 @@ def cut_folder(context: Context, store: Store, entries: Sequence[Entry], mark: s
     found = find_pairs(entries, root=store.uri, slide_regex=settings.data.slide_regex)
     say_found(found)
     pairs = with_given_splits(found.pairs, settings.data.splits)
-    _require_parts(store, found, pairs)
+    _require_parts(context, store, found, pairs)
     if found.shared_slides:
         names = ", ".join(sorted(found.shared_slides)[:3])
         say(f"ingest: slides in more than one split, so results leak: {names}")
@@ -47,14 +46,14 @@ def cut_folder(context: Context, store: Store, entries: Sequence[Entry], mark: s
     return Cut(receipts, rejects, "pairs", units, manifest.tiles, manifest.val_unit, facts=facts)
 
 
-def _require_parts(store: Store, found: FolderData, pairs: Sequence[Pair]) -> None:
-    """Raise UsageError unless there is something to train on and something to test on.
+def _require_parts(context: Context, store: Store, found: FolderData, pairs: Sequence[Pair]) -> None:
+    """Raise UsageError when training would have nothing to train on, or nothing to test on.
 
     Where no pair is left the reasons are the rejects, which are written first.
     """
-    for part in ("train", "test"):
-        if pairs and not any(pair.split == part for pair in pairs):
+    for part in ("train", "test") if context.training and pairs else ():
+        if not any(pair.split == part for pair in pairs):
             refused = f"; {len(found.rejects)} rejected, first {found.rejects[0].reason}" if found.rejects else ""
             raise UsageError(
-                f"{store.uri}: no {part} image with a mask of the same stem (found: {names(found.folders)}{refused})"
+                f"{store.uri}: no {part} image with a mask of the same stem (found: {', '.join(found.folders[:5])}{refused})"
             )
