@@ -30,6 +30,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from apacs_ray.clean import learn_secrets, uri_defect, without_secrets
+from apacs_ray.console import say
 from apacs_ray.errors import ApacsError, UsageError
 from apacs_ray.own_folder import open_own_file
 from apacs_ray.s3_requests import BUSY_CODES, PATIENCE, IncompleteAnswer, ObjectFile, patiently, version_in, whole_body
@@ -151,15 +152,19 @@ class LocalStore(Store):
     def list(self, prefix: str = "") -> Iterator[Entry]:
         base = os.path.join(self.root, prefix)
         above: dict[str, set[tuple[int, int]]] = {base: set()}  # folder -> those it lies in, links followed
-        for folder, folders, files in os.walk(base, followlinks=True):
+        for folder, folders, files in os.walk(base, onerror=_say_not_listed, followlinks=True):
             inside = above.pop(folder) | {_identity(folder)}
             # a link to a folder that it lies in would lead round and round
             folders[:] = sorted(name for name in folders if _identity(os.path.join(folder, name)) not in inside)
             above |= {os.path.join(folder, name): inside for name in folders}
+            closed = 0  # files that may not even be looked at
             for name in sorted(files):
                 full = os.path.join(folder, name)
                 try:
                     status = os.stat(full)
+                except PermissionError:
+                    closed += 1
+                    continue
                 except OSError as error:
                     if error.errno in (errno.ENOENT, errno.ELOOP):  # removed meanwhile; a link to nowhere or to itself
                         continue
@@ -167,6 +172,8 @@ class LocalStore(Store):
                 if stat.S_ISREG(status.st_mode):  # to read a pipe or a device may never end
                     relative = os.path.relpath(full, self.root).replace(os.sep, "/")
                     yield Entry(relative, status.st_size, _local_version(status))
+            if closed:
+                say(f"{folder}: {closed} files may not be read and are left out; correct the folder's rights")
 
     def read(self, path: str) -> bytes:
         return Path(self.root, path).read_bytes()
@@ -405,6 +412,12 @@ def _is_text(path: str) -> bool:
     except UnicodeEncodeError:  # a file name in another encoding
         return False
     return True
+
+
+def _say_not_listed(error: OSError) -> None:
+    """Tell of a folder whose files are not seen; that it is not there is no news, a run asks for many."""
+    if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+        say(f"{error.filename}: cannot be listed ({error.strerror}), so nothing in it is seen; correct its rights")
 
 
 def _identity(folder: str) -> tuple[int, int]:

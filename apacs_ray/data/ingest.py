@@ -22,6 +22,7 @@ from apacs_ray.data.shards import Receipt, read_receipt, shard_path, write_table
 from apacs_ray.data.splits import assign_val
 from apacs_ray.data.tiles import TILE_SCHEMA, grid, once_region, tile_id
 from apacs_ray.data.tissue import measure
+from apacs_ray.data.units import one_unit
 from apacs_ray.errors import BadInput
 from apacs_ray.settings import DataSettings, TilesSettings
 from apacs_ray.storage import Entry, Store
@@ -43,10 +44,11 @@ def probe_pair(store: Store, pair: Pair, max_pixels: int) -> Source | Reject:
     """Read the headers of an image and its mask; a defect is returned as a Reject that names the file it is in."""
     culprit = pair.image
     try:
-        # from memory, so that an error is the file's and never the store's
-        width, height = probe_image(io.BytesIO(_content(store, pair.image, max_pixels)), max_pixels)
+        with one_unit(pair.image.path):  # from memory, so that an error is the file's and never the store's
+            width, height = probe_image(io.BytesIO(_content(store, pair.image, max_pixels)), max_pixels)
         culprit = pair.mask
-        mask_width, mask_height = probe_mask(_content(store, pair.mask, max_pixels), max_pixels)
+        with one_unit(pair.mask.path):
+            mask_width, mask_height = probe_mask(_content(store, pair.mask, max_pixels), max_pixels)
         if (width, height) != (mask_width, mask_height):
             raise BadInput(
                 "size_mismatch",
@@ -161,15 +163,17 @@ def write_shard(task: ShardTask, plan: pa.Table) -> Receipt:
     for row in rows:
         try:
             rgb, mask = pixels.cut(row)
+            pixels.culprit = row["image"]
+            with one_unit(row["tile_id"], again=True):
+                tile = _measured(task, row, rgb, mask)
         except BadInput as defect:
             uri = task.data.uri_of(pixels.culprit)
             rejects.append(asdict(Reject.of(defect, uri, row["slide_id"], row["x"], row["y"])))
             continue
-        tissue, focus = measure(rgb)
-        if tissue < (task.tiles.min_tissue or 0.0):
+        if tile is None:
             skipped["background"] = skipped.get("background", 0) + 1
-            continue
-        kept.append(_tile_row(task, row, rgb, mask, tissue, focus))
+        else:
+            kept.append(tile)
     receipt = Receipt(path, len(rows), len(kept), skipped, rejects)
     write_table(task.output, pa.Table.from_pylist(kept, TILE_SCHEMA), receipt)
     return receipt
@@ -201,11 +205,13 @@ class _Pixels:
     def _decode(self, row: dict[str, Any]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
         data, settings = self._task.data, self._task.settings
         self.culprit = row["image"]
-        rgb = decode_image(data.read(row["image"]), settings.max_pixels)
-        _require_size(rgb.shape[:2], row)
+        with one_unit(row["image"], again=True):
+            rgb = decode_image(data.read(row["image"]), settings.max_pixels)
+            _require_size(rgb.shape[:2], row)
         self.culprit = row["mask"]
-        mask = decode_mask(data.read(row["mask"]), settings.max_pixels, settings.mask_threshold)
-        _require_size(mask.shape, row)
+        with one_unit(row["mask"], again=True):
+            mask = decode_mask(data.read(row["mask"]), settings.max_pixels, settings.mask_threshold)
+            _require_size(mask.shape, row)
         return rgb, mask
 
 
@@ -214,6 +220,16 @@ def _require_size(shape: tuple[int, ...], row: dict[str, Any]) -> None:
     if (width, height) != (row["source_width"], row["source_height"]):
         told = f"{row['source_width']} x {row['source_height']}"
         raise BadInput("size_mismatch", f"its pixels are {width} x {height}, its header said {told}")
+
+
+def _measured(
+    task: ShardTask, row: dict[str, Any], rgb: npt.NDArray[np.uint8], mask: npt.NDArray[np.bool_]
+) -> dict[str, Any] | None:
+    """The row of a tile; None for one of too little tissue."""
+    tissue, focus = measure(rgb)
+    if tissue < (task.tiles.min_tissue or 0.0):
+        return None
+    return _tile_row(task, row, rgb, mask, tissue, focus)
 
 
 def _tile_row(

@@ -1,12 +1,35 @@
-"""CSV tables with a line a slide: a column `slide_id`, another with what is said of the slide, and any more."""
+"""CSV tables with a line a slide: a column `slide_id`, another with what is said of the slide, and any more.
+
+Fields are parted by commas, semicolons or tabs, as the header is.
+"""
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import unicodedata
 
 from apacs_ray.errors import UsageError
+
+MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+DELIMITERS = ",;\t"  # of which Excel writes the second where the comma is a decimal's
+
+
+def decode_table(content: bytes, name: str) -> str:
+    """The text of a table in UTF-8 or UTF-16. Raises UsageError naming it when it is in another encoding."""
+    encoding = next((encoding for mark, encoding in MARKS if content.startswith(mark)), None)
+    if encoding is None:  # without a mark: a header of ASCII letters has a zero in each pair of bytes
+        encoding = {(True, False): "utf-16-be", (False, True): "utf-16-le"}.get(
+            (content[:1] == b"\0", content[1:2] == b"\0"), "utf-8"
+        )
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UsageError(
+            f"{name}: no text in UTF-8 or UTF-16 (byte {content[error.start]:#x} on line {line}); save it as CSV UTF-8"
+        ) from error
 
 
 def read_slide_table(text: str, setting: str, column: str) -> dict[str, tuple[int, str]]:
@@ -14,7 +37,10 @@ def read_slide_table(text: str, setting: str, column: str) -> dict[str, tuple[in
 
     Raises UsageError with the number of the line that is wrong.
     """
-    reader = csv.reader(io.StringIO(text.removeprefix("\ufeff"), newline=""), strict=True)
+    text = text.removeprefix("\ufeff")
+    first = next((line for line in text.splitlines() if line.strip()), "")
+    delimiter = max(DELIMITERS, key=first.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     lines: list[tuple[int, list[str]]] = []
     try:
         lines.extend((reader.line_num, fields) for fields in reader if any(field.strip() for field in fields))

@@ -17,8 +17,8 @@ from apacs_ray.data.mask_file import MaskFile, require_fits
 from apacs_ray.data.masks import CellRule, find_rule
 from apacs_ray.data.tiles import Box
 from apacs_ray.errors import BadInput
+from apacs_ray.slides.annotation_names import AnnotationKind
 from apacs_ray.slides.annotations import read_annotations
-from apacs_ray.slides.find import AnnotationKind
 from apacs_ray.slides.polygons import PolygonMask
 from apacs_ray.slides.reader import SlideInfo
 from apacs_ray.slides.shapes import LARGEST_FILE

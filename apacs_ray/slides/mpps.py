@@ -15,7 +15,7 @@ def read_mpps(text: str | None) -> dict[str, float]:
         return mpps
     for slide, (number, value) in read_slide_table(text, "data.mpps", "mpp").items():
         try:
-            mpps[slide] = float(value)
+            mpps[slide] = float(value.replace(",", "."))  # as spreadsheets write it in much of the world
         except ValueError as error:
             raise UsageError(f"data.mpps, line {number}: {value!r} of slide {slide!r} is not a number") from error
         if not 0 < mpps[slide] < math.inf:

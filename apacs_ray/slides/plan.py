@@ -113,6 +113,10 @@ class SlideTask:
     def manifest_path(self, number: int) -> str:
         return f"manifest/{self.fingerprint[:8]}/{number:06d}.parquet"
 
+    def annotation_store(self, slide: SlideFiles) -> Store:
+        """Where the annotation of a slide lies."""
+        return self.masks if self.masks and slide.annotation_in == "masks" else self.data
+
 
 def inspect_slide(task: SlideTask, number: int, slide: SlideFiles) -> SlideSummary:
     """Find a slide's tissue and write its manifest; a manifest that is there already is left as it is.
@@ -153,7 +157,7 @@ def _with_annotation(task: SlideTask, summary: SlideSummary, info: SlideInfo) ->
     except BadInput as defect:
         if defect.code == NO_MASK:
             return replace(summary, notes=(*summary.notes, defect.reason))
-        uri = annotation_store(task, slide).uri_of(first)
+        uri = task.annotation_store(slide).uri_of(first)
         return replace(summary, annotation_reject=Reject.of(defect, uri, slide.slide_id))
 
 
@@ -168,11 +172,6 @@ def opened(task: SlideTask, slide: SlideFiles) -> Iterator[Slide]:
             reader.close()
 
 
-def annotation_store(task: SlideTask, slide: SlideFiles) -> Store:
-    """Where a slide's annotation lies."""
-    return task.masks or task.data
-
-
 @contextlib.contextmanager
 def opened_masks(
     task: SlideTask, slide: SlideFiles, info: SlideInfo, rules: Sequence[int] = ()
@@ -180,9 +179,10 @@ def opened_masks(
     """The masks of an annotated slide, staged if need be, while they are in use; `rules` are those of its summary."""
     settings = task.settings
     assert slide.kind is not None
-    with task.cache.staged(annotation_store(task, slide), slide.annotation) as beside:
+    bounds = info.bounds.x, info.bounds.y
+    with task.cache.staged(task.annotation_store(slide), slide.annotation) as beside:
         files = [
-            (beside / entry.path, *(fov_origin(entry) if slide.kind == "fovs" else (0, 0)))
+            (beside / entry.path, *(fov_origin(entry, bounds) if slide.kind == "fovs" else (0, 0)))
             for entry in slide.annotation
         ]
         yield open_masks(
@@ -192,6 +192,7 @@ def opened_masks(
             classes=settings.mask_classes,
             threshold=settings.mask_threshold,
             max_pixels=settings.max_pixels,
+            doubtful=slide.doubtful,
             rules=rules,
         )
 

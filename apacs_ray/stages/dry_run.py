@@ -7,6 +7,7 @@ from rich.table import Table
 from apacs_ray.console import cell, console, say
 from apacs_ray.data.folder import find_pairs
 from apacs_ray.estimate.cutting import SLIDES, cut_some, spread
+from apacs_ray.stages.cut import listed_data, say_found
 from apacs_ray.stages.ingest import INGEST, data_store, holds_folders
 from apacs_ray.stages.ingest_slides import Inspected, look_at_slides, make_smears
 from apacs_ray.stages.pipeline import Context
@@ -20,10 +21,11 @@ def dry_run(context: Context) -> None:
     if context.run.data is None:
         context.ray.start()
         make_smears(context, store)
-    entries = context.listed(store)
+    entries = listed_data(context, store)
     if holds_folders(store.uri, entries):
         found = find_pairs(entries, root=store.uri, slide_regex=context.settings.data.slide_regex)
         say(f"{len(found.pairs)} pairs of image and mask, {len(found.rejects)} rejects, {len(found.ignored)} others")
+        say_found(found)
         return
     mark = INGEST.fingerprint(context)
     seen = look_at_slides(context, store, entries, mark)

@@ -23,7 +23,7 @@ from apacs_ray.estimate.networks import ASSUMED_GPU, Inference, SampleTile, Time
 from apacs_ray.models.spec import MEMBERS, ModelSpec
 from apacs_ray.plan import Cluster, NetworkPlan, TrainingPlan, plan_training
 from apacs_ray.slides.find import SlideFiles
-from apacs_ray.stages.cut import with_given_splits
+from apacs_ray.stages.cut import listed_data, with_given_splits
 from apacs_ray.stages.ingest import data_store, holds_folders
 from apacs_ray.stages.ingest_slides import make_smears, slides_to_cut
 from apacs_ray.stages.pipeline import Context
@@ -71,7 +71,7 @@ def _look_at_data(context: Context, cluster: Cluster) -> tuple[Tiles, SampleTile
     store, settings = data_store(context), context.settings
     if context.run.data is None:
         make_smears(context, store)
-    entries = context.listed(store)
+    entries = listed_data(context, store)
     listed: Sequence[Unit]
     chosen: Sequence[Unit]
     if holds_folders(store.uri, entries):

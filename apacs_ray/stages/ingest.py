@@ -22,7 +22,7 @@ from apacs_ray.data.shards import Receipt, shard_paths
 from apacs_ray.errors import ApacsError, UsageError
 from apacs_ray.run import Counts, environment, fingerprint
 from apacs_ray.slides.find import PLAIN, is_slide
-from apacs_ray.stages.cut import open_store_file
+from apacs_ray.stages.cut import Cut, listed_data, open_store_file
 from apacs_ray.stages.pipeline import Context, Outcome, Stage
 from apacs_ray.storage import Entry, Store, open_store
 
@@ -82,7 +82,7 @@ def _work(context: Context, mark: str) -> Outcome:
     if run.data is None:
         context.ray.start()
         make_smears(context, store)
-    entries = context.listed(store)
+    entries = listed_data(context, store)
     cut = (cut_folder if holds_folders(store.uri, entries) else cut_slides)(context, store, entries, mark)
     receipts = cut.receipts
     tile_rejects = [Reject(**reject) for receipt in receipts for reject in receipt.rejects]
@@ -105,6 +105,8 @@ def _work(context: Context, mark: str) -> Outcome:
         **cut.facts,
     }
     context.ray.gauges.rejects("ingest", len(cut.rejects) + len(tile_rejects))  # before they end the stage
+    if not rows_out:
+        raise ApacsError(_nothing_left(cut, len(tile_rejects), skipped, run.store))
     _require_within_limit(cut.unit, len(cut.rejects), cut.units, context)
     _require_within_limit("tiles", len(tile_rejects), cut.tiles, context)
     return Outcome(counts, {"val_unit": cut.val_unit, "rejected_units": len(cut.rejects)})
@@ -147,6 +149,17 @@ def _write_rejects(store: Store, mark: str, rejects: Sequence[Reject]) -> None:
     for entry in list(store.list("rejects")):
         if REJECTS.fullmatch(entry.path) and entry.path != path:
             store.delete(entry.path)
+
+
+def _nothing_left(cut: Cut, tile_rejects: int, skipped: Counter[str], store: Store) -> str:
+    """Why no tile is left, in one line."""
+    why = [f"{len(cut.rejects)} of {cut.units} {cut.unit} rejected"]
+    if tile_rejects:
+        why.append(f"{tile_rejects} tiles rejected")
+    if skipped.total():
+        reasons = ", ".join(f"{reason} {count}" for reason, count in skipped.items() if count)
+        why.append(f"{skipped.total()} tiles skipped ({reasons})")
+    return f"ingest: no tile is left: {', '.join(why)}; the reasons are in {store.uri_of('rejects')}"
 
 
 def _require_within_limit(unit: str, rejected: int, listed: int, context: Context) -> None:

@@ -9,7 +9,7 @@ from apacs_ray.console import say
 from apacs_ray.data.folder import FolderData, Pair, find_pairs
 from apacs_ray.data.ingest import ShardTask, plan_tiles
 from apacs_ray.errors import ApacsError, UsageError
-from apacs_ray.stages.cut import Cut, with_given_splits
+from apacs_ray.stages.cut import Cut, say_found, with_given_splits
 from apacs_ray.stages.pipeline import Context
 from apacs_ray.storage import Entry, Store
 
@@ -18,8 +18,9 @@ def cut_folder(context: Context, store: Store, entries: Sequence[Entry], mark: s
     """Probe all pairs, plan their tiles, and write the shards."""
     run, settings = context.run, context.settings
     found = find_pairs(entries, root=store.uri, slide_regex=settings.data.slide_regex)
+    say_found(found)
     pairs = with_given_splits(found.pairs, settings.data.splits)
-    _require_parts(store, found, pairs)
+    _require_parts(context, store, found, pairs)
     if found.shared_slides:
         names = ", ".join(sorted(found.shared_slides)[:3])
         say(f"ingest: slides in more than one split, so results leak: {names}")
@@ -40,16 +41,18 @@ def cut_folder(context: Context, store: Store, entries: Sequence[Entry], mark: s
     facts = {
         "pairs": {"listed": units, "used": len(sources), "rejected": len(rejects)},
         "ignored_files": len(found.ignored),
+        "ignored": found.left.counts(),
     }
     return Cut(receipts, rejects, "pairs", units, manifest.tiles, manifest.val_unit, facts=facts)
 
 
-def _require_parts(store: Store, found: FolderData, pairs: Sequence[Pair]) -> None:
-    """Raise UsageError unless there is something to train on and something to test on."""
-    for part in ("train", "test"):
+def _require_parts(context: Context, store: Store, found: FolderData, pairs: Sequence[Pair]) -> None:
+    """Raise UsageError when training would have nothing to train on, or nothing to test on.
+
+    Where no pair is left the reasons are the rejects, which are written first.
+    """
+    for part in ("train", "test") if context.training and pairs else ():
         if not any(pair.split == part for pair in pairs):
-            seen = ", ".join(found.folders) or "no folder whose name holds train|val|test and input|groundtruth"
-            raise UsageError(
-                f"{store.uri}: no {part} image with a mask of the same stem (found: {seen}; "
-                f"{len(found.rejects)} files rejected)"
-            )
+            refused = f"; {len(found.rejects)} rejected, first {found.rejects[0].reason}" if found.rejects else ""
+            seen = ", ".join(found.folders[:5])
+            raise UsageError(f"{store.uri}: no {part} image with a mask of the same stem (found: {seen}{refused})")

@@ -16,13 +16,14 @@ from apacs_ray.data.folder import Reject, Split
 from apacs_ray.data.shards import Receipt
 from apacs_ray.errors import BadInput, UsageError
 from apacs_ray.slides.cache import SlideCache, default_cache
+from apacs_ray.slides.companions import read_heads
 from apacs_ray.slides.find import SlideData, SlideFiles, find_slides
 from apacs_ray.slides.mpps import read_mpps
 from apacs_ray.slides.plan import SlideSummary, SlideTask
 from apacs_ray.slides.shards import SlideShard, plan_shards
-from apacs_ray.stages.cut import Cut, open_store_file, with_given_splits
+from apacs_ray.stages.cut import Cut, listed_masks, open_store_file, require_clear, say_found, with_given_splits
 from apacs_ray.stages.pipeline import Context
-from apacs_ray.storage import Entry, Store, open_store
+from apacs_ray.storage import Entry, Store
 
 MANIFEST = re.compile(r"manifest/[0-9a-f]{8}/\d{6,}\.(parquet|png)")  # what a run writes there; nothing else is ours
 GIB = 1 << 30
@@ -55,8 +56,8 @@ class Inspected:
 
     @property
     def rejects(self) -> list[Reject]:
-        """Slides that were refused."""
-        late = [summary.reject for summary in self.summaries if summary.reject is not None]
+        """Slides that were refused, and annotations whose slides stay without masks."""
+        late = [reject for one in self.summaries for reject in (one.reject, one.annotation_reject) if reject]
         return [*self.found.rejects, *late]
 
     @property
@@ -76,16 +77,27 @@ class Inspected:
 def slides_to_cut(
     context: Context, store: Store, entries: Sequence[Entry], mark: str
 ) -> tuple[SlideTask, SlideData, list[SlideFiles]]:
-    """How slides are read, what the listing holds, and the slides with their splits. Nothing is opened yet."""
+    """How slides are read, what the listing (`listed_data`) holds, and the slides with their splits.
+
+    No slide is opened yet; of DICOM and VMS the first bytes are read, which tell what belongs together.
+    """
     run, settings = context.run, context.settings
-    masks = open_store(settings.data.masks) if settings.data.masks else None
+    masks, below = listed_masks(context, store)
     found = find_slides(
-        entries, context.listed(masks) if masks else (), slide_regex=settings.data.slide_regex, root=store.uri
+        entries,
+        below,
+        slide_regex=settings.data.slide_regex,
+        root=store.uri,
+        masks_root=masks.uri if masks else "",
+        heads=read_heads(store, entries),
+        split_given=settings.data.splits is not None,
     )
+    say_found(found)
     slides = with_given_splits(found.slides, settings.data.splits)
-    _require_splits(context, store, slides)
+    _require_splits(context, store, slides, found.rejects)
     cache = SlideCache(Path(settings.data.cache or default_cache()), round(settings.data.cache_gb * GIB))
     mpps = read_mpps(open_store_file(settings.data.mpps))
+    require_clear(slides, mpps, "data.mpps")
     return SlideTask(store, masks, run.store, settings.tiles, settings.data, cache, mark, mpps), found, slides
 
 
@@ -114,10 +126,11 @@ def cut_slides(context: Context, store: Store, entries: Sequence[Entry], mark: s
         )
     units = len(seen.slides) + len(seen.found.rejects)
     facts = {
-        "slides": {"listed": units, "used": len(seen.good), "rejected": len(seen.rejects)},
+        "slides": {"listed": units, "used": len(seen.good), "rejected": units - len(seen.good)},
         "splits_known": all(slide.split is not None for slide in seen.slides),
         "engines": dict(Counter(summary.engine for _, summary in seen.good)),
         "ignored_files": len(seen.found.ignored),
+        "ignored": seen.found.left.counts(),
         "unreadable": _unreadable(seen.summaries, shards, receipts),
     }
     for old in list(run.store.list("manifest")):
@@ -129,18 +142,22 @@ def cut_slides(context: Context, store: Store, entries: Sequence[Entry], mark: s
 
 def _defects(seen: Inspected) -> list[Reject]:
     """A row for each part of an annotation that is no area."""
-    store = seen.task.masks or seen.task.data
     return [
         Reject.of(
-            BadInput("bad_annotation", defect), store.uri_of(summary.slide.annotation[0].path), summary.slide.slide_id
+            BadInput("bad_annotation", defect),
+            seen.task.annotation_store(summary.slide).uri_of(summary.slide.annotation[0].path),
+            summary.slide.slide_id,
         )
         for summary in seen.summaries
         for defect in summary.defects
     ]
 
 
-def _require_splits(context: Context, store: Store, slides: Sequence[SlideFiles]) -> None:
-    """Raise UsageError when training would not know which slides to train and test on; without training, say so."""
+def _require_splits(context: Context, store: Store, slides: Sequence[SlideFiles], rejects: Sequence[Reject]) -> None:
+    """Raise UsageError when training would not know which slides to train and test on; without training, say so.
+
+    Where no slide is left the reasons are the rejects, which are written first.
+    """
     unknown = [slide.slide_id for slide in slides if slide.split is None]
     if context.training:
         if unknown:
@@ -149,14 +166,21 @@ def _require_splits(context: Context, store: Store, slides: Sequence[SlideFiles]
                 "in folders named train, val and test, or name their splits in data.splits"
             )
         for part in ("train", "test"):
-            if not any(slide.split == part for slide in slides):
-                raise UsageError(f"{store.uri}: no {part} slide among {len(slides)}")
+            if slides and not any(slide.split == part for slide in slides):
+                refused = f"; {len(rejects)} rejected, first {rejects[0].uri}: {rejects[0].reason}" if rejects else ""
+                raise UsageError(f"{store.uri}: no {part} slide among {len(slides)}{refused}")
     elif unknown:
         say(f"ingest: no split is known for {len(unknown)} slides (no data.splits, no folder): they become train")
 
 
 def _say_notes(summaries: Sequence[SlideSummary]) -> None:
-    notes = [f"{summary.slide.slide_id}: {note}" for summary in summaries for note in summary.notes]
+    refused = [s for s in summaries if s.annotation_reject is not None]
+    notes = [
+        f"{one.slide.slide_id}: its annotation is rejected and its tiles have no masks: {one.annotation_reject.reason}"
+        for one in refused
+        if one.annotation_reject is not None
+    ]
+    notes += [f"{summary.slide.slide_id}: {note}" for summary in summaries for note in summary.notes]
     notes += [f"{s.slide.slide_id}: {len(s.defects)} annotations are no area" for s in summaries if s.defects]
     for note in notes[:NOTES_SHOWN]:
         say(f"ingest: {note}")

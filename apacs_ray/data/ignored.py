@@ -1,0 +1,75 @@
+"""Files that belong to nothing: hidden ones and those of systems, by one rule, and how the others are told of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from apacs_ray.storage import Entry
+
+SHOWN, PLACES = 5, 10  # names of a kind, and of places that are hidden
+LONGEST = 80  # characters of a name that is shown
+# what file managers, NAS boxes, snapshots and archives leave behind, beside all that begins with a dot
+SYSTEM = {
+    "#recycle", "#snapshot", "$recycle.bin", "@eadir", "@recently-snapshot", "@recycle", "@tmp", "__macosx",
+    "__pycache__", "desktop.ini", "ehthumbs.db", "ehthumbs_vista.db", "icon\r", "lost+found",
+    "network trash folder", "recycled", "recycler", "system volume information", "temporary items", "thumbs.db",
+    "~snapshot",
+}  # fmt: skip
+_LOCK = re.compile(r"~\$.")  # of an office program that has the file open
+
+
+def hidden_part(path: str) -> str | None:
+    """The first part of a path that is hidden or the system's, None when there is none."""
+    for part in path.split("/"):
+        if part not in (".", "..") and (part.startswith(".") or part.lower() in SYSTEM or _LOCK.match(part)):
+            return part
+    return None
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """Listed files that are not used, by kind. Each is in one of them, in the order of the paths."""
+
+    hidden: tuple[Entry, ...] = ()
+    previews: tuple[Entry, ...] = ()  # pictures named like a slide that something else annotates
+    strays: tuple[Entry, ...] = ()  # annotations that belong to no slide
+    others: tuple[Entry, ...] = ()
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """All of them, in the order of their paths."""
+        files = (*self.hidden, *self.previews, *self.strays, *self.others)
+        return tuple(sorted(files, key=lambda entry: entry.path))
+
+    def counts(self) -> dict[str, int]:
+        """How many of each kind."""
+        kinds = {"hidden": self.hidden, "previews": self.previews, "strays": self.strays, "others": self.others}
+        return {kind: len(entries) for kind, entries in kinds.items() if entries}
+
+    def told(self) -> str | None:
+        """What a person is told of them: counts and the first few names; None when there are none."""
+        # of what is hidden one of each place, so that each trash and snapshot is named
+        hidden: dict[str | None, Entry] = {}
+        for entry in self.hidden:
+            hidden.setdefault(hidden_part(entry.path), entry)
+        kinds = (
+            (self.hidden, "file", "hidden or of the system", names(hidden.values(), PLACES)),
+            (self.previews, "preview", "and no mask", names(self.previews)),
+            (self.strays, "annotation", "of no slide that is here", names(self.strays)),
+            (self.others, "file", "of other kinds", names(self.others)),
+        )
+        told = [
+            f"{len(entries)} {noun}{'s' * (len(entries) > 1)} {what} ({shown})"
+            for entries, noun, what, shown in kinds
+            if entries
+        ]
+        return f"ignored {', '.join(told)}" if told else None
+
+
+def names(entries: Iterable[Entry], most: int = SHOWN) -> str:
+    """The paths of the first few of some files; long ones lose their beginning."""
+    paths = [entry.path for entry in entries]
+    shown = [path if len(path) <= LONGEST else f"...{path[3 - LONGEST :]}" for path in paths[:most]]
+    return ", ".join([*shown, "..."] if len(paths) > most else shown)
