@@ -1,7 +1,8 @@
 """A mask's file, opened: its size and how it is stored, and its pixels by region, from memory or from a local file.
 
 Both layouts read masks here, so that a file means the same in each. libvips decodes PNG, JPEG and most TIFF, by region
-where the TIFF is tiled; what it lacks (BMP, TIFF in ZSTD or LZMA, tiles of separate planes) Pillow decodes as a whole.
+where the TIFF is tiled; what it lacks (BMP, the numbers of a PNG's colors, TIFF in ZSTD or LZMA, tiles of separate
+planes) Pillow decodes as a whole.
 Where a decoder passes over damage in silence, the stored streams are checked by a stricter one.
 """
 
@@ -25,6 +26,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from apacs_ray.data.images import DAMAGE, ORIENTATION, READERS, SWAPS_SIDES, code_of, read_header, turn_of
+from apacs_ray.data.png import without_texts
 from apacs_ray.data.tiles import Box
 from apacs_ray.data.vips import open_vips, reason
 from apacs_ray.errors import BadInput
@@ -141,7 +143,8 @@ class MaskFile:
                     self._array = _by_pillow(stream)
             if self._array.shape[:2] != (self.stored.height, self.stored.width):
                 raise BadInput("unreadable", "its pixels are not as many as its header says")
-            return self._array[box.y : box.y + box.height, box.x : box.x + box.width]
+            part = self._array[box.y : box.y + box.height, box.x : box.x + box.width]
+            return _colors(part, self.stored.palette) if self.stored.palette is not None and part.ndim == 2 else part
         image = self._opened()
         if self.stored.tile is None or 0 not in self.stored.sizes:
             return _cropped(image, box)
@@ -167,6 +170,13 @@ class MaskFile:
             if image.bands > 4 or image.interpretation not in ("b-w", "grey16", "srgb", "rgb", "rgb16", "multiband"):
                 raise BadInput("unsupported_mode", f"{image.bands} channels of {image.interpretation}; save it as grey")
         return self._image
+
+
+def _colors(indices: Pixels, palette: Palette) -> Pixels:
+    if indices.max() >= len(palette):
+        raise BadInput("unreadable", f"the mask uses color {indices.max()} of a palette of {len(palette)}")
+    colors: Pixels = palette.astype(np.uint8)[indices]
+    return colors
 
 
 def require_fits(width: int, height: int, max_pixels: int) -> None:
@@ -221,12 +231,13 @@ def _stored(stream: BinaryIO, max_pixels: int) -> Stored:
     header = read_header(stream, max_pixels).image
     if header.mode in ("CMYK", "YCbCr"):
         raise BadInput("unsupported_mode", f"a mask in {header.mode}; save it as grey")
+    indexed = header.mode == "P"
     return Stored(
         *header.size,
         orientation=turn_of(header),
-        palette=_table(header.palette) if header.mode == "P" and header.palette is not None else None,
+        palette=_table(header.palette) if indexed and header.palette is not None else None,
         lossy=header.format == "JPEG",
-        by_pillow=header.format == "BMP",
+        by_pillow=indexed or header.format == "BMP",
         compression="" if isinstance(header, PngImageFile) else str(header.format),
     )
 
@@ -309,10 +320,12 @@ def _colormap(page: Any) -> Palette | None:
 
 
 def _by_pillow(stream: BinaryIO) -> Pixels:
-    """All pixels of a file that libvips cannot read, upright."""
-    magic = stream.read(4)
+    """All pixels of a file that libvips cannot read, upright; of a palette the numbers."""
+    magic = stream.read(8)
     stream.seek(0)
     reader = next(reader for start, reader in READERS.items() if magic.startswith(start))
+    if reader is PngImageFile:
+        stream = without_texts(stream, whole=True).stream
     try:
         image: Image.Image = reader(stream)
         image.load()
@@ -320,8 +333,8 @@ def _by_pillow(stream: BinaryIO) -> Pixels:
         raise BadInput(code_of(error), f"the pixels cannot be read: {error}") from error
     if image.mode == "1":
         return np.asarray(image).astype(np.uint8) * 255
-    if image.mode in ("P", "PA"):
-        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    if image.mode not in ("L", "LA", "RGB", "RGBA", "I;16", "I;16B", "I;16L", "I;16N"):
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+    if image.mode not in ("P", "L", "LA", "RGB", "RGBA", "I;16", "I;16B", "I;16L", "I;16N"):
         raise BadInput("unsupported_mode", f"a mask of Pillow's mode {image.mode}; save it as grey")
     return np.asarray(image)
