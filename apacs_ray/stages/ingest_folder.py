@@ -54,6 +54,5 @@ def _require_parts(context: Context, store: Store, found: FolderData, pairs: Seq
     for part in ("train", "test") if context.training and pairs else ():
         if not any(pair.split == part for pair in pairs):
             refused = f"; {len(found.rejects)} rejected, first {found.rejects[0].reason}" if found.rejects else ""
-            raise UsageError(
-                f"{store.uri}: no {part} image with a mask of the same stem (found: {', '.join(found.folders[:5])}{refused})"
-            )
+            seen = ", ".join(found.folders[:5])
+            raise UsageError(f"{store.uri}: no {part} image with a mask of the same stem (found: {seen}{refused})")
