@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from apacs_ray.data.images import Mask
-from apacs_ray.data.mask_file import MaskFile, Palette, Pixels, require_fits
+from apacs_ray.data.mask_file import MaskFile, Pixels, require_fits
+from apacs_ray.data.mask_header import Palette
 from apacs_ray.data.tiles import Box
 from apacs_ray.errors import BadInput
 
@@ -57,6 +58,7 @@ class Contents:
         return contents
 
     def add(self, pixels: Pixels) -> None:
+        """Look at a part."""
         pixels = _opaque(pixels)
         if pixels.ndim == 3 and (pixels != pixels[..., :1]).any():
             self.colored = True
