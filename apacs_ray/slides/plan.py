@@ -27,7 +27,7 @@ from apacs_ray.slides.cache import SlideCache
 from apacs_ray.slides.find import SlideFiles, fov_origin
 from apacs_ray.slides.masks import MaskSource, open_masks
 from apacs_ray.slides.reader import Slide, SlideInfo, open_slide
-from apacs_ray.slides.roi import Tissue, find_tissue
+from apacs_ray.slides.tissue import Tissue, find_tissue
 from apacs_ray.storage import Entry, Store
 
 MIN_TISSUE = 0.02  # share of a tile that must be tissue, unless tiles.min_tissue says otherwise
