@@ -1,120 +1,207 @@
 """Where a slide holds cells: tissue found on a small picture of it, as in the paper from its intensity.
 
-Stain is what stands out from the glass in saturation or darkness, by a threshold that follows the glass's own noise.
-What is no smear is taken out: pen (far more saturated or darker than stain over a wide area), thin long lines
-(coverslip edges, bubble rims, hairs) and specks (dust).
+Tissue is what is denser than the glass beside it, in the channel that absorbs most: faintly so where glass lies within
+a fifth of a millimeter (cells however pale; lamp, tint and vignette cancel), clearly so where it lies within a
+millimeter and a half (sheets of cells). What is not known or no smear is left out before and after (`artifacts`).
+All limits are in um on a picture of about 8 um per px, whatever the slide's size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage
+from PIL import Image
 
 from apacs_ray.data.tiles import Box
+from apacs_ray.slides import artifacts
+from apacs_ray.slides.glass import BLOCK, Glass, block_minima, glass_of, stain_of
 from apacs_ray.slides.reader import Slide
+from apacs_ray.slides.regions import Mask, closed, grown
 
-Mask = npt.NDArray[np.bool_]
-LARGEST = 4_000_000  # px of the picture that is looked at
-UM_PER_PIXEL = 8.0  # scale at which cells are small blobs; used where mpp is known
-DOWNSAMPLE = 32.0  # level-0 px per px of that picture, where mpp is not known
-FLOOR = 0.035  # saturation or darkness (0..1) below which nothing counts, however quiet the glass
-NOISES = 6.0  # robust standard deviations of the glass
-PEN_SATURATION, PEN_DARK = 0.62, 0.20  # HSV saturation, relative luminance; no stain is so even and so strong
-PEN_SIDE = 24  # px: smaller dark or vivid spots are nuclei and clumps
-SPECK = 8  # px: the smallest blob that may be a cell (50 um across are 30 px)
-THIN = 5  # px: a long component that nearly vanishes when opened by this is a line
+Picture = npt.NDArray[np.uint8]
+Excluded = npt.NDArray[np.uint8]
+Array = TypeVar("Array", Picture, Mask)
+UM_PER_PIXEL = 8.0  # a cell is a few px, and 200 000 x 100 000 px of 0.25 um are 20 Mpx
+COARSEST = 1.4  # of that scale: a level coarser than this is not taken in place of a finer one
+ASSUMED_MPP = 0.25  # of a slide that does not say: a cell is then small or large, and found all the same
+FAINTEST, FAINT_AT_MOST, DEVIATIONS = 20, 50, 4.5  # threshold, thousandths of density; robust deviations of the glass
+CLEAR = 110  # thousandths of density beyond the glass of the wide surroundings
+BAND = 1 << 22  # px that are worked on at a time
+HALO = 64  # px more on both sides: longer than the shortest line (40)
+SAMPLES = 1 << 18
+STRIP = 4096  # px, side of the squares in which a level is read
+OUT, ARTIFACT = np.uint8(1), np.uint8(2)  # why px take no part
 
 
 @dataclass(frozen=True)
 class Tissue:
-    """The tissue mask of a slide and the picture it was found on; `downsample` is level-0 px per px of both."""
+    """The tissue mask of a slide and the picture it was found on; `downsample` is level-0 px per px of both.
+
+    `excluded` (H, W) uint8 says what is no smear: OUT where nothing was scanned, ARTIFACT where ink, a line or the
+    like was taken out. None: nothing is.
+    """
 
     mask: Mask
-    picture: npt.NDArray[np.uint8]
+    picture: Picture
     downsample: float
+    excluded: Excluded | None = None
 
     def fraction(self, box: Box, width: float, height: float) -> float:
         """Share (0..1) of the rectangle at (box.x, box.y), `width` x `height` level-0 px, that is tissue."""
+        return self._share(self.mask[self._place(box, width, height)])
+
+    def excluded_fraction(self, box: Box, width: float, height: float, reason: np.uint8) -> float:
+        """Share (0..1) of such a rectangle that takes no part for a reason, OUT or ARTIFACT."""
+        if self.excluded is None:
+            return 0.0
+        return self._share(self.excluded[self._place(box, width, height)] == reason)
+
+    def _place(self, box: Box, width: float, height: float) -> tuple[slice, slice]:
         rows = slice(int(box.y // self.downsample), max(int(np.ceil((box.y + height) / self.downsample)), 1))
         columns = slice(int(box.x // self.downsample), max(int(np.ceil((box.x + width) / self.downsample)), 1))
-        part = self.mask[rows, columns]
+        return rows, columns
+
+    @staticmethod
+    def _share(part: Mask) -> float:
         return float(part.mean()) if part.size else 0.0
 
 
-def find_tissue(slide: Slide) -> Tissue:
-    """Tissue of a slide, looked for at about 8 um per px. Raises BadInput when that level cannot be read."""
-    info = slide.info
-    wanted = UM_PER_PIXEL / info.mpp if info.mpp else DOWNSAMPLE
-    wanted = max(min(wanted, max(info.width, info.height) / 256), (info.width * info.height / LARGEST) ** 0.5, 1.0)
-    number = info.level_for(wanted)
-    level = info.levels[number]
-    shrink = max(1, round(wanted / level.downsample))
-    picture = _read_shrunk(slide, number, shrink)
-    return Tissue(tissue_mask(picture), picture, level.downsample * shrink)
+def find_tissue(slide: Slide, mpp: float | None = None) -> Tissue:
+    """Tissue of a slide, looked for at about 8 um per px. Raises BadInput when that level cannot be read.
+
+    `mpp` (um per level-0 px) counts where it is given, else the slide's own, else `ASSUMED_MPP`.
+    """
+    mpp = mpp or slide.info.mpp or ASSUMED_MPP
+    number, shrink = level_to_read(slide, mpp)
+    picture, outside = read_small(slide, number, shrink)
+    downsample = slide.info.levels[number].downsample * shrink
+    mask, excluded = split_picture(picture, downsample * mpp, outside)
+    return Tissue(mask, picture, downsample, excluded)
 
 
-def _read_shrunk(slide: Slide, number: int, shrink: int) -> npt.NDArray[np.uint8]:
-    """A whole level, averaged over `shrink` x `shrink` px, read in strips so that memory stays flat."""
-    from PIL import Image
+def level_to_read(slide: Slide, mpp: float) -> tuple[int, int]:
+    """The coarsest level that still shows cells, and by how much it is shrunk further.
 
+    A level that is somewhat too coarse is taken as it is: the next finer one may be the whole slide.
+    """
+    wanted = UM_PER_PIXEL / mpp
+    number = slide.info.level_for(max(wanted * COARSEST, 1.0))
+    return number, max(1, round(wanted / slide.info.levels[number].downsample))
+
+
+def tissue_mask(picture: Picture, um: float = UM_PER_PIXEL, outside: Mask | None = None) -> Mask:
+    """(H, W) bool of a small picture of a slide, (H, W, 3) uint8, of `um` um per px; `outside` was not scanned."""
+    return split_picture(picture, um, outside)[0]
+
+
+def split_picture(picture: Picture, um: float, outside: Mask | None = None) -> tuple[Mask, Excluded]:
+    """The tissue of a picture, and what of it takes no part (see `Tissue`)."""
+    height, width = picture.shape[:2]
+    excluded = np.zeros((height, width), np.uint8)
+    minima = []
+    for band in bands(height, width):
+        hidden = _hidden(picture[band.wide], None if outside is None else outside[band.wide])[band.inner]
+        excluded[band.rows] = hidden * OUT
+        minima.append(block_minima(_whole_blocks(picture[band.rows]), ~_whole_blocks(hidden)))
+    glass = glass_of(np.concatenate(minima), um)
+    threshold = faintest_stain(picture, excluded != OUT, glass)
+    mask = np.zeros((height, width), bool)
+    for band in bands(height, width):
+        known = excluded[band.wide] != OUT
+        tissue, artifact = _tissue_of(picture[band.wide], known, glass.rows(*band.span), threshold, um)
+        mask[band.rows] = tissue[band.inner]
+        excluded[band.rows][(artifact & known)[band.inner]] = ARTIFACT
+    return mask, excluded
+
+
+@dataclass(frozen=True)
+class Band:
+    """Rows of a picture that are worked on at once: `rows` of it, with more around them in `wide`, of which they are
+    `inner`; `span` are the first row of `wide` and the one after its last."""
+
+    rows: slice
+    wide: slice
+    inner: slice
+    span: tuple[int, int]
+
+
+def bands(height: int, width: int) -> Iterator[Band]:
+    """The bands of a picture, of about `BAND` px each."""
+    step = max(2 * HALO, BAND // width // BLOCK * BLOCK)
+    for top in range(0, height, step):
+        bottom = min(top + step, height)
+        first, end = max(0, top - HALO), min(bottom + HALO, height)
+        yield Band(slice(top, bottom), slice(first, end), slice(top - first, bottom - first), (first, end))
+
+
+def _hidden(picture: Picture, outside: Mask | None) -> Mask:
+    """What no scanner saw, with the px around it, which are a mixture of both."""
+    black = picture.max(axis=2) <= artifacts.BLACK
+    hidden = black if outside is None else black | outside
+    return grown(hidden | artifacts.fill(picture, hidden), 1)
+
+
+def _whole_blocks(part: Array) -> Array:
+    """Repeat the last row and column until both sides are multiples of `BLOCK`."""
+    height, width = part.shape[:2]
+    more = [(0, -height % BLOCK), (0, -width % BLOCK), (0, 0)][: part.ndim]
+    return np.pad(part, more, mode="edge")
+
+
+def faintest_stain(picture: Picture, known: Mask, glass: Glass) -> int:
+    """The least density that is no noise of this slide's glass, thousandths."""
+    height, width = (side // BLOCK * BLOCK for side in known.shape)
+    step = max(1, round((height * width / SAMPLES) ** 0.5)) * BLOCK  # whole blocks, so that the glass is at hand
+    levels = []
+    for row in range(0, height, step):
+        part = picture[row : row + BLOCK, :width]
+        most = stain_of(part, glass.rows(row, row + BLOCK).columns(width)).most
+        levels.append(most[known[row : row + BLOCK, :width]])
+    samples = np.concatenate([*levels, np.zeros(0, np.int16)])
+    if not samples.size:
+        return FAINTEST
+    low, lower = np.quantile(samples, (0.05, 0.25))  # glass, even where cells are three quarters
+    deviation = (lower - low) / 0.97  # of a normal distribution, as the next line's 0.674
+    return round(min(max(FAINTEST, lower + (0.674 + DEVIATIONS) * deviation), FAINT_AT_MOST))
+
+
+def _tissue_of(picture: Picture, known: Mask, glass: Glass, threshold: int, um: float) -> tuple[Mask, Mask]:
+    """The tissue of a band, and the artifacts that were taken out."""
+    height, width = known.shape
+    stain = stain_of(_whole_blocks(picture), glass).cut(height, width)
+    stained = ((stain.most > threshold) | (stain.wide_most > CLEAR)) & known
+    artifact = (artifacts.even_things(picture, stain, um) | artifacts.ink(stain, um)) & known
+    mask = closed(stained & ~artifact) & known
+    lines = artifacts.grey_lines(mask, stain, um)
+    return artifacts.without_specks(mask & ~lines, stain, threshold, um), artifact | (lines & known)
+
+
+def read_small(slide: Slide, number: int, shrink: int) -> tuple[Picture, Mask | None]:
+    """A whole level, averaged over `shrink` x `shrink` px, and what of it was not scanned (None: nothing is known).
+
+    It is read in strips, so that memory stays flat.
+    """
     level = slide.info.levels[number]
-    strip = max(1, 4096 // shrink) * shrink
-    strips = []
+    height, width = -(-level.height // shrink), -(-level.width // shrink)
+    picture = np.empty((height, width, 3), np.uint8)
+    outside: Mask | None = None
+    strip = max(1, STRIP // shrink) * shrink
     for top in range(0, level.height, strip):
-        parts = []
         for left in range(0, level.width, strip):
-            width, height = min(strip, level.width - left), min(strip, level.height - top)
-            parts.append(np.asarray(Image.fromarray(slide.read(number, left, top, width, height)).reduce(shrink)))
-        strips.append(np.concatenate(parts, axis=1))
-    return np.concatenate(strips)
+            box = Box(left, top, min(strip, level.width - left), min(strip, level.height - top))
+            rgb, hidden = _read(slide, number, box)
+            rows = slice(top // shrink, (top + box.height - 1) // shrink + 1)
+            place = rows, slice(left // shrink, (left + box.width - 1) // shrink + 1)
+            picture[place] = np.asarray(Image.fromarray(rgb).reduce(shrink))
+            if hidden is not None and hidden.any():
+                outside = np.zeros((height, width), bool) if outside is None else outside
+                outside[place] = np.asarray(Image.fromarray(hidden.astype(np.uint8) * 255).reduce(shrink)) > 0
+    return picture, outside
 
 
-def tissue_mask(picture: npt.NDArray[np.uint8]) -> Mask:
-    """(H, W) bool of a small picture of a slide, (H, W, 3) uint8."""
-    rgb = picture.astype(np.float32) / 255
-    highest, lowest = rgb.max(axis=2), rgb.min(axis=2)
-    saturation = ((highest - lowest) / np.maximum(highest, 1e-3)).astype(np.float32)
-    light = (rgb @ np.array([0.299, 0.587, 0.114], np.float32)).astype(np.float32)
-    glass = max(float(np.quantile(light, 0.95)), 1e-3)
-    darkness = np.clip(1 - light / glass, 0, 1).astype(np.float32)
-    scanned = highest > 0.03  # unscanned parts are black
-    stained = (saturation > _threshold(saturation[scanned])) | (darkness > _threshold(darkness[scanned]))
-    mask = stained & scanned & ~_pen(saturation, light)
-    return _without_lines_and_specks(ndimage.binary_closing(mask, iterations=1) | mask)
-
-
-def _threshold(values: npt.NDArray[np.float32]) -> float:
-    """Above the glass: its mode and spread are taken from the lower half of all values."""
-    if not values.size:
-        return 1.0
-    low, middle = np.quantile(values, (0.05, 0.30))
-    spread = 1.4826 * max(float(middle - low), 1e-3)
-    return min(max(float(middle) + NOISES * spread * 0.5, FLOOR), 0.25)
-
-
-def _pen(saturation: npt.NDArray[np.float32], light: npt.NDArray[np.float32]) -> Mask:
-    """Ink: wide areas of a saturation or darkness that stained cells do not reach on average."""
-    strong = (saturation > PEN_SATURATION) | (light < PEN_DARK)
-    core = ndimage.binary_opening(strong, structure=np.ones((5, 5), bool))
-    labels, count = ndimage.label(core)
-    if not count:
-        return np.zeros_like(core)
-    sizes = ndimage.sum_labels(core, labels, index=np.arange(1, count + 1))
-    wide = np.isin(labels, 1 + np.flatnonzero(sizes >= PEN_SIDE**2 / 2))
-    return ndimage.binary_dilation(wide, iterations=4)
-
-
-def _without_lines_and_specks(mask: Mask) -> Mask:
-    labels, count = ndimage.label(mask, structure=np.ones((3, 3), bool))
-    if not count:
-        return mask
-    numbers = np.arange(1, count + 1)
-    sizes = ndimage.sum_labels(mask, labels, numbers)
-    cores = ndimage.binary_opening(mask, structure=np.ones((THIN, THIN), bool))
-    cored = ndimage.sum_labels(cores, labels, numbers)
-    spans = np.array([max(part.stop - part.start for part in place) for place in ndimage.find_objects(labels)])
-    line = (spans >= 40) & (cored < 0.25 * sizes)
-    return np.isin(labels, numbers[(sizes >= SPECK) & ~line])
+def _read(slide: Slide, number: int, box: Box) -> tuple[Picture, Mask | None]:
+    return slide.read(number, box.x, box.y, box.width, box.height), None
