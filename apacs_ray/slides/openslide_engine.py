@@ -12,7 +12,7 @@ from PIL import Image
 
 from apacs_ray.data.tiles import Box
 from apacs_ray.errors import BadInput
-from apacs_ray.slides.reader import WHITE, Level, Rgb, SlideInfo
+from apacs_ray.slides.reader import WHITE, Level, Mask, Rgb, SlideInfo
 
 PIXEL = ctypes.POINTER(ctypes.c_uint32)
 OPAQUE = np.uint32(0xFF000000)
@@ -28,6 +28,9 @@ class OpenSlideSlide:
         self.info = _info(self._slide)
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> Rgb:
+        return self.read_known(level, x, y, width, height)[0]
+
+    def read_known(self, level: int, x: int, y: int, width: int, height: int) -> tuple[Rgb, Mask]:
         downsample = self.info.levels[level].downsample
         at = round(x * downsample), round(y * downsample)
         try:
@@ -53,7 +56,7 @@ class OpenSlideSlide:
         except (openslide.OpenSlideError, OSError) as error:
             raise BadInput("unreadable", f"{self._path.name}: {error}") from error
 
-    def _read(self, level: int, x: int, y: int, width: int, height: int) -> Rgb:
+    def _read(self, level: int, x: int, y: int, width: int, height: int) -> tuple[Rgb, Mask]:
         """By OpenSlide's C function into an array: premultiplied ARGB, (x, y) in level-0 px."""
         argb = np.empty((height, width), np.uint32)
         lowlevel._read_region(self._slide._osr, argb.ctypes.data_as(PIXEL), x, y, level, width, height)
@@ -64,7 +67,7 @@ class OpenSlideSlide:
             missing = (255 - (argb >> np.uint32(24)))[transparent].astype(np.float32)[:, None] / 255
             rgb = rgb.copy()
             rgb[transparent] = np.rint(rgb[transparent] + missing * np.array(self.info.background, np.float32))
-        return rgb
+        return rgb, ~transparent
 
 
 def _info(slide: openslide.OpenSlide) -> SlideInfo:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from apacs_ray.data.tiles import Box
 from apacs_ray.errors import BadInput
 
 Rgb = npt.NDArray[np.uint8]
+Mask = npt.NDArray[np.bool_]
 Engine = Literal["auto", "vips", "openslide"]
 LARGEST_SIDE, LARGEST_AREA = 2_000_000, 2e11  # px; of a quarter of a micron: half a metre, and 125 square centimetres
 WHITE = (255, 255, 255)
@@ -68,6 +69,15 @@ class Slide(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class KnowsHoles(Protocol):
+    """A slide that can tell what it holds from what it fills in: what was not scanned is unknown, not bright."""
+
+    def read_known(self, level: int, x: int, y: int, width: int, height: int) -> tuple[Rgb, Mask]:
+        """As `Slide.read`, and (height, width) bool: True where the slide holds the pixel."""
+        ...
 
 
 def open_slide(path: Path, engine: Engine = "auto") -> Slide:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import tifffile
 from apacs_ray.data.images import DAMAGE
 from apacs_ray.data.tiles import Box
 from apacs_ray.errors import BadInput
-from apacs_ray.slides.reader import Level, Rgb, SlideInfo, filled
+from apacs_ray.slides.reader import Level, Mask, Rgb, SlideInfo, filled
 
 DECODED = {"NONE", "JPEG", "LZW", "ADOBE_DEFLATE", "DEFLATE", "PACKBITS", "WEBP", "ZSTD"}
 PHOTOMETRICS = {"RGB", "YCBCR", "MINISBLACK"}
@@ -129,6 +130,15 @@ class JpegTiles:
     tables: bytes
     ycbcr: bool
 
+    def missing(self, box: Box, width: int, height: int) -> Iterator[tuple[int, int, int, int]]:
+        """Left, top, right and bottom of the tiles below `box`, of a level so large, that the file does not hold."""
+        across, down = -(-width // self.width), -(-height // self.height)
+        first, last = max(box.x // self.width, 0), min(-(-(box.x + box.width) // self.width), across)
+        for row in range(max(box.y // self.height, 0), min(-(-(box.y + box.height) // self.height), down)):
+            for column in first + np.flatnonzero(self.sizes[row * across + first : row * across + last] == 0):
+                x, y = int(column) * self.width, row * self.height
+                yield x, y, x + self.width, y + self.height
+
     def read(self, file: int, across: int, column: int, row: int) -> Rgb | None:
         """A tile, or None where the file holds none. Raises ValueError when its stream is damaged."""
         place = row * across + column
@@ -179,6 +189,15 @@ class VipsSlide:
         whole = filled(self.info, width, height)
         whole[top - y : bottom - y, left - x : right - x] = part
         return whole
+
+    def read_known(self, level: int, x: int, y: int, width: int, height: int) -> tuple[Rgb, Mask]:
+        page = self._pages[level]
+        known = np.zeros((height, width), bool)
+        known[max(-y, 0) : max(page.height - y, 0), max(-x, 0) : max(page.width - x, 0)] = True
+        if page.jpeg is not None:
+            for left, top, right, foot in page.jpeg.missing(Box(x, y, width, height), page.width, page.height):
+                known[max(top - y, 0) : max(foot - y, 0), max(left - x, 0) : max(right - x, 0)] = False
+        return self.read(level, x, y, width, height), known
 
     def _joined(self, page: Page, tiles: JpegTiles, wanted: Box, inside: Box) -> Rgb:
         """`wanted`, of which `inside` lies in the level, from the JPEG tiles below it."""
