@@ -19,7 +19,7 @@ from apacs_ray.data.images import encode_image, encode_mask
 from apacs_ray.data.shards import Receipt, read_receipt, shard_path, write_table
 from apacs_ray.data.splits import assign_val
 from apacs_ray.data.tiles import TILE_SCHEMA, Box, once_region
-from apacs_ray.data.tissue import measure
+from apacs_ray.data.tissue import focus
 from apacs_ray.errors import BadInput
 from apacs_ray.slides.plan import SlideSummary, SlideTask, opened, read_manifest
 from apacs_ray.slides.reader import SlideInfo, read_box
@@ -151,7 +151,6 @@ def _tile_row(
     mask: npt.NDArray[np.bool_] | None,
 ) -> dict[str, Any]:
     tiles = task.tiles
-    tissue, focus = measure(rgb)
     once = once_region(
         row["column"],
         row["row"],
@@ -176,8 +175,8 @@ def _tile_row(
         "image_format": tiles.image_format,
         "mask": None if mask is None else encode_mask(mask),
         "mask_fraction": None if mask is None else float(mask.mean()),
-        "tissue_fraction": tissue,
-        "focus": focus,
+        "tissue_fraction": row["tissue_fraction"],  # the measure that decided, not another one of the tile
+        "focus": focus(rgb),
         "source_uri": task.data.uri_of(summary.slide.path),
         "source_version": summary.slide.version,
     }
