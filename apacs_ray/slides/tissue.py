@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +19,12 @@ from PIL import Image
 from apacs_ray.data.tiles import Box
 from apacs_ray.slides import artifacts
 from apacs_ray.slides.glass import BLOCK, Glass, block_minima, glass_of, stain_of
-from apacs_ray.slides.reader import Slide
+from apacs_ray.slides.reader import KnowsHoles, Slide
 from apacs_ray.slides.regions import Mask, closed, grown
 
 Picture = npt.NDArray[np.uint8]
 Excluded = npt.NDArray[np.uint8]
+SkipReason = Literal["background", "artifact", "unscanned"]
 Array = TypeVar("Array", Picture, Mask)
 UM_PER_PIXEL = 8.0  # a cell is a few px, and 200 000 x 100 000 px of 0.25 um are 20 Mpx
 COARSEST = 1.4  # of that scale: a level coarser than this is not taken in place of a finer one
@@ -54,11 +55,21 @@ class Tissue:
         """Share (0..1) of the rectangle at (box.x, box.y), `width` x `height` level-0 px, that is tissue."""
         return self._share(self.mask[self._place(box, width, height)])
 
-    def excluded_fraction(self, box: Box, width: float, height: float, reason: np.uint8) -> float:
-        """Share (0..1) of such a rectangle that takes no part for a reason, OUT or ARTIFACT."""
+    def judge(self, box: Box, width: float, height: float, least: float) -> tuple[float, SkipReason | None]:
+        """`fraction` of a tile, and the reason for which it is skipped where that is less than `least`, else None.
+
+        unscanned: half of it or more; artifact: it would be kept if nothing had been taken out of it.
+        """
+        tissue = self.fraction(box, width, height)
+        if tissue >= least:
+            return tissue, None
         if self.excluded is None:
-            return 0.0
-        return self._share(self.excluded[self._place(box, width, height)] == reason)
+            return tissue, "background"
+        excluded = self.excluded[self._place(box, width, height)]
+        if self._share(excluded == OUT) >= 0.5:
+            return tissue, "unscanned"
+        artifact = self._share(excluded == ARTIFACT)
+        return tissue, "artifact" if artifact and tissue + artifact >= least else "background"
 
     def _place(self, box: Box, width: float, height: float) -> tuple[slice, slice]:
         rows = slice(int(box.y // self.downsample), max(int(np.ceil((box.y + height) / self.downsample)), 1))
@@ -204,4 +215,8 @@ def read_small(slide: Slide, number: int, shrink: int) -> tuple[Picture, Mask | 
 
 
 def _read(slide: Slide, number: int, box: Box) -> tuple[Picture, Mask | None]:
-    return slide.read(number, box.x, box.y, box.width, box.height), None
+    """Part of a level, and what of it the slide does not hold (None: it cannot tell)."""
+    if not isinstance(slide, KnowsHoles):
+        return slide.read(number, box.x, box.y, box.width, box.height), None
+    rgb, known = slide.read_known(number, box.x, box.y, box.width, box.height)
+    return rgb, ~known
