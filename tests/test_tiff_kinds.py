@@ -14,6 +14,7 @@ from tiff_kinds import SIDE, TILE, Kind, all_kinds, picture, write
 
 from apacs_ray.errors import BadInput
 from apacs_ray.slides.open import open_slide
+from apacs_ray.slides.reader import Engine
 
 pytest.importorskip("imagecodecs", reason="tifffile writes and reads most compressions with imagecodecs only")
 
@@ -31,8 +32,8 @@ def is_unsupported(kind: Kind) -> bool:
     )
 
 
-def read_whole(path: Path) -> np.ndarray:
-    slide = open_slide(path)
+def read_whole(path: Path, engine: Engine = "auto") -> np.ndarray:
+    slide = open_slide(path, engine)
     try:
         return slide.read(0, 0, 0, SIDE, SIDE).astype(int)
     finally:
@@ -71,6 +72,22 @@ def test_every_kind_of_tiff_is_shown_right_or_refused(tmp_path: Path) -> None:
     print(dict(outcomes))
     assert outcomes["read"] > 60, outcomes
     assert outcomes["refused"] > 20, outcomes
+
+
+def test_openslide_agrees_where_it_reads_the_same_file(tmp_path: Path) -> None:
+    compared = 0
+    for number, kind in enumerate(kind for kind in all_kinds() if kind.tiled and "+" not in kind.layout):
+        path = tmp_path / f"{number}.tif"
+        if write(path, kind, picture(3)) is None or is_unsupported(kind):
+            continue
+        try:
+            theirs = read_whole(path, "openslide")
+        except BadInput:
+            continue  # WebP, and what else it does not know
+        difference = int(np.abs(read_whole(path) - theirs).max())
+        assert difference <= (LEVELS if kind.lossy else 0), f"{kind}: {difference} levels"
+        compared += 1
+    assert compared > 25
 
 
 def damaged(content: bytes, offset: int, size: int, how: str, rng: np.random.Generator) -> bytes:
