@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apacs_ray.data.folder import Entry, find_pairs, is_folder_layout
+from apacs_ray.data.words import splits_of
 
 
 def listing(*paths, size=9):
@@ -31,6 +32,10 @@ def codes(found):
         ("input/validation/7.png", "GroundTruth/Val/7.png", "val"),
         ("apacs23testinput/7.png", "groundtruthtest/7.png", "test"),
         ("test_run/Train_Input/7.png", "test_run/Train_Groundtruth/7.png", "train"),
+        ("Valencia/train/input/7.png", "train/validated/groundtruth/7.png", "train"),
+        ("BatchTest/testis/input/7.png", "BatchTest/groundtruth/7.png", "test"),
+        ("Training2 inputs/7.png", "training2/GroundTruth/7.png", "train"),
+        ("TESTSET/input/7.png", "test-set/ground truth/7.png", "test"),
     ],
 )
 def test_folders_give_split_and_role(image, mask, split):
@@ -42,13 +47,73 @@ def test_folders_give_split_and_role(image, mask, split):
     assert is_folder_layout((*found.ignored, pair.image))
 
 
-@pytest.mark.parametrize("folder", ["", "input/", "train/", "latest_input/", "evaluation/input/", "train/images/"])
+@pytest.mark.parametrize(
+    "folder",
+    ["", "input/", "train/", "latest_input/", "evaluation/input/", "train/images/", "Valencia/input/", "testis/input/"],
+)
 def test_other_folders_are_not_the_layout(folder):
     entries = listing(f"{folder}7.jpg")
     assert not is_folder_layout(entries)
     found = find_pairs(entries)
     assert found.ignored == tuple(entries)
     assert not found.folders
+
+
+@pytest.mark.parametrize(
+    ("folder", "splits"),
+    [
+        *((name, {"train"}) for name in ("train", "TRAIN", "Training", "train2", "2train", "trainA", "TrainImages")),
+        *((name, {"val"}) for name in ("val", "valid", "Validation", "val_set", "valset", "ValidationSet", "xVal")),
+        *((name, {"test"}) for name in ("test", "tests", "testing", "Test-Set", "HETest", "TESTset", "inputtest")),
+        *((name, {"train", "val"}) for name in ("train_val", "TrainVal", "trainval")),
+        *((name, set()) for name in ("Valencia", "testis", "validated", "latest", "interval", "contest", "retrained")),
+        *((name, set()) for name in ("untrained", "tester", "trainer", "Testosterone", "evaluation", "valve", "")),
+    ],
+)
+def test_words_that_name_a_split(folder, splits):
+    assert splits_of(folder) == splits
+
+
+def test_patients_may_have_the_same_stems():
+    listed = [f"train/{role}/{p}/i05.png" for role in ("input", "groundtruth") for p in ("p1", "p2")]
+    listed += [f"{p}/Test_{role}/i05.png" for role in ("Input", "GroundTruth") for p in ("p1", "p2")]
+    found = find_pairs(listing(*listed, "val_input/p1/i05.png", "val_groundtruth/i05.png"))
+    assert not found.rejects
+    assert {(pair.slide_id, pair.image.path, pair.mask.path) for pair in found.pairs} == {
+        ("train/p1/i05", "train/input/p1/i05.png", "train/groundtruth/p1/i05.png"),
+        ("train/p2/i05", "train/input/p2/i05.png", "train/groundtruth/p2/i05.png"),
+        ("test/p1/i05", "p1/Test_Input/i05.png", "p1/Test_GroundTruth/i05.png"),
+        ("test/p2/i05", "p2/Test_Input/i05.png", "p2/Test_GroundTruth/i05.png"),
+        ("val/i05", "val_input/p1/i05.png", "val_groundtruth/i05.png"),  # one of its stem, so its folder may differ
+    }
+    assert len({pair.image_id for pair in found.pairs}) == 5
+
+
+def test_a_stem_in_several_places_is_not_joined_across_them():
+    listed = [
+        "train/input/p1/a.png",
+        "train/input/p2/a.png",
+        "train/groundtruth/p1/a.png",
+        "train/groundtruth/p3/a.png",
+    ]
+    found = find_pairs(listing(*listed))
+    assert [(pair.slide_id, pair.mask.path) for pair in found.pairs] == [("p1/a", "train/groundtruth/p1/a.png")]
+    assert {reject.uri: reject.code for reject in found.rejects} == {
+        "train/input/p2/a.png": "missing_mask",
+        "train/groundtruth/p3/a.png": "missing_image",
+    }
+    assert "train/groundtruth/p1/a.png" in found.rejects[0].reason
+
+
+@pytest.mark.parametrize("mask", ["a_mask.png", "a-Mask.tif", "a masks.png", "a_GroundTruth.png", "a_label.png"])
+def test_masks_may_say_that_they_are_masks(mask):
+    (pair,) = find_pairs(listing("train/input/a.png", f"train/groundtruth/{mask}")).pairs
+    assert pair.mask.path == f"train/groundtruth/{mask}"
+    both = find_pairs(listing("train/input/a.png", f"train/groundtruth/{mask}", "train/groundtruth/a.png"))
+    assert [pair.mask.path for pair in both.pairs] == ["train/groundtruth/a.png"]
+    assert [reject.uri for reject in both.rejects] == [f"train/groundtruth/{mask}"]
+    image = find_pairs(listing("train/input/a_mask.png", "train/groundtruth/a_mask.png"))
+    assert [pair.stem for pair in image.pairs] == ["a_mask"]
 
 
 def test_names_are_joined_by_stem_and_kept_verbatim():
@@ -125,6 +190,10 @@ def test_normal_forms_of_one_stem_are_duplicates():
         "__MACOSX/Train_Input/7.jpg",
         "Train_Input/",
         ".cache/train/input/7.png",
+        "train/input/.Trash-1000/files/7.png",
+        "train/input/#recycle/7.png",
+        "train/@eaDir/input/7.png",
+        "train/input/$RECYCLE.BIN/7.png",
         "README.md",
     ],
 )
@@ -161,11 +230,15 @@ FOLDERS = [
     "Test_GroundTruth/more",
     "val_input",
     "Train_Val_Input",
+    "train/groundtruth/p1",
+    "Train_Input/p1",
+    "p2/Train_Input",
+    "Train_Input/.Trash-1",
     "other",
     "",
 ]
 NAMES = st.tuples(
-    st.sampled_from(["", ".", "a", "A", "b_1", "b_2", "\u00e9", "e\u0301", "a.b"]),
+    st.sampled_from(["", ".", "a", "A", "b_1", "b_2", "a_mask", "\u00e9", "e\u0301", "a.b"]),
     st.sampled_from(["", ".jpg", ".JPG", ".png", ".tif", ".txt", "/"]),
 ).map("".join)
 ENTRIES = st.lists(

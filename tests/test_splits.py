@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from apacs_ray.data.splits import assign_val, read_splits
 from apacs_ray.errors import UsageError
 from apacs_ray.slides.mpps import read_mpps
+from apacs_ray.stages.cut import open_store_file
 
 
 def tiles(slides, images_a_slide=1, tiles_an_image=1):
@@ -87,10 +88,47 @@ def test_a_wrong_table_is_refused_by_line(text, says):
     assert says in str(caught.value)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_tables_as_spreadsheets_write_them(tmp_path, encoding, delimiter):
+    text = f"slide_id{delimiter}split\r\nZoë 1{delimiter}train\r\n"
+    (tmp_path / "splits.csv").write_bytes(text.encode(encoding))
+    assert read_splits(open_store_file(str(tmp_path / "splits.csv"))) == {"Zoë 1": "train"}
+
+
+def test_utf_16_with_either_mark(tmp_path):
+    for mark, encoding in (("\ufeff", "utf-16-le"), ("\ufeff", "utf-16-be")):
+        (tmp_path / "splits.csv").write_bytes(f"{mark}slide_id,split\nA,val\n".encode(encoding))
+        assert read_splits(open_store_file(str(tmp_path / "splits.csv"))) == {"A": "val"}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("slide_id,split\nA,train\nZoë,test\n".encode("latin-1"), "byte 0xeb on line 3); save it as CSV UTF-8"),
+        (b"\xff\xfes\0l\0i", "save it as CSV UTF-8"),
+        (b"PK\x03\x04\xff\xfe", "save it as CSV UTF-8"),  # a spreadsheet itself
+    ],
+)
+def test_a_table_in_another_encoding_is_named(tmp_path, content, says):
+    (tmp_path / "splits.csv").write_bytes(content)
+    with pytest.raises(UsageError, match=r"splits\.csv: no text in UTF-8 or UTF-16") as caught:
+        open_store_file(str(tmp_path / "splits.csv"))
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_table_that_is_not_there(tmp_path):
+    for name, says in (("none.csv", "no such text file"), (".", "cannot be read")):
+        with pytest.raises(UsageError, match=says):
+            open_store_file(f"{tmp_path}/{name}")
+
+
 def test_read_mpps():
     assert read_mpps(None) == {}
     text = '\ufeffslide_id,mpp\r\nA,0.25\r\n"B,1", 0.5 \r\n'
     assert read_mpps(text) == {"A": 0.25, "B,1": 0.5}
+    assert read_mpps("slide_id;mpp\nA;0,25\n") == {"A": 0.25}
     for line, says in (
         ("B,", "'' of slide 'B' is not a number"),
         ("B,-1", "must be positive, not -1"),

@@ -116,7 +116,7 @@ def open_store_file(uri: str | None) -> str | None:
     folder, _, name = uri.rpartition("/")
     try:
         return decode_table(open_store(folder or ".").read_small(name), uri)
-    except (FileNotFoundError, IsADirectoryError) as error:
+    except FileNotFoundError as error:
         raise UsageError(f"{uri}: no such text file") from error
-    except PermissionError as error:
-        raise UsageError(f"{uri}: may not be read; correct its rights") from error
+    except OSError as error:  # a folder, or it may not be read
+        raise UsageError(f"{uri}: cannot be read ({error}); give a text file that may be read") from error
