@@ -108,6 +108,12 @@ class TilesSettings(Section):
         le=1,
         description="tiles with a smaller share of tissue are skipped (default: 0 for images, 0.02 for whole slides)",
     )
+    min_tissue_um2: float = Field(
+        300.0,
+        ge=0,
+        description="um2 of tissue, about one small cell, for which a tile is kept all the same (inf: for none); "
+        "whole slides only",
+    )
     last: Literal["keep", "shift", "drop"] = Field(
         "keep", description="edge tiles: keep (smaller), shift (full size, overlapping) or drop"
     )

@@ -128,6 +128,8 @@ def test_damage_is_read_rightly_or_rejected(whole: dict[str, Path], tmp_path: Pa
             expected, truth = sound[kind][place]
             if kind == "jpeg" or hit.suffix == ".ini" or how == "header":
                 continue  # a lossy stream, or numbers that lie within reason: nothing can tell
+            if kind == "lzw" and hit.suffix == ".tif" and how == "flip":
+                continue  # LZW has no checksum
             assert np.array_equal(pixels, expected), (number, kind, how, hit.name)
             if hit.suffix != ".geojson":  # a digit of a coordinate may change
                 assert (mask is None) == (truth is None) or (mask is None and code)  # its annotation was refused

@@ -9,6 +9,7 @@ import zlib
 
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
@@ -81,6 +82,72 @@ def test_16_bit_colour_keeps_its_upper_byte():
     assert (decode_image(data, LIMIT) == deep >> 8).all()
 
 
+@pytest.mark.parametrize("bits", [10, 12, 14])
+def test_16_bit_grey_of_a_camera_is_read_by_what_the_file_says_or_refused(bits):
+    """A camera's picture is almost black when its bits are taken for all sixteen."""
+    bright = (GREY.astype(np.uint16) << (bits - 8)) | 3
+    for image_format in ("PNG", "TIFF"):
+        with pytest.raises(BadInput, match=r"too_dark: .*save it with 8 bits") as raised:
+            decode_image(written(bright, image_format), LIMIT)
+        assert raised.value.code == "too_dark"
+        assert probe(written(bright, image_format)) == (40, 24)
+    for top in ((1 << bits) - 1, int(bright.max())):  # what a channel can hold, or what this one holds
+        tagged = written(bright, "TIFF", tiffinfo={281: top})
+        assert (decode_image(tagged, LIMIT) == GREY[:, :, None]).all()
+    lies = written(bright, "TIFF", tiffinfo={281: 300})
+    assert code(decode_image, lies, LIMIT) == "too_dark"
+    plain = written(bright)
+    sbit = struct.pack(">I4sBI", 1, b"sBIT", bits, zlib.crc32(b"sBIT" + bytes([bits])))
+    assert (decode_image(plain[:33] + sbit + plain[33:], LIMIT) == GREY[:, :, None]).all()
+    assert (decode_image(written(GREY.astype(np.uint16)), LIMIT) == GREY[:, :, None]).all()  # bytes in 16 bits
+
+
+def test_12_bit_samples_are_read_and_12_bit_colors_refused():
+    rgb = io.BytesIO()
+    tifffile.imwrite(rgb, RGB.astype(np.uint16) << 4, photometric="rgb", metadata=None)
+    assert code(decode_image, rgb.getvalue(), LIMIT) == "too_dark"
+    packed = io.BytesIO()
+    tifffile.imwrite(packed, GREY.astype(np.uint16) << 4, photometric="minisblack", bitspersample=12, metadata=None)
+    assert (decode_image(packed.getvalue(), LIMIT) == GREY[:, :, None]).all()
+    full = io.BytesIO()
+    tifffile.imwrite(full, RGB.astype(np.uint16) << 8, photometric="rgb", metadata=None)
+    assert (decode_image(full.getvalue(), LIMIT) == RGB).all()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_0_is_white_where_the_file_says_so(dtype):
+    deep = GREY.astype(dtype) * (257 if dtype == np.uint16 else 1)
+    sink = io.BytesIO()
+    tifffile.imwrite(sink, deep, photometric="miniswhite", metadata=None)
+    assert (decode_image(sink.getvalue(), LIMIT) == 255 - GREY[:, :, None]).all()
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("kind", [b"tEXt", b"zTXt", b"iTXt"])
+def test_a_png_with_long_texts_is_read(kind, place):
+    text = b"slice " * 400_000
+    body = {
+        b"tEXt": b"Info\0" + text,
+        b"zTXt": b"Info\0\0" + zlib.compress(text),
+        b"iTXt": b"Info\0\1\0\0\0" + zlib.compress(text),
+    }[kind]
+    chunk = struct.pack(">I4s", len(body), kind) + body + struct.pack(">I", zlib.crc32(kind + body))
+    plain = written(RGB)
+    at = 33 if place == "before" else len(plain) - 12
+    data = plain[:at] + chunk * 40 + plain[at:]  # together more than Pillow takes
+    assert probe(data) == (40, 24)
+    assert (decode_image(data, LIMIT) == RGB).all()
+    mask = written(CELL)
+    at = 33 if place == "before" else len(mask) - 12
+    assert (decode_mask(mask[:at] + chunk * 2 + mask[at:], LIMIT, None) == CELL).all()
+    for missing in (5, 20, len(chunk) * 20):
+        if place == "before":
+            assert code(decode_image, data[: len(data) - len(plain) + 33 - missing], LIMIT) in (
+                "truncated",
+                "unreadable",
+            )
+
+
 def test_grey_palette_and_cmyk():
     assert (decode_image(written(GREY), LIMIT) == GREY[:, :, None]).all()
     assert (decode_image(written(CELL), LIMIT) == 255 * CELL[:, :, None]).all()
@@ -126,6 +193,17 @@ def swapped_profile():
 def test_a_profile_is_converted_to_srgb(image_format):
     flat = np.full((16, 16, 3), (200, 80, 40), np.uint8)
     decoded = decode_image(written(flat, image_format, icc_profile=swapped_profile()), LIMIT)
+    assert np.abs(decoded.astype(int) - (80, 200, 40)).max() <= 4
+
+
+def test_a_profile_of_more_than_a_megabyte_is_converted_to_srgb():
+    profile = swapped_profile()
+    large = profile + np.random.default_rng(0).bytes(3 << 20)  # what lies behind the table of its parts is not read
+    large = struct.pack(">I", len(large)) + large[4:]
+    body = b"swapped\0\0" + zlib.compress(large)
+    chunk = struct.pack(">I4s", len(body), b"iCCP") + body + struct.pack(">I", zlib.crc32(b"iCCP" + body))
+    plain = written(np.full((16, 16, 3), (200, 80, 40), np.uint8))
+    decoded = decode_image(plain[:33] + chunk + plain[33:], LIMIT)
     assert np.abs(decoded.astype(int) - (80, 200, 40)).max() <= 4
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import itertools
 import struct
+import zlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,17 @@ import pytest
 import pyvips
 import tifffile
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
+from apacs_ray.data.folder import Reject, find_pairs
+from apacs_ray.data.ingest import ShardTask, Source, plan_tiles, probe_pair, write_shard
 from apacs_ray.data.masks import decode_mask, probe_mask
 from apacs_ray.data.tiles import Box
 from apacs_ray.errors import BadInput
+from apacs_ray.settings import DataSettings, TilesSettings
 from apacs_ray.slides.masks import FovMasks, ImageMask, open_masks
 from apacs_ray.slides.reader import Level, SlideInfo
+from apacs_ray.storage import open_store
 
 LIMIT = 1_000_000
 WIDTH, HEIGHT = 330, 210
@@ -239,13 +245,19 @@ def test_where_0_is_white_cells_are_what_viewers_show_white(tmp_path: Path, dtyp
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
-@pytest.mark.parametrize("kind", ["tiles", "strips", "sparse tiles", "ZSTD", "PNG"])
+@pytest.mark.parametrize("kind", ["tiles", "strips", "sparse tiles", "ZSTD", "PNG", "PNG palette"])
 def test_orientation_is_applied_in_both_layouts(tmp_path: Path, turn: int, kind: str) -> None:
     exif = Image.Exif()
     exif[274] = turn
     sink = io.BytesIO()
     if kind == "PNG":
         Image.fromarray(CELLS).save(sink, "PNG", exif=exif)
+    elif kind == "PNG palette":
+        text = PngInfo()
+        text.add_text("Info", "slice " * 400_000, zip=True)
+        image = Image.fromarray(CELLS.astype(np.uint8), "P")
+        image.putpalette([90, 0, 90, 0, 220, 0])
+        image.save(sink, "PNG", exif=exif, pnginfo=text)
     else:
         options: dict[str, Any] = {} if kind == "strips" else {"tile": (64, 64)}
         options |= {"compression": "zstd"} if kind == "ZSTD" else {}
@@ -536,3 +548,53 @@ def test_a_mask_of_many_pixels_is_read_in_parts(tmp_path: Path) -> None:
     (tmp_path / "m.png").write_bytes(saved(np.zeros((2000, 3000), bool)))
     with pytest.raises(BadInput, match=r"too_large: m\.png"):
         ImageMask(tmp_path / "m.png", info_of(3000, 2000), None, LIMIT)
+
+
+def test_a_color_beyond_the_palette_is_no_background(tmp_path: Path) -> None:
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", 4, 4, 8, 3, 0, 0, 0)),
+        (b"PLTE", bytes([0, 0, 0, 255, 255, 255])),
+        (b"IDAT", zlib.compress(bytes([0, 0, 1, 5, 1] * 4))),
+        (b"IEND", b""),
+    ]
+    parts = [struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in chunks]
+    content = b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+    assert both(tmp_path / "m.png", content, None, (4, 4)) == "unreadable"
+
+
+# who is refused
+
+
+def test_a_reject_names_the_mask_when_it_is_the_mask_that_is_defective(tmp_path: Path) -> None:
+    masks = {
+        "grey": saved(LABELS.astype(np.uint8)),
+        "cut": saved(CELLS.astype(np.uint8) * 255, "BMP")[:-100],
+        "size": saved(CELLS[:-1]),
+        "frames": saved(CELLS, save_all=True, append_images=[Image.fromarray(~CELLS)]),
+        "float": saved(np.full((HEIGHT, WIDTH), 0.5, np.float32), "TIFF"),
+        "empty": b"",
+        "image": saved(CELLS),  # here it is the image
+    }
+    for role in ("input", "groundtruth"):
+        (tmp_path / "data/train" / role).mkdir(parents=True)
+    for name, content in masks.items():
+        (tmp_path / f"data/train/groundtruth/{name}.png").write_bytes(content)
+        picture = saved(np.zeros((HEIGHT, WIDTH, 3), np.uint8))
+        (tmp_path / f"data/train/input/{name}.png").write_bytes(
+            picture[: len(picture) // (2 if name == "image" else 1)]
+        )
+    store, output = open_store(str(tmp_path / "data")), open_store(str(tmp_path / "run"))
+    pairs = list(find_pairs(store.list()).pairs)
+    probed = [probe_pair(store, pair, LIMIT) for pair in pairs]
+    rejects = [asdict(reject) for reject in probed if isinstance(reject, Reject)]
+    tiles = TilesSettings(min_tissue=0.0)
+    plan = plan_tiles([source for source in probed if isinstance(source, Source)], tiles, DataSettings(), seed=0)
+    task = ShardTask(store, output, tiles, DataSettings(), "0" * 16)
+    for shard in plan.shards:
+        rejects += write_shard(task, shard).rejects
+    named = {reject["slide_id"]: reject["uri"].split("/train/")[1] for reject in rejects}
+    expected = {name: f"groundtruth/{name}.png" for name in masks if name not in ("empty", "image")}
+    assert {name: uri for name, uri in named.items() if name != "empty"} == expected | {"image": "input/image.png"}
+    (size,) = [reject["reason"] for reject in rejects if reject["slide_id"] == "size"]
+    assert "groundtruth/size.png" in size
+    assert "input/size.png" in size

@@ -7,11 +7,13 @@ import json
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import tifffile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from slide_files import picture, write_tiff
@@ -201,3 +203,24 @@ def test_a_defect_of_our_own_leaves_its_traceback_in_the_log(caplog: pytest.LogC
     with pytest.raises(BadInput, match=r"internal: a\.svs: OddError: odd \(test_units\.py, line"), one_unit("a.svs"):
         raise OddError("odd")
     assert "Traceback" in caplog.text
+
+
+def test_a_damaged_part_of_the_only_level_costs_its_tiles_and_not_the_slide(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / "s.tif"
+    tifffile.imwrite(path, picture(1024, 1024), photometric="rgb", tile=(128, 128), compression="deflate")
+    with tifffile.TiffFile(path) as tiff:
+        offset, size = tiff.pages.first.dataoffsets[27], tiff.pages.first.databytecounts[27]  # at 384, 384
+    with path.open("r+b") as file:
+        file.seek(offset + size // 2)
+        file.write(bytes(size // 4))
+    for least in (0.0, 0.02):
+        task = task_in(tmp_path / "in", tmp_path / f"out {least}")
+        task = replace(task, tiles=TilesSettings(size=128, image_format="png", min_tissue=least))
+        (slide,) = find_slides(task.data.list(), root=task.data.uri).slides
+        summary = inspect_slide(task, 0, slide)
+        receipt, rows = shard(task, summary)
+        assert [(reject["x"], reject["y"], reject["code"]) for reject in receipt.rejects] == [
+            (384, 384, "unreadable_region")
+        ]
+        assert len(rows) == receipt.rows_out == summary.tiles - 1

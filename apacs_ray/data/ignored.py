@@ -55,16 +55,12 @@ class Ignored:
         for entry in self.hidden:
             hidden.setdefault(hidden_part(entry.path), entry)
         kinds = (
-            (self.hidden, "file", "hidden or of the system", names(hidden.values(), PLACES)),
-            (self.previews, "preview", "and no mask", names(self.previews)),
-            (self.strays, "annotation", "of no slide that is here", names(self.strays)),
-            (self.others, "file", "of other kinds", names(self.others)),
+            (self.hidden, "hidden or system file", names(hidden.values(), PLACES)),
+            (self.previews, "preview of a slide", names(self.previews)),
+            (self.strays, "annotation of no slide", names(self.strays)),
+            (self.others, "file of another kind", names(self.others)),
         )
-        told = [
-            f"{len(entries)} {noun}{'s' * (len(entries) > 1)} {what} ({shown})"
-            for entries, noun, what, shown in kinds
-            if entries
-        ]
+        told = [f"{len(entries)} x {what} ({shown})" for entries, what, shown in kinds if entries]
         return f"ignored {', '.join(told)}" if told else None
 
 

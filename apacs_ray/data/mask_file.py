@@ -1,16 +1,16 @@
 """A mask's file, opened: its size and how it is stored, and its pixels by region, from memory or from a local file.
 
 Both layouts read masks here, so that a file means the same in each. libvips decodes PNG, JPEG and most TIFF, by region
-where the TIFF is tiled; what it lacks (BMP, TIFF in ZSTD or LZMA, tiles of separate planes) Pillow decodes as a whole.
-Where a decoder passes over damage in silence, the stored streams are checked by a stricter one.
+where the TIFF is tiled; what it lacks (BMP, the numbers of a PNG's colors, TIFF in ZSTD or LZMA, tiles of separate
+planes) Pillow decodes as a whole. Where a decoder passes over damage in silence, the streams are checked by a stricter
+one.
 """
 
 from __future__ import annotations
 
 import io
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,27 +18,19 @@ import numpy as np
 import numpy.typing as npt
 import pyvips
 import simplejpeg
-import tifffile
 from PIL import Image
-from PIL.ImagePalette import ImagePalette
 from PIL.PngImagePlugin import PngImageFile
-from PIL.TiffImagePlugin import TiffImageFile
 
-from apacs_ray.data.images import DAMAGE, ORIENTATION, READERS, SWAPS_SIDES, code_of, read_header, turn_of
+from apacs_ray.data.images import DAMAGE, READERS, SWAPS_SIDES, code_of
+from apacs_ray.data.mask_header import MAX_TILE, Palette, read_stored
+from apacs_ray.data.png import without_texts
 from apacs_ray.data.tiles import Box
 from apacs_ray.data.vips import open_vips, reason
 from apacs_ray.errors import BadInput
 
 Pixels = npt.NDArray[Any]  # (H, W) or (H, W, bands), as stored
-Palette = npt.NDArray[np.int64]  # (colours, 3), 0..255
-MAX_TILE = 1 << 26  # px of one tile of a mask in tiles, which is decoded as a whole
-MOST_PAGES = 1000
 BLOCK = 1 << 24  # px that are looked at in one go
 SOI = b"\xff\xd8"
-BY_VIPS = {"NONE", "LZW", "DEFLATE", "ADOBE_DEFLATE", "PACKBITS", "JPEG", "WEBP", "CCITTRLE", "CCITTFAX3", "CCITTFAX4"}
-BY_PILLOW = {"ZSTD", "LZMA"}
-LOSSY = {"JPEG", "WEBP"}
-PHOTOMETRICS = {"MINISWHITE", "MINISBLACK", "RGB", "PALETTE", "YCBCR"}
 # EXIF orientation -> the stored image transposed, then mirrored left to right, then top to bottom
 TURNS = {
     1: (False, False, False),
@@ -52,23 +44,6 @@ TURNS = {
 }
 
 
-@dataclass(frozen=True)
-class Stored:
-    """How a mask is stored. `width` and `height` are px before its orientation is applied."""
-
-    width: int
-    height: int
-    orientation: int = 1
-    palette: Palette | None = None
-    lossy: bool = False
-    by_pillow: bool = False
-    tile: tuple[int, int] | None = None
-    compression: str = ""
-    offsets: tuple[int, ...] = ()  # of a TIFF's tiles or strips
-    sizes: tuple[int, ...] = ()  # bytes of each
-    tables: bytes = b""  # of its JPEG streams
-
-
 class MaskFile:
     """An open mask. `width` and `height` are px with its orientation applied."""
 
@@ -80,7 +55,7 @@ class MaskFile:
         """
         self._source = source
         with _stream(source) as stream:
-            self.stored = stored = _stored(stream, max_pixels)
+            self.stored = stored = read_stored(stream, max_pixels)
         if stored.tile is None or stored.by_pillow:
             require_fits(stored.width, stored.height, max_pixels)
         turned = stored.orientation in SWAPS_SIDES
@@ -141,7 +116,8 @@ class MaskFile:
                     self._array = _by_pillow(stream)
             if self._array.shape[:2] != (self.stored.height, self.stored.width):
                 raise BadInput("unreadable", "its pixels are not as many as its header says")
-            return self._array[box.y : box.y + box.height, box.x : box.x + box.width]
+            part = self._array[box.y : box.y + box.height, box.x : box.x + box.width]
+            return _colors(part, self.stored.palette) if self.stored.palette is not None and part.ndim == 2 else part
         image = self._opened()
         if self.stored.tile is None or 0 not in self.stored.sizes:
             return _cropped(image, box)
@@ -167,6 +143,13 @@ class MaskFile:
             if image.bands > 4 or image.interpretation not in ("b-w", "grey16", "srgb", "rgb", "rgb16", "multiband"):
                 raise BadInput("unsupported_mode", f"{image.bands} channels of {image.interpretation}; save it as grey")
         return self._image
+
+
+def _colors(indices: Pixels, palette: Palette) -> Pixels:
+    if indices.max() >= len(palette):
+        raise BadInput("unreadable", f"the mask uses color {indices.max()} of a palette of {len(palette)}")
+    colors: Pixels = palette.astype(np.uint8)[indices]
+    return colors
 
 
 def require_fits(width: int, height: int, max_pixels: int) -> None:
@@ -208,111 +191,13 @@ def _require_checksum(content: bytes) -> None:
             raise zlib.error("the stream ends too early")
 
 
-def _stored(stream: BinaryIO, max_pixels: int) -> Stored:
+def _by_pillow(stream: BinaryIO) -> Pixels:
+    """All pixels of a file that libvips cannot read, upright; of a palette the numbers."""
     magic = stream.read(8)
     stream.seek(0)
-    kind = next((reader for start, reader in READERS.items() if magic.startswith(start)), None)
-    if kind is TiffImageFile:
-        try:
-            with tifffile.TiffFile(stream) as tiff:
-                return _stored_tiff(tiff)
-        except (tifffile.TiffFileError, *DAMAGE) as error:
-            raise BadInput("unreadable", f"the header cannot be read: {error}") from error
-    header = read_header(stream, max_pixels).image
-    if header.mode in ("CMYK", "YCbCr"):
-        raise BadInput("unsupported_mode", f"a mask in {header.mode}; save it as grey")
-    return Stored(
-        *header.size,
-        orientation=turn_of(header),
-        palette=_table(header.palette) if header.mode == "P" and header.palette is not None else None,
-        lossy=header.format == "JPEG",
-        by_pillow=header.format == "BMP",
-        compression="" if isinstance(header, PngImageFile) else str(header.format),
-    )
-
-
-def _table(palette: ImagePalette) -> Palette:
-    """A palette as the header gives it; to ask Pillow for its colors would read the pixels."""
-    order, content = palette.getdata()
-    whole = len(content) // len(order) * len(order)
-    colors = np.frombuffer(bytes(content[:whole]), np.uint8).reshape(-1, len(order))
-    return colors[:, [order.index(channel) for channel in "RGB"]].astype(np.int64)
-
-
-def _stored_tiff(tiff: tifffile.TiffFile) -> Stored:
-    page = _only_page(tiff)
-    bits, kind, planes = page.bitspersample, int(page.sampleformat), page.planarconfig == 2 and page.samplesperpixel > 1
-    photometric, compression = _name(page.photometric), _name(page.compression)
-    if photometric not in PHOTOMETRICS or kind not in (1, 2, 3) or not 1 <= page.samplesperpixel <= 4:
-        what = f"{page.samplesperpixel} channels of {photometric} (sample format {kind})"
-        raise BadInput("unsupported_mode", f"a mask with {what}; save it as grey of 8 or 16 bits")
-    if bits not in (1, 2, 4, 8, 16, 32):
-        raise BadInput("unsupported_mode", f"a mask with {bits} bits a channel; save it with 8 or 16")
-    by_pillow = compression in BY_PILLOW or planes
-    if compression not in BY_VIPS | BY_PILLOW or (compression.startswith("CCITT") and page.is_tiled):
-        # of tiles in CCITT the decoder tells no damage at all
-        where = " in tiles" if page.is_tiled else ""
-        raise BadInput("unsupported_mode", f"a mask in {compression}{where}; save it with Deflate or LZW")
-    if by_pillow and (bits not in (1, 8, 16) or kind != 1 or (planes and bits != 8)):
-        raise BadInput("unsupported_mode", f"a mask in {compression}{' and planes' * planes}; save it with Deflate")
-    if photometric == "MINISWHITE" and (bits > 16 or kind != 1 or (by_pillow and bits > 8)):
-        raise BadInput("unsupported_mode", f"a mask of {bits} bits in which 0 is white; save it with 0 as black")
-    tile = (page.tilewidth, page.tilelength) if page.is_tiled else None
-    if tile is not None and tile[0] * tile[1] > MAX_TILE:
-        raise BadInput("too_large", f"in tiles of {tile[0]} x {tile[1]} px; {MAX_TILE} px are the limit")
-    turn = int(page.tags.valueof(ORIENTATION, 1))
-    width, height = page.imagewidth, page.imagelength
-    if by_pillow:  # which turns them itself
-        turn, width, height = 1, *((height, width) if turn in SWAPS_SIDES else (width, height))
-    return Stored(
-        width,
-        height,
-        orientation=turn if turn in TURNS else 1,
-        palette=_colormap(page) if photometric == "PALETTE" else None,
-        lossy=compression in LOSSY,
-        by_pillow=by_pillow,
-        tile=tile,
-        compression=compression,
-        offsets=tuple(page.dataoffsets),
-        sizes=tuple(page.databytecounts),
-        tables=page.jpegtables or b"",
-    )
-
-
-def _name(member: Any) -> str:
-    return str(getattr(member, "name", member))
-
-
-def _only_page(tiff: tifffile.TiffFile) -> Any:
-    """The mask's page: the first; smaller ones are its pyramid."""
-    pages: Sequence[Any] = tiff.pages
-    if not len(pages):
-        raise BadInput("unreadable", "it holds no image")
-    if len(pages) > MOST_PAGES:
-        raise BadInput("multiple_frames", f"the file holds {len(pages)} images; save the one that is meant")
-    first = tiff.pages.first
-    if min(first.imagewidth, first.imagelength) < 1:
-        raise BadInput("unreadable", f"{first.imagewidth} x {first.imagelength} px")
-    images = int((tiff.imagej_metadata or {}).get("images", 1)) * int(first.imagedepth)
-    for page in [pages[number] for number in range(1, len(pages))]:
-        page = page.aspage()
-        if page.imagewidth >= first.imagewidth or page.imagelength >= first.imagelength:
-            images = max(images, len(pages))
-    if images > 1:
-        raise BadInput("multiple_frames", f"the file holds {images} images; save the one that is meant")
-    return first
-
-
-def _colormap(page: Any) -> Palette | None:
-    colors = page.colormap
-    return None if colors is None else (np.asarray(colors, np.int64).T >> 8)
-
-
-def _by_pillow(stream: BinaryIO) -> Pixels:
-    """All pixels of a file that libvips cannot read, upright."""
-    magic = stream.read(4)
-    stream.seek(0)
     reader = next(reader for start, reader in READERS.items() if magic.startswith(start))
+    if reader is PngImageFile:
+        stream = without_texts(stream, whole=True).stream
     try:
         image: Image.Image = reader(stream)
         image.load()
@@ -320,8 +205,8 @@ def _by_pillow(stream: BinaryIO) -> Pixels:
         raise BadInput(code_of(error), f"the pixels cannot be read: {error}") from error
     if image.mode == "1":
         return np.asarray(image).astype(np.uint8) * 255
-    if image.mode in ("P", "PA"):
-        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    if image.mode not in ("L", "LA", "RGB", "RGBA", "I;16", "I;16B", "I;16L", "I;16N"):
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+    if image.mode not in ("P", "L", "LA", "RGB", "RGBA", "I;16", "I;16B", "I;16L", "I;16N"):
         raise BadInput("unsupported_mode", f"a mask of Pillow's mode {image.mode}; save it as grey")
     return np.asarray(image)

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from apacs_ray.data.images import Mask
-from apacs_ray.data.mask_file import MaskFile, Palette, Pixels, require_fits
+from apacs_ray.data.mask_file import MaskFile, Pixels, require_fits
+from apacs_ray.data.mask_header import Palette
 from apacs_ray.data.tiles import Box
 from apacs_ray.errors import BadInput
 
@@ -57,6 +58,7 @@ class Contents:
         return contents
 
     def add(self, pixels: Pixels) -> None:
+        """Look at a part."""
         pixels = _opaque(pixels)
         if pixels.ndim == 3 and (pixels != pixels[..., :1]).any():
             self.colored = True
@@ -71,16 +73,16 @@ class Contents:
         values = luminance(_integral(pixels))
         self.pixels += values.size
         low, high = int(values.min()), int(values.max())
-        if low == high:  # most of a mask is background, and need not be sorted to know it
-            found = {low}
+        lows = int(np.count_nonzero(values == low))
+        if lows + np.count_nonzero(values == high) >= values.size:  # most parts of a mask, and quicker than to sort
+            found = {low, high}
         elif values.dtype in (np.uint8, np.uint16):
-            found = set(np.unique(values[~self._known[values]]).tolist())
+            found = {low, high, *np.unique(values[~self._known[values]]).tolist()}
         else:
             found = set(np.unique(values).tolist())
         self._known[[value for value in found if value < len(self._known)]] = True
         self._others |= {value for value in found if value >= len(self._known)}
-        if not low:
-            self.zeros += values.size - (int(np.count_nonzero(values)) if high else 0)
+        self.zeros += 0 if low else lows
 
     @property
     def present(self) -> Values:

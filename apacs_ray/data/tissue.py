@@ -8,10 +8,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from scipy import ndimage
 
 from apacs_ray.data.images import as_picture
 
+Floats = npt.NDArray[np.float32]
 SHRINK = 4
 SATURATION = 0.12  # HSV, 0..1: stained cytoplasm lies above, the lamp's tint on bare glass below
 DARK = 200.0  # luminance 0..255: nuclei and dense clumps of little colour lie below
@@ -19,26 +19,46 @@ UNSCANNED = 8.0  # luminance 0..255: scanners fill what they did not scan with b
 
 
 def tissue_fraction(rgb: npt.NDArray[np.uint8]) -> float:
-    """Share (0..1) of a tile, (H, W, 3) uint8 sRGB, that is stained or dark, and not the black of no scan."""
+    """Share (0..1) of a tile, (H, W, 3) uint8 sRGB, that is stained or dark, and not the black of no scan.
+
+    It is the measure of images that are tiles already. A slide's tiles have that of the slide's tissue mask
+    (`slides.tissue`), which knows the glass around them.
+    """
     return measure(rgb)[0]
 
 
-def focus(rgb: npt.NDArray[np.uint8]) -> float:
+def focus(rgb: npt.NDArray[np.uint8] | Image.Image) -> float:
     """Variance of the 4-neighbour Laplacian of luminance (0..255) on a tile, (H, W, 3) uint8, shrunk by 4.
 
     Its unit is grey levels squared. It grows with sharpness and with contrast, so compare tiles of one slide;
     on bare glass it is near 0.
     """
-    return measure(rgb)[1]
+    return _focus(_luma(*_shrunk(rgb)))
 
 
 def measure(rgb: npt.NDArray[np.uint8] | Image.Image) -> tuple[float, float]:
     """`tissue_fraction` and `focus` of a tile, from one shrinking of it."""
-    shrunk = np.asarray(as_picture(rgb).reduce(SHRINK), np.float32)
-    red, green, blue = (np.ascontiguousarray(shrunk[..., channel]) for channel in range(3))
+    red, green, blue = _shrunk(rgb)
     highest = np.maximum(np.maximum(red, green), blue)
     lowest = np.minimum(np.minimum(red, green), blue)
-    light = 0.299 * red + 0.587 * green + 0.114 * blue  # Rec. 601 luma, 0..255
+    light = _luma(red, green, blue)
     stained = highest - lowest >= SATURATION * np.maximum(highest, 1)
     tissue = float(((stained | (light <= DARK)) & (light >= UNSCANNED)).mean())
-    return tissue, float(ndimage.laplace(light, mode="nearest").var(dtype=np.float64))
+    return tissue, _focus(light)
+
+
+def _shrunk(rgb: npt.NDArray[np.uint8] | Image.Image) -> tuple[Floats, Floats, Floats]:
+    """Red, green and blue of the tile shrunk."""
+    shrunk = np.asarray(as_picture(rgb).reduce(SHRINK))
+    red, green, blue = (shrunk[..., channel].astype(np.float32) for channel in range(3))
+    return red, green, blue
+
+
+def _luma(red: Floats, green: Floats, blue: Floats) -> Floats:
+    return np.asarray(0.299 * red + 0.587 * green + 0.114 * blue, np.float32)  # Rec. 601, 0..255
+
+
+def _focus(light: Floats) -> float:
+    padded = np.pad(light, 1, mode="edge")
+    around = padded[:-2, 1:-1] + padded[2:, 1:-1] + padded[1:-1, :-2] + padded[1:-1, 2:]
+    return float((around - 4 * light).var(dtype=np.float64))

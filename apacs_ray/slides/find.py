@@ -256,7 +256,7 @@ def _called(parts: Sequence[SlideParts]) -> list[SlideFiles]:
     for slide in slides:
         plain = slide.path.rpartition(".")[0]
         short, full = (unicodedata.normalize("NFC", path) for path in (plain, slide.path))
-        choices.append((slide.stem, full.rpartition("/")[2], short, full, slide.path))
+        choices.append((slide.stem, full.rpartition("/")[2], short if "/" in short else full, full, slide.path))
         images.append((plain, slide.path))
     return [
         replace(slide, slide_id=slide_id, image_id=image_id)

@@ -18,7 +18,7 @@ from PIL import Image
 from apacs_ray.data.tiles import Box
 from apacs_ray.errors import BadInput
 from apacs_ray.slides.mpp import square_mpp
-from apacs_ray.slides.reader import WHITE, Level, Rgb, SlideInfo, level_downsample
+from apacs_ray.slides.reader import WHITE, Level, Mask, Rgb, SlideInfo, level_downsample
 
 PIXEL = ctypes.POINTER(ctypes.c_uint32)
 OPAQUE = np.uint32(0xFF000000)
@@ -45,6 +45,13 @@ class OpenSlideSlide:
         return np.asarray(self.read_image(level, x, y, width, height))
 
     def read_image(self, level: int, x: int, y: int, width: int, height: int) -> Image.Image:
+        return self._read_twice(level, x, y, width, height)[0]
+
+    def read_known(self, level: int, x: int, y: int, width: int, height: int) -> tuple[Rgb, Mask]:
+        picture, known = self._read_twice(level, x, y, width, height)
+        return np.asarray(picture), np.ones((height, width), bool) if known is None else known
+
+    def _read_twice(self, level: int, x: int, y: int, width: int, height: int) -> tuple[Image.Image, Mask | None]:
         downsample = self._downsamples[level]
         at = round(x * downsample), round(y * downsample)
         try:
@@ -72,18 +79,21 @@ class OpenSlideSlide:
             code = "unsupported_slide" if "nsupported" in str(error) else "unreadable"
             raise BadInput(code, f"{self._path.name}: {error}") from error
 
-    def _read(self, level: int, x: int, y: int, width: int, height: int) -> Image.Image:
-        """By OpenSlide's C function into an array: premultiplied ARGB, (x, y) in level-0 px."""
+    def _read(self, level: int, x: int, y: int, width: int, height: int) -> tuple[Image.Image, Mask | None]:
+        """The picture, and where the slide holds it (None: everywhere); (x, y) in level-0 px.
+
+        By OpenSlide's C function into an array: premultiplied ARGB.
+        """
         argb = np.empty((height, width), np.uint32)
         lowlevel._read_region(self._slide._osr, argb.ctypes.data_as(PIXEL), x, y, level, width, height)
         picture = Image.frombuffer("RGB", (width, height), argb, "raw", "BGRX", 0, 1)  # little-endian ARGB
         if argb.min() >= OPAQUE:
-            return picture
+            return picture, None
         transparent = argb < OPAQUE
         rgb = np.array(picture)
         missing = (255 - (argb >> np.uint32(24)))[transparent].astype(np.float32)[:, None] / 255
         rgb[transparent] = np.rint(rgb[transparent] + missing * np.array(self.info.background, np.float32))
-        return Image.fromarray(rgb)
+        return Image.fromarray(rgb), ~transparent
 
 
 def _is_mirax(path: Path) -> bool:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, ImageDraw
 
 from apacs_ray.data.folder import Reject
 from apacs_ray.data.shards import open_table
@@ -28,8 +27,9 @@ from apacs_ray.slides.cache import SlideCache
 from apacs_ray.slides.find import SlideFiles, fov_origin
 from apacs_ray.slides.masks import MaskSource, open_masks
 from apacs_ray.slides.open import open_slide
+from apacs_ray.slides.preview import picture_of
 from apacs_ray.slides.reader import Slide, SlideInfo
-from apacs_ray.slides.roi import Tissue, find_tissue
+from apacs_ray.slides.tissue import ASSUMED_MPP, SkipReason, Tissue, find_tissue
 from apacs_ray.storage import Entry, Store
 
 MIN_TISSUE = 0.02  # share of a tile that must be tissue, unless tiles.min_tissue says otherwise
@@ -45,6 +45,7 @@ MANIFEST_SCHEMA = pa.schema(
         ("row", pa.int64()),
         ("width", pa.int32()),  # tile px
         ("height", pa.int32()),
+        ("tissue_fraction", pa.float64()),  # 0..1, by the slide's tissue mask: what decided
     ]
 )
 
@@ -131,10 +132,12 @@ def inspect_slide(task: SlideTask, number: int, slide: SlideFiles) -> SlideSumma
         return replace(summary, slide=slide)  # which files are read, the data says
     try:
         with one_unit(slide.path), opened(task, slide) as opened_slide:
-            tissue = find_tissue(opened_slide)
-            rows, summary = plan_slide(task, slide, opened_slide.info, tissue)
-            picture = picture_of(tissue, opened_slide.info, rows, summary)
-            summary = _with_annotation(task, summary, opened_slide.info)
+            info = opened_slide.info
+            tissue = find_tissue(opened_slide, mpp_of(task, slide, info))
+            rows, summary = plan_slide(task, slide, info, tissue)
+            tiles = tiles_of(task.tiles, info, tissue, summary.downsample, summary.mpp)
+            picture = picture_of(tissue, info.bounds, [(tile.area, tile.skipped) for tile in tiles])
+            summary = _with_annotation(task, summary, info)
     except BadInput as defect:
         return SlideSummary(slide, reject=Reject.of(defect, task.data.uri_of(slide.path), slide.slide_id))
     task.output.write(path.replace(".parquet", ".png"), picture)
@@ -197,33 +200,67 @@ def opened_masks(
         )
 
 
+def mpp_of(task: SlideTask, slide: SlideFiles, info: SlideInfo) -> float | None:
+    """um per level-0 px: what `data.mpps` says of this slide, what the slide says, what `data.mpp` says of all."""
+    return task.mpps.get(slide.slide_id) or info.mpp or task.settings.mpp
+
+
 def plan_slide(
     task: SlideTask, slide: SlideFiles, info: SlideInfo, tissue: Tissue
 ) -> tuple[list[dict[str, Any]], SlideSummary]:
     """The tiles of a slide that hold tissue, as manifest rows in reading order, and the slide's summary."""
     tiles = task.tiles
-    mpp = task.mpps.get(slide.slide_id) or info.mpp or task.settings.mpp
+    mpp = mpp_of(task, slide, info)
     notes = [*info.notes]
     if mpp is None:
-        notes.append("no mpp: cut at native resolution" + (", tiles.mpp is not kept" if tiles.mpp else ""))
+        kept = ", tiles.mpp is not kept" if tiles.mpp else ""
+        notes.append(f"no mpp: cut at native resolution{kept}, tissue is looked for as at {ASSUMED_MPP} um/px")
     downsample = tiles.mpp / mpp if tiles.mpp and mpp else 1.0
     if abs(downsample - 1) < NATIVE:
         downsample = 1.0
-    bounds = info.bounds
-    width, height = max(1, int(bounds.width / downsample)), max(1, int(bounds.height / downsample))
-    least = MIN_TISSUE if tiles.min_tissue is None else tiles.min_tissue
     rows: list[dict[str, Any]] = []
-    skipped: dict[str, int] = {}
-    for box in grid(width, height, tiles.size, tiles.stride or tiles.size, tiles.last):
-        x, y = level0(bounds, box, downsample)
-        share = tissue.fraction(Box(x, y, 0, 0), box.width * downsample, box.height * downsample)
-        if share < least:
-            skipped["background"] = skipped.get("background", 0) + 1
+    skipped: Counter[str] = Counter()
+    for tile in tiles_of(tiles, info, tissue, downsample, mpp):
+        if tile.skipped is not None:
+            skipped[tile.skipped] += 1
             continue
+        x, y, box = tile.area.x, tile.area.y, tile.box
         place = {"tile_id": tile_id(slide.image_id, x, y), "x": x, "y": y, "column": box.x, "row": box.y}
-        rows.append({**place, "width": box.width, "height": box.height})
-    summary = SlideSummary(slide, info.engine, mpp, downsample, width, height, len(rows), skipped, tuple(notes))
+        rows.append({**place, "width": box.width, "height": box.height, "tissue_fraction": tile.tissue})
+    width, height = grid_size(info.bounds, downsample)
+    summary = SlideSummary(slide, info.engine, mpp, downsample, width, height, len(rows), dict(skipped), tuple(notes))
     return rows, summary
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """One tile of a slide: its `box` in the grid's px, its `area` in level-0 px (whole px), the share (0..1) of it
+    that is tissue, and why it is skipped (None: it is kept)."""
+
+    box: Box
+    area: Box
+    tissue: float
+    skipped: SkipReason | None
+
+
+def grid_size(bounds: Box, downsample: float) -> tuple[int, int]:
+    """Width and height of a slide's grid, tile px."""
+    return max(1, int(bounds.width / downsample)), max(1, int(bounds.height / downsample))
+
+
+def tiles_of(
+    tiles: TilesSettings, info: SlideInfo, tissue: Tissue, downsample: float, mpp: float | None
+) -> Iterator[TilePlan]:
+    """Every tile of a slide, in reading order."""
+    share = MIN_TISSUE if tiles.min_tissue is None else tiles.min_tissue
+    px_um2 = ((mpp or ASSUMED_MPP) * downsample) ** 2
+    width, height = grid_size(info.bounds, downsample)
+    for box in grid(width, height, tiles.size, tiles.stride or tiles.size, tiles.last):
+        x, y = level0(info.bounds, box, downsample)
+        wide, high = box.width * downsample, box.height * downsample
+        least = min(share, tiles.min_tissue_um2 / (box.width * box.height * px_um2))  # a share, or an area as one
+        found, skipped = tissue.judge(Box(x, y, 0, 0), wide, high, least)
+        yield TilePlan(box, Box(x, y, round(wide), round(high)), found, skipped)
 
 
 def level0(bounds: Box, box: Box, downsample: float) -> tuple[int, int]:
@@ -234,28 +271,6 @@ def level0(bounds: Box, box: Box, downsample: float) -> tuple[int, int]:
 def qupath_point(x: float, y: float, bounds: Box) -> tuple[float, float]:
     """Level-0 px as QuPath counts them: from the slide's bounds on."""
     return x - bounds.x, y - bounds.y
-
-
-def picture_of(tissue: Tissue, info: SlideInfo, rows: Sequence[dict[str, Any]], summary: SlideSummary) -> bytes:
-    """The slide small, as PNG: what was taken for background is greyed, kept tiles are framed."""
-    picture = tissue.picture.copy()
-    faded = picture[~tissue.mask].astype(np.float32)
-    picture[~tissue.mask] = (0.5 * faded + 0.5 * faded.mean(axis=1, keepdims=True) * 0.92).astype(np.uint8)
-    image = Image.fromarray(picture)
-    draw = ImageDraw.Draw(image)
-    bounds, scale = info.bounds, tissue.downsample
-    frame = [bounds.x, bounds.y, bounds.x + bounds.width, bounds.y + bounds.height]
-    draw.rectangle([value / scale for value in frame], outline=(120, 120, 120))
-    for row in rows:
-        left, top = row["x"] / scale, row["y"] / scale
-        right = left + row["width"] * summary.downsample / scale
-        bottom = top + row["height"] * summary.downsample / scale
-        # the last tile of a row may be narrower than a pixel of the picture
-        draw.rectangle([left, top, max(left, right - 1), max(top, bottom - 1)], outline=(0, 114, 178))
-    image.thumbnail((1600, 1600))
-    sink = io.BytesIO()
-    image.save(sink, "PNG")
-    return sink.getvalue()
 
 
 def read_manifest(store: Store, path: str, rows: Sequence[int] | None = None) -> list[dict[str, Any]]:

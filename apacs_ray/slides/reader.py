@@ -17,6 +17,7 @@ from PIL import Image
 from apacs_ray.data.tiles import Box
 
 Rgb = npt.NDArray[np.uint8]
+Mask = npt.NDArray[np.bool_]
 Engine = Literal["auto", "vips", "openslide"]
 WHITE = (255, 255, 255)
 
@@ -72,6 +73,10 @@ class Slide(Protocol):
 
     def read_image(self, level: int, x: int, y: int, width: int, height: int) -> Image.Image:
         """The same as a picture of Pillow's (RGB), without a copy where the engine has one."""
+        ...
+
+    def read_known(self, level: int, x: int, y: int, width: int, height: int) -> tuple[Rgb, Mask]:
+        """As `read`, and (height, width) bool: True where the slide holds the pixel, False where it is filled in."""
         ...
 
     def close(self) -> None: ...

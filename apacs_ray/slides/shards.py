@@ -21,7 +21,7 @@ from apacs_ray.data.images import encode_image, encode_mask
 from apacs_ray.data.shards import Receipt, read_receipt, shard_path, write_table
 from apacs_ray.data.splits import assign_val
 from apacs_ray.data.tiles import TILE_SCHEMA, Box, once_region
-from apacs_ray.data.tissue import measure
+from apacs_ray.data.tissue import focus
 from apacs_ray.data.units import one_unit
 from apacs_ray.errors import BadInput
 from apacs_ray.slides.masks import MaskSource
@@ -170,7 +170,6 @@ def _tile_row(
     mask: npt.NDArray[np.bool_] | None,
 ) -> dict[str, Any]:
     tiles = task.tiles
-    tissue, focus = measure(picture)
     once = once_region(
         row["column"],
         row["row"],
@@ -195,8 +194,8 @@ def _tile_row(
         "image_format": tiles.image_format,
         "mask": None if mask is None else encode_mask(mask),
         "mask_fraction": None if mask is None else float(mask.mean()),
-        "tissue_fraction": tissue,
-        "focus": focus,
+        "tissue_fraction": row["tissue_fraction"],  # the measure that decided, not another one of the tile
+        "focus": focus(picture),
         "source_uri": task.data.uri_of(summary.slide.path),
         "source_version": summary.slide.version,
     }

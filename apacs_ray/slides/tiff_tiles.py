@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
+
+from apacs_ray.data.tiles import Box
 
 Pixels = npt.NDArray[np.uint8]
 Alpha = Literal["", "straight", "associated"]
@@ -67,6 +70,15 @@ class TiffTiles:
     def is_sparse(self, column: int, row: int) -> bool:
         """Whether the file says that it holds nothing there."""
         return all(self.sizes[place] == 0 for place in self.places(column, row))
+
+    def holes(self, x: int, y: int, width: int, height: int) -> Iterator[Box]:
+        """The sparse tiles that a rectangle touches, px of this image."""
+        if self.sizes.all():
+            return
+        for row in range(max(y // self.tile_height, 0), min(-(-(y + height) // self.tile_height), self.down)):
+            for column in range(max(x // self.tile_width, 0), min(-(-(x + width) // self.tile_width), self.across)):
+                if self.is_sparse(column, row):
+                    yield Box(column * self.tile_width, row * self.tile_height, self.tile_width, self.tile_height)
 
     def read(self, file: int, column: int, row: int) -> Pixels:
         """(height, width, samples) of a tile, of an open file. Raises ValueError when its stream is damaged."""

@@ -14,7 +14,7 @@ from apacs_ray.data.tiles import Box
 from apacs_ray.data.tissue import focus
 from apacs_ray.data.vips import open_vips, reason
 from apacs_ray.errors import BadInput
-from apacs_ray.slides.reader import Level, Rgb, SlideInfo, filled, level_downsample
+from apacs_ray.slides.reader import Level, Mask, Rgb, SlideInfo, filled, level_downsample
 from apacs_ray.slides.tiff import OtherEngine, Pyramid
 from apacs_ray.slides.tiff_tiles import STRICT, Pixels, TiffTiles
 
@@ -55,6 +55,15 @@ class VipsSlide:
         if len(self._planes) == 1:
             return self._level(self._planes[0][level], wanted)
         return max((self._level(plane[level], wanted) for plane in self._planes), key=focus)
+
+    def read_known(self, level: int, x: int, y: int, width: int, height: int) -> tuple[Rgb, Mask]:
+        tiles = self._planes[0][level][0]
+        known = np.zeros((height, width), bool)
+        known[max(-y, 0) : max(tiles.height - y, 0), max(-x, 0) : max(tiles.width - x, 0)] = True
+        for hole in tiles.holes(x, y, width, height):
+            rows = slice(max(hole.y - y, 0), max(hole.y + hole.height - y, 0))
+            known[rows, max(hole.x - x, 0) : max(hole.x + hole.width - x, 0)] = False
+        return self.read(level, x, y, width, height), known
 
     def read_image(self, level: int, x: int, y: int, width: int, height: int) -> Image.Image:
         return Image.fromarray(self.read(level, x, y, width, height))

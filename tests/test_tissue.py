@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from apacs_ray.data.synthetic import render, slide_specs
 from apacs_ray.data.tiles import Box
-from apacs_ray.slides.roi import Tissue, tissue_mask
+from apacs_ray.slides.tissue import Tissue, tissue_mask
 
 GLASS = (240, 240, 236)
 

@@ -1,0 +1,149 @@
+"""What on a small picture of a slide is neither glass nor smear: fill, ink and other opaque even things, lines, specks.
+
+Lengths and areas are um; a picture has `um` um per px, about 8, where a cell is a few px.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from apacs_ray.slides.glass import DENSITY, Densities, Stain
+from apacs_ray.slides.regions import Components, Mask, grown, opened
+
+Picture = npt.NDArray[np.uint8]
+BLACK = 8  # grey level: what was not scanned is often black
+FILL_SHARE = 0.002  # of a picture: a color of less of it is no fill
+FILL_COLORS = 3
+FILL_PX = 36
+STRAIGHT_PX, STRAIGHT = 6, 0.5  # runs of so many px are straight; share of an outline that is so
+EVEN = 20  # even: neighbors differ by at most a twentieth of the density and two grey levels
+LEVELS = np.rint(2000 / np.maximum(np.arange(256), 1)).astype(np.int16)  # density that two grey levels are
+EVEN_AREA, EVEN_SPAN = 60_000.0, 320.0  # no cell, nor any sheet of cells, is even over so large or so long a part
+OPAQUE = 150  # thousandths of density
+EVEN_EDGE = 40.0  # how far the soft edge of such a thing reaches
+VIVID, DARK = 968, 1600  # thousandths between channels (a saturation of 0.62); in every channel (a fifth of the light)
+INK_CORE, INK_AREA, INK_EDGE = 40.0, 18_000.0, 32.0
+LINE_SPAN, LINE_CORE, LINE_EDGE = 320.0, 40.0, 16.0
+LINE_LEAST = 50  # thousandths of density: fainter px have no sure color
+GREY = 0.75  # least to most absorbed: stains have a color, the edge of a coverslip has none
+SPECK_AREA = 400.0
+PEAK = 1.75  # of the threshold, somewhere in a thing: steps of a strongly compressed glass stay below
+
+
+def fill(picture: Picture, outside: Mask) -> Mask:
+    """Opaque areas of one color with straight edges: what a scanner or reader put where it had not scanned.
+
+    Bare glass can be as even as fill, but the outline of its even parts is ragged. `outside` is known as not scanned.
+    """
+    found = np.zeros_like(outside)
+    beside = grown(outside, 2)
+    for color in _even_colors(picture, outside):
+        alike = ~outside & ~found
+        for channel, level in enumerate(color):
+            plane = picture[..., channel]
+            alike &= (plane >= max(level - 1, 0)) & (plane <= min(level + 1, 255))
+        areas = Components.of(alike, structure=None)
+        large = Components.of(areas.chosen(areas.sizes >= FILL_PX), structure=None)
+        straight = large.chosen(_straight(large, beside) >= STRAIGHT)
+        found |= straight
+        beside |= grown(straight, 2)
+    return found
+
+
+def _even_colors(picture: Picture, outside: Mask) -> list[tuple[int, int, int]]:
+    """The commonest colors of blocks of 5 x 5 px that are of one color, brightest first."""
+    color = picture[..., 0].astype(np.int32) << 16 | picture[..., 1].astype(np.int32) << 8 | picture[..., 2]
+    if min(color.shape) < 5:
+        return []
+    middle = color[2:-2:2, 2:-2:2]
+    even = ~outside[2:-2:2, 2:-2:2]
+    rows, columns = color.shape
+    for down in (0, 2, 4):
+        for across in (0, 2, 4):
+            even &= color[down : rows - 4 + down : 2, across : columns - 4 + across : 2] == middle
+    colors, counts = np.unique(middle[even], return_counts=True)
+    common = [int(place) for place in np.argsort(-counts)[:FILL_COLORS] if counts[place] >= FILL_SHARE * middle.size]
+    chosen = [(int(c) >> 16, int(c) >> 8 & 255, int(c) & 255) for c in colors[common]]
+    return sorted(chosen, key=sum, reverse=True)
+
+
+def _straight(areas: Components, beside: Mask) -> npt.NDArray[np.float64]:
+    """The share of each area's outline that is straight, along rows or columns; not counted at what is `beside`."""
+    total = np.zeros(areas.count + 1)
+    straight = np.zeros(areas.count + 1)
+    for labels, hidden in ((areas.labels, beside), (areas.labels.T, beside.T)):
+        first, second = labels[:-1], labels[1:]
+        edge = (first != second) & ~(hidden[:-1] | hidden[1:])
+        owner = np.maximum(first, second)
+        total += np.bincount(owner[edge], minlength=areas.count + 1)
+        straight += np.bincount(owner[_runs(edge, STRAIGHT_PX)], minlength=areas.count + 1)
+    return np.where(total > 0, straight / np.maximum(total, 1), 0.0)
+
+
+def _runs(edge: Mask, length: int) -> Mask:
+    """The parts of an edge that run on for `length` px along a row."""
+    if edge.shape[1] < length:
+        return np.zeros_like(edge)
+    run = edge[:, : edge.shape[1] - length + 1].copy()
+    for step in range(1, length):
+        run &= edge[:, step : edge.shape[1] - length + 1 + step]
+    out = np.zeros_like(edge)
+    for step in range(length):
+        out[:, step : edge.shape[1] - length + 1 + step] |= run
+    return out
+
+
+def even_things(picture: Picture, stain: Stain, um: float) -> Mask:
+    """Ink, bubble rims, hair, blood: opaque, and of one density over more than any cell."""
+    even = np.maximum(stain.most, stain.wide_most) > OPAQUE
+    for channel in range(3):
+        density = DENSITY[picture[..., channel]]
+        highest, lowest = _of_four(np.maximum, density), _of_four(np.minimum, density)
+        even &= highest - lowest <= highest // EVEN + LEVELS[picture[..., channel]]
+    areas = Components.of(even)
+    large = areas.sizes * um * um >= EVEN_AREA
+    return grown(areas.chosen(large | (areas.spans() * um >= EVEN_SPAN)), round(EVEN_EDGE / um))
+
+
+def _of_four(choose: np.ufunc, plane: Densities) -> Densities:
+    """The highest or lowest of every px and its neighbors on the left, above, and between."""
+    out = plane.copy()
+    out[:, 1:] = choose(plane[:, 1:], plane[:, :-1])
+    rows = out.copy()
+    rows[1:] = choose(out[1:], out[:-1])
+    return rows
+
+
+def ink(stain: Stain, um: float) -> Mask:
+    """Wide areas more vivid or darker than cells are, even or not."""
+    strong = (stain.wide_most - stain.wide_least > VIVID) | (stain.wide_least > DARK)
+    areas = Components.of(opened(strong, round(INK_CORE / um)), structure=None)
+    return grown(areas.chosen(areas.sizes * um * um >= INK_AREA), round(INK_EDGE / um))
+
+
+def grey_lines(mask: Mask, stain: Stain, um: float) -> Mask:
+    """Long thin things without color, in parts that may touch cells: edges of a coverslip, rims of bubbles."""
+    grey = mask & (stain.least > GREY * stain.most) & (stain.most > LINE_LEAST)
+    things = Components.of(grey)
+    long = things.spans() * um >= LINE_SPAN
+    if not long.any():
+        return np.zeros_like(mask)
+    # the width at a third of the height, not that of the faint fringe
+    peak = ndimage.maximum_filter(stain.most, round(56 / um))
+    cores = opened(grey & (stain.most > peak // 3), round(LINE_CORE / um))
+    return grown(things.chosen(long & (things.counts(cores) == 0)), round(LINE_EDGE / um))
+
+
+def without_specks(mask: Mask, stain: Stain, threshold: int, um: float) -> Mask:
+    """The mask less what is too small for a cell or too faint for anything, and less dust, which is small and grey."""
+    things = Components.of(mask)
+    places = np.flatnonzero(mask)
+    owner, most = things.labels.ravel()[places], stain.most.ravel()[places]
+    peak = np.zeros(things.count + 1, np.int16)
+    np.maximum.at(peak, owner, most)
+    sums = np.bincount(owner, most, things.count + 1)
+    least = np.bincount(owner, stain.least.ravel()[places], things.count + 1)
+    dust = (least > GREY * sums) & (sums / np.maximum(peak, 1) * um * um < SPECK_AREA)  # its fringe is not its size
+    return things.chosen((things.sizes * um * um >= SPECK_AREA) & (peak >= PEAK * threshold) & ~dust)

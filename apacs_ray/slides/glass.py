@@ -1,0 +1,117 @@
+"""The light of bare glass beside every pixel of a small picture, and how much darker the pixel is than that.
+
+Everything is optical density, -ln(light), in thousandths (int16): stain adds up in it, whatever the lamp and the tint
+of the glass. Glass is looked for by blocks of `BLOCK` px, so that it costs a sixteenth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from apacs_ray.slides.regions import Mask
+
+Densities = npt.NDArray[np.int16]
+DENSITY = np.rint(-1000 * np.log(np.maximum(np.arange(256), 1) / 255)).astype(np.int16)  # of a grey level
+BLOCK = 4  # px
+NEAR_UM, WIDE_UM = 200.0, 1400.0  # widths within which bare glass is expected; a sheet of cells may be wider than one
+EVIDENCE = 0.6  # share of such a window that must be known before it says anything
+UNKNOWN, NONE = np.int16(np.iinfo(np.int16).max), np.int16(-1)
+
+
+@dataclass(frozen=True)
+class Glass:
+    """Density of the glass by blocks, (H / BLOCK, W / BLOCK, 3): `near` the pixel, and in the `wide` surroundings."""
+
+    near: Densities
+    wide: Densities
+
+    def rows(self, top: int, bottom: int) -> Glass:
+        """The glass below rows `top` (a multiple of `BLOCK`) to `bottom` of the picture."""
+        part = slice(top // BLOCK, -(-bottom // BLOCK))
+        return Glass(self.near[part], self.wide[part])
+
+    def columns(self, width: int) -> Glass:
+        """The glass below the first `width` columns, a multiple of `BLOCK`."""
+        return Glass(self.near[:, : width // BLOCK], self.wide[:, : width // BLOCK])
+
+
+def block_minima(picture: npt.NDArray[np.uint8], known: Mask) -> Densities:
+    """(H / BLOCK, W / BLOCK, 3): the brightest 2 x 2 px of every block, UNKNOWN where none is known.
+
+    `picture` (H, W, 3) has sides that are multiples of `BLOCK`. Means of 2 x 2 px: a minimum follows noise.
+    """
+    height, width = known.shape
+    hidden = ~known
+    hidden = hidden[0::2, 0::2] | hidden[1::2, 0::2] | hidden[0::2, 1::2] | hidden[1::2, 1::2]
+    minima = np.empty((height // BLOCK, width // BLOCK, 3), np.int16)
+    for channel in range(3):
+        density = DENSITY[picture[..., channel]]
+        mean = (density[0::2, 0::2] + density[1::2, 0::2] + density[0::2, 1::2] + density[1::2, 1::2]) // 4
+        mean[hidden] = UNKNOWN
+        rows = np.minimum(mean[0::2], mean[1::2])
+        minima[..., channel] = np.minimum(rows[:, 0::2], rows[:, 1::2])
+    return minima
+
+
+def glass_of(minima: Densities, um: float) -> Glass:
+    """Glass from the block minima of a whole picture of `um` um per px."""
+    wide = _opening(minima, WIDE_UM / (um * BLOCK))
+    known = minima[..., 0] < UNKNOWN
+    anywhere = np.quantile(minima[known], 0.05, axis=0).astype(np.int16) if known.any() else np.zeros(3, np.int16)
+    wide = np.where(wide == NONE, anywhere, wide)
+    near = _opening(minima, NEAR_UM / (um * BLOCK))
+    return Glass(np.where(near == NONE, wide, near), wide)
+
+
+def _opening(minima: Densities, width: float) -> Densities:
+    """A grey opening by squares of `width` blocks: what is narrower than that is not in it.
+
+    What is unknown takes no part, and a window of which too little is known is passed over. NONE where all are.
+    """
+    side = max(1, round(width) | 1)
+    known = ndimage.uniform_filter((minima[..., 0] < UNKNOWN).astype(np.float32), side, mode="constant")
+    unsaid = known < EVIDENCE - 1e-3
+    opening = np.empty_like(minima)
+    for channel in range(3):
+        lowest = ndimage.minimum_filter(minima[..., channel], side, mode="constant", cval=UNKNOWN)
+        lowest[unsaid] = NONE
+        opening[..., channel] = ndimage.maximum_filter(lowest, side, mode="constant", cval=NONE)
+    return opening
+
+
+@dataclass(frozen=True)
+class Stain:
+    """How much denser px are than the glass, thousandths: the channel that absorbs `most` and `least` beside the
+    glass near by; and both beside the glass of the wide surroundings."""
+
+    most: Densities
+    least: Densities
+    wide_most: Densities
+    wide_least: Densities
+
+    def cut(self, height: int, width: int) -> Stain:
+        """The first `height` rows and `width` columns."""
+        part = slice(height), slice(width)
+        return Stain(self.most[part], self.least[part], self.wide_most[part], self.wide_least[part])
+
+
+def stain_of(picture: npt.NDArray[np.uint8], glass: Glass) -> Stain:
+    """Stain of a picture (H, W, 3) whose sides are multiples of `BLOCK`."""
+    densities = [DENSITY[picture[..., channel]] for channel in range(3)]
+    near = [_beyond(density, glass.near[..., channel]) for channel, density in enumerate(densities)]
+    wide = [_beyond(density, glass.wide[..., channel]) for channel, density in enumerate(densities)]
+    return Stain(_of(np.maximum, near), _of(np.minimum, near), _of(np.maximum, wide), _of(np.minimum, wide))
+
+
+def _beyond(density: Densities, glass: Densities) -> Densities:
+    height, width = density.shape
+    blocks = density.reshape(height // BLOCK, BLOCK, width // BLOCK, BLOCK)
+    return (blocks - glass[:, None, :, None]).reshape(height, width)
+
+
+def _of(choose: np.ufunc, planes: list[Densities]) -> Densities:
+    return np.asarray(choose(choose(planes[0], planes[1]), planes[2]), np.int16)

@@ -1,0 +1,270 @@
+"""Where a slide holds cells: tissue found on a small picture of it, as in the paper from its intensity.
+
+Tissue is what is denser than the glass beside it, in the channel that absorbs most: faintly so where glass lies within
+a fifth of a millimeter (cells however pale; lamp, tint and vignette cancel), clearly so where it lies within a
+millimeter and a half (sheets of cells). What is not known or no smear is left out before and after (`artifacts`).
+All limits are in um on a picture of about 8 um per px, whatever the slide's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from apacs_ray.data.tiles import Box
+from apacs_ray.errors import BadInput
+from apacs_ray.slides import artifacts
+from apacs_ray.slides.glass import BLOCK, Glass, block_minima, glass_of, stain_of
+from apacs_ray.slides.reader import Slide
+from apacs_ray.slides.regions import Mask, closed, grown
+
+Picture = npt.NDArray[np.uint8]
+Excluded = npt.NDArray[np.uint8]
+SkipReason = Literal["background", "artifact", "unscanned"]
+Array = TypeVar("Array", Picture, Mask)
+UM_PER_PIXEL = 8.0  # a cell is a few px, and 200 000 x 100 000 px of 0.25 um are 20 Mpx
+COARSEST = 1.4  # of that scale: a level coarser than this is not taken in place of a finer one
+ASSUMED_MPP = 0.25  # of a slide that does not say: a cell is then small or large, and found all the same
+FAINTEST, FAINT_AT_MOST, DEVIATIONS = 20, 50, 4.5  # threshold, thousandths of density; robust deviations of the glass
+CLEAR = 110  # thousandths of density beyond the glass of the wide surroundings
+BAND = 1 << 22  # px that are worked on at a time
+HALO = 64  # px more on both sides: longer than the shortest line (40)
+SAMPLES = 1 << 18
+STRIP = 4096  # px, side of the squares in which a level is read
+SMALLEST = 128  # px, side of the smallest that are tried where something is damaged
+MOST_LOST = 2000  # of these
+UNREAD = 128  # gray, in the picture
+OUT, ARTIFACT = np.uint8(1), np.uint8(2)  # why px take no part
+
+
+@dataclass(frozen=True)
+class Tissue:
+    """The tissue mask of a slide and the picture it was found on; `downsample` is level-0 px per px of both.
+
+    `excluded` (H, W) uint8 says what is no smear: OUT where nothing was scanned, ARTIFACT where ink, a line or the
+    like was taken out. None: nothing is.
+    """
+
+    mask: Mask
+    picture: Picture
+    downsample: float
+    excluded: Excluded | None = None
+
+    def fraction(self, box: Box, width: float, height: float) -> float:
+        """Share (0..1) of the rectangle at (box.x, box.y), `width` x `height` level-0 px, that is tissue."""
+        return self._share(self.mask[self._place(box, width, height)])
+
+    def judge(self, box: Box, width: float, height: float, least: float) -> tuple[float, SkipReason | None]:
+        """`fraction` of a tile, and the reason for which it is skipped where that is less than `least`, else None.
+
+        unscanned: half of it or more; artifact: it would be kept if nothing had been taken out of it.
+        """
+        tissue = self.fraction(box, width, height)
+        if tissue >= least:
+            return tissue, None
+        if self.excluded is None:
+            return tissue, "background"
+        excluded = self.excluded[self._place(box, width, height)]
+        if self._share(excluded == OUT) >= 0.5:
+            return tissue, "unscanned"
+        artifact = self._share(excluded == ARTIFACT)
+        return tissue, "artifact" if artifact and tissue + artifact >= least else "background"
+
+    def _place(self, box: Box, width: float, height: float) -> tuple[slice, slice]:
+        rows = slice(int(box.y // self.downsample), max(int(np.ceil((box.y + height) / self.downsample)), 1))
+        columns = slice(int(box.x // self.downsample), max(int(np.ceil((box.x + width) / self.downsample)), 1))
+        return rows, columns
+
+    @staticmethod
+    def _share(part: Mask) -> float:
+        return float(part.mean()) if part.size else 0.0
+
+
+def find_tissue(slide: Slide, mpp: float | None = None) -> Tissue:
+    """Tissue of a slide, looked for at about 8 um per px. Raises BadInput when that level cannot be read.
+
+    `mpp` (um per level-0 px) counts where it is given, else the slide's own, else `ASSUMED_MPP`.
+    """
+    mpp = mpp or slide.info.mpp or ASSUMED_MPP
+    number, shrink = level_to_read(slide, mpp)
+    small = read_small(slide, number, shrink)
+    downsample = slide.info.levels[number].downsample * shrink
+    hidden = small.outside | small.damaged
+    mask, excluded = split_picture(small.picture, downsample * mpp, hidden if hidden.any() else None)
+    mask |= small.damaged  # what cannot be read may be cells: its tiles are cut, and then rejected by name
+    excluded[small.damaged] = 0
+    return Tissue(mask, small.picture, downsample, excluded)
+
+
+def level_to_read(slide: Slide, mpp: float) -> tuple[int, int]:
+    """The coarsest level that still shows cells, and by how much it is shrunk further.
+
+    A level that is somewhat too coarse is taken as it is: the next finer one may be the whole slide.
+    """
+    wanted = UM_PER_PIXEL / mpp
+    number = slide.info.level_for(max(wanted * COARSEST, 1.0))
+    return number, max(1, round(wanted / slide.info.levels[number].downsample))
+
+
+def tissue_mask(picture: Picture, um: float = UM_PER_PIXEL, outside: Mask | None = None) -> Mask:
+    """(H, W) bool of a small picture of a slide, (H, W, 3) uint8, of `um` um per px; `outside` was not scanned."""
+    return split_picture(picture, um, outside)[0]
+
+
+def split_picture(picture: Picture, um: float, outside: Mask | None = None) -> tuple[Mask, Excluded]:
+    """The tissue of a picture, and what of it takes no part (see `Tissue`)."""
+    height, width = picture.shape[:2]
+    excluded = np.zeros((height, width), np.uint8)
+    minima = []
+    for band in bands(height, width):
+        hidden = _hidden(picture[band.wide], None if outside is None else outside[band.wide])[band.inner]
+        excluded[band.rows] = hidden * OUT
+        minima.append(block_minima(_whole_blocks(picture[band.rows]), ~_whole_blocks(hidden)))
+    glass = glass_of(np.concatenate(minima), um)
+    threshold = faintest_stain(picture, excluded != OUT, glass)
+    mask = np.zeros((height, width), bool)
+    for band in bands(height, width):
+        known = excluded[band.wide] != OUT
+        tissue, artifact = _tissue_of(picture[band.wide], known, glass.rows(*band.span), threshold, um)
+        mask[band.rows] = tissue[band.inner]
+        excluded[band.rows][(artifact & known)[band.inner]] = ARTIFACT
+    return mask, excluded
+
+
+@dataclass(frozen=True)
+class Band:
+    """Rows of a picture that are worked on at once: `rows` of it, with more around them in `wide`, of which they are
+    `inner`; `span` are the first row of `wide` and the one after its last."""
+
+    rows: slice
+    wide: slice
+    inner: slice
+    span: tuple[int, int]
+
+
+def bands(height: int, width: int) -> Iterator[Band]:
+    """The bands of a picture, of about `BAND` px each."""
+    step = max(2 * HALO, BAND // width // BLOCK * BLOCK)
+    for top in range(0, height, step):
+        bottom = min(top + step, height)
+        first, end = max(0, top - HALO), min(bottom + HALO, height)
+        yield Band(slice(top, bottom), slice(first, end), slice(top - first, bottom - first), (first, end))
+
+
+def _hidden(picture: Picture, outside: Mask | None) -> Mask:
+    """What no scanner saw, with the px around it, which are a mixture of both."""
+    black = picture.max(axis=2) <= artifacts.BLACK
+    hidden = black if outside is None else black | outside
+    return grown(hidden | artifacts.fill(picture, hidden), 1)
+
+
+def _whole_blocks(part: Array) -> Array:
+    """Repeat the last row and column until both sides are multiples of `BLOCK`."""
+    height, width = part.shape[:2]
+    more = [(0, -height % BLOCK), (0, -width % BLOCK), (0, 0)][: part.ndim]
+    return np.pad(part, more, mode="edge")
+
+
+def faintest_stain(picture: Picture, known: Mask, glass: Glass) -> int:
+    """The least density that is no noise of this slide's glass, thousandths."""
+    height, width = (side // BLOCK * BLOCK for side in known.shape)
+    step = max(1, round((height * width / SAMPLES) ** 0.5)) * BLOCK  # whole blocks, so that the glass is at hand
+    levels = []
+    for row in range(0, height, step):
+        part = picture[row : row + BLOCK, :width]
+        most = stain_of(part, glass.rows(row, row + BLOCK).columns(width)).most
+        levels.append(most[known[row : row + BLOCK, :width]])
+    samples = np.concatenate([*levels, np.zeros(0, np.int16)])
+    if not samples.size:
+        return FAINTEST
+    low, lower = np.quantile(samples, (0.05, 0.25))  # glass, even where cells are three quarters
+    deviation = (lower - low) / 0.97  # of a normal distribution, as the next line's 0.674
+    return round(min(max(FAINTEST, lower + (0.674 + DEVIATIONS) * deviation), FAINT_AT_MOST))
+
+
+def _tissue_of(picture: Picture, known: Mask, glass: Glass, threshold: int, um: float) -> tuple[Mask, Mask]:
+    """The tissue of a band, and the artifacts that were taken out."""
+    height, width = known.shape
+    stain = stain_of(_whole_blocks(picture), glass).cut(height, width)
+    stained = ((stain.most > threshold) | (stain.wide_most > CLEAR)) & known
+    artifact = (artifacts.even_things(picture, stain, um) | artifacts.ink(stain, um)) & known
+    mask = closed(stained & ~artifact) & known
+    lines = artifacts.grey_lines(mask, stain, um)
+    return artifacts.without_specks(mask & ~lines, stain, threshold, um), artifact | (lines & known)
+
+
+@dataclass(frozen=True)
+class SmallPicture:
+    """A level averaged over squares of its px, what of it was not scanned, and what cannot be read."""
+
+    picture: Picture
+    outside: Mask
+    damaged: Mask
+
+
+def read_small(slide: Slide, number: int, shrink: int) -> SmallPicture:
+    """A whole level, averaged over `shrink` x `shrink` px, read in parts, so that memory stays flat.
+
+    Raises BadInput when no part of it can be read, or too many parts cannot.
+    """
+    level = slide.info.levels[number]
+    height, width = -(-level.height // shrink), -(-level.width // shrink)
+    picture = np.full((height, width, 3), UNREAD, np.uint8)
+    outside, damaged = np.zeros((2, height, width), bool)
+    for box, part in _parts(slide, number, shrink):
+        rows = slice(box.y // shrink, (box.y + box.height - 1) // shrink + 1)
+        place = rows, slice(box.x // shrink, (box.x + box.width - 1) // shrink + 1)
+        if part is None:
+            damaged[place] = True
+            continue
+        rgb, known = part
+        picture[place] = np.asarray(Image.fromarray(rgb).reduce(shrink))
+        if not known.all():
+            outside[place] = np.asarray(Image.fromarray((~known).astype(np.uint8) * 255).reduce(shrink)) > 0
+    return SmallPicture(picture, outside, damaged)
+
+
+def _parts(slide: Slide, number: int, shrink: int) -> Iterator[tuple[Box, tuple[Picture, Mask] | None]]:
+    """A level in squares of `STRIP` px; around damage in smaller ones, the smallest of which are None."""
+    level = slide.info.levels[number]
+    strip = max(1, STRIP // shrink) * shrink
+    squares = [
+        Box(left, top, min(strip, level.width - left), min(strip, level.height - top))
+        for top in range(0, level.height, strip)
+        for left in range(0, level.width, strip)
+    ]
+    squares.reverse()
+    lost, read = 0, False
+    while squares:
+        box = squares.pop()
+        try:
+            part = slide.read_known(number, box.x, box.y, box.width, box.height)
+        except BadInput as defect:
+            smaller = _quarters(box, shrink)
+            if smaller:
+                squares += smaller
+                continue
+            lost += 1
+            if lost > MOST_LOST or (not squares and not read):
+                raise BadInput(defect.code, f"most of it cannot be read: {defect.reason}") from defect
+            yield box, None
+        else:
+            read = True
+            yield box, part
+
+
+def _quarters(box: Box, shrink: int) -> list[Box]:
+    """The square in smaller ones, which begin at multiples of `shrink`; none where it is small already."""
+    half = max(box.width, box.height) // 2 // shrink * shrink
+    if half < SMALLEST:
+        return []
+    return [
+        Box(box.x + x, box.y + y, min(half, box.width - x), min(half, box.height - y))
+        for y in range(0, box.height, half)
+        for x in range(0, box.width, half)
+    ]
