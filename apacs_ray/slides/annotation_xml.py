@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from xml.etree.ElementTree import Element
 
-import numpy as np
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import ParseError, fromstring
 from shapely.geometry import Polygon, box
@@ -22,7 +21,8 @@ from apacs_ray.slides.shapes import (
     Shape,
     class_names,
     ellipse,
-    out_of_range,
+    polygon_of,
+    positions,
     require_bounded,
     shortened,
 )
@@ -71,7 +71,7 @@ def _asap_polygon(annotation: Element) -> Polygon | str:
             (int(point.get("Order", place)), _number(point, "X"), _number(point, "Y"))
             for place, point in enumerate(annotation.iter("Coordinate"))
         ]
-        return Polygon([(x, y) for _, x, y in sorted(points, key=lambda point: point[0])])
+        return polygon_of([(x, y) for _, x, y in sorted(points, key=lambda point: point[0])])
     except MALFORMED as error:
         return f"not a polygon: {shortened(error, 120)}"
 
@@ -110,11 +110,10 @@ def _imagescope_polygon(region: Element) -> Polygon | str:
     if kind not in (FREEHAND, RECTANGLE, ELLIPSE):
         return f"a region of type {shortened(kind)} has no area"
     try:
-        points = np.array([(_number(p, "X"), _number(p, "Y")) for p in region.iterfind("Vertices/Vertex")], float)
-        if not len(points):
+        vertices = [(_number(vertex, "X"), _number(vertex, "Y")) for vertex in region.iterfind("Vertices/Vertex")]
+        if not vertices:
             return "a region without vertices"
-        if (reason := out_of_range(points)) is not None:
-            return reason
+        points = positions(vertices)
         (left, top), (right, bottom) = points.min(axis=0), points.max(axis=0)
         if kind == ELLIPSE and len(points) <= 5:  # the corners of its box, all or two
             return ellipse(left, top, right, bottom)

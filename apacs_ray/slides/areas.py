@@ -11,7 +11,6 @@ from shapely.geometry import GeometryCollection, MultiPolygon, Polygon
 from shapely.geometry.base import BaseGeometry
 
 from apacs_ray.errors import BadInput
-from apacs_ray.slides.shapes import out_of_range
 
 Ring = npt.NDArray[np.float64]  # (N, 2), closed
 MOST_CROSSINGS = 1000  # of an area with itself; to repair it takes time by their square
@@ -24,9 +23,6 @@ def areas_of(geometry: BaseGeometry) -> tuple[list[Polygon], str | None]:
 
     No polygon: it cannot be used.
     """
-    reason = out_of_range(shapely.get_coordinates(geometry))
-    if reason is not None:
-        return [], reason
     if geometry.is_valid:
         areas = list(_polygons(geometry))
         return areas, None if areas else "it has no area"

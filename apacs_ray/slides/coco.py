@@ -13,7 +13,7 @@ from shapely.geometry import GeometryCollection, Polygon
 
 from apacs_ray.errors import BadInput
 from apacs_ray.slides.rle import outlines, run_lengths
-from apacs_ray.slides.shapes import MALFORMED, Drawing, Shape, class_names, shortened
+from apacs_ray.slides.shapes import MALFORMED, Drawing, Shape, class_names, polygon_of, shortened
 
 MOST_RUNS = 1_000_000  # of all masks of a slide, each a few corners
 # endings that tell a slide's file from its annotation's, and say nothing of which slide it is
@@ -119,5 +119,5 @@ def _drawn(segmentation: Any, size: tuple[int, int] | None) -> Polygon | Geometr
     if not segmentation:
         return "only a bounding box"
     rings = segmentation if isinstance(segmentation[0], list) else [segmentation]
-    polygons = [Polygon(np.asarray(ring, np.float64).reshape(-1, 2)) for ring in rings]
+    polygons = [polygon_of(np.asarray(ring, np.float64).reshape(-1, 2)) for ring in rings]
     return polygons[0] if len(polygons) == 1 else GeometryCollection(polygons)

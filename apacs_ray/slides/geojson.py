@@ -6,12 +6,10 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from shapely.geometry import GeometryCollection, Polygon
 
 from apacs_ray.errors import BadInput
-from apacs_ray.slides.shapes import MALFORMED, READ_FORMATS, Drawing, Shape, class_names, shortened
+from apacs_ray.slides.shapes import MALFORMED, READ_FORMATS, Drawing, Shape, class_names, polygon_of, shortened
 
 GEOMETRIES = {
     name.lower(): name
@@ -88,21 +86,7 @@ def _geometry(item: Any) -> Polygon | GeometryCollection | str:
 
 
 def _polygon(rings: Any) -> list[Polygon]:
-    if not rings:
-        return []
-    shell, *holes = [_ring(ring) for ring in rings]
-    return [Polygon(shell, holes)]
-
-
-def _ring(points: Any) -> npt.NDArray[np.float64]:
-    """(N, 2) of a ring's positions, of which only x and y count."""
-    try:
-        ring = np.asarray(points, np.float64)
-    except ValueError:  # some positions have three numbers, others two
-        ring = np.asarray([[point[0], point[1]] for point in points], np.float64)
-    if ring.ndim != 2 or ring.shape[1] < 2:
-        raise ValueError("a ring is a list of positions [x, y]")
-    return ring[:, :2]
+    return [polygon_of(rings[0], rings[1:])] if rings else []
 
 
 def _classes_of(properties: dict[str, Any]) -> tuple[tuple[str, ...], str | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -69,11 +69,25 @@ def require_bounded(text: str, marks: str) -> None:
         )
 
 
-def out_of_range(points: npt.NDArray[np.float64]) -> str | None:
-    """Why coordinates cannot be meant, if so."""
-    if not np.isfinite(points).all():
-        return "a coordinate is not finite"
-    return "a coordinate lies beyond any slide" if (np.abs(points) > FARTHEST).any() else None
+def polygon_of(shell: Any, holes: Iterable[Any] = ()) -> Polygon:
+    """The polygon of rings of positions, of which x and y count; unchecked. Raises one of `MALFORMED`."""
+    return Polygon(positions(shell), [positions(hole) for hole in holes])
+
+
+def positions(points: Any) -> npt.NDArray[np.float64]:
+    """(N, 2) of a list of positions [x, y] or longer ones. Raises one of `MALFORMED`."""
+    try:
+        array = np.asarray(points, np.float64)
+    except ValueError:  # some positions have three numbers, others two
+        array = np.asarray([[point[0], point[1]] for point in points], np.float64)
+    if array.ndim != 2 or array.shape[1] < 2:
+        raise ValueError("it is no list of positions x, y")
+    array = array[:, :2]
+    if not np.isfinite(array).all():
+        raise ValueError("a coordinate is not finite")
+    if (np.abs(array) > FARTHEST).any():
+        raise ValueError("a coordinate lies beyond any slide")
+    return array
 
 
 def class_names(*names: str | None) -> tuple[str, ...]:
