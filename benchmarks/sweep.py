@@ -87,7 +87,7 @@ def _store_heatmaps(store: Store, predictor: Predictor) -> None:
         rows = []
         for number in range(len(index)):
             place = index.place(number)
-            rgb = next(feed.decode([place]))[0]
+            rgb, _ = feed.decode(place)
             rows.append({"tile_id": place.tile_id, "heatmaps": encode_heatmaps(predictor.probabilities(rgb))})
         path = Heatmaps(MEMBERS, MARK).path(index.paths[0])
         write_table(store, pa.Table.from_pylist(rows, HEATMAP_SCHEMA), Receipt(path, len(rows), len(rows)))

@@ -126,13 +126,13 @@ def _measure(data: Path, output: Path, repetitions: int) -> dict[str, float]:
 
 
 def _start_ray() -> float:
+    from apacs_ray.adapters.session import prepare_ray
+
+    prepare_ray()  # first: Ray reads its token when it is imported
     import ray
 
     if ray.is_initialized():
         return 0.0
-    from apacs_ray.adapters.session import prepare_ray
-
-    prepare_ray()
     started = time.perf_counter()
     ray.init(address="local", num_cpus=WORKERS, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     return time.perf_counter() - started
