@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from measure import start_ray
+
 TILE, QUALITY, SHARD = 2000, 90, 20
 WORKERS = 2
 SLOWEST = 12  # functions that a profile names
@@ -163,17 +165,10 @@ class Ways:
 
     def pipeline(self) -> Callable[[], int]:
         """The tasks of the pipeline on a Ray of `WORKERS` CPUs; the first call starts or joins it."""
-        from apacs_ray.adapters.session import prepare_ray
-
-        prepare_ray()  # first: Ray reads its token when it is imported
-        import ray
-
+        if "ray" not in sys.modules:
+            start_ray(WORKERS)
         from apacs_ray.adapters.slides import write_slide_shards
 
-        if not ray.is_initialized():
-            address = os.environ.get("RAY_ADDRESS")
-            own = {"address": address} if address else {"address": "local", "num_cpus": WORKERS}
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", **own)
         task, summary = self._cutting.fresh(), self._cutting.summary
         return lambda: sum(r.rows_out for r in write_slide_shards(task, [summary], self._shards, lambda done: None))
 

@@ -42,6 +42,18 @@ def require(condition: object, message: str) -> None:
         raise SystemExit(message)
 
 
+def start_ray(cpus: int | None = None) -> None:
+    """Join the Ray of RAY_ADDRESS, or start one of this process's own."""
+    from apacs_ray.adapters.session import prepare_ray
+
+    prepare_ray()  # first: Ray reads its token when it is imported
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS")
+    own: dict[str, Any] = {"address": address} if address else {"address": "local", "num_cpus": cpus}
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", **own)
+
+
 def alternate(ways: Mapping[str, Work], repetitions: int, *, warm: bool = True) -> dict[str, list[float]]:
     """Seconds of each way in each repetition; the ways take turns, so that a slow moment meets all of them.
 
@@ -110,11 +122,14 @@ def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype, repetitions: int = 5) -> float:
-    """FLOP/s of large matrix products on `device`: what its arithmetic reaches at best."""
+def matmul_peak(device: torch.device, dtype: torch.dtype, *, smoke: bool = False) -> float:
+    """FLOP/s of large matrix products on `device`: what its arithmetic reaches at best; with `smoke`, of small ones.
+
+    A CPU without bfloat16 takes minutes for a large product of it.
+    """
     import torch
 
-    side = 8192 if device.type == "cuda" else 2048
+    side, repetitions = (128, 1) if smoke else (8192 if device.type == "cuda" else 2048, 5)
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
 
     def product() -> None:

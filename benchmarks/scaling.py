@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import multiprocessing
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from cutting import TILE, Cut, Cutting  # noqa: E402
-from measure import Elsewhere, alternate, medians, options, require, show  # noqa: E402
+from measure import Elsewhere, alternate, medians, options, require, show, start_ray  # noqa: E402
 from ray_cluster import RayCluster  # noqa: E402
 from tiling import write_slide  # noqa: E402
 
@@ -109,14 +108,9 @@ def _write(task: SlideTask, summary: SlideSummary, shard: SlideShard) -> int:
 
 def _driver(work: Cutting, nodes: int) -> Callable[[], object]:
     """A driver on the cluster of this process's environment."""
-    from apacs_ray.adapters.session import prepare_ray
-
-    prepare_ray()
-    import ray
-
+    start_ray()
     from apacs_ray.adapters.slides import write_slide_shards
 
-    ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR")
     work.turns = itertools.count(nodes * 1_000_000)
 
     def cut() -> int:
