@@ -121,6 +121,7 @@ def main() -> None:
             show("store faults", rows, arguments.json)
             if job.status != 0:
                 print(job.log, flush=True)
+    require(all(row["injected"] for row in rows[1:]), "no request met a fault")
     require(all(row["differences"] == "none" for row in rows), "a fault of the store changed what a job leaves")
 
 
