@@ -250,7 +250,7 @@ def main() -> None:
     names = [arguments.fault] if arguments.fault else list(FAULTS)[: 2 if arguments.quick else None]
     stages, script = STAGES, "full.py"
     if arguments.smoke:
-        names, stages, script = ["node killed", "driver killed"], {"ingest": STAGES["ingest"]}, "ingest.py"
+        names, stages, script = ["node killed"], {"ingest": STAGES["ingest"]}, "ingest.py"
     rows: list[dict[str, Any]] = []
     with _folder(arguments.keep) as folder:
         data, sweep = write_cells(folder / "cells", train=10, test=5), folder / "sweep.yaml"
