@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from measure import options, show  # noqa: E402
+from measure import options, require, show  # noqa: E402
 from ray_cluster import RayCluster, kill_node, processes  # noqa: E402
 from runs import SLOWLY, read_trials, run, start, write_cells  # noqa: E402
 
@@ -71,20 +71,27 @@ FOLDERS = dict(zip(STAGES, ("tiles", "members", "heatmaps", "tune", "fusion", "e
 
 
 class Site:
-    """A job on a cluster: what a fault may break, and how it is replaced."""
+    """Jobs on a cluster, one after the other: what a fault may break, and how it is replaced."""
 
-    def __init__(self, folder: Path, data: Path, sweep: Path) -> None:
-        self.output = folder / "run"
-        self._folder = folder
-        self._argv = ["--data", str(data), "--output", str(self.output), *OPTIONS, "--tune.config", str(sweep)]
+    def __init__(self, folder: Path, data: Path, sweep: Path, script: str = "full.py") -> None:
+        self.folder = folder
+        self._script = script
+        self._given = ["--data", str(data), *OPTIONS, "--tune.config", str(sweep)]
         self._clusters: list[RayCluster] = []
         self._ends: list[threading.Timer] = []
         self.new_cluster()
+        self.begin(folder)
+
+    def begin(self, folder: Path) -> None:
+        """A new job, which leaves its run and its log in `folder`."""
+        folder.mkdir(exist_ok=True)
+        self.folder, self.output = folder, folder / "run"
+        self._argv = [*self._given, "--output", str(self.output)]
         self.submit()
 
     def new_cluster(self) -> None:
         """A cluster; what is left of an earlier one is not touched."""
-        folder = self._folder / f"cluster-{len(self._clusters)}"
+        folder = self.folder / f"cluster-{len(self._clusters)}"
         folder.mkdir(parents=True)
         self.cluster = RayCluster(folder, head_cpus=0)
         self._clusters.append(self.cluster)
@@ -93,12 +100,12 @@ class Site:
     def submit(self) -> None:
         """Start the command, or start it again."""
         env = {**self.cluster.joined, **SLOWLY, "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
-        self.driver = start(*self._argv, env=env)
-        threading.Thread(target=self._drain_output, args=(self.driver,), daemon=True).start()
+        self.driver = start(*self._argv, script=self._script, env=env)
+        threading.Thread(target=_drain_output, args=(self.driver, self.folder / "log"), daemon=True).start()
 
     def second(self) -> str:
         """The same command while the first runs; what it says. Ends the program unless it is refused."""
-        done = run(*self._argv, env=self.cluster.joined)
+        done = run(*self._argv, script=self._script, env=self.cluster.joined)
         if done.status != 1 or self.driver.poll() is not None:
             raise SystemExit(f"a second start was not refused: {done.summary}")
         return done.text.strip().splitlines()[-1]
@@ -128,11 +135,12 @@ class Site:
         for cluster in self._clusters:
             cluster.stop()
 
-    def _drain_output(self, driver: subprocess.Popen[str]) -> None:
-        with (self._folder / "log").open("a") as log:
-            for line in driver.stdout or ():
-                log.write(line)
-                log.flush()
+
+def _drain_output(driver: subprocess.Popen[str], log: Path) -> None:
+    with log.open("a") as lines:
+        for line in driver.stdout or ():
+            lines.write(line)
+            lines.flush()
 
 
 Strike = Callable[[Site, int, "subprocess.Popen[bytes]"], str]
@@ -240,33 +248,39 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="keep the runs and their logs there")
     arguments = parser.parse_args()
     names = [arguments.fault] if arguments.fault else list(FAULTS)[: 2 if arguments.quick else None]
+    stages, script = STAGES, "full.py"
+    if arguments.smoke:
+        names, stages, script = ["node killed"], {"ingest": STAGES["ingest"]}, "ingest.py"
     rows: list[dict[str, Any]] = []
     with _folder(arguments.keep) as folder:
         data, sweep = write_cells(folder / "cells", train=10, test=5), folder / "sweep.yaml"
         sweep.write_text(SWEEP)
         whole = time.monotonic()
-        plain = Site(folder / "undisturbed", data, sweep)
-        _await(plain, lambda: plain.driver.poll() is not None, len(STAGES) * PATIENCE)
-        plain.stop()
-        if plain.driver.returncode != 0:
-            raise SystemExit(f"the undisturbed run failed:\n{_log(plain)}")
-        print(f"undisturbed, with its cluster: {time.monotonic() - whole:.0f} s", flush=True)
-        for name in names:
-            site = Site(folder / name.replace(" ", "-").replace(",", ""), data, sweep)
-            try:
-                rows += _suffer(name, FAULTS[name], site, plain.output)
-            finally:
-                site.stop()
-            show("faults", rows, arguments.json)
-    if any(row["differences"] != "none" for row in rows):
-        raise SystemExit("a fault changed what a job leaves")
+        site = Site(folder / "undisturbed", data, sweep, script)
+        try:
+            _await(site, lambda: site.driver.poll() is not None, len(stages) * PATIENCE)
+            require(site.driver.returncode == 0, f"the undisturbed run failed:\n{_log(site)}")
+            plain = site.output
+            print(f"undisturbed, with its cluster: {time.monotonic() - whole:.0f} s", flush=True)
+            for name in names:
+                place = folder / name.replace(" ", "-").replace(",", "")
+                if arguments.smoke:  # on the same cluster
+                    site.begin(place)
+                else:
+                    site.stop()
+                    site = Site(place, data, sweep, script)
+                rows += _suffer(name, FAULTS[name], site, plain, stages)
+                show("faults", rows, arguments.json)
+        finally:
+            site.stop()
+    require(all(row["differences"] == "none" for row in rows), "a fault changed what a job leaves")
 
 
-def _suffer(name: str, strike: Strike, site: Site, plain: Path) -> list[dict[str, Any]]:
+def _suffer(name: str, strike: Strike, site: Site, plain: Path, stages: Mapping[str, Moment]) -> list[dict[str, Any]]:
     """One job that the fault strikes in every stage."""
     watcher = Watcher(site.output)
     rows = []
-    for stage, moment in STAGES.items():
+    for stage, moment in stages.items():
         found = _await_moment(site, stage, moment)
         struck = time.monotonic()
         survived = strike(site, *found)
@@ -287,8 +301,7 @@ def _suffer(name: str, strike: Strike, site: Site, plain: Path) -> list[dict[str
         )
     _await(site, lambda: site.driver.poll() is not None, PATIENCE)
     watcher.stop()
-    if site.driver.returncode != 0:
-        raise SystemExit(f"{name}: the job failed:\n{_log(site)}")
+    require(site.driver.returncode == 0, f"{name}: the job failed:\n{_log(site)}")
     for row in rows:
         row["stored_units_made_again"] = watcher.again(FOLDERS[row["in"]])
         row["differences"] = ", ".join(differences(row["in"], site.output, plain)) or "none"
@@ -345,7 +358,7 @@ def differences(stage: str, output: Path, plain: Path) -> Iterator[str]:
 
 
 def _log(site: Site) -> str:
-    text = (site.output.parent / "log").read_text()
+    text = (site.folder / "log").read_text()
     return "\n".join([line for line in text.splitlines() if not re.search(r"state-dump|[│━]", line)][-30:])
 
 

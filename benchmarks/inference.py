@@ -8,7 +8,7 @@ one; the last row is with the refined head. All cores take part (evaluation fixe
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from measure import Elsewhere, alternate, forward_flops, matmul_peak, medians, options, show
+from measure import Elsewhere, alternate, forward_flops, matmul_peak, medians, options, require, show
 from torch import nn
 
 from apacs_ray.adapters.session import KEEP_MEMORY
@@ -27,23 +27,30 @@ from apacs_ray.models.fcn import build_member
 from apacs_ray.models.fusion import build_fusion
 from apacs_ray.models.spec import MEMBERS, Head, ModelSpec
 
+REFINED = "ours bfloat16, refined head"
+
 
 def main() -> None:
     arguments = options(__doc__, "a tile of 512 x 512 px, 3 repetitions").parse_args()
-    side = 512 if arguments.quick else 2000
+    side, width, repetitions = 2000, 1.0, 5
+    if arguments.quick:
+        side, repetitions = 512, 3
+    if arguments.smoke:
+        side, width, repetitions = 64, 0.05, 1
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    peak = matmul_peak(device, torch.bfloat16)
+    peak = matmul_peak(device, torch.bfloat16, smoke=arguments.smoke)
     kept = KEEP_MEMORY["env_vars"]
     ways = {
-        "textbook float32": Elsewhere(partial(textbook, side), {}),
-        "ours float32": Elsewhere(partial(ours, side, "published", "float32"), kept),
-        "ours bfloat16": Elsewhere(partial(ours, side, "published", "bfloat16"), kept),
-        "ours bfloat16, refined head": Elsewhere(partial(ours, side, "refined", "bfloat16"), kept),
+        "textbook float32": Elsewhere(partial(textbook, side, width), {}),
+        "ours float32": Elsewhere(partial(ours, side, width, "published", "float32"), kept),
+        "ours bfloat16": Elsewhere(partial(ours, side, width, "published", "bfloat16"), kept),
+        REFINED: Elsewhere(partial(ours, side, width, "refined", "bfloat16"), kept),
     }
-    seconds = medians(alternate(ways, 3 if arguments.quick else 5))
+    _require_same({name: way() for name, way in ways.items()})
+    seconds = medians(alternate(ways, repetitions, warm=False))
     rows = []
     for name, value in seconds.items():
-        flops = _flops("refined" if "refined" in name else "published", side)
+        flops = _flops("refined" if name == REFINED else "published", side, width)
         row = {"way": name, "s": value, "ratio": seconds["textbook float32"] / value, "TFLOP": flops / 1e12}
         row |= {"TFLOP_per_s": flops / value / 1e12, "share_of_bf16_peak": flops / value / peak}
         rows.append({**row, "peak_GiB": ways[name].peak_memory() / 2**30})
@@ -53,9 +60,23 @@ def main() -> None:
     show(f"ensemble on one tile of {side} x {side} px; bfloat16 peak {peak / 1e12:.3g} TFLOP/s", rows, arguments.json)
 
 
-def _flops(head: Head, side: int) -> int:
-    networks: list[tuple[Callable[[], nn.Module], int]] = [(partial(build_member, name), 3) for name in MEMBERS]
-    networks.append((partial(build_fusion, head, MEMBERS), 6))
+def _require_same(logits: Mapping[str, Any]) -> None:
+    """The ways must agree on the mean logit of each network; the heads are two networks with other weights."""
+    textbook = logits["textbook float32"]
+    for name, relative, absolute, networks in (
+        ("ours float32", 1e-4, 1e-3, 4),
+        ("ours bfloat16", 0.02, 0.1, 4),
+        (REFINED, 0.02, 0.1, 3),
+    ):
+        same = np.allclose(logits[name][:networks], textbook[:networks], relative, absolute)
+        require(same, f"{name}: mean logits {logits[name]}, the textbook's are {textbook}")
+
+
+def _flops(head: Head, side: int, width: float) -> int:
+    networks: list[tuple[Callable[[], nn.Module], int]] = [
+        (partial(build_member, name, width=width), 3) for name in MEMBERS
+    ]
+    networks.append((partial(build_fusion, head, MEMBERS, width=width), 6))
     return sum(forward_flops(build, (1, channels, side, side)) for build, channels in networks)
 
 
@@ -63,31 +84,34 @@ def _tile(side: int) -> Any:
     return np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
 
 
-def _ensemble(head: Head) -> Ensemble:
+def _ensemble(head: Head, width: float) -> Ensemble:
     torch.manual_seed(0)
-    spec = ModelSpec("fusion", "fusion", head=head)
-    members = {name: build_member(name) for name in MEMBERS}
-    return Ensemble(members, {"fusion": (spec, build_fusion(head, MEMBERS))})
+    spec = ModelSpec("fusion", "fusion", width=width, head=head)
+    members = {name: build_member(name, width=width) for name in MEMBERS}
+    return Ensemble(members, {"fusion": (spec, build_fusion(head, MEMBERS, width=width))})
 
 
-def ours(side: int, head: Head, precision: str) -> Callable[[], object]:
+def ours(side: int, width: float, head: Head, precision: str) -> Callable[[], object]:
     """The predictor of a run."""
-    predictor, rgb = Predictor(_ensemble(head), threads=torch.get_num_threads(), precision=precision), _tile(side)
-    return lambda: len(predictor.logits(rgb))
+    predictor, rgb = (
+        Predictor(_ensemble(head, width), threads=torch.get_num_threads(), precision=precision),
+        _tile(side),
+    )
+    return lambda: [float(logits.mean()) for logits in predictor.logits(rgb).values()]
 
 
-def textbook(side: int) -> Callable[[], object]:
+def textbook(side: int, width: float) -> Callable[[], object]:
     """One network after the other, as a textbook writes it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ensemble, rgb = _ensemble("published").to(device), _tile(side)
+    ensemble, rgb = _ensemble("published", width).to(device), _tile(side)
 
     @torch.no_grad()
-    def work() -> int:
+    def work() -> list[float]:
         image = torch.from_numpy(rgb).to(device).permute(2, 0, 1)[None].contiguous().float() / 255
         logits = [member(image) for member in ensemble.members.values()]
         heatmaps = [torch.sigmoid(output) for output in logits]
         logits.append(ensemble.fusions["fusion"](torch.cat([*heatmaps, image], dim=1)))
-        return len([output.cpu().numpy() for output in logits])
+        return [float(output.cpu().numpy().mean()) for output in logits]
 
     return work
 

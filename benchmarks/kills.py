@@ -8,7 +8,6 @@ that their history says they took.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import shutil
@@ -17,10 +16,14 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from measure import options, require, show  # noqa: E402
 
 from apacs_ray.data.synthetic import slide_specs  # noqa: E402
 from apacs_ray.slides.smears import write_smear  # noqa: E402
@@ -45,28 +48,26 @@ class Standing:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="5 kills")
+    parser = options(__doc__ or "", "5 kills")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ingest", action="store_true", help="only the cutting of larger slides")
-    parser.add_argument("--json", type=Path, help="write the table there")
     arguments = parser.parse_args()
-    kills = 5 if arguments.quick else arguments.kills
-    moments = random.Random(arguments.seed)
+    kills = 1 if arguments.smoke else 5 if arguments.quick else arguments.kills
+    moments, latest = random.Random(arguments.seed), 0.5 if arguments.smoke else 0.9  # of the undisturbed run's time
     with tempfile.TemporaryDirectory() as folder:
         plain, killed = Path(folder, "plain"), Path(folder, "killed")
+        start = partial(_start, "ingest.py" if arguments.ingest or arguments.smoke else "full.py")
         _write_smears(Path(folder, "data"), *((3072, 3072) if arguments.ingest else (512, 384)))
         started = time.monotonic()
-        _start(plain).wait()
+        start(plain).wait()
         whole = time.monotonic() - started
-        if not (plain / "tiles/_committed.json").exists():
-            raise SystemExit(f"the undisturbed run did not end well; try: {' '.join(_command(plain))}")
-        print(f"undisturbed run: {whole:.0f} s\n{'kill':>4} {'after s':>8}  {'in':<14} shards epochs  done again")
-        rows: list[str] = []
+        require((plain / "tiles/_committed.json").exists(), "the undisturbed run did not end well")
+        print(f"undisturbed run: {whole:.0f} s", flush=True)
+        rows: list[dict[str, Any]] = []
         before = Standing()
         while len(rows) < kills:
-            process, after = _start(killed), moments.uniform(0.15, 0.9) * whole
+            process, after = start(killed), moments.uniform(0.15, latest) * whole
             if _ends_within(process, after):
                 _require_equal(plain, killed)
                 shutil.rmtree(killed)
@@ -75,23 +76,18 @@ def main() -> None:
             process.kill()
             process.wait()
             standing = _standing(killed)
-            again = _done_again(before, standing)
-            before = standing
             doing = next((name for name, state in standing.stages.items() if state == "running"), "start")
             epochs = sum(map(len, standing.epochs.values()))
-            rows.append(doing)
-            print(
-                f"{len(rows):>4} {after:8.1f}  {doing:<14} {len(standing.shards):>6} {epochs:>6}  {again or 'nothing'}"
-            )
-        if _start(killed).wait() != 0:
-            raise SystemExit("the last start failed")
+            rows.append({"after_s": after, "in": doing, "shards": len(standing.shards), "epochs": epochs})
+            rows[-1]["done_again"] = ", ".join(_done_again(before, standing)) or "nothing"
+            before = standing
+            print(rows[-1], flush=True)
+        require(start(killed).wait() == 0, "the last start failed")
         _require_equal(plain, killed)
-        again = _done_again(before, _standing(killed))
-        print(
-            f"after {kills} kills: same shards, metrics and weights; done again in the last start: {again or 'nothing'}"
-        )
-        if arguments.json:
-            arguments.json.write_text(json.dumps([{"in": doing} for doing in rows], indent=1))
+        again = ", ".join(_done_again(before, _standing(killed))) or "nothing"
+        title = f"{kills} kills: same shards, metrics and weights; done again in the last start: {again}"
+        show(title, rows, arguments.json)
+        require(all(row["done_again"] == "nothing" for row in [*rows, {"done_again": again}]), "work was done again")
 
 
 def _write_smears(folder: Path, width: int, height: int) -> None:
@@ -101,14 +97,15 @@ def _write_smears(folder: Path, width: int, height: int) -> None:
         write_smear(store, spec, number)
 
 
-def _command(output: Path) -> list[str]:
-    script, options = ("ingest.py", SLIDES) if "--ingest" in sys.argv else ("full.py", OPTIONS)
-    data = ["--data", str(output.parent / "data"), "--output", str(output)]
-    return [sys.executable, str(ROOT / "pipelines" / script), *data, *options]
-
-
-def _start(output: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(_command(output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def _start(script: str, output: Path) -> subprocess.Popen[bytes]:
+    given = ["--data", str(output.parent / "data"), "--output", str(output)]
+    command = [
+        sys.executable,
+        str(ROOT / "pipelines" / script),
+        *given,
+        *(SLIDES if script == "ingest.py" else OPTIONS),
+    ]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def _ends_within(process: subprocess.Popen[bytes], seconds: float) -> bool:

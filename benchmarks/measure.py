@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
 import platform
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
-from apacs_ray.training.loop import describe_device
+if TYPE_CHECKING:  # a benchmark without networks does not wait for torch
+    import torch
+    from torch import nn
 
 Work = Callable[[], object]
 
@@ -31,8 +31,27 @@ def options(description: str, quick: str) -> argparse.ArgumentParser:
     """A parser with what every benchmark takes; `quick` says what --quick leaves out."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--smoke", action="store_true", help="the smallest sizes at which everything still runs")
     parser.add_argument("--json", type=Path, help="write the figures there")
     return parser
+
+
+def require(condition: object, message: str) -> None:
+    """End the program with `message` unless the condition holds: what was measured is not what was meant."""
+    if not condition:
+        raise SystemExit(message)
+
+
+def start_ray(cpus: int | None = None) -> None:
+    """Join the Ray of RAY_ADDRESS, or start one of this process's own."""
+    from apacs_ray.adapters.session import prepare_ray
+
+    prepare_ray()  # first: Ray reads its token when it is imported
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS")
+    own: dict[str, Any] = {"address": address} if address else {"address": "local", "num_cpus": cpus}
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", **own)
 
 
 def alternate(ways: Mapping[str, Work], repetitions: int, *, warm: bool = True) -> dict[str, list[float]]:
@@ -57,11 +76,12 @@ class Elsewhere:
         before = dict(os.environ)
         os.environ.update(environment)
         self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-        self._pool.submit(_set_up, setup).result()
+        self._ready = self._pool.submit(_set_up, setup)  # starts the process; several set up at the same time
         os.environ.clear()
         os.environ.update(before)
 
     def __call__(self) -> object:
+        self._ready.result()
         return self._pool.submit(_call).result()
 
     def peak_memory(self) -> int:
@@ -81,6 +101,8 @@ def _set_up(setup: Callable[[], Work]) -> None:
 
 
 def _call() -> object:
+    import torch
+
     result = _work[0]()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -88,6 +110,8 @@ def _call() -> object:
 
 
 def _peak_memory() -> int:
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -98,9 +122,14 @@ def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype, repetitions: int = 5) -> float:
-    """FLOP/s of large matrix products on `device`: what its arithmetic reaches at best."""
-    side = 8192 if device.type == "cuda" else 2048
+def matmul_peak(device: torch.device, dtype: torch.dtype, *, smoke: bool = False) -> float:
+    """FLOP/s of large matrix products on `device`: what its arithmetic reaches at best; with `smoke`, of small ones.
+
+    A CPU without bfloat16 takes minutes for a large product of it.
+    """
+    import torch
+
+    side, repetitions = (128, 1) if smoke else (8192 if device.type == "cuda" else 2048, 5)
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
 
     def product() -> None:
@@ -113,6 +142,10 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, repetitions: int = 5) 
 
 def forward_flops(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> int:
     """Floating-point operations of a forward pass, without doing it."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
         build()(torch.empty(shape))
     return counter.get_total_flops()
@@ -120,13 +153,21 @@ def forward_flops(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> int
 
 def machine() -> dict[str, Any]:
     """What the figures depend on."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return {
-        "device": describe_device(device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    torch = sys.modules.get("torch")  # a benchmark without networks does not wait for it
+    known: dict[str, Any] = {"python": platform.python_version(), "cores": os.cpu_count()}
+    if torch is None:
+        return {"device": processor(), **known}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+    return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, **known}
+
+
+def processor() -> str:
+    """The name of this machine's CPU; where Linux does not tell it, its architecture."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"CPU, {line.partition(':')[2].strip()}"
+    return f"CPU, {platform.machine()}"
 
 
 def show(title: str, rows: list[dict[str, Any]], path: Path | None) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from measure import options, show  # noqa: E402
+from measure import options, require, show  # noqa: E402
 from ray_cluster import processes  # noqa: E402
 from runs import read_json, start  # noqa: E402
 
@@ -33,6 +33,7 @@ SETTINGS = [
     "--tiles.size", "512", "--tiles.shard", "8",
     "--members.epochs", "3", "--members.crop", "256", "--members.batch_size", "2",
 ]  # fmt: skip
+SMALLEST = ["--tiles.size", "128", "--members.epochs", "1", "--members.crop", "64", "--members.precision", "float32"]
 MODES = ("together", "parallel")
 DECODES = "ray::MapBatches(load)"
 TICK = os.sysconf("SC_CLK_TCK")
@@ -50,15 +51,18 @@ def main() -> None:
     parser = options(__doc__ or "", "one repetition")
     parser.add_argument("--width", type=float, default=0.1, help="of the networks")
     arguments = parser.parse_args()
-    found: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}
+    modes = MODES[:1] if arguments.smoke else MODES  # three trainings at a time start too much for a smoke test
+    found: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
     with tempfile.TemporaryDirectory() as folder:
         data, cut = Path(folder) / "smears", Path(folder) / "cut"
-        for number, spec in enumerate(slide_specs(0, 2560, 2048, train=3, test=1)):
+        sides = (256, 256) if arguments.smoke else (2560, 2048)
+        for number, spec in enumerate(slide_specs(0, *sides, train=3, test=1)):
             write_smear(LocalStore(str(data)), spec, number)
         given = ["--data", str(data), *SETTINGS, "--members.width", str(arguments.width)]
+        given += SMALLEST if arguments.smoke else []
         _end(start(*given, "--output", str(cut), script="ingest.py"))
-        for _ in range(1 if arguments.quick else 5):
-            for mode in MODES:
+        for _ in range(1 if arguments.quick or arguments.smoke else 5):
+            for mode in modes:
                 output = Path(folder) / mode
                 shutil.copytree(cut, output)
                 found[mode].append(_train(output, [*given, "--output", str(output), "--members.mode", mode]))
@@ -68,7 +72,9 @@ def main() -> None:
         {"mode": mode, **{name: statistics.median(run[name] for run in runs) for name in runs[0]}}
         for mode, runs in found.items()
     ]
-    together, parallel = rows
+    together, parallel = rows[0], rows[-1]
+    require(all(row["decoding_cpu_s"] > 0 for row in rows), f"no process decoded tiles: {rows}")
+    require(arguments.smoke or together["processes"] < parallel["processes"], f"together starts as many: {rows}")
     shares = {name: together[name] / parallel[name] for name in together if name != "mode"}
     show("three members on one machine", [*rows, {"mode": "together / parallel", **shares}], arguments.json)
 

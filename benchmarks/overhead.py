@@ -7,7 +7,6 @@ decoded beforehand. The first epoch of each warms up and is not counted; starts 
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from functools import partial
@@ -17,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from measure import Elsewhere, medians, options, show
+from measure import Elsewhere, medians, options, require, show, start_ray
 from tiles import write_tiles
 
 from apacs_ray.adapters.session import KEEP_MEMORY
@@ -27,7 +26,7 @@ from apacs_ray.data.shards import read_index
 from apacs_ray.models.spec import ModelSpec
 from apacs_ray.models.weights import build
 from apacs_ray.plan import Cluster, Nodes, cluster_of, plan_training
-from apacs_ray.run import ROOT, source_hash
+from apacs_ray.run import source_hash
 from apacs_ray.storage import LocalStore, Store
 from apacs_ray.training.config import TrainConfig
 from apacs_ray.training.feed import Crop, Feed, in_memory
@@ -40,20 +39,24 @@ FEED = Crop(0, True, True)
 
 def main() -> None:
     parser = options(__doc__, "a quarter of the width, 2 repetitions")
-    parser.add_argument("--members", default="fcn32,fcn8", help="networks to measure")
-    parser.add_argument("--tiles", type=int, default=16, help="tiles of an epoch")
+    parser.add_argument("--members", help="networks to measure (default: fcn32,fcn8)")
+    parser.add_argument("--tiles", type=int, help="tiles of an epoch (default: 16)")
     arguments = parser.parse_args()
-    width, repetitions = (0.25, 2) if arguments.quick else (1.0, 5)
-    os.environ["PYTHONPATH"] = str(ROOT)
+    side, tiles, width, repetitions, members = SIDE, 16, 1.0, 5, "fcn32,fcn8"
+    if arguments.quick:
+        width, repetitions = 0.25, 2
+    if arguments.smoke:
+        side, tiles, width, repetitions, members = 64, 4, 0.05, 1, "fcn8"
+    tiles = arguments.tiles or tiles
+    start_ray()
     import ray
 
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     resources = ray.cluster_resources()
     cluster = cluster_of([Nodes(resources["CPU"], resources.get("GPU", 0.0), 1)], [])
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        write_tiles(LocalStore(folder), SIDE, {"train": arguments.tiles, "val": 1})
-        for name in arguments.members.split(","):
+        write_tiles(LocalStore(folder), side, {"train": tiles, "val": 1})
+        for name in (arguments.members or members).split(","):
             config = TrainConfig(2, BATCH, 0, precision="auto")
             task = _task(LocalStore(folder), name, width, config, cluster)
             alone = Elsewhere(partial(_alone, task), KEEP_MEMORY["env_vars"])
@@ -63,9 +66,10 @@ def main() -> None:
                 seconds["Ray"].append(_with_ray(task, f"state/{name}-{repetition}"))
             alone.end()
             middle = medians(seconds)
-            speeds = {f"{way}_images_per_s": arguments.tiles / value for way, value in middle.items()}
+            require(all(value > 0 for value in middle.values()), f"an epoch took no time: {seconds}")
+            speeds = {f"{way}_images_per_s": tiles / value for way, value in middle.items()}
             rows.append({"network": name, **speeds, "ratio": middle["alone"] / middle["Ray"], "seconds": seconds})
-    show(f"an epoch of {arguments.tiles} tiles of {SIDE} px, {task.plan.describe()}", rows, arguments.json)
+    show(f"an epoch of {tiles} tiles of {side} px, {task.plan.describe()}", rows, arguments.json)
 
 
 def _task(store: Store, name: str, width: float, config: TrainConfig, cluster: Cluster) -> TrainingTask:

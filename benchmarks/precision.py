@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from measure import options, show
+from measure import options, require, show
 from tiles import write_tiles
 
 from apacs_ray.data.shards import read_index
@@ -28,6 +28,7 @@ from apacs_ray.training.order import schedule
 from apacs_ray.training.record import EpochRecord
 
 SIDE, BATCH = 256, 2
+TILES = {"train": 32, "val": 16}
 
 
 def main() -> None:
@@ -37,16 +38,23 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     arguments = parser.parse_args()
-    seeds, epochs = (1, 2) if arguments.quick else (arguments.seeds, arguments.epochs)
+    seeds, epochs, width, side, tiles = arguments.seeds, arguments.epochs, arguments.width, SIDE, TILES
+    if arguments.quick:
+        seeds, epochs = 1, 2
+    if arguments.smoke:
+        seeds, epochs, width, side, tiles = 1, 2, 0.05, 64, {"train": 4, "val": 2}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         store = LocalStore(folder)
-        write_tiles(store, SIDE, {"train": 32, "val": 16}, smear=2048)
+        write_tiles(store, side, tiles, smear=8 * side)
         for seed in range(arguments.first, arguments.first + seeds):
             row: dict[str, float | int | str] = {"seed": seed}
             for precision in ("float32", "bfloat16"):
                 config = TrainConfig(epochs, BATCH, seed, learning_rate=1e-3, dice_weight=0.5)
-                history = _train(store, replace(config, precision=precision), arguments.width)
+                history = _train(store, replace(config, precision=precision), width)
+                require([r.epoch for r in history] == list(range(epochs)), f"epochs of {precision}: {history}")
+                require(history[-1].train_loss < history[0].train_loss, f"{precision} learns nothing: {history}")
+                require(all(0 <= r.val_dice <= 1 for r in history), f"val Dice of {precision}: {history}")
                 row |= {
                     f"{precision}_last": history[-1].val_dice,
                     f"{precision}_best": max(r.val_dice for r in history),
@@ -57,7 +65,7 @@ def main() -> None:
             print(row, flush=True)
     mean = {key: statistics.mean(float(row[key]) for row in rows) for key in rows[0] if key != "seed"}
     show(
-        f"val Dice of FCN-8, width {arguments.width:g}, {epochs} epochs",
+        f"val Dice of FCN-8, width {width:g}, {epochs} epochs",
         [*rows, {"seed": "mean", **mean}],
         arguments.json,
     )

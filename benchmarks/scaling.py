@@ -11,8 +11,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import multiprocessing
-import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,44 +20,46 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from measure import Elsewhere, alternate, medians, options, show  # noqa: E402
+from cutting import TILE, Cut, Cutting  # noqa: E402
+from measure import Elsewhere, alternate, medians, options, require, show, start_ray  # noqa: E402
 from ray_cluster import RayCluster  # noqa: E402
-from tiling import QUALITY, TILE, fresh, shards_of, write_slide  # noqa: E402
+from tiling import write_slide  # noqa: E402
 
-from apacs_ray.settings import DataSettings, TilesSettings  # noqa: E402
-from apacs_ray.slides.cache import SlideCache  # noqa: E402
-from apacs_ray.slides.find import find_slides  # noqa: E402
-from apacs_ray.slides.plan import SlideSummary, SlideTask, inspect_slide  # noqa: E402
+from apacs_ray.settings import TilesSettings  # noqa: E402
+from apacs_ray.slides.plan import SlideSummary, SlideTask  # noqa: E402
 from apacs_ray.slides.shards import SlideShard, write_slide_shard  # noqa: E402
-from apacs_ray.storage import open_store  # noqa: E402
 
 TIMES = 4  # the grid is gone over so often in one repetition
 
 
 def main() -> None:
     parser = options(__doc__ or "", "a slide of 8000 x 8000 px in shards of 8 tiles")
-    parser.add_argument("--formats", default="tif,mrxs", help="of the slide")
-    parser.add_argument("--nodes", default="1,2", help="of each cluster")
+    parser.add_argument("--formats", help="of the slide (default: tif,mrxs)")
+    parser.add_argument("--nodes", help="of each cluster (default: 1,2)")
     parser.add_argument("--repetitions", type=int, default=3)
     arguments = parser.parse_args()
-    side, shard = (8000, 8) if arguments.quick else (32_000, TilesSettings().shard)
-    counts = [int(count) for count in arguments.nodes.split(",")]
+    side, tile, shard, formats, nodes = 32_000, TILE, TilesSettings().shard, "tif,mrxs", "1,2"
+    if arguments.quick:
+        side, shard = 8000, 8
+    if arguments.smoke:
+        side, tile, shard, formats, nodes = 1024, 256, 8, "mrxs", "1"
+    counts = [int(count) for count in (arguments.nodes or nodes).split(",")]
     rows = []
-    for kind in arguments.formats.split(","):
+    for kind in (arguments.formats or formats).split(","):
         with tempfile.TemporaryDirectory() as folder:
             data = Path(folder) / "data"
             data.mkdir()
-            write_slide(data / f"slide.{kind}", side)
-            work = Work(data, Path(folder) / "out", shard)
-            rows += _measure(kind, work, counts, Path(folder), arguments.repetitions)
-    show(f"cutting tiles of {TILE} px", rows, arguments.json)
+            write_slide(data / f"slide.{kind}", side, min(side, 4000))
+            work = Cutting(Cut(str(data), str(Path(folder) / "out"), tile, shard, TIMES))
+            rows += _measure(kind, work, counts, Path(folder), 1 if arguments.smoke else arguments.repetitions)
+    show(f"cutting tiles of {tile} px", rows, arguments.json)
 
 
-def _measure(kind: str, work: Work, counts: list[int], folder: Path, repetitions: int) -> list[dict[str, object]]:
+def _measure(kind: str, work: Cutting, counts: list[int], folder: Path, repetitions: int) -> list[dict[str, object]]:
     seconds: dict[str, float] = {}
     for count in counts:
         with multiprocessing.get_context("spawn").Pool(count) as pool:
-            way = {f"bare {count}": partial(work.bare, pool)}
+            way = {f"bare {count}": partial(_bare, work, pool)}
             before = alternate(way, repetitions)
             with _driver_of(count, work, folder) as driver:  # a cluster that waits would take from the bare processes
                 ours = alternate({f"ours {count}": driver}, repetitions)
@@ -81,7 +81,7 @@ def _measure(kind: str, work: Work, counts: list[int], folder: Path, repetitions
 
 
 @contextlib.contextmanager
-def _driver_of(nodes: int, work: Work, folder: Path) -> Iterator[Elsewhere]:
+def _driver_of(nodes: int, work: Cutting, folder: Path) -> Iterator[Elsewhere]:
     """Cutting by a cluster of so many nodes, for as long as the block runs."""
     place = folder / f"cluster-{nodes}"
     place.mkdir()
@@ -96,60 +96,26 @@ def _driver_of(nodes: int, work: Work, folder: Path) -> Iterator[Elsewhere]:
         cluster.stop()
 
 
-class Work:
-    """The shards of one slide, to be written anew in every repetition."""
-
-    def __init__(self, data: Path, output: Path, shard: int) -> None:
-        store = open_store(str(data))
-        (slide,) = find_slides(store.list()).slides
-        settings = TilesSettings(size=TILE, quality=QUALITY, shard=shard, min_tissue=0.0, last="drop")
-        cache = SlideCache(output / "cache", 1 << 40)
-        self._output = output
-        self._base = SlideTask(store, None, open_store(str(output)), settings, DataSettings(), cache, "0" * 16)
-        self.summary = inspect_slide(self._base, 0, slide)
-        self.shards = shards_of(self.summary, shard, TIMES)
-
-    @property
-    def tiles(self) -> int:
-        """Tiles of one repetition."""
-        return self.summary.tiles * TIMES
-
-    def fresh(self, marks: Iterator[int]) -> SlideTask:
-        """A task under which nothing is written yet."""
-        shutil.rmtree(self._output / "tiles", ignore_errors=True)
-        return fresh(self._base, next(marks))
-
-    def bare(self, pool: multiprocessing.pool.Pool) -> None:
-        """In processes, whoever is free takes the next shard."""
-        task = self.fresh(BARE)
-        written = pool.imap_unordered(partial(_write, task, self.summary), self.shards)
-        if sum(written) != self.tiles:
-            raise SystemExit("tiles were lost")
-
-
-BARE = itertools.count(2)
+def _bare(work: Cutting, pool: multiprocessing.pool.Pool) -> None:
+    """In processes, whoever is free takes the next shard."""
+    written = pool.imap_unordered(partial(_write, work.fresh(), work.summary), work.shards)
+    require(sum(written) == work.tiles, "tiles were lost")
 
 
 def _write(task: SlideTask, summary: SlideSummary, shard: SlideShard) -> int:
     return write_slide_shard(task, summary, shard).rows_out
 
 
-def _driver(work: Work, nodes: int) -> Callable[[], object]:
+def _driver(work: Cutting, nodes: int) -> Callable[[], object]:
     """A driver on the cluster of this process's environment."""
-    from apacs_ray.adapters.session import prepare_ray
-
-    prepare_ray()
-    import ray
-
+    start_ray()
     from apacs_ray.adapters.slides import write_slide_shards
 
-    ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR")
-    marks = itertools.count(nodes * 1_000_000)
+    work.turns = itertools.count(nodes * 1_000_000)
 
     def cut() -> int:
-        receipts = write_slide_shards(work.fresh(marks), [work.summary], work.shards, lambda done: None)
-        if sum(receipt.rows_out for receipt in receipts) != work.tiles:
-            raise SystemExit("tiles were lost")
+        receipts = write_slide_shards(work.fresh(), [work.summary], work.shards, lambda done: None)
+        require(sum(receipt.rows_out for receipt in receipts) == work.tiles, "tiles were lost")
         return len(receipts)
 
     return cut

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from jobs import ENDED, Job  # noqa: E402
-from measure import options, show  # noqa: E402
+from measure import options, require, show  # noqa: E402
 from ray_cluster import RayCluster, processes  # noqa: E402
 from runs import start  # noqa: E402
 
@@ -38,39 +38,48 @@ SETTINGS = [
     "--members.width", "0.1", "--members.epochs", "2", "--members.crop", "256", "--members.batch_size", "2",
     "--fusion.epochs", "2", "--fusion.crop", "256", "--fusion.batch_size", "2", "--fusion.from_best", "false",
 ]  # fmt: skip
+SMALLEST = [
+    "--tiles.size", "128", "--members.crop", "64", "--members.precision", "float32", "--members.mode", "together",
+]  # fmt: skip
 LOOK_EVERY = 20.0  # s between questions whether a run goes on: each is a process beside it
 PARTS = {"gcs": "gcs_server", "raylet": "/raylet ", "dashboard": "dashboard/", "driver": "pipelines/full.py"}
 
 
 def main() -> None:
     arguments = options(__doc__ or "", "one repetition").parse_args()
+    repetitions = 1 if arguments.quick or arguments.smoke else 3
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "smears"
-        for number, spec in enumerate(slide_specs(0, 2560, 2048, train=3, test=2)):
+        sides = (256, 256) if arguments.smoke else (2560, 2048)
+        for number, spec in enumerate(slide_specs(0, *sides, train=3, test=2)):
             write_smear(LocalStore(str(data)), spec, number)
-        runs = [_here(data, Path(folder) / f"here-{number}") for number in range(1 if arguments.quick else 3)]
+        given = ["--data", str(data), *SETTINGS, *(SMALLEST if arguments.smoke else [])]
+        runs = [_here(given, Path(folder) / f"here-{number}") for number in range(repetitions)]
         rows.append({"way": "python pipelines/full.py", **_middle(runs)})
         print(rows[0], flush=True)
         jobs, memory = [], {}
-        for number in range(1 if arguments.quick else 3):
-            times, memory = _submitted(data, Path(folder) / f"job-{number}")
+        for number in range(repetitions):
+            times, memory = _submitted(given, Path(folder) / f"job-{number}", to_its_end=not arguments.smoke)
             jobs.append(times)
         rows.append({"way": "ray job submit", **_middle(jobs)})
         show("seconds until a run begins", rows, arguments.json)
         show("memory of the head over a job, MB", memory_rows(memory), None)
         if arguments.json:
             arguments.json.write_text(json.dumps({"begins": rows, "head_MB": memory}, indent=1))
+    require(all(row["first_shard_s"] > 0 for row in rows), f"a shard was there before its run: {rows}")
+    require(rows[0]["first_step_s"] > rows[0]["first_shard_s"], f"a step came before the first shard: {rows}")
+    require(memory["gcs"][-1] > 0 and memory["driver"][-1] > 0, "the head's processes were not found")
 
 
 def _middle(runs: list[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
 
 
-def _here(data: Path, output: Path) -> dict[str, float]:
+def _here(given: list[str], output: Path) -> dict[str, float]:
     """A run on this machine, ended when it has trained an epoch."""
     began = time.time()
-    process = start("--data", str(data), "--output", str(output), *SETTINGS)
+    process = start("--output", str(output), *given)
     try:
         assert process.stdout is not None
         process.stdout.readline()
@@ -84,8 +93,8 @@ def _here(data: Path, output: Path) -> dict[str, float]:
     return times
 
 
-def _submitted(data: Path, folder: Path) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """The same as a job, to its end; and the head's memory by part: MB, one figure a look."""
+def _submitted(given: list[str], folder: Path, *, to_its_end: bool) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """The same as a job, to its end or to its first shard; and the head's memory by part: MB, one figure a look."""
     folder.mkdir()
     cluster = RayCluster(folder, head_cpus=0)
     try:
@@ -96,25 +105,28 @@ def _submitted(data: Path, folder: Path) -> tuple[dict[str, float], dict[str, li
         watcher = threading.Thread(target=_watch, args=(cluster, memory, ended), daemon=True)
         watcher.start()
         began = time.time()
-        job = Job(cluster, "pipelines/full.py", "--data", str(data), "--output", str(folder / "run"), *SETTINGS)
+        job = Job(cluster, "pipelines/full.py", "--output", str(folder / "run"), *given)
         submitted = time.time()
-        milestones = _milestones(folder / "run", began, lambda: job.status() not in ENDED)
+        milestones = _milestones(folder / "run", began, lambda: job.status() not in ENDED, steps=to_its_end)
         times = {"submitted_s": submitted - began, **milestones}
         print(times, flush=True)
-        status = job.end()
-        if status != "SUCCEEDED":
-            raise SystemExit(f"the job ended as {status}:\n{job.logs()}")
+        status = job.end() if to_its_end else job.status()
         ended.set()
         watcher.join()
+        if not to_its_end:
+            job.stop()
+        require(status == ("SUCCEEDED" if to_its_end else "RUNNING"), f"the job is {status}:\n{job.logs()}")
         return times, dict(memory)
     finally:
         cluster.stop()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _milestones(output: Path, began: float, goes_on: Callable[[], bool]) -> dict[str, float]:
-    """Seconds since `began` until the first shard and until the first training step."""
+def _milestones(output: Path, began: float, goes_on: Callable[[], bool], *, steps: bool = True) -> dict[str, float]:
+    """Seconds since `began` until the first shard and, with `steps`, until the first training step."""
     shard = _first(output, "tiles/split=*/*.parquet", goes_on).stat().st_mtime
+    if not steps:
+        return {"first_shard_s": shard - began}
     state = _first(output, "members/*/.state-*/attempt-*/epoch_00000/state.json", goes_on)
     time.sleep(0.2)  # it is written at once, but the metadata of the folder may come later
     (record,) = json.loads(state.read_text())["history"]

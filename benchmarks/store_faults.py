@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import boto3  # noqa: E402
 from faults import FOLDERS, OPTIONS, STAGES, SWEEP, differences  # noqa: E402
-from measure import options, show  # noqa: E402
+from measure import options, require, show  # noqa: E402
 from moto.server import ThreadedMotoServer  # noqa: E402
 from runs import start, write_cells  # noqa: E402
 from s3_proxy import KINDS, Behaviour, Draw, Proxy, Request, at_random, proxy  # noqa: E402
@@ -53,8 +53,10 @@ class Job:
 class Site:
     """The store, the data in it, and jobs on it."""
 
-    def __init__(self, folder: Path, endpoint: str, running: Proxy) -> None:
+    def __init__(self, folder: Path, endpoint: str, running: Proxy, *, smoke: bool) -> None:
         self._folder, self._running = folder, running
+        self.stages = ["ingest"] if smoke else list(STAGES)
+        self._script, self._delay = ("ingest.py", 0.2) if smoke else ("full.py", DELAY)
         os.environ.update({**KEYS, "AWS_ENDPOINT_URL": running.url})
         self._client = boto3.client("s3", endpoint_url=endpoint)
         self._client.create_bucket(
@@ -69,10 +71,10 @@ class Site:
     def run(self, name: str, draw: Draw) -> Job:
         """One whole job; every request until its end is noted with the stage that ran then."""
         self._running.requests.clear()
-        self._running.behaviour = Behaviour(draw=draw, delay=DELAY)
+        self._running.behaviour = Behaviour(draw=draw, delay=self._delay)
         started = time.monotonic()
         argv = ["--data", f"s3://{BUCKET}/cells", "--output", f"s3://{BUCKET}/{name}", *OPTIONS]
-        process = start(*argv, "--tune.config", str(self._sweep))
+        process = start(*argv, "--tune.config", str(self._sweep), script=self._script)
         begun: list[tuple[float, str]] = []
         lines = []
         for line in process.stdout or ():
@@ -106,24 +108,25 @@ def main() -> None:
     parser.add_argument("--kind", choices=[*KINDS, "all"], help="this one only")
     arguments = parser.parse_args()
     jobs: dict[str, dict[str, float]] = {kind: {kind: RATE} for kind in KINDS} | {"all": dict.fromkeys(KINDS, RATE)}
-    chosen = [arguments.kind] if arguments.kind else ["all"] if arguments.quick else list(jobs)
-    with _site() as site:
+    few = arguments.quick or arguments.smoke
+    chosen = [arguments.kind] if arguments.kind else ["all"] if few else list(jobs)
+    with _site(smoke=arguments.smoke) as site:
         plain = site.run("undisturbed", lambda: None)
-        if plain.status != 0:
-            raise SystemExit(f"the undisturbed run failed:\n{plain.log}")
-        show("requests", _asked(plain), arguments.json and arguments.json.with_suffix(".requests.json"))
-        rows = [_row("none", plain, plain)]
+        require(plain.status == 0, f"the undisturbed run failed:\n{plain.log}")
+        show("requests", _asked(plain, site.stages), arguments.json and arguments.json.with_suffix(".requests.json"))
+        rows = [_row("none", plain, plain, site.stages)]
         for number, name in enumerate(chosen):
             job = site.run(name.replace(" ", "-"), at_random(jobs[name], seed=number))
-            rows.append(_row(name, job, plain))
+            rows.append(_row(name, job, plain, site.stages))
             show("store faults", rows, arguments.json)
             if job.status != 0:
                 print(job.log, flush=True)
+    require(all(row["injected"] for row in rows[1:]), "no request met a fault")
+    require(all(row["differences"] == "none" for row in rows), "a fault of the store changed what a job leaves")
 
 
-def _row(name: str, job: Job, plain: Job) -> dict[str, Any]:
-    stages = STAGES if job.status == 0 else ()
-    changed = [path for stage in stages for path in differences(stage, job.output, plain.output)]
+def _row(name: str, job: Job, plain: Job, stages: Sequence[str]) -> dict[str, Any]:
+    changed = [path for stage in stages if job.status == 0 for path in differences(stage, job.output, plain.output)]
     return {
         "fault": name,
         "requests": len(job.requests),
@@ -135,13 +138,13 @@ def _row(name: str, job: Job, plain: Job) -> dict[str, Any]:
     }
 
 
-def _asked(job: Job) -> list[dict[str, Any]]:
+def _asked(job: Job, stages: Sequence[str]) -> list[dict[str, Any]]:
     """Requests of each stage by method, and what its rows are."""
     rows = []
-    for stage in ("before", *STAGES):
+    for stage in ("before", *stages):
         found = Counter(request.method for at, request in job.requests if at == stage)
         row = {"stage": stage, **{method: found[method] for method in METHODS}, "all": found.total()}
-        if stage in STAGES:
+        if stage != "before":
             counts = json.loads((job.output / FOLDERS[stage] / "_committed.json").read_text())["counts"]
             row |= {"rows": counts["rows_in"], "shards": len(list(job.output.glob(f"{FOLDERS[stage]}/split=*/*")))}
         rows.append(row)
@@ -149,14 +152,14 @@ def _asked(job: Job) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _site() -> Iterator[Site]:
+def _site(*, smoke: bool) -> Iterator[Site]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for every request
     host, port = server.get_host_and_port()
     endpoint = f"http://{host}:{port}"
     with tempfile.TemporaryDirectory() as folder, proxy(endpoint) as running:
-        yield Site(Path(folder), endpoint, running)
+        yield Site(Path(folder), endpoint, running, smoke=smoke)
     server.stop()
 
 

@@ -8,12 +8,8 @@ A sweep of 20 trials of E epochs costs (c) + 20 E (a), or 20 E (b).
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import pyarrow as pa
 import torch
+from measure import alternate, medians, options, require, show
 from tiles import MARK, write_tiles
 
 from apacs_ray.adapters.heatmaps import HEATMAP_SCHEMA
@@ -37,47 +34,44 @@ from apacs_ray.training.config import TrainConfig
 from apacs_ray.training.feed import Crop, Feed, Heatmaps, decode_pixels, encode_heatmaps, one_by_one
 from apacs_ray.training.loop import Trainer
 from apacs_ray.training.order import schedule
+from apacs_ray.training.samples import Sample
 
 TRIALS, EPOCHS = 20, 12
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer tiles and repetitions")
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser = options(__doc__ or "", "fewer tiles and repetitions")
     parser.add_argument("--width", type=float, default=0.25, help="width of all networks")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    repetitions = 2 if arguments.quick else 5
+    side, tiles, width, repetitions = 256, 20, arguments.width, 5
+    if arguments.quick:
+        tiles, repetitions = 8, 2
+    if arguments.smoke:
+        side, tiles, width, repetitions = 64, 8, 0.05, 1
     with tempfile.TemporaryDirectory() as folder:
         store = LocalStore(folder)
-        count = 8 if arguments.quick else 20
-        write_tiles(store, 256, {"train": count * 3 // 4, "val": count // 4}, smear=1280)
+        write_tiles(store, side, {"train": tiles * 3 // 4, "val": tiles // 4}, smear=5 * side)
+        torch.manual_seed(0)
         predictor = Predictor(
-            Ensemble({name: build_member(name, width=arguments.width) for name in MEMBERS}, {}),
-            threads=1,
-            precision="float32",
+            Ensemble({name: build_member(name, width=width) for name in MEMBERS}, {}), threads=1, precision="float32"
         )
-        stored, cached, live = [], [], []
-        for _ in range(repetitions):
-            stored.append(_timed(lambda: _store_heatmaps(store, predictor)))
-            cached.append(_timed(lambda: _epoch(store, arguments.width, None)))
-            live.append(_timed(lambda: _epoch(store, arguments.width, predictor)))
-    once, with_cache, without = (statistics.median(times) for times in (stored, cached, live))
-    figures = {
-        "store_once_s": once,
-        "epoch_cached_s": with_cache,
-        "epoch_live_s": without,
-        "sweep_cached_s": once + TRIALS * EPOCHS * with_cache,
-        "sweep_live_s": TRIALS * EPOCHS * without,
-        "width": arguments.width,
-        "repetitions": repetitions,
-    }
-    figures["ratio"] = figures["sweep_live_s"] / figures["sweep_cached_s"]
-    for name, value in figures.items():
-        print(f"{name:>16}  {value:.3f}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1))
+        _store_heatmaps(store, predictor)
+        # not turned: a network does not see a turned tile as the turned heatmap
+        losses = [_epoch(store, width, side, members, moved=False) for members in (None, predictor)]
+        require(losses[0] == losses[1], f"stored heatmaps train otherwise than the members: losses {losses}")
+        ways = {
+            "store_once": lambda: _store_heatmaps(store, predictor),
+            "epoch_cached": lambda: _epoch(store, width, side, None),
+            "epoch_live": lambda: _epoch(store, width, side, predictor),
+        }
+        seconds = medians(alternate(ways, repetitions, warm=False))
+    cached = seconds["store_once"] + TRIALS * EPOCHS * seconds["epoch_cached"]
+    live = TRIALS * EPOCHS * seconds["epoch_live"]
+    row = {f"{name}_s": value for name, value in seconds.items()}
+    row |= {"sweep_cached_s": cached, "sweep_live_s": live, "ratio": live / cached}
+    title = f"a sweep of {TRIALS} trials of {EPOCHS} epochs, {tiles} tiles of {side} px, width {width:g}"
+    show(title, [row], arguments.json)
 
 
 def _store_heatmaps(store: Store, predictor: Predictor) -> None:
@@ -87,38 +81,37 @@ def _store_heatmaps(store: Store, predictor: Predictor) -> None:
         rows = []
         for number in range(len(index)):
             place = index.place(number)
-            rgb = next(feed.decode([place]))[0]
+            rgb, _ = feed.decode(place)
             rows.append({"tile_id": place.tile_id, "heatmaps": encode_heatmaps(predictor.probabilities(rgb))})
         path = Heatmaps(MEMBERS, MARK).path(index.paths[0])
         write_table(store, pa.Table.from_pylist(rows, HEATMAP_SCHEMA), Receipt(path, len(rows), len(rows)))
 
 
-def _epoch(store: Store, width: float, live: Predictor | None) -> None:
-    """One epoch of a trial; with `live` the members run on each tile before its stored heatmaps are replaced."""
-    settings = FusionSettings(crop=256, batch_size=4)
+def _epoch(store: Store, width: float, side: int, live: Predictor | None, *, moved: bool = True) -> float:
+    """One epoch of a trial, its loss; with `live` the members run on each tile before its stored heatmaps are replaced.
+
+    `moved`: with flips and turns.
+    """
+    settings = FusionSettings(crop=side, batch_size=4)
     config = replace(TrainConfig.of(settings, 0, epochs=1), precision="auto")
     indices = {split: read_index(store, split) for split in ("train", "val")}
-    feed = Feed(store, Heatmaps(settings.members, MARK), Crop(256, True, True))
+    feed = Feed(store, Heatmaps(settings.members, MARK), Crop(side, moved, moved))
     refs = schedule(
         indices["train"].groups(), len(indices["val"]), epochs=range(1), batch_size=4, rank=0, world=1, seed=0
     )
     samples = one_by_one(feed, indices, refs)
     if live is not None:
         samples = (_through_members(sample, live) for sample in samples)
+    torch.manual_seed(0)
     trainer = Trainer(build(fusion_spec(settings, width)), config, device=torch.device("cpu"))
-    trainer.run(samples, -(-len(indices["train"]) // 4), lambda record, state: None)
+    (record,) = trainer.run(samples, -(-len(indices["train"]) // 4), lambda record, state: None)
+    return record.train_loss
 
 
-def _through_members(sample, live: Predictor):
+def _through_members(sample: Sample, live: Predictor) -> Sample:
     probabilities = live.probabilities(sample.inputs[:, :, -3:])
     heatmaps = decode_pixels(encode_heatmaps(probabilities))
     return replace(sample, inputs=np.concatenate([heatmaps, sample.inputs[:, :, -3:]], axis=2))
-
-
-def _timed(work) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

@@ -1,75 +1,78 @@
-"""Tiles per second of this pipeline on one slide, as TIFF and as MIRAX, against bare threads and a plain loop.
+"""Tiles per second of this pipeline on one slide, as TIFF and as MIRAX, against bare processes and a plain loop.
 
-(a) bare: decode and encode in 2 threads. (b) floor: the same work as ours (decode, tissue, focus, encode, Parquet) in
-2 threads. (c) this pipeline: its shard tasks on Ray Data with 2 CPUs, workers warm. (d) plain: OpenSlide's Python
-interface and PIL in 2 processes. All alternate in one run; the median of the repetitions counts. For MIRAX (a) and (b)
-read by OpenSlide's C call, as ours does.
+bare: decode and encode, as ours does, in 2 processes. floor: the same work as ours (decode, tissue, focus, encode,
+Parquet) in 2 processes. pipeline: its shard tasks on Ray Data with 2 CPUs. plain: OpenSlide's Python interface and
+Pillow in 2 processes. All processes are warm and take turns; ratios are medians over the repetitions, in each of which
+both ways had a turn. CPU: ms a tile of the processes, without Ray's. `--against PATH`: the floor of this checkout and
+of the one at PATH, by turns. `--profile`: where the floor spends its time.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import multiprocessing
-import shutil
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-import numpy as np
-import pyvips
-from PIL import Image
+from cutting import WORKERS, Cut  # noqa: E402
+from measure import options, require, show  # noqa: E402
 
-from apacs_ray.data.images import encode_image
-from apacs_ray.data.synthetic import render, slide_specs
-from apacs_ray.data.tiles import Box
-from apacs_ray.settings import DataSettings, TilesSettings
-from apacs_ray.slides.cache import SlideCache
-from apacs_ray.slides.find import find_slides
-from apacs_ray.slides.plan import SlideSummary, SlideTask, inspect_slide, read_manifest
-from apacs_ray.slides.reader import open_slide, read_box
-from apacs_ray.slides.shards import SlideShard, write_slide_shard
-from apacs_ray.slides.write_mrxs import MrxsLayout, write_mrxs
-from apacs_ray.storage import open_store
-
-WORKERS = 2
-TILE, QUALITY = 2000, 90
-SHARD = 20
-TIMES = 2  # the grid is gone over so often in one repetition
+PROFILED = {  # functions of the package, and what they do
+    "read_box": "read, to RGB",
+    "measure": "tissue and focus",
+    "encode_image": "encode",
+    "write_table": "parquet",
+    "write_slide_shard": "all",
+}
+PATIENCE = 60.0  # s in which a worker ends
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a slide of 8000 x 8000 px, 3 repetitions")
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser = options(__doc__ or "", "a slide of 8000 x 8000 px, 3 repetitions")
     parser.add_argument("--side", type=int, help="px, side of the slide (default: 20000)")
     parser.add_argument("--formats", default="tif,mrxs", help="of the slide")
+    parser.add_argument("--repetitions", type=int, help="turns of each way (default: 5)")
+    parser.add_argument("--against", type=Path, help="compare with the package of this checkout")
+    parser.add_argument("--profile", action="store_true", help="ms a tile by what they are spent on")
     arguments = parser.parse_args()
-    side = arguments.side or (8000 if arguments.quick else 20_000)
-    repetitions = 3 if arguments.quick else 5
-    figures: dict[str, dict[str, float]] = {}
+    side = arguments.side or (1024 if arguments.smoke else 8000 if arguments.quick else 20_000)
+    repetitions = arguments.repetitions or (1 if arguments.smoke else 3 if arguments.quick else 5)
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for kind in arguments.formats.split(","):
             data = Path(folder) / kind
             data.mkdir()
-            write_slide(data / f"slide.{kind}", side)
-            figures[kind] = _measure(data, Path(folder) / f"out-{kind}", repetitions)
-            _show(kind, figures[kind])
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1))
+            cut = Cut(str(data), str(Path(folder) / f"out-{kind}"), times=2)
+            if arguments.smoke:
+                cut = replace(cut, tile=256, shard=4)
+            write_slide(data / f"slide.{kind}", side, min(side, 4000))
+            plan = Plan(cut, arguments.against, arguments.against is None, arguments.profile, repetitions)
+            if arguments.smoke:  # each part of the program once
+                last = kind == arguments.formats.split(",")[-1]
+                plan = replace(plan, against=None if last else ROOT, pipeline=last, profile=last)
+            rows += _measure(kind, plan)
+    show(f"cutting a slide of {side} px into tiles of {cut.tile} px, {repetitions} repetitions", rows, arguments.json)
 
 
-def write_slide(path: Path, side: int) -> None:
-    """A smear of 4000 x 4000 px, repeated; whole, so that every tile of the grid is full."""
-    rgb, _ = render(slide_specs(0, 4000, 4000, train=1, test=0)[0])
-    times = side // 4000
+def write_slide(path: Path, side: int, smear: int = 4000) -> None:
+    """A smear of `smear` px, repeated; whole, so that every tile of the grid is full."""
+    import numpy as np
+    import pyvips
+
+    from apacs_ray.data.synthetic import render, slide_specs
+    from apacs_ray.slides.write_mrxs import MrxsLayout, write_mrxs
+
+    rgb, _ = render(slide_specs(0, smear, smear, train=1, test=0)[0])
+    times = side // smear
     if path.suffix == ".tif":
         image = pyvips.Image.new_from_array(rgb).copy(interpretation="srgb", xres=4000, yres=4000)
         image.replicate(times, times).tiffsave(
@@ -78,130 +81,142 @@ def write_slide(path: Path, side: int) -> None:
         return
     wide = np.concatenate([rgb, rgb[:, :256]], axis=1)
     wide = np.concatenate([wide, wide[:256]])
-    layout = MrxsLayout(4000 * times, 4000 * times, 7, 0.25, image=256, quality=85)
-    write_mrxs(path, layout, lambda x, y, w, h: wide[y % 4000 : y % 4000 + h, x % 4000 : x % 4000 + w])
+    layout = MrxsLayout(smear * times, smear * times, 7, 0.25, image=256, quality=85)
+    write_mrxs(path, layout, lambda x, y, w, h: wide[y % smear : y % smear + h, x % smear : x % smear + w])
 
 
-def _measure(data: Path, output: Path, repetitions: int) -> dict[str, float]:
-    store = open_store(str(data))
-    (slide,) = find_slides(store.list()).slides
-    settings = TilesSettings(size=TILE, quality=QUALITY, shard=SHARD, min_tissue=0.0, last="drop")
-    cache = SlideCache(output / "cache", 1 << 40)
-    base = SlideTask(store, None, open_store(str(output)), settings, DataSettings(), cache, "0" * 16)
-    started = time.perf_counter()
-    summary = inspect_slide(base, 0, slide)
-    inspected = time.perf_counter() - started
-    boxes = [Box(row["x"], row["y"], TILE, TILE) for row in read_manifest(base.output, base.manifest_path(0))] * TIMES
-    shards = shards_of(summary, SHARD, TIMES)
-    path = data / slide.path
-    plain = multiprocessing.get_context("spawn").Pool(WORKERS)  # before Ray: its threads do not bear forks
-    plain.starmap(_plain_part, [(str(path), boxes[:1])] * WORKERS)  # warm
-    ray_started = _start_ray()
-    ways: dict[str, Callable[[SlideTask], object]] = {
-        "bare": lambda task: _bare(path, boxes),
-        "floor": lambda task: _floor(task, summary, shards),
-        "pipeline": lambda task: _pipeline(task, summary, shards),
-        "plain": lambda task: plain.starmap(_plain_part, [(str(path), boxes[n::WORKERS]) for n in range(WORKERS)]),
-    }
-    ways["pipeline"](fresh(base, 1))  # workers warm
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    mark = 2
-    for _ in range(repetitions):
-        for name, way in ways.items():
-            task, mark = fresh(base, mark), mark + 1
-            begun = time.perf_counter()
-            way(task)
-            times[name].append(time.perf_counter() - begun)
-            shutil.rmtree(output / "tiles", ignore_errors=True)
-    plain.terminate()
-    rates = {name: len(boxes) / statistics.median(taken) for name, taken in times.items()}
-    return {
-        **{f"{name}_tiles_per_s": rate for name, rate in rates.items()},
-        "pipeline_to_floor": rates["pipeline"] / rates["floor"],
-        "pipeline_to_plain": rates["pipeline"] / rates["plain"],
-        "tiles_measured": len(boxes) * repetitions,
-        "inspect_s": inspected,
-        "ray_start_s": ray_started,
-    }
+@dataclass(frozen=True)
+class Plan:
+    """What is measured of a slide."""
+
+    cut: Cut
+    against: Path | None
+    pipeline: bool
+    profile: bool
+    repetitions: int
 
 
-def _start_ray() -> float:
-    import ray
+@dataclass(frozen=True)
+class Turn:
+    """What a turn of all processes of a way came to."""
 
-    if ray.is_initialized():
-        return 0.0
-    from apacs_ray.adapters.session import prepare_ray
+    tiles: int
+    seconds: float
+    cpu: float
 
-    prepare_ray()
-    started = time.perf_counter()
-    ray.init(address="local", num_cpus=WORKERS, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    return time.perf_counter() - started
+    @property
+    def rate(self) -> float:
+        return self.tiles / self.seconds
 
 
-def shards_of(summary: SlideSummary, size: int, times: int) -> list[SlideShard]:
-    """All tiles of the first slide in shards of `size`, so many times over."""
-    starts = [*range(0, summary.tiles, size)] * times
+class Workers:
+    """Processes that cut the same slide by the package of a checkout, each its part of the shards."""
+
+    def __init__(self, package: Path, cut: Cut, name: str, count: int = WORKERS) -> None:
+        self._processes = [_worker(package, cut, f"{name}-{part}", part, count) for part in range(count)]
+        told = [self._answer(process) for process in self._processes]
+        for one in told:
+            require(Path(one["package"]).is_relative_to(package), f"{one['package']} is not of {package}")
+        self.tiles, self.inspect_s = told[0]["tiles"], told[0]["inspect_s"]
+
+    def turn(self, way: str) -> Turn:
+        answers = self._ask(way)
+        tiles = sum(answer["tiles"] for answer in answers)
+        require(tiles == self.tiles, f"{way}: {tiles} of {self.tiles} tiles were cut")
+        return Turn(tiles, max(answer["seconds"] for answer in answers), sum(answer["cpu"] for answer in answers))
+
+    def profile(self, way: str) -> dict[str, Any]:
+        """Of the first process, while the others do the same."""
+        return self._ask(way, profile=True)[0]
+
+    def end(self) -> None:
+        for process in self._processes:
+            process.communicate(timeout=PATIENCE)  # closes its input
+
+    def _ask(self, way: str, profile: bool = False) -> list[dict[str, Any]]:
+        for process in self._processes:
+            print(json.dumps({"way": way, "profile": profile}), file=process.stdin, flush=True)
+        return [self._answer(process) for process in self._processes]
+
+    def _answer(self, process: subprocess.Popen[str]) -> Any:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        require(line, "a worker process failed; it said why above")
+        return json.loads(line)
+
+
+def _worker(package: Path, cut: Cut, name: str, part: int, of: int) -> subprocess.Popen[str]:
+    order = {"cut": asdict(replace(cut, output=f"{cut.output}/{name}")), "part": part, "of": of}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "benchmarks/cutting.py"), json.dumps(order)],
+        env={**os.environ, "PYTHONPATH": str(package)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _measure(kind: str, plan: Plan) -> list[dict[str, Any]]:
+    ours = Workers(ROOT, plan.cut, "ours")
+    ways = {"floor": (ours, "floor"), "plain": (ours, "plain"), "bare": (ours, "bare")}
+    if plan.pipeline:
+        ways["pipeline"] = (Workers(ROOT, plan.cut, "pipeline", count=1), "pipeline")
+    if plan.against:
+        ways["against"] = (Workers(plan.against.resolve(), plan.cut, "against"), "floor")
+    turns: dict[str, list[Turn]] = {name: [] for name in ways}
+    for repetition in range(-1, plan.repetitions):  # the first warms up
+        for name in ways if repetition % 2 else reversed(ways):
+            workers, way = ways[name]
+            turn = workers.turn(way)
+            if repetition >= 0:
+                turns[name].append(turn)
+    if plan.profile:
+        _profile(kind, ours)
+        if plan.against:
+            _profile(f"{kind}, {plan.against}", ways["against"][0])
+    for workers in {id(workers): workers for workers, _ in ways.values()}.values():
+        workers.end()
     return [
-        SlideShard("train", number, 0, tuple(range(start, min(start + size, summary.tiles))))
-        for number, start in enumerate(starts)
+        {
+            "slide": kind,
+            "way": f"floor of {plan.against}" if name == "against" else name,
+            "tiles_per_s": statistics.median(turn.rate for turn in done),
+            **{f"to_{other}": _ratio(done, turns[other]) for other in ("floor", "plain", "against") if other in turns},
+            **(_by_cpu(done, turns) if name != "pipeline" else {}),
+            **({"inspect_s": ours.inspect_s} if name == "floor" else {}),
+        }
+        for name, done in turns.items()
     ]
 
 
-def fresh(base: SlideTask, mark: int) -> SlideTask:
-    """The same task under another fingerprint, its manifest in place: nothing is taken over from the last one."""
-    task = replace(base, fingerprint=f"{mark:08x}{'0' * 8}")
-    task.output.write(task.manifest_path(0), base.output.read(base.manifest_path(0)))
-    return task
+def _ratio(turns: Sequence[Turn], others: Sequence[Turn]) -> float:
+    """Of the rates: above 1 is faster."""
+    return statistics.median(turn.rate / other.rate for turn, other in zip(turns, others, strict=True))
 
 
-def _in_threads(parts: Sequence[Callable[[], None]]) -> None:
-    with ThreadPoolExecutor(WORKERS) as pool:
-        for future in [pool.submit(part) for part in parts]:
-            future.result()
+def _by_cpu(done: Sequence[Turn], turns: Mapping[str, Sequence[Turn]]) -> dict[str, float]:
+    """The same by CPU time, which what else the machine does moves less."""
+    of = {name: statistics.median(turn.cpu / turn.tiles for turn in turns[name]) for name in turns}
+    own = statistics.median(turn.cpu / turn.tiles for turn in done)
+    return {"cpu_ms_a_tile": 1000 * own} | {
+        f"cpu_to_{other}": of[other] / own for other in ("plain", "against") if other in turns
+    }
 
 
-def _bare(path: Path, boxes: Sequence[Box]) -> None:
-    def work(part: Sequence[Box]) -> None:
-        slide = open_slide(path)
-        for box in part:
-            encode_image(read_box(slide, box, 1.0, TILE, TILE), "jpeg", QUALITY, "4:4:4")
-        slide.close()
-
-    _in_threads([lambda part=boxes[number::WORKERS]: work(part) for number in range(WORKERS)])
-
-
-def _floor(task: SlideTask, summary: SlideSummary, shards: Sequence[SlideShard]) -> None:
-    def work(part: Sequence[SlideShard]) -> None:
-        for shard in part:
-            write_slide_shard(task, summary, shard)
-
-    _in_threads([lambda part=shards[number::WORKERS]: work(part) for number in range(WORKERS)])
-
-
-def _pipeline(task: SlideTask, summary: SlideSummary, shards: Sequence[SlideShard]) -> None:
-    from apacs_ray.adapters.slides import write_slide_shards
-
-    receipts = write_slide_shards(task, [summary], shards, lambda done: None)
-    assert sum(receipt.rows_out for receipt in receipts) == summary.tiles * TIMES
-
-
-def _plain_part(path: str, boxes: Sequence[Box]) -> None:
-    import io
-
-    import openslide
-
-    with openslide.OpenSlide(path) as slide:
-        for box in boxes:
-            picture = slide.read_region((box.x, box.y), 0, (TILE, TILE))
-            white = Image.new("RGB", picture.size, "white")
-            white.paste(picture, mask=picture.getchannel("A"))
-            white.save(io.BytesIO(), "JPEG", quality=QUALITY, subsampling=0)
-
-
-def _show(kind: str, figures: dict[str, float]) -> None:
-    print(f"{kind}:")
-    for name, value in figures.items():
-        print(f"  {name:<22} {value:10.2f}")
+def _profile(title: str, workers: Workers) -> None:
+    """Print where the CPU time of a tile goes."""
+    floor, plain = workers.profile("floor"), workers.profile("plain")
+    parts = {label: floor["within"][name] for name, label in PROFILED.items() if name in floor["within"]}
+    require("all" in parts, f"write_slide_shard was not seen among {sorted(floor['within'])}")
+    if title.startswith("mrxs"):
+        decoding = workers.profile("decoding")
+        alone = 1000 * decoding["cpu"] / decoding["tiles"]
+        parts |= {"OpenSlide's C call": alone, "to RGB": parts.get("read, to RGB", alone) - alone}
+    parts["plain loop, all"] = 1000 * plain["cpu"] / plain["tiles"]
+    show(f"{title}: CPU, ms a tile", [{"part": label, "ms": value} for label, value in parts.items()], None)
+    for name, profile in (("floor", floor), ("plain loop", plain)):
+        rows = [{"function": function, "ms": value} for function, value in profile["own"].items()]
+        show(f"{title}: {name}, without what a function calls", rows, None)
 
 
 if __name__ == "__main__":

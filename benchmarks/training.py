@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measure import Elsewhere, alternate, forward_flops, matmul_peak, medians, options, show
+from measure import Elsewhere, alternate, forward_flops, matmul_peak, medians, options, require, show
 from torch import nn
 
 from apacs_ray.adapters.session import KEEP_MEMORY
@@ -41,14 +41,14 @@ def main() -> None:
     arguments = parser.parse_args()
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
-    peak, plain = (matmul_peak(device, dtype) for dtype in (torch.bfloat16, torch.float32))
+    smoke = arguments.smoke
+    peak, plain = (matmul_peak(device, dtype, smoke=smoke) for dtype in (torch.bfloat16, torch.float32))
     print(f"matrix products: bfloat16 {peak / 1e12:.3g} TFLOP/s, float32 {plain / 1e12:.3g} TFLOP/s")
-    batches = (1, 2, 4) if gpu else (2,)
-    cases = [
-        Case(name, 0.25 if arguments.quick else 1.0, batch, 2000 if gpu else 512, device.type)
-        for name in (arguments.members or ("fcn32,fcn16,fcn8" if gpu else "fcn32,fcn8")).split(",")
-        for batch in batches
-    ]
+    batches, side, width = (1, 2, 4) if gpu else (2,), 2000 if gpu else 512, 0.25 if arguments.quick else 1.0
+    members = arguments.members or ("fcn32,fcn16,fcn8" if gpu else "fcn32,fcn8")
+    if smoke:
+        batches, side, width, members = (2,), 64, 0.05, "fcn8"
+    cases = [Case(name, width, batch, side, device.type) for name in members.split(",") for batch in batches]
     rows = [_measure(case, peak, arguments) for case in cases]
     if not gpu:
         print("GPU: not measured (no CUDA device here); the same command measures it where there is one")
@@ -85,7 +85,10 @@ def _measure(case: Case, peak: float, arguments: argparse.Namespace) -> dict[str
     }
     if arguments.compile:
         ways["compiled"] = Elsewhere(partial(Ours, case, compiled=True), KEEP_MEMORY["env_vars"])
-    seconds = medians(alternate(ways, 3 if arguments.quick else 5))
+    for name, way in ways.items():
+        loss = way()
+        require(isinstance(loss, float) and 0 < loss < 10, f"{case.name}: a loss of {loss} in {name}")
+    seconds = medians(alternate(ways, 1 if arguments.smoke else 3 if arguments.quick else 5))
     forward = forward_flops(case.network, (case.batch, 3, case.side, case.side))
     speed = (1 + BACKWARD) * forward / seconds["ours"]
     row: dict[str, Any] = {
@@ -100,7 +103,7 @@ def _measure(case: Case, peak: float, arguments: argparse.Namespace) -> dict[str
     }
     for way in ways.values():
         way.end()
-    if arguments.profile:
+    if arguments.profile or arguments.smoke:
         row["spent_on"] = _profile(Ours(case))
         for operation, share in row["spent_on"].items():
             print(f"{row['network']}: {share:6.1%} {operation}")
