@@ -28,6 +28,15 @@ def real_cells() -> Path:
 
 
 @pytest.fixture(scope="session")
+def real_pap() -> Path:
+    """Real Pap-stained fields in the data set's layout; they are not part of the repository."""
+    folder = SHARED / "data" / "real_pap"
+    if not folder.is_dir():
+        pytest.skip(f"no real images at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_cells(tmp_path_factory.mktemp("data") / "my cells")
 

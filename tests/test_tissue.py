@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
+from smear_scenes import Paint, Rgb, Scene, bare, jpeg, lit, painted, score, singles, smear
 
 from apacs_ray.data.synthetic import render, slide_specs
 from apacs_ray.data.tiles import Box
@@ -69,3 +74,137 @@ def test_the_share_of_a_tile() -> None:
     assert tissue.fraction(Box(64, 64, 0, 0), 128, 64) == 1.0
     assert tissue.fraction(Box(0, 0, 0, 0), 320, 320) == pytest.approx(0.08)
     assert tissue.fraction(Box(1000, 1000, 0, 0), 32, 32) == 0.0
+
+
+SIDE = 1152  # px of 2 um: 81 tiles
+
+
+@pytest.fixture(scope="module")
+def scenes() -> dict[str, Scene]:
+    return {
+        "dense": smear(SIDE),
+        "sparse": smear(SIDE, 3, crowding=0.1, inflammation=0.3, mucus=0.3),
+        "bare": bare(SIDE),
+    }
+
+
+LIGHTS: dict[str, dict[str, Any]] = {
+    "usual": {},
+    "pale": {"stain": 0.22},
+    "overstained": {"stain": 3.0},
+    "cream": {"glass": (243, 236, 214)},
+    "amber": {"glass": (236, 200, 130)},
+    "grey": {"glass": (170, 170, 168)},
+    "white": {"glass": (262, 262, 262)},  # the glass is overexposed
+    "vignette": {"vignette": 0.2},
+    "gradient": {"gradient": 0.3},
+    "noisy": {"noise": 12.0},
+    "pale on cream in a vignette": {"stain": 0.25, "glass": (243, 236, 214), "vignette": 0.15},
+}
+
+
+@pytest.mark.parametrize("light", LIGHTS)
+@pytest.mark.parametrize("name", ["dense", "sparse", "bare"])
+def test_cells_are_found_under_any_light(name: str, light: str, scenes: dict[str, Scene]) -> None:
+    found = score(lit(scenes[name], **LIGHTS[light]), scenes[name])
+    assert found.recall >= 0.97
+    assert found.false <= 4  # of tiles that touch those with cells, most of them
+
+
+def _lines(color: tuple[int, int, int], width: int) -> Paint:
+    def paint(draw: ImageDraw.ImageDraw) -> None:
+        draw.line([(60, 90), (500, 40), (620, 110), (1100, 60)], fill=color, width=width)
+        draw.line([(30, 200), (90, 1100)], fill=color, width=width)
+
+    return paint
+
+
+BLOOD = [(40, 920), (340, 860), (750, 970), (1050, 940), (1010, 1090), (190, 1110)]
+ARTIFACTS: dict[str, Callable[[Rgb], Rgb]] = {
+    "blue ink": lambda rgb: painted(rgb, _lines((40, 70, 190), 30), 2),
+    "black ink": lambda rgb: painted(rgb, _lines((25, 25, 28), 30), 2),
+    "thin red ink": lambda rgb: painted(rgb, _lines((200, 40, 50), 30), 2, alpha=0.45),
+    "hair": lambda rgb: painted(rgb, _lines((90, 70, 55), 18)),
+    "edge of the coverslip": lambda rgb: painted(rgb, _lines((150, 150, 150), 10), 2),
+    "bubble": lambda rgb: painted(rgb, lambda draw: draw.ellipse([40, 40, 1110, 1110], outline=(70, 70, 72), width=24)),
+    "blood": lambda rgb: painted(rgb, lambda draw: draw.polygon(BLOOD, fill=(205, 110, 100)), 6),
+    "dust": lambda rgb: painted(rgb, _dust),
+}
+
+
+def _dust(draw: ImageDraw.ImageDraw) -> None:
+    rng = np.random.default_rng(9)
+    for x, y, size in rng.uniform((0, 0, 2), (SIDE, SIDE, 7), (90, 3)):
+        draw.ellipse([x, y, x + size, y + size], fill=(60, 55, 50))
+
+
+@pytest.mark.parametrize("artifact", ARTIFACTS)
+def test_what_is_no_smear_is_left_out_and_cells_beside_it_are_not(artifact: str, scenes: dict[str, Scene]) -> None:
+    bare_glass = ARTIFACTS[artifact](lit(scenes["bare"]))
+    alone = score(bare_glass, scenes["bare"])
+    assert alone.false <= 3
+    beside = score(ARTIFACTS[artifact](lit(scenes["sparse"])), scenes["sparse"])
+    assert beside.recall >= 0.9
+    assert beside.false <= 4
+
+
+@pytest.mark.parametrize("fill", [255, 0])
+@pytest.mark.parametrize("side", [128, 32])  # px of 2 um
+@pytest.mark.parametrize("name", ["dense", "sparse", "bare"])
+def test_positions_that_were_not_scanned_are_neither_glass_nor_tissue(
+    name: str, side: int, fill: int, scenes: dict[str, Scene]
+) -> None:
+    holes = np.kron(np.random.default_rng(7).random((SIDE // side, SIDE // side)) < 0.33, np.ones((side, side), bool))
+    rgb = lit(scenes[name], glass=(222, 223, 220))
+    rgb[holes] = fill
+    found = score(rgb, scenes[name].without(holes))
+    assert found.recall >= 0.97
+    assert found.false <= 4
+
+
+@pytest.mark.parametrize("surround", [(2, 2, 2), (75, 75, 75), (255, 255, 255), (238, 238, 232)])
+def test_what_surrounds_the_scan_is_no_tissue(surround: tuple[int, int, int], scenes: dict[str, Scene]) -> None:
+    outside = np.ones((SIDE, SIDE), bool)
+    outside[128:-128, 200:-150] = False
+    rgb = lit(scenes["sparse"], glass=(222, 223, 220))
+    rgb[outside] = surround
+    found = score(rgb, scenes["sparse"].without(outside))
+    assert found.recall >= 0.97
+    assert found.false <= 2
+
+
+def test_a_chain_of_small_cells_is_no_line() -> None:
+    turns = np.linspace(0, 2 * np.pi, 100, endpoint=False)
+    places = [(SIDE / 2 + 400 * np.cos(turn), SIDE / 2 + 400 * np.sin(turn)) for turn in turns]
+    ring = singles(SIDE, places, ["parabasal"])
+    assert score(lit(ring), ring).recall >= 0.97
+
+
+def test_a_slide_that_does_not_say_its_scale(scenes: dict[str, Scene]) -> None:
+    found = score(lit(scenes["dense"]), scenes["dense"], mpp=None)
+    assert found.recall >= 0.97
+    assert found.false <= 4
+
+
+def test_strong_compression_is_no_tissue(scenes: dict[str, Scene]) -> None:
+    assert score(jpeg(lit(scenes["bare"]), 30), scenes["bare"]).false <= 2
+    assert score(jpeg(lit(scenes["sparse"]), 30), scenes["sparse"]).recall >= 0.97
+
+
+def test_real_fields_on_a_canvas(real_pap: Path) -> None:
+    """Real cells, grey, each field with a background of its own."""
+    for canvas in ((255, 255, 255), (243, 236, 214)):
+        rgb, scene = np.empty((1024, 1024, 3), np.uint8), bare(1024)
+        rgb[:] = canvas
+        for number, path in enumerate(sorted((real_pap / "Train_Input").iterdir())[:16]):
+            place = (
+                slice(number // 4 * 256 + 60, number // 4 * 256 + 188),
+                slice(number % 4 * 256 + 40, number % 4 * 256 + 168),
+            )
+            rgb[place] = np.asarray(Image.open(path).convert("RGB").reduce(4))
+            mask = Image.open(real_pap / "Train_GroundTruth" / f"{path.stem}.png").convert("L")
+            scene.cells[place] = np.asarray(mask.reduce(4)) > 127
+            scene.things[place] = True
+        found = score(rgb, scene)
+        assert found.recall >= 0.95
+        assert found.false <= 1

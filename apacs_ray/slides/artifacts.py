@@ -123,6 +123,15 @@ def ink(stain: Stain, um: float) -> Mask:
     return grown(areas.chosen(areas.sizes * um * um >= INK_AREA), round(INK_EDGE / um))
 
 
+def fringes(mask: Mask, beside: Mask, um: float) -> Mask:
+    """What is left along even things and ink: thin remains of their soft edges, never as wide as a cell."""
+    if not beside.any():
+        return np.zeros_like(mask)
+    things = Components.of(mask)
+    thin = things.counts(opened(mask, round(LINE_CORE / um))) == 0
+    return things.chosen(thin & (things.counts(mask & grown(beside, 1)) > 0))
+
+
 def grey_lines(mask: Mask, stain: Stain, um: float) -> Mask:
     """Long thin things without color, in parts that may touch cells: edges of a coverslip, rims of bubbles."""
     grey = mask & (stain.least > GREY * stain.most) & (stain.most > LINE_LEAST)

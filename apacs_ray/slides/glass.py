@@ -19,7 +19,10 @@ DENSITY = np.rint(-1000 * np.log(np.maximum(np.arange(256), 1) / 255)).astype(np
 BLOCK = 4  # px
 NEAR_UM, WIDE_UM = 200.0, 1400.0  # widths within which bare glass is expected; a sheet of cells may be wider than one
 EVIDENCE = 0.6  # share of such a window that must be known before it says anything
-UNKNOWN, NONE = np.int16(np.iinfo(np.int16).max), np.int16(-1)
+UNKNOWN, NONE = np.int16(32767), np.int16(-32768)
+LAMP_BLOCKS, LAMP_SAMPLES = 400, 50_000  # fewer blocks say nothing of the lamp; more are not needed
+LAMP_SHARE, LAMP_GAIN = 0.4, 1.5  # of the blocks, and to those at one level: where less follows it, it is not the lamp
+LAMP_STEP, LAMP_ROUNDS = 30, 8  # thousandths of density by which glass may leave the surface found so far
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,45 @@ def block_minima(picture: npt.NDArray[np.uint8], known: Mask) -> Densities:
 
 def glass_of(minima: Densities, um: float) -> Glass:
     """Glass from the block minima of a whole picture of `um` um per px."""
-    wide = _opening(minima, WIDE_UM / (um * BLOCK))
     known = minima[..., 0] < UNKNOWN
-    anywhere = np.quantile(minima[known], 0.05, axis=0).astype(np.int16) if known.any() else np.zeros(3, np.int16)
+    lamp = _lamp(minima, known)
+    flat = np.where(known[..., None], minima - lamp, UNKNOWN)
+    anywhere = np.quantile(flat[known], 0.05, axis=0).astype(np.int16) if known.any() else np.zeros(3, np.int16)
+    wide = _opening(flat, WIDE_UM / (um * BLOCK))
     wide = np.where(wide == NONE, anywhere, wide)
-    near = _opening(minima, NEAR_UM / (um * BLOCK))
-    return Glass(np.where(near == NONE, wide, near), wide)
+    near = _opening(flat, NEAR_UM / (um * BLOCK))
+    near = np.where(near == NONE, wide, near)
+    return Glass(near + lamp, wide + lamp)
+
+
+def _lamp(minima: Densities, known: Mask) -> Densities:
+    """The slow change of the light over a whole picture: a quadratic surface through its glass.
+
+    An opening follows a slope, but not up to the edge of the picture, where half of what is around is not there.
+    The surface grows from the brightest blocks over all that continue it; what it does not come to know is not
+    extrapolated beyond their range.
+    """
+    lamp = np.zeros_like(minima)
+    y, x = (axis.astype(np.float32) for axis in np.nonzero(known))
+    if y.size < LAMP_BLOCKS:
+        return lamp
+    y, x = y / known.shape[0] - 0.5, x / known.shape[1] - 0.5
+    every = slice(None, None, max(1, y.size // LAMP_SAMPLES))
+    terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=1)
+    for channel in range(3):
+        values = minima[..., channel][known].astype(np.float32)
+        some, at = values[every], terms[every]
+        level = np.quantile(some, 0.05)
+        weights = np.array([level, 0, 0, 0, 0, 0], np.float32)
+        glass = np.abs(some - level) < LAMP_STEP
+        started = glass.sum()
+        for _ in range(LAMP_ROUNDS):
+            weights = np.linalg.lstsq(at[glass], some[glass], rcond=None)[0].astype(np.float32)
+            glass = np.abs(some - at @ weights) < LAMP_STEP
+        if glass.mean() >= LAMP_SHARE and glass.sum() >= LAMP_GAIN * started:
+            surface = np.clip(terms @ weights, some[glass].min(), some[glass].max())
+            lamp[..., channel][known] = np.rint(surface)
+    return lamp
 
 
 def _opening(minima: Densities, width: float) -> Densities:
