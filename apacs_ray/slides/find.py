@@ -72,8 +72,19 @@ class SlideData:
     slides: tuple[SlideFiles, ...]
     rejects: tuple[Reject, ...]
     rejected: tuple[tuple[Entry, ...], ...]
+    refused_slides: int  # how many of `rejects` are slides
     left: Ignored
     folders: tuple[str, ...]  # that hold slides, and what each was taken for, as 'Batch2 Test (test)'
+
+    @property
+    def slide_rejects(self) -> tuple[Reject, ...]:
+        """Slides that are refused."""
+        return self.rejects[: self.refused_slides]
+
+    @property
+    def annotation_rejects(self) -> tuple[Reject, ...]:
+        """Annotations that are refused; their slides stay without."""
+        return self.rejects[self.refused_slides :]
 
     @property
     def ignored(self) -> tuple[Entry, ...]:
@@ -140,6 +151,7 @@ def find_slides(
         slides=tuple(sorted(good, key=lambda slide: slide.path)),
         rejects=tuple(row for row, _ in rejected),
         rejected=tuple(files for _, files in rejected),
+        refused_slides=len(bad),
         left=Ignored(tuple(hidden), tuple(placing.previews), tuple(placing.strays), tuple(placing.others)),
         folders=_folders(good),
     )

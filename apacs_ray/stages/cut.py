@@ -26,7 +26,7 @@ class Cut:
     """Shards that are written, and what was refused before there were tiles.
 
     `tiles` were planned, `skipped` of them before a shard was. `unit` names what `units` were listed and what
-    `rejects` refuse.
+    `rejects` refuse. Of `annotations` some are refused by themselves: their slides stay without masks.
     """
 
     receipts: Sequence[Receipt]
@@ -37,6 +37,8 @@ class Cut:
     val_unit: str
     skipped: dict[str, int] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    annotations: int = 0
+    annotation_rejects: Sequence[Reject] = ()
     defects: Sequence[Reject] = ()  # parts of inputs, such as one polygon: told among the rejects, not counted
 
 

@@ -92,7 +92,7 @@ def _work(context: Context, mark: str) -> Outcome:
     rows_out = sum(receipt.rows_out for receipt in receipts)
     counts = Counts(cut.tiles, rows_out, dict(skipped), len(tile_rejects))
     counts.reconcile("ingest")
-    _write_rejects(run.store, mark, [*cut.rejects, *tile_rejects, *cut.defects])
+    _write_rejects(run.store, mark, [*cut.rejects, *cut.annotation_rejects, *tile_rejects, *cut.defects])
     current = {receipt.path for receipt in receipts}
     for split in ("train", "val", "test"):
         for path in shard_paths(run.store, "tiles", split):
@@ -104,10 +104,13 @@ def _work(context: Context, mark: str) -> Outcome:
         "shards_reused": sum(receipt.reused for receipt in receipts),
         **cut.facts,
     }
-    context.ray.gauges.rejects("ingest", len(cut.rejects) + len(tile_rejects))  # before they end the stage
+    context.ray.gauges.rejects(
+        "ingest", len(cut.rejects) + len(cut.annotation_rejects) + len(tile_rejects)
+    )  # before they end the stage
     if not rows_out:
         raise ApacsError(_nothing_left(cut, len(tile_rejects), skipped, run.store))
     _require_within_limit(cut.unit, len(cut.rejects), cut.units, context)
+    _require_within_limit("annotations", len(cut.annotation_rejects), cut.annotations, context)
     _require_within_limit("tiles", len(tile_rejects), cut.tiles, context)
     return Outcome(counts, {"val_unit": cut.val_unit, "rejected_units": len(cut.rejects)})
 

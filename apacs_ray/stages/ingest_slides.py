@@ -56,9 +56,19 @@ class Inspected:
 
     @property
     def rejects(self) -> list[Reject]:
-        """Slides that were refused, and annotations whose slides stay without masks."""
-        late = [reject for one in self.summaries for reject in (one.reject, one.annotation_reject) if reject]
-        return [*self.found.rejects, *late]
+        """Slides that were refused."""
+        return [*self.found.slide_rejects, *(one.reject for one in self.summaries if one.reject is not None)]
+
+    @property
+    def annotation_rejects(self) -> list[Reject]:
+        """Annotations that were refused; their slides stay without masks."""
+        late = [one.annotation_reject for one in self.summaries if one.annotation_reject is not None]
+        return [*self.found.annotation_rejects, *late]
+
+    @property
+    def annotations(self) -> int:
+        """How many annotations there are, refused ones included."""
+        return len(self.found.annotation_rejects) + sum(slide.kind is not None for slide in self.slides)
 
     @property
     def skipped(self) -> Counter[str]:
@@ -94,7 +104,7 @@ def slides_to_cut(
     )
     say_found(found)
     slides = with_given_splits(found.slides, settings.data.splits)
-    _require_splits(context, store, slides, found.rejects)
+    _require_splits(context, store, slides, found.slide_rejects)
     cache = SlideCache(Path(settings.data.cache or default_cache()), round(settings.data.cache_gb * GIB))
     mpps = read_mpps(open_store_file(settings.data.mpps))
     require_clear(slides, mpps, "data.mpps")
@@ -124,9 +134,10 @@ def cut_slides(context: Context, store: Store, entries: Sequence[Entry], mark: s
         receipts = write_slide_shards(
             seen.task, seen.summaries, shards, lambda done: shown.show("tiles", done, seen.tiles)
         )
-    units = len(seen.slides) + len(seen.found.rejects)
+    units = len(seen.slides) + len(seen.found.slide_rejects)
     facts = {
-        "slides": {"listed": units, "used": len(seen.good), "rejected": units - len(seen.good)},
+        "slides": {"listed": units, "used": len(seen.good), "rejected": len(seen.rejects)},
+        "annotations": {"listed": seen.annotations, "rejected": len(seen.annotation_rejects)},
         "splits_known": all(slide.split is not None for slide in seen.slides),
         "engines": dict(Counter(summary.engine for _, summary in seen.good)),
         "ignored_files": len(seen.found.ignored),
@@ -137,7 +148,19 @@ def cut_slides(context: Context, store: Store, entries: Sequence[Entry], mark: s
         if MANIFEST.fullmatch(old.path) and not old.path.startswith(f"manifest/{mark[:8]}/"):
             run.store.delete(old.path)
     planned = seen.tiles + sum(seen.skipped.values())
-    return Cut(receipts, seen.rejects, "slides", units, planned, val_unit, dict(seen.skipped), facts, _defects(seen))
+    return Cut(
+        receipts,
+        seen.rejects,
+        "slides",
+        units,
+        planned,
+        val_unit,
+        dict(seen.skipped),
+        facts,
+        seen.annotations,
+        seen.annotation_rejects,
+        _defects(seen),
+    )
 
 
 def _defects(seen: Inspected) -> list[Reject]:
