@@ -558,3 +558,23 @@ def test_real_cells(real_cells):
         assert probe(data) == (300, 300)
         assert decode_image(data, LIMIT).shape == (300, 300, 3)
         assert 0.05 < decode_mask(mask_path.read_bytes(), LIMIT, None).mean() < 0.5
+
+
+def test_damage_within_a_jpeg_stream_is_no_picture() -> None:
+    sink = io.BytesIO()
+    rng = np.random.default_rng(3)
+    smooth = Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)).resize((320, 240))
+    smooth.save(sink, "JPEG", quality=90)
+    sound = sink.getvalue()
+    assert decode_image(sound, 1 << 20).shape == (240, 320, 3)
+    assert decode_image(sound[:-2] + b"\x11\x22" + sound[-2:], 1 << 20).shape == (240, 320, 3)  # as some cameras write
+    refused = 0
+    for _ in range(40):
+        spoiled = bytearray(sound)
+        at = int(rng.integers(700, len(sound) - 60))
+        spoiled[at : at + 40] = bytes(40) if at % 2 else rng.bytes(40)
+        try:
+            decode_image(bytes(spoiled), 1 << 20)
+        except BadInput as defect:
+            refused += defect.code in ("unreadable", "truncated")
+    assert refused >= 10  # Pillow alone refuses 3; of the others nothing says that they are wrong

@@ -8,6 +8,7 @@ file.
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zlib
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any, BinaryIO, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
+import simplejpeg
 from PIL import Image, ImageCms, ImageFile, ImageOps
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.JpegImagePlugin import JpegImageFile
@@ -60,10 +62,12 @@ DARK = 1 << 14  # no photograph in 16 bits ends below: a camera's 10, 12 or 14 b
 SWAPS_SIDES = {5, 6, 7, 8}
 CUT_SHORT = (
     "truncated",
+    "premature end",
     "unexpected end",
     "not large enough",
     "not enough image data",
 )  # in Pillow's messages
+PADDING = re.compile(r": [1-4] extraneous bytes before marker 0xd9$")  # in libjpeg-turbo's messages
 BUFFER = 1 << 16
 
 
@@ -99,6 +103,8 @@ def decode_image(data: bytes, max_pixels: int) -> Rgb:
     `probe_image`, and too_dark for 16 bits of which the upper ones are not used.
     """
     header = read_header(io.BytesIO(data), max_pixels, whole=True)
+    if isinstance(header.image, JpegImageFile):
+        _require_sound_jpeg(data)
     image = _loaded(header.image)
     profile = image.info.get("icc_profile")
     if image.mode in DEEP_MODES:
@@ -113,6 +119,20 @@ def decode_image(data: bytes, max_pixels: int) -> Rgb:
         white.paste(colours, mask=alpha)
         colours = white
     return np.array(colours)
+
+
+def _require_sound_jpeg(data: bytes) -> None:
+    """Raise BadInput (truncated, unreadable) for damage within a JPEG stream, over which Pillow passes in silence.
+
+    What libjpeg-turbo cannot judge is left to Pillow. A few bytes between the pixels and the end of the file are a
+    camera's padding; many are pixels that a decoder that lost its way did not reach.
+    """
+    try:
+        simplejpeg.decode_jpeg(data, colorspace="GRAY", strict=True)
+    except ValueError as error:
+        words = str(error)
+        if words.startswith(("Corrupt JPEG", "Premature end")) and not PADDING.search(words):
+            raise BadInput(code_of(error), f"the pixels cannot be read: {words}") from error
 
 
 def encode_image(

@@ -104,9 +104,8 @@ def _work(context: Context, mark: str) -> Outcome:
         "shards_reused": sum(receipt.reused for receipt in receipts),
         **cut.facts,
     }
-    context.ray.gauges.rejects(
-        "ingest", len(cut.rejects) + len(cut.annotation_rejects) + len(tile_rejects)
-    )  # before they end the stage
+    refused = len(cut.rejects) + len(cut.annotation_rejects) + len(tile_rejects)
+    context.ray.gauges.rejects("ingest", refused)  # before they end the stage
     if not rows_out:
         raise ApacsError(_nothing_left(cut, len(tile_rejects), skipped, run.store))
     _require_within_limit(cut.unit, len(cut.rejects), cut.units, context)
