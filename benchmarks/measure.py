@@ -31,6 +31,7 @@ def options(description: str, quick: str) -> argparse.ArgumentParser:
     """A parser with what every benchmark takes; `quick` says what --quick leaves out."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--smoke", action="store_true", help="the smallest sizes at which everything still runs")
     parser.add_argument("--json", type=Path, help="write the figures there")
     return parser
 
