@@ -26,6 +26,7 @@ EVEN_EDGE = 40.0  # how far the soft edge of such a thing reaches
 VIVID, DARK = 968, 1600  # thousandths between channels (a saturation of 0.62); in every channel (a fifth of the light)
 INK_CORE, INK_AREA, INK_EDGE = 40.0, 18_000.0, 32.0
 LINE_SPAN, LINE_CORE, LINE_EDGE = 320.0, 40.0, 16.0
+FRINGE = 24.0
 LINE_LEAST = 50  # thousandths of density: fainter px have no sure color
 GREY = 0.75  # least to most absorbed: stains have a color, the edge of a coverslip has none
 SPECK_AREA = 400.0
@@ -95,9 +96,9 @@ def _runs(edge: Mask, length: int) -> Mask:
     return out
 
 
-def even_things(picture: Picture, stain: Stain, um: float) -> Mask:
+def even_things(picture: Picture, stain: Stain, known: Mask, um: float) -> Mask:
     """Ink, bubble rims, hair, blood: opaque, and of one density over more than any cell."""
-    even = np.maximum(stain.most, stain.wide_most) > OPAQUE
+    even = known & (np.maximum(stain.most, stain.wide_most) > OPAQUE)
     for channel in range(3):
         density = DENSITY[picture[..., channel]]
         highest, lowest = _of_four(np.maximum, density), _of_four(np.minimum, density)
@@ -116,9 +117,9 @@ def _of_four(choose: np.ufunc, plane: Densities) -> Densities:
     return rows
 
 
-def ink(stain: Stain, um: float) -> Mask:
+def ink(stain: Stain, known: Mask, um: float) -> Mask:
     """Wide areas more vivid or darker than cells are, even or not."""
-    strong = (stain.wide_most - stain.wide_least > VIVID) | (stain.wide_least > DARK)
+    strong = known & ((stain.wide_most - stain.wide_least > VIVID) | (stain.wide_least > DARK))
     areas = Components.of(opened(strong, round(INK_CORE / um)), structure=None)
     return grown(areas.chosen(areas.sizes * um * um >= INK_AREA), round(INK_EDGE / um))
 
@@ -129,7 +130,7 @@ def fringes(mask: Mask, beside: Mask, um: float) -> Mask:
         return np.zeros_like(mask)
     things = Components.of(mask)
     thin = things.counts(opened(mask, round(LINE_CORE / um))) == 0
-    return things.chosen(thin & (things.counts(mask & grown(beside, 1)) > 0))
+    return things.chosen(thin & (things.counts(mask & grown(beside, round(FRINGE / um))) == things.sizes))
 
 
 def grey_lines(mask: Mask, stain: Stain, um: float) -> Mask:
