@@ -16,8 +16,12 @@ import pytest
 import tifffile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from slide_files import picture, write_tiff
 
+from apacs_ray.data import ingest
+from apacs_ray.data.folder import Reject, find_pairs
+from apacs_ray.data.ingest import ShardTask, Source, plan_tiles, probe_pair, write_shard
 from apacs_ray.data.shards import Receipt, shard_path
 from apacs_ray.data.units import one_unit
 from apacs_ray.errors import ApacsError, BadInput, RefusedError, StoreTroubleError
@@ -224,3 +228,70 @@ def test_a_damaged_part_of_the_only_level_costs_its_tiles_and_not_the_slide(tmp_
             (384, 384, "unreadable_region")
         ]
         assert len(rows) == receipt.rows_out == summary.tiles - 1
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pairs")
+    for stem in ("a", "b"):
+        for role in ("input", "groundtruth"):
+            (folder / "train" / role).mkdir(parents=True, exist_ok=True)
+            pixels = picture(96, 96)
+            image = Image.fromarray(pixels if role == "input" else pixels[..., 0] < 150)
+            image.save(folder / "train" / role / f"{stem}.png")
+    return folder
+
+
+@LOOSE
+@given(error=ANYTHING, where=st.sampled_from(["probe_image", "probe_mask", "decode_image", "decode_mask", "measure"]))
+def test_a_pair_that_raises_anything_is_a_reject_and_the_other_stays(
+    error: Exception, where: str, pairs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    store, output = open_store(str(pairs)), open_store(str(tmp_path_factory.mktemp("out")))
+    first, second = find_pairs(store.list(), root=store.uri).pairs
+    real, calls = getattr(ingest, where), []
+
+    def failing(*args: Any, **options: Any) -> Any:
+        calls.append(where)
+        if len(calls) == 1:
+            raise error
+        return real(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ingest, where, failing)
+        probed = [probe_pair(store, pair, 1 << 20) for pair in (first, second)]
+        sources = [source for source in probed if isinstance(source, Source)]
+        rejects = [reject for reject in probed if isinstance(reject, Reject)]
+        tiles = TilesSettings(size=96, image_format="png")
+        manifest = plan_tiles(sources, tiles, DataSettings(val_fraction=0.001), seed=0)
+        task = ShardTask(store, output, tiles, DataSettings(), MARK)
+        receipts = [write_shard(task, plan) for plan in manifest.shards]
+    rejects += [Reject(**row) for receipt in receipts for row in receipt.rejects]
+    assert len(rejects) == 1
+    assert sum(receipt.rows_out for receipt in receipts) == 1
+    assert rejects[0].uri.rpartition("/")[2] == "a.png"
+    assert rejects[0].code
+    assert rejects[0].reason
+
+
+def test_objects_in_an_archive_are_rejects_and_the_others_are_cut(s3: str, tmp_path: Path, data: Path) -> None:
+    import boto3
+
+    client, bucket = boto3.client("s3"), s3.removeprefix("s3://")
+    client.put_object(Bucket=bucket, Key="train/s.tif", Body=(data / "s.tif").read_bytes())
+    client.put_object(Bucket=bucket, Key="train/old.tif", Body=(data / "s.tif").read_bytes(), StorageClass="GLACIER")
+    client.put_object(Bucket=bucket, Key="train/s.geojson", Body=b"[]", StorageClass="GLACIER")
+    tiles = TilesSettings(size=64, image_format="png", min_tissue=0.0)
+    stores = open_store(s3), None, open_store(str(tmp_path / "out"))
+    task = SlideTask(*stores, tiles, DataSettings(), SlideCache(tmp_path / "cache", 1 << 30), MARK)
+    slides = find_slides(task.data.list(), root=task.data.uri).slides
+    summaries = {slide.slide_id: inspect_slide(task, number, slide) for number, slide in enumerate(slides)}
+    archived, sound = summaries["old"].reject, summaries["s"]
+    assert archived is not None
+    assert archived.code == "no_permission"
+    assert archived.uri == f"{s3}/train/old.tif"
+    assert "storage class" in archived.reason
+    assert sound.reject is None
+    assert sound.tiles == 16
+    assert sound.annotation_reject is not None
+    assert sound.annotation_reject.code == "no_permission"
