@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import io
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFilter
-from smear_scenes import Paint, Rgb, Scene, bare, jpeg, lit, painted, score, singles, smear
+from scipy import ndimage
+from slide_files import picture, write_slide, write_tiff
+from smear_scenes import LevelSlide, Paint, Rgb, Scene, bare, jpeg, lit, painted, score, singles, smear
 
 from apacs_ray.data.synthetic import render, slide_specs
 from apacs_ray.data.tiles import Box
-from apacs_ray.slides.tissue import Tissue, tissue_mask
+from apacs_ray.settings import TilesSettings
+from apacs_ray.slides import tissue as tissue_module
+from apacs_ray.slides.plan import TilePlan, tiles_of
+from apacs_ray.slides.preview import COLORS, picture_of
+from apacs_ray.slides.reader import KnowsHoles, Level, SlideInfo, open_slide
+from apacs_ray.slides.regions import closed, grown, opened
+from apacs_ray.slides.tissue import ASSUMED_MPP, OUT, Tissue, find_tissue, level_to_read, tissue_mask
+from apacs_ray.slides.write_mrxs import MrxsLayout, write_mrxs
 
 GLASS = (240, 240, 236)
 
@@ -208,3 +221,114 @@ def test_real_fields_on_a_canvas(real_pap: Path) -> None:
         found = score(rgb, scene)
         assert found.recall >= 0.95
         assert found.false <= 1
+
+
+def test_a_level_that_is_there_is_read_and_no_finer_one() -> None:
+    def chosen(*downsamples: float, mpp: float | None = 0.25) -> tuple[float, int]:
+        levels = tuple(Level(round(100_000 / d), round(50_000 / d), d) for d in downsamples)
+        slide = LevelSlide(np.zeros((2, 2, 3), np.uint8))
+        slide.info = SlideInfo("vips", levels, mpp, Box(0, 0, 100_000, 50_000))
+        number, shrink = level_to_read(slide, mpp or ASSUMED_MPP)
+        return downsamples[number], shrink
+
+    assert chosen(1, 2, 4, 8, 16, 32, 64) == (32, 1)
+    assert chosen(1, 4, 16, 64) == (16, 2)
+    assert chosen(1, 40) == (40, 1)  # 10 um: a little coarse, but level 0 would be 5000 million px
+    assert chosen(1, 64) == (1, 32)
+    assert chosen(1, 4, 16, 64, mpp=0.5) == (16, 1)
+    assert chosen(1, 4, 16, 64, mpp=None) == (16, 2)
+
+
+def plan_of(rgb: Rgb, **settings: Any) -> list[TilePlan]:
+    slide = LevelSlide(rgb)
+    return list(tiles_of(TilesSettings(**settings), slide.info, find_tissue(slide), 1.0, slide.info.mpp))
+
+
+def test_a_single_cell_keeps_its_tile_at_the_default_size() -> None:
+    """2000 px of 0.5 um: a cell is a thousandth of that."""
+    places = [(250, 250), (750, 250), (500, 760), (1250, 1250)]
+    scene = singles(1500, places)
+    tiles = plan_of(lit(scene))
+    kept = {(tile.box.x // 2000, tile.box.y // 2000) for tile in tiles if tile.skipped is None}
+    # the third, a small one, lies on the border of two tiles: at least one has enough of it
+    assert kept - {(0, 1)} == {(0, 0), (1, 0), (1, 1), (2, 2)}
+    assert all(0 < tile.tissue < 0.02 for tile in tiles if tile.skipped is None)
+    by_share = plan_of(lit(scene), min_tissue_um2=np.inf)
+    assert all(tile.skipped == "background" for tile in by_share)
+    assert all(tile.skipped is None for tile in plan_of(lit(scene), min_tissue=0.0))
+
+
+def test_every_skipped_tile_says_why() -> None:
+    rgb = painted(lit(bare(1024)), lambda draw: draw.rectangle([300, 60, 330, 900], fill=(40, 70, 190)), 2)
+    rgb[:, 768:] = 0
+    reasons = Counter(tile.skipped for tile in plan_of(rgb, size=1024))  # 256 px of the level
+    assert reasons == {"background": 8, "artifact": 4, "unscanned": 4}
+
+
+def test_the_preview_shows_every_tile_and_why() -> None:
+    rgb = painted(lit(smear(1024, 3, 0.15)), lambda draw: draw.rectangle([90, 60, 120, 900], fill=(40, 70, 190)), 2)
+    rgb[:, 768:] = 0
+    slide = LevelSlide(rgb)
+    tissue = find_tissue(slide)
+    tiles = tiles_of(TilesSettings(size=1024), slide.info, tissue, 1.0, 0.5)
+    picture = np.asarray(
+        Image.open(io.BytesIO(picture_of(tissue, slide.info.bounds, [(t.area, t.skipped) for t in tiles])))
+    )
+    assert {tuple(color) for color in picture.reshape(-1, 3)} >= set(COLORS.values())
+
+
+@pytest.mark.parametrize("side", [128, 256])
+def test_holes_of_a_mirax_slide_are_unknown_not_bright(side: int, tmp_path: Path) -> None:
+    """Glass of 222 beside a fill of 255; small holes are joined with glass in the stored images of higher levels."""
+    rng = np.random.default_rng(4)
+    rgb = np.clip(rng.normal(222, 2, (4096, 4096, 3)), 0, 255).astype(np.uint8)
+    holes = rng.random((4096 // side, 4096 // side)) < 0.33
+    holes[0, 0] = False
+
+    def source(x: int, y: int, width: int, height: int) -> Rgb | None:
+        return None if holes[y // side, x // side] else rgb[y : y + height, x : x + width]
+
+    write_mrxs(tmp_path / "slide.mrxs", MrxsLayout(4096, 4096, 5, 0.5, image=side), source)
+    slide = open_slide(tmp_path / "slide.mrxs")
+    tissue = find_tissue(slide)
+    slide.close()
+    assert tissue.mask.mean() < 0.001
+    assert tissue.excluded is not None
+    assert 0.3 < (tissue.excluded == OUT).mean() < 0.9
+
+
+def test_engines_tell_what_they_fill_in(tmp_path: Path) -> None:
+    rgb = picture(512, 384)
+    mirax = open_slide(write_slide(tmp_path / "a.mrxs", rgb, hole=(1, 1)))
+    tiff = open_slide(write_tiff(tmp_path / "a.tif", rgb))
+    for slide, hole in ((mirax, True), (tiff, False)):
+        assert isinstance(slide, KnowsHoles)
+        read, known = slide.read_known(0, -10, -20, 400, 300)
+        expected = np.ones((300, 400), bool)
+        expected[:20] = expected[:, :10] = False
+        if hole:
+            expected[148:276, 138:266] = False
+        assert np.array_equal(known, expected)
+        assert np.array_equal(read, slide.read(0, -10, -20, 400, 300))
+        assert (read[~known] == slide.info.background).all()
+        slide.close()
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 12), st.integers(0, 2**32 - 1))
+@settings(max_examples=60, deadline=None)
+def test_squares_by_shifts_are_scipys(height: int, width: int, reach: int, seed: int) -> None:
+    mask = np.random.default_rng(seed).random((height, width)) < 0.3
+    square = np.ones((2 * reach + 1, 2 * reach + 1), bool)
+    assert np.array_equal(grown(mask, reach), ndimage.binary_dilation(mask, square))
+    dense = ~mask
+    side = np.ones((reach + 1, reach + 1), bool)
+    assert np.array_equal(opened(dense, reach + 1), ndimage.binary_opening(dense, side))
+    assert np.array_equal(closed(mask), ndimage.binary_closing(mask) | mask)
+
+
+def test_bands_make_no_difference(monkeypatch: pytest.MonkeyPatch, scenes: dict[str, Scene]) -> None:
+    rgb = np.asarray(Image.fromarray(lit(scenes["dense"])).reduce(4))
+    whole = tissue_mask(rgb)
+    monkeypatch.setattr(tissue_module, "BAND", rgb.shape[1] * 4)
+    assert len(list(tissue_module.bands(*rgb.shape[:2]))) > 1
+    assert (tissue_mask(rgb) != whole).mean() < 1e-3
