@@ -112,7 +112,8 @@ class Ways:
         """Read and encode only."""
         from apacs_ray.data.images import encode_image
         from apacs_ray.data.tiles import Box
-        from apacs_ray.slides.reader import open_slide, read_box
+        from apacs_ray.slides.open import open_slide
+        from apacs_ray.slides.reader import read_box
 
         side = self._cutting.cut.tile
 

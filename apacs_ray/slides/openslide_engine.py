@@ -15,6 +15,7 @@ import openslide
 from openslide import lowlevel
 from PIL import Image
 
+from apacs_ray.data.images import as_picture
 from apacs_ray.data.tiles import Box
 from apacs_ray.errors import BadInput
 from apacs_ray.slides.mpp import square_mpp
@@ -32,6 +33,7 @@ class OpenSlideSlide:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._resources = contextlib.ExitStack()
+        self._argb = np.empty((0, 0), np.uint32)
         try:
             self._opened_path = self._resources.enter_context(_mirax_names(path)) if _is_mirax(path) else path
             self._slide = self._open()
@@ -84,9 +86,11 @@ class OpenSlideSlide:
 
         By OpenSlide's C function into an array: premultiplied ARGB.
         """
-        argb = np.empty((height, width), np.uint32)
+        if self._argb.shape != (height, width):  # kept: new memory is cleared by the system, page by page
+            self._argb = np.empty((height, width), np.uint32)
+        argb = self._argb
         lowlevel._read_region(self._slide._osr, argb.ctypes.data_as(PIXEL), x, y, level, width, height)
-        picture = Image.frombuffer("RGB", (width, height), argb, "raw", "BGRX", 0, 1)  # little-endian ARGB
+        picture = as_picture(argb, "BGRX")  # little-endian ARGB
         if argb.min() >= OPAQUE:
             return picture, None
         transparent = argb < OPAQUE

@@ -10,6 +10,7 @@ import numpy as np
 import pyvips
 from PIL import Image
 
+from apacs_ray.data.images import as_picture
 from apacs_ray.data.tiles import Box
 from apacs_ray.data.tissue import focus
 from apacs_ray.data.vips import open_vips, reason
@@ -66,7 +67,7 @@ class VipsSlide:
         return self.read(level, x, y, width, height), known
 
     def read_image(self, level: int, x: int, y: int, width: int, height: int) -> Image.Image:
-        return Image.fromarray(self.read(level, x, y, width, height))
+        return as_picture(self.read(level, x, y, width, height))
 
     def close(self) -> None:
         self._images.clear()
