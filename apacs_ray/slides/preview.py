@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from apacs_ray.data.tiles import Box
 from apacs_ray.slides.tissue import ARTIFACT, OUT, Picture, SkipReason, Tissue
 
-LARGEST = 1600  # px
+SMALLEST, LARGEST = 640, 1600  # px, the longer side
 COLORS: dict[SkipReason | None, tuple[int, int, int]] = {  # told apart in grey as well
     None: (0, 114, 178),
     "background": (190, 190, 190),
@@ -34,7 +34,8 @@ def picture_of(tissue: Tissue, bounds: Box, tiles: Sequence[tuple[Box, SkipReaso
     Glass is greyed, artifacts are orange, what was not scanned is striped; a line below says how many tiles are what.
     """
     picture = Image.fromarray(_shaded(tissue))
-    scale = max(1.0, max(picture.size) / LARGEST)
+    longest = max(picture.size)
+    scale = longest / min(max(longest, SMALLEST), LARGEST)
     picture = picture.resize((max(1, round(picture.width / scale)), max(1, round(picture.height / scale))))
     scale *= tissue.downsample
     draw = ImageDraw.Draw(picture)
@@ -42,7 +43,7 @@ def picture_of(tissue: Tissue, bounds: Box, tiles: Sequence[tuple[Box, SkipReaso
     # kept ones last: where tiles touch, theirs is the line that is seen
     for box, skipped in sorted(tiles, key=lambda tile: tile[1] is None):
         _frame(draw, box, scale, COLORS[skipped])
-    image = Image.new("RGB", (max(picture.width, 480), picture.height + LEGEND), (255, 255, 255))
+    image = Image.new("RGB", (max(picture.width, SMALLEST), picture.height + LEGEND), (255, 255, 255))
     image.paste(picture)
     _legend(ImageDraw.Draw(image), picture.height, Counter(skipped for _, skipped in tiles))
     sink = io.BytesIO()
