@@ -71,7 +71,7 @@ PADDING = re.compile(r": [1-4] extraneous bytes before marker 0xd9$")  # in libj
 BUFFER = 1 << 16
 # Pillow gives a picture's memory back to the system, and the next one's is cleared page by page: a tenth of a tile's
 # time. So many blocks of 16 MiB are kept instead.
-Image.core.set_blocks_max(4)
+Image.core.set_blocks_max(4)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
