@@ -30,7 +30,7 @@ from measure import show, start_ray  # noqa: E402
 
 SHARED = ["cutting", "measure", "smoke", "tiles"]  # modules of benchmarks, none themselves
 ON_ONE_RAY = ["tiling", "overhead", "kills"]
-DEADLINE = 300.0  # s for each; a quiet machine of two cores takes some 360 for all
+DEADLINE = 300.0  # s for each; on two quiet cores they take some five minutes together
 END = 20.0  # s in which a benchmark cleans up after Ctrl-C, and in which what it started may end
 ADOPT = 36  # PR_SET_CHILD_SUBREAPER of Linux: orphans below this process become its children
 
