@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -75,11 +75,16 @@ class Slide(Protocol):
         """The same as a picture of Pillow's (RGB), without a copy where the engine has one."""
         ...
 
-    def read_known(self, level: int, x: int, y: int, width: int, height: int) -> tuple[Rgb, Mask]:
-        """As `read`, and (height, width) bool: True where the slide holds the pixel, False where it is filled in."""
-        ...
-
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class KnowsHoles(Protocol):
+    """A slide that can tell what it holds from what it fills in: what was not scanned is unknown, not bright."""
+
+    def read_known(self, level: int, x: int, y: int, width: int, height: int) -> tuple[Rgb, Mask]:
+        """As `Slide.read`, and (height, width) bool: True where the slide holds the pixel."""
+        ...
 
 
 def level_downsample(full: tuple[int, int], level: tuple[int, int]) -> float:

@@ -20,7 +20,7 @@ from apacs_ray.data.tiles import Box
 from apacs_ray.errors import BadInput
 from apacs_ray.slides import artifacts
 from apacs_ray.slides.glass import BLOCK, Glass, block_minima, glass_of, stain_of
-from apacs_ray.slides.reader import Slide
+from apacs_ray.slides.reader import KnowsHoles, Slide
 from apacs_ray.slides.regions import Mask, closed, grown
 
 Picture = npt.NDArray[np.uint8]
@@ -243,7 +243,7 @@ def _parts(slide: Slide, number: int, shrink: int) -> Iterator[tuple[Box, tuple[
     while squares:
         box = squares.pop()
         try:
-            part = slide.read_known(number, box.x, box.y, box.width, box.height)
+            part = _read(slide, number, box)
         except BadInput as defect:
             smaller = _quarters(box, shrink)
             if smaller:
@@ -256,6 +256,14 @@ def _parts(slide: Slide, number: int, shrink: int) -> Iterator[tuple[Box, tuple[
         else:
             read = True
             yield box, part
+
+
+def _read(slide: Slide, number: int, box: Box) -> tuple[Picture, Mask]:
+    """Part of a level, and what of it the slide holds: all, where it cannot tell."""
+    place = box.x, box.y, box.width, box.height
+    if isinstance(slide, KnowsHoles):
+        return slide.read_known(number, *place)
+    return slide.read(number, *place), np.ones((box.height, box.width), bool)
 
 
 def _quarters(box: Box, shrink: int) -> list[Box]:
