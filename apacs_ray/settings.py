@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MemberName = Literal["fcn32", "fcn16", "fcn8"]
 HeatmapInit = Literal["random", "mean", "zero"]
@@ -35,7 +35,7 @@ class DataSettings(Section):
     engine: Literal["auto", "vips", "openslide"] = Field(
         "auto", description="what reads whole slides; auto: libvips where it can, else OpenSlide"
     )
-    plane: Literal["middle", "sharpest"] | NonNegativeInt = Field(
+    plane: str = Field(
         "middle",
         description="focal plane of a z-stack (TIFF): middle, its number from 0, or sharpest, which is chosen anew for "
         "each tile",
@@ -73,6 +73,14 @@ class DataSettings(Section):
         text = str(value).strip()
         if text != "default" and not re.fullmatch(r"\d+|\d+(\.\d+)?%", text):
             raise ValueError(f"{text!r} is neither a count (5) nor a share (1%)")
+        return text
+
+    @field_validator("plane", mode="before")
+    @classmethod
+    def _a_plane(cls, value: Any) -> str:
+        text = str(value).strip()
+        if not re.fullmatch(r"middle|sharpest|[0-9]{1,4}", text):
+            raise ValueError(f"{text!r} is neither middle, sharpest nor a number from 0")
         return text
 
     @field_validator("slide_regex")

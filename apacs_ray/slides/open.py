@@ -10,7 +10,7 @@ import openslide
 from apacs_ray.errors import BadInput
 from apacs_ray.slides.openslide_engine import OpenSlideSlide
 from apacs_ray.slides.reader import Engine, Slide
-from apacs_ray.slides.tiff import OtherEngine, Plane, read_pyramid
+from apacs_ray.slides.tiff import OtherEngine, read_pyramid
 from apacs_ray.slides.vips_engine import VipsSlide
 
 LARGEST_SIDE, LARGEST_AREA = 2_000_000, 2e11  # px; of a quarter of a micron: half a meter, and 125 square centimeters
@@ -20,7 +20,7 @@ TIFF = {b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"}
 NEVER_PLAIN = {"ventana", "trestle", "hamamatsu"}
 
 
-def open_slide(path: Path, engine: Engine = "auto", plane: Plane = "middle") -> Slide:
+def open_slide(path: Path, engine: Engine = "auto", plane: str = "middle") -> Slide:
     """Open a slide with the engine that reads it right; what that one refuses, the other is asked for.
 
     `plane` is the focal plane of a z-stack: 'middle', its number from 0, or 'sharpest' of each region that is read.
@@ -35,7 +35,7 @@ def open_slide(path: Path, engine: Engine = "auto", plane: Plane = "middle") -> 
     return slide
 
 
-def _opened(path: Path, engine: Engine, plane: Plane) -> Slide:
+def _opened(path: Path, engine: Engine, plane: str) -> Slide:
     if not path.is_file():
         raise BadInput("missing_file", f"{path.name}: no such file")
     if path.stat().st_size == 0:
@@ -62,7 +62,7 @@ def _is_tiff(path: Path) -> bool:
         return file.read(4) in TIFF
 
 
-def _require_plain_is_right(path: Path, plane: Plane) -> None:
+def _require_plain_is_right(path: Path, plane: str) -> None:
     """Raise BadInput for plain TIFF that OpenSlide reads without complaint, and wrong."""
     try:
         read_pyramid(path, plane)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import tifffile
@@ -22,7 +22,6 @@ MAX_TILE = 1 << 26  # px
 PLANES = "ZIQ"  # tifffile's axes that focal planes lie along; I and Q are what a file does not name
 CONVERT = "convert it, for example: vips tiffsave IN.tif OUT.tif --tile --pyramid --compression jpeg --Q 90 --bigtiff"
 
-Plane = Literal["middle", "sharpest"] | int
 Parts = tuple[TiffTiles, ...]  # a level: one image, or three of one channel each
 
 
@@ -39,7 +38,7 @@ class Pyramid:
     notes: tuple[str, ...]
 
 
-def read_pyramid(path: Path, plane: Plane = "middle") -> Pyramid:
+def read_pyramid(path: Path, plane: str = "middle") -> Pyramid:
     """The largest image of a TIFF. Raises OtherEngine, and BadInput (unsupported_slide, too_large) for what no engine
     here reads right.
 
@@ -53,7 +52,7 @@ def read_pyramid(path: Path, plane: Plane = "middle") -> Pyramid:
         raise OtherEngine(f"no TIFF that can be parsed ({str(error)[:120] or type(error).__name__})") from error
 
 
-def _pyramid(tiff: tifffile.TiffFile, name: str, plane: Plane) -> Pyramid:
+def _pyramid(tiff: tifffile.TiffFile, name: str, plane: str) -> Pyramid:
     if not tiff.pages.first.imagewidth or not tiff.pages.first.imagelength:  # or the next level stood for the slide
         raise OtherEngine("its first image has no size")
     series = max(tiff.series, key=lambda one: one.keyframe.imagewidth * one.keyframe.imagelength)
@@ -114,18 +113,18 @@ def _extents(level: Any, name: str) -> tuple[int, int]:
     return planes, channels
 
 
-def _wanted(planes: int, plane: Plane, name: str) -> tuple[Sequence[int], str | None]:
+def _wanted(planes: int, plane: str, name: str) -> tuple[Sequence[int], str | None]:
     if planes == 1:
         return [0], None
     if plane == "sharpest":
         return range(planes), f"of {planes} focal planes the sharpest of each tile is taken (data.plane)"
-    number = planes // 2 if plane == "middle" else plane
-    if not 0 <= int(number) < planes:
+    number = planes // 2 if plane == "middle" else int(plane)
+    if not 0 <= number < planes:
         raise BadInput(
             "unsupported_slide", f"{name}: no plane {plane} (data.plane) among its {planes}, 0 to {planes - 1}"
         )
     which = "the middle one" if plane == "middle" else "the wanted one"
-    return [int(number)], f"of {planes} focal planes {which}, plane {number}, is taken (data.plane)"
+    return [number], f"of {planes} focal planes {which}, plane {number}, is taken (data.plane)"
 
 
 def _parts(level: Any, plane: int, planes: int, channels: int) -> Parts:

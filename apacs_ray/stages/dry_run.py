@@ -7,6 +7,7 @@ from rich.table import Table
 from apacs_ray.console import cell, console, say
 from apacs_ray.data.folder import find_pairs
 from apacs_ray.estimate.cutting import SLIDES, cut_some, spread
+from apacs_ray.slides.plan import SlideSummary
 from apacs_ray.stages.cut import listed_data, say_found
 from apacs_ray.stages.ingest import INGEST, data_store, holds_folders
 from apacs_ray.stages.ingest_slides import Inspected, look_at_slides, make_smears
@@ -43,6 +44,13 @@ def dry_run(context: Context) -> None:
     say(f"pictures: {context.run.store.uri_of(f'manifest/{mark[:8]}')}/*.png")
 
 
+def _masks(summary: SlideSummary) -> str:
+    """What gives a slide's tiles their masks."""
+    if summary.annotation_reject is not None:
+        return "rejected"
+    return (summary.slide.kind if summary.annotated else None) or "-"
+
+
 def _table(seen: Inspected) -> None:
     table = Table(title="slides", title_justify="left")
     for heading in ("slide", "split", "engine", "um/px", "tiles", "skipped", "annotation"):
@@ -59,7 +67,7 @@ def _table(seen: Inspected) -> None:
             mpp,
             summary.tiles,
             sum(summary.skipped.values()),
-            slide.kind or "-",
+            _masks(summary),
         )
         table.add_row(cell(slide.slide_id), *map(cell, cells))
     console.print(table)

@@ -28,7 +28,7 @@ from apacs_ray.storage import Entry, Store, open_store
 
 REJECTS = re.compile(r"rejects/ingest-[0-9a-f]{8}\.parquet")
 # the same shard gives the same bytes with the same versions of these
-CODECS = ("pillow", "numpy", "pyarrow", "scipy", "pyvips", "openslide-bin", "shapely", "tifffile")
+CODECS = ("pillow", "numpy", "pyarrow", "scipy", "pyvips", "openslide-bin", "shapely", "tifffile", "simplejpeg")
 
 
 def data_store(context: Context) -> Store:
