@@ -80,7 +80,7 @@ class DataSettings(Section):
     def _a_plane(cls, value: Any) -> str:
         text = str(value).strip()
         if not re.fullmatch(r"middle|sharpest|[0-9]{1,4}", text):
-            raise ValueError(f"{text!r} is neither middle, sharpest nor a number from 0")
+            raise ValueError("Input should be middle, sharpest or a number from 0")
         return text
 
     @field_validator("slide_regex")
