@@ -29,7 +29,7 @@ LINE_SPAN, LINE_CORE, LINE_EDGE = 320.0, 40.0, 16.0
 FRINGE = 24.0
 LINE_LEAST = 50  # thousandths of density: fainter px have no sure color
 GREY = 0.75  # least to most absorbed: stains have a color, the edge of a coverslip has none
-SPECK_AREA = 400.0
+SPECK_AREA, DUST_AREA, DUST_OPAQUE = 300.0, 170.0, 700  # um2, um2, thousandths of density
 PEAK = 1.75  # of the threshold, somewhere in a thing: steps of a strongly compressed glass stay below
 
 
@@ -155,5 +155,7 @@ def without_specks(mask: Mask, stain: Stain, threshold: int, um: float) -> Mask:
     np.maximum.at(peak, owner, most)
     sums = np.bincount(owner, most, things.count + 1)
     least = np.bincount(owner, stain.least.ravel()[places], things.count + 1)
-    dust = (least > GREY * sums) & (sums / np.maximum(peak, 1) * um * um < SPECK_AREA)  # its fringe is not its size
+    area = sums / np.maximum(peak, 1) * um * um  # without the faint fringe
+    # a small cell can be grey as well, but is no smaller than this, nor opaque
+    dust = (least > GREY * sums) & ((area < DUST_AREA) | ((area < SPECK_AREA) & (peak > DUST_OPAQUE)))
     return things.chosen((things.sizes * um * um >= SPECK_AREA) & (peak >= PEAK * threshold) & ~dust)

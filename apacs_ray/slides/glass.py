@@ -81,25 +81,28 @@ def _lamp(minima: Densities, known: Mask) -> Densities:
     extrapolated beyond their range.
     """
     lamp = np.zeros_like(minima)
-    y, x = (axis.astype(np.float32) for axis in np.nonzero(known))
-    if y.size < LAMP_BLOCKS:
+    if known.sum() < LAMP_BLOCKS:
         return lamp
-    y, x = y / known.shape[0] - 0.5, x / known.shape[1] - 0.5
-    every = slice(None, None, max(1, y.size // LAMP_SAMPLES))
-    terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=1)
+    height, width = known.shape
+    y = (np.arange(height, dtype=np.float32) / height - 0.5)[:, None]
+    x = (np.arange(width, dtype=np.float32) / width - 0.5)[None, :]
+    step = max(1, round((height * width / LAMP_SAMPLES) ** 0.5))
+    rows, columns = np.nonzero(known[::step, ::step])
+    at_y, at_x = y[rows * step, 0], x[0, columns * step]
+    terms = np.stack([np.ones_like(at_x), at_x, at_y, at_x * at_x, at_x * at_y, at_y * at_y], axis=1)
     for channel in range(3):
-        values = minima[..., channel][known].astype(np.float32)
-        some, at = values[every], terms[every]
-        level = np.quantile(some, 0.05)
-        weights = np.array([level, 0, 0, 0, 0, 0], np.float32)
-        glass = np.abs(some - level) < LAMP_STEP
+        some = minima[rows * step, columns * step, channel].astype(np.float32)
+        if not some.size:
+            break
+        glass = np.abs(some - np.quantile(some, 0.05)) < LAMP_STEP
         started = glass.sum()
         for _ in range(LAMP_ROUNDS):
-            weights = np.linalg.lstsq(at[glass], some[glass], rcond=None)[0].astype(np.float32)
-            glass = np.abs(some - at @ weights) < LAMP_STEP
+            weights = np.linalg.lstsq(terms[glass], some[glass], rcond=None)[0].astype(np.float32)
+            glass = np.abs(some - terms @ weights) < LAMP_STEP
         if glass.mean() >= LAMP_SHARE and glass.sum() >= LAMP_GAIN * started:
-            surface = np.clip(terms @ weights, some[glass].min(), some[glass].max())
-            lamp[..., channel][known] = np.rint(surface)
+            level, right, down, across, both, along = weights
+            surface = level + right * x + down * y + across * x * x + both * x * y + along * y * y
+            lamp[..., channel] = np.rint(np.clip(surface, some[glass].min(), some[glass].max()))
     return lamp
 
 

@@ -89,6 +89,8 @@ class Components:
     @staticmethod
     def of(mask: Mask, structure: Mask | None = EIGHT) -> Components:
         """Label a mask; without a `structure`, px that touch at a corner only are apart."""
+        if not mask.any():
+            return Components(np.zeros(mask.shape, np.int32), np.array([mask.size]))
         labels, count = ndimage.label(mask, structure)
         return Components(labels, np.bincount(labels.ravel(), minlength=count + 1))
 
@@ -110,4 +112,6 @@ class Components:
     def chosen(self, wanted: Mask) -> Mask:
         """The px of the components for which `wanted` (count + 1) says so."""
         wanted[0] = False
+        if not wanted.any():
+            return np.zeros(self.labels.shape, bool)
         return np.asarray(wanted[self.labels])

@@ -158,7 +158,9 @@ def bands(height: int, width: int) -> Iterator[Band]:
 
 def _hidden(picture: Picture, outside: Mask | None) -> Mask:
     """What no scanner saw, with the px around it, which are a mixture of both."""
-    black = picture.max(axis=2) <= artifacts.BLACK
+    black = np.ones(picture.shape[:2], bool)
+    for channel in range(3):
+        black &= picture[..., channel] <= artifacts.BLACK
     hidden = black if outside is None else black | outside
     return grown(hidden | artifacts.fill(picture, hidden), 1)
 
