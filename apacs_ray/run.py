@@ -27,7 +27,7 @@ from apacs_ray.storage import Store
 
 MARKER = "_committed.json"
 RUN_JSON = "run.json"
-FORMAT_VERSION = 2  # of what a run leaves behind; part of every fingerprint
+FORMAT_VERSION = 3  # of what a run leaves behind; part of every fingerprint
 PACKAGES = (
     "ray",
     "torch",
