@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import openslide
 import pytest
+import tifffile
 from slide_files import picture, write_slide, write_tiff
 
 from apacs_ray.adapters.slides import of_one_slide, shard_rows, shards_a_task, write_rows
@@ -219,3 +220,15 @@ def test_a_task_writes_each_of_its_shards(tmp_path: Path) -> None:
         alone = write_slide_shard(task, summary, shard)
         assert alone.reused
         assert (alone.path, alone.rows_out) == (receipt.path, receipt.rows_out)
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 40), (41, 1), (41, 40)])
+@pytest.mark.parametrize("downsample", [0.5, 1.6, 2.0])
+def test_what_lies_outside_of_a_slide_does_not_shade_its_edge(
+    tmp_path: Path, width: int, height: int, downsample: float
+) -> None:
+    rgb = np.full((height, width, 3), (90, 40, 140), np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", rgb, photometric="rgb", tile=(16, 16), metadata=None)
+    slide = open_slide(tmp_path / "a.tif")
+    sides = max(1, int(width / downsample)), max(1, int(height / downsample))
+    assert (np.asarray(read_box(slide, Box(0, 0, 0, 0), downsample, *sides)) == (90, 40, 140)).all()

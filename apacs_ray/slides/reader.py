@@ -116,10 +116,12 @@ def read_box(slide: Slide, box: Box, downsample: float, width: int, height: int)
     left, top = box.x / level.downsample, box.y / level.downsample
     if abs(scale - 1) < 1e-6 and abs(left - round(left)) < 1e-3 and abs(top - round(top)) < 1e-3:
         return slide.read_image(number, round(left), round(top), width, height)
-    margin = int(np.ceil(3 * max(scale, 1.0))) + 1  # Lanczos looks three pixels of the tile far
-    x, y = int(np.floor(left)) - margin, int(np.floor(top)) - margin
-    right, bottom = left + width * scale, top + height * scale
-    source = slide.read_image(number, x, y, int(np.ceil(right)) + margin - x, int(np.ceil(bottom)) + margin - y)
+    margin = math.ceil(3 * max(scale, 1.0)) + 1  # Lanczos looks three pixels of the tile far
+    # within the slide: what lies outside would shade its edge
+    right, bottom = min(left + width * scale, level.width), min(top + height * scale, level.height)
+    x, y = max(math.floor(left) - margin, 0), max(math.floor(top) - margin, 0)
+    end, foot = min(math.ceil(right) + margin, level.width), min(math.ceil(bottom) + margin, level.height)
+    source = slide.read_image(number, x, y, end - x, foot - y)
     return source.resize((width, height), Image.Resampling.LANCZOS, box=(left - x, top - y, right - x, bottom - y))
 
 
