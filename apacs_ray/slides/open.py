@@ -15,8 +15,8 @@ from apacs_ray.slides.vips_engine import VipsSlide
 
 LARGEST_SIDE, LARGEST_AREA = 2_000_000, 2e11  # px; of a quarter of a micron: half a meter, and 125 square centimeters
 PLAIN = {"generic-tiff", "aperio"}  # of OpenSlide's formats, what the TIFF engine reads faster and more strictly
-# TIFF to which more belongs than its tags say: tiles that overlap (BIF, Trestle), that are one JPEG stream (NDPI)
 TIFF = {b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"}
+# TIFF to which more belongs than its tags say: tiles that overlap (BIF, Trestle), that are one JPEG stream (NDPI)
 NEVER_PLAIN = {"ventana", "trestle", "hamamatsu"}
 
 

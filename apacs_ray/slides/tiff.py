@@ -75,11 +75,12 @@ def _pyramid(tiff: tifffile.TiffFile, name: str, plane: str) -> Pyramid:
 def _require_readable(page: Any, name: str) -> None:
     """Raise BadInput for images that some engine would read wrong, and none right."""
     bits = page.bitspersample if isinstance(page.bitspersample, tuple) else (page.bitspersample,)
-    if set(bits) != {8}:
+    if set(bits) != {8} or int(page.sampleformat or 1) != 1:
+        kind = "" if int(page.sampleformat or 1) == 1 else " with a sign or fractions"
+        stored = "/".join(map(str, sorted(set(bits))))
         raise BadInput(
             "unsupported_slide",
-            f"{name}: {'/'.join(map(str, sorted(set(bits))))} bits a sample; slides have 8 (scale them to 0..255, then "
-            f"save it anew)",
+            f"{name}: {stored} bits a sample{kind}; slides have 8 (scale them to 0..255, then save it anew)",
         )
     orientation = int(page.tags.valueof(274, 1) or 1)
     if orientation != 1:
