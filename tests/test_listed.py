@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -86,7 +89,9 @@ def test_the_line_of_folders_stays_short(capsys: pytest.CaptureFixture[str]) -> 
 
 LIST = """
 import os, sys
+from apacs_ray.console import say
 from apacs_ray.storage import LocalStore
+say("ready")  # whatever is imported late is imported now: the next user may not read it
 os.setgroups([])
 os.setgid(65534)
 os.setuid(65534)
@@ -94,23 +99,30 @@ print(sorted(entry.path for entry in LocalStore(sys.argv[1]).list()))
 """
 
 
-def test_folders_that_may_not_be_listed_are_told(tmp_path: Path) -> None:
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user can reach."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_folders_that_may_not_be_listed_are_told(open_folder: Path) -> None:
     if os.getuid() != 0:
         pytest.skip("only root can become a user that may not read its own files")
-    for path in (*tmp_path.parents, tmp_path):
-        if not path.stat().st_mode & 0o001 and path != Path("/"):
-            path.chmod(path.stat().st_mode | 0o055)
-    touch(tmp_path, "d/open/a.tif", "d/closed/b.tif", "d/names only/c.tif", "d/names only/d.tif")
-    (tmp_path / "d/closed").chmod(0o700)
-    (tmp_path / "d/names only").chmod(0o744)
-    done = subprocess.run(
-        [sys.executable, "-c", LIST, str(tmp_path / "d")], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    if not all(path.stat().st_mode & 0o001 for path in open_folder.parents):
+        pytest.skip("other users do not reach the folder of temporary files")
+    touch(open_folder, "d/open/a.tif", "d/closed/b.tif", "d/names only/c.tif", "d/names only/d.tif")
+    (open_folder / "d/closed").chmod(0o700)
+    (open_folder / "d/names only").chmod(0o744)
+    command = [sys.executable, "-c", LIST, str(open_folder / "d")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "['open/a.tif']"
     assert "d/closed: cannot be listed (Permission denied)" in done.stdout
     assert "d/names only: 2 files may not be read" in done.stdout
-    assert done.stdout.count("\n") == 3
+    assert done.stdout.count("\n") == 4  # and that it is ready
 
 
 def test_a_folder_that_is_not_there_is_no_news(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
