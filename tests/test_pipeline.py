@@ -210,10 +210,10 @@ def test_slides_become_tiles(slides: Path, tmp_path: Path) -> None:
     assert record["facts"]["engines"] == {"openslide": 1, "vips": 3}
     (rejects,) = (output / "rejects").glob("*.parquet")
     found = {Path(row["uri"]).name: row for row in pq.read_table(rejects).to_pylist()}
-    assert (found["broken.svs"]["code"], found["gone.mrxs"]["code"]) == ("unsupported_slide", "unreadable")
+    assert (found["broken.svs"]["code"], found["gone.mrxs"]["code"]) == ("unsupported_slide", "missing_file")
     assert "Data0000.dat" in found["gone.mrxs"]["reason"]
     assert "no mpp" in done.text
-    assert found["slïde 0.geojson"]["reason"].startswith("feature 1:")  # the polygon without area
+    assert found["slïde 0.geojson"]["reason"].startswith("annotation 1:")  # the polygon without area
     rows = tile_table(output)
     assert {row["downsample"] for row in rows.values()} == {1.0}
     for row in rows.values():
