@@ -21,7 +21,7 @@ def main() -> int:
         print("failed: Python 3.11 or newer is needed, this is", sys.version.split()[0], file=sys.stderr)
         return 1
     try:
-        from apacs_ray.doctor.command import doctor
+        from apacs_ray.commands.doctor import doctor
         from apacs_ray.errors import UsageError
     except ImportError as error:
         print(f"failed: {error}; install the package with its dependencies: pip install .", file=sys.stderr)

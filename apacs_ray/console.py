@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from apacs_ray.clean import printable, without_secrets
+from apacs_ray.redact import printable, without_secrets
 
 SAY_EVERY = 60.0  # s between lines of progress where there is no terminal
 console = Console(highlight=False, soft_wrap=True)

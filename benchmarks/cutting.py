@@ -40,11 +40,11 @@ class Cutting:
     """The shards of one slide, written anew in every turn; processes that share the output must not share `turns`."""
 
     def __init__(self, cut: Cut) -> None:
-        from apacs_ray.settings import DataSettings, TilesSettings
+        from apacs_ray.config.settings import DataSettings, TilesSettings
         from apacs_ray.slides.cache import SlideCache
         from apacs_ray.slides.find import find_slides
-        from apacs_ray.slides.plan import SlideTask, inspect_slide
-        from apacs_ray.slides.shards import SlideShard
+        from apacs_ray.slides.manifest import SlideTask, inspect_slide
+        from apacs_ray.slides.slide_tiles import SlideShard
         from apacs_ray.storage import open_store
 
         store = open_store(cut.data)
@@ -80,7 +80,7 @@ class Cutting:
 
     def corners(self) -> list[tuple[int, int]]:
         """Level-0 px where the tiles of a turn begin."""
-        from apacs_ray.slides.plan import read_manifest
+        from apacs_ray.slides.manifest import read_manifest
 
         rows = read_manifest(self._base.output, self._base.manifest_path(0))
         return [(row["x"], row["y"]) for row in rows] * self.cut.times
@@ -103,7 +103,7 @@ class Ways:
 
     def floor(self) -> Callable[[], int]:
         """What a task of the pipeline does: read, measure, encode, Parquet."""
-        from apacs_ray.slides.shards import write_slide_shard
+        from apacs_ray.slides.slide_tiles import write_slide_shard
 
         task, summary = self._cutting.fresh(), self._cutting.summary
         return lambda: sum(write_slide_shard(task, summary, shard).rows_out for shard in self._shards)
@@ -168,7 +168,7 @@ class Ways:
         """The tasks of the pipeline on a Ray of `WORKERS` CPUs; the first call starts or joins it."""
         if "ray" not in sys.modules:
             start_ray(WORKERS)
-        from apacs_ray.adapters.slides import write_slide_shards
+        from apacs_ray.distributed.slides import write_slide_shards
 
         task, summary = self._cutting.fresh(), self._cutting.summary
         return lambda: sum(r.rows_out for r in write_slide_shards(task, [summary], self._shards, lambda done: None))

@@ -20,8 +20,8 @@ import torch
 from measure import Elsewhere, alternate, forward_flops, matmul_peak, medians, options, require, show
 from torch import nn
 
-from apacs_ray.adapters.session import KEEP_MEMORY
-from apacs_ray.inference import Predictor
+from apacs_ray.distributed.session import KEEP_MEMORY
+from apacs_ray.inference.predictor import Predictor
 from apacs_ray.models.ensemble import Ensemble
 from apacs_ray.models.fcn import build_member
 from apacs_ray.models.fusion import build_fusion

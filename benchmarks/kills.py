@@ -25,9 +25,9 @@ sys.path.insert(0, str(ROOT))
 
 from measure import options, require, show  # noqa: E402
 
-from apacs_ray.data.synthetic import slide_specs  # noqa: E402
-from apacs_ray.slides.smears import write_smear  # noqa: E402
 from apacs_ray.storage import LocalStore  # noqa: E402
+from apacs_ray.synthetic.slide import slide_specs  # noqa: E402
+from apacs_ray.synthetic.write import write_smear  # noqa: E402
 
 OPTIONS = [
     "--tiles.size", "128", "--tiles.shard", "4", "--members.batch_size", "2", "--members.learning_rate", "1e-3",

@@ -26,10 +26,10 @@ from tiles import write_tiles
 
 from apacs_ray.data.shards import TileIndex, read_index, read_rows
 from apacs_ray.storage import LocalStore, Store
-from apacs_ray.training.feed import Crop, Feed
+from apacs_ray.training.batch import Sample
+from apacs_ray.training.dataset import Crop, Feed
 from apacs_ray.training.jitter import jitter_stain
-from apacs_ray.training.order import schedule
-from apacs_ray.training.samples import Sample
+from apacs_ray.training.sampler import schedule
 
 SIDE, BLOCK = 2000, 2  # px of a tile; tiles of a block, as the feed of a run makes them
 

@@ -44,7 +44,7 @@ def require(condition: object, message: str) -> None:
 
 def start_ray(cpus: int | None = None) -> None:
     """Join the Ray of RAY_ADDRESS, or start one of this process's own."""
-    from apacs_ray.adapters.session import prepare_ray
+    from apacs_ray.distributed.session import prepare_ray
 
     prepare_ray()  # first: Ray reads its token when it is imported
     import ray

@@ -43,7 +43,7 @@ def main() -> None:
 
 def _cut(cut: Cut) -> tuple[int, float]:
     """Cut a slide; how many tiles, and this process's peak resident memory, MB."""
-    from apacs_ray.slides.shards import write_slide_shard
+    from apacs_ray.slides.slide_tiles import write_slide_shard
 
     cutting = Cutting(cut)
     task = cutting.fresh()

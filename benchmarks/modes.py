@@ -25,9 +25,9 @@ from measure import options, require, show  # noqa: E402
 from ray_cluster import processes  # noqa: E402
 from runs import read_json, start  # noqa: E402
 
-from apacs_ray.data.synthetic import slide_specs  # noqa: E402
-from apacs_ray.slides.smears import write_smear  # noqa: E402
 from apacs_ray.storage import LocalStore  # noqa: E402
+from apacs_ray.synthetic.slide import slide_specs  # noqa: E402
+from apacs_ray.synthetic.write import write_smear  # noqa: E402
 
 SETTINGS = [
     "--tiles.size", "512", "--tiles.shard", "8",

@@ -19,19 +19,19 @@ import torch
 from measure import Elsewhere, medians, options, require, show, start_ray
 from tiles import write_tiles
 
-from apacs_ray.adapters.session import KEEP_MEMORY
-from apacs_ray.adapters.train import NetworkTask, TrainingTask, train
-from apacs_ray.checkpoints import complete_checkpoints
 from apacs_ray.data.shards import read_index
+from apacs_ray.distributed.resource_plan import Cluster, Nodes, cluster_of, plan_training
+from apacs_ray.distributed.session import KEEP_MEMORY
+from apacs_ray.distributed.train import NetworkTask, TrainingTask, train
 from apacs_ray.models.spec import ModelSpec
 from apacs_ray.models.weights import build
-from apacs_ray.plan import Cluster, Nodes, cluster_of, plan_training
-from apacs_ray.run import source_hash
+from apacs_ray.runs.run import source_hash
 from apacs_ray.storage import LocalStore, Store
+from apacs_ray.training.checkpoints import complete_checkpoints
 from apacs_ray.training.config import TrainConfig
-from apacs_ray.training.feed import Crop, Feed, in_memory
+from apacs_ray.training.dataset import Crop, Feed, in_memory
 from apacs_ray.training.loop import Trainer
-from apacs_ray.training.order import schedule
+from apacs_ray.training.sampler import schedule
 
 SIDE, BATCH = 512, 2
 FEED = Crop(0, True, True)

@@ -22,10 +22,10 @@ from apacs_ray.data.shards import read_index
 from apacs_ray.models.fcn import build_member
 from apacs_ray.storage import LocalStore
 from apacs_ray.training.config import TrainConfig
-from apacs_ray.training.feed import Crop, Feed, in_memory
+from apacs_ray.training.dataset import Crop, Feed, in_memory
+from apacs_ray.training.history import EpochRecord
 from apacs_ray.training.loop import Trainer
-from apacs_ray.training.order import schedule
-from apacs_ray.training.record import EpochRecord
+from apacs_ray.training.sampler import schedule
 
 SIDE, BATCH = 256, 2
 TILES = {"train": 32, "val": 16}

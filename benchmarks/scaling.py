@@ -25,9 +25,9 @@ from measure import Elsewhere, alternate, medians, options, require, show, start
 from ray_cluster import RayCluster  # noqa: E402
 from tiling import write_slide  # noqa: E402
 
-from apacs_ray.settings import TilesSettings  # noqa: E402
-from apacs_ray.slides.plan import SlideSummary, SlideTask  # noqa: E402
-from apacs_ray.slides.shards import SlideShard, write_slide_shard  # noqa: E402
+from apacs_ray.config.settings import TilesSettings  # noqa: E402
+from apacs_ray.slides.manifest import SlideSummary, SlideTask  # noqa: E402
+from apacs_ray.slides.slide_tiles import SlideShard, write_slide_shard  # noqa: E402
 
 TIMES = 4  # the grid is gone over so often in one repetition
 
@@ -109,7 +109,7 @@ def _write(task: SlideTask, summary: SlideSummary, shard: SlideShard) -> int:
 def _driver(work: Cutting, nodes: int) -> Callable[[], object]:
     """A driver on the cluster of this process's environment."""
     start_ray()
-    from apacs_ray.adapters.slides import write_slide_shards
+    from apacs_ray.distributed.slides import write_slide_shards
 
     work.turns = itertools.count(nodes * 1_000_000)
 

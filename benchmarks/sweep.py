@@ -21,20 +21,20 @@ import torch
 from measure import alternate, medians, options, require, show
 from tiles import MARK, write_tiles
 
-from apacs_ray.adapters.heatmaps import HEATMAP_SCHEMA
+from apacs_ray.config.settings import FusionSettings
 from apacs_ray.data.shards import Receipt, read_index, write_table
-from apacs_ray.inference import Predictor
+from apacs_ray.distributed.heatmaps import HEATMAP_SCHEMA
+from apacs_ray.inference.predictor import Predictor
 from apacs_ray.models.ensemble import Ensemble
 from apacs_ray.models.fcn import build_member
 from apacs_ray.models.spec import MEMBERS, fusion_spec
 from apacs_ray.models.weights import build
-from apacs_ray.settings import FusionSettings
 from apacs_ray.storage import LocalStore, Store
+from apacs_ray.training.batch import Sample
 from apacs_ray.training.config import TrainConfig
-from apacs_ray.training.feed import Crop, Feed, Heatmaps, decode_pixels, encode_heatmaps, one_by_one
+from apacs_ray.training.dataset import Crop, Feed, Heatmaps, decode_pixels, encode_heatmaps, one_by_one
 from apacs_ray.training.loop import Trainer
-from apacs_ray.training.order import schedule
-from apacs_ray.training.samples import Sample
+from apacs_ray.training.sampler import schedule
 
 TRIALS, EPOCHS = 20, 12
 

@@ -9,9 +9,9 @@ import pyarrow as pa
 
 from apacs_ray.data.images import encode_image, encode_mask
 from apacs_ray.data.shards import Receipt, shard_path, write_table
-from apacs_ray.data.synthetic import render, slide_specs
 from apacs_ray.data.tiles import TILE_SCHEMA, Box, grid
 from apacs_ray.storage import Store
+from apacs_ray.synthetic.slide import render, slide_specs
 
 MARK = "0" * 16
 PER_ROW = 4  # different tiles in a row of the smear

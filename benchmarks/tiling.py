@@ -68,8 +68,8 @@ def write_slide(path: Path, side: int, smear: int = 4000) -> None:
     import numpy as np
     import pyvips
 
-    from apacs_ray.data.synthetic import render, slide_specs
-    from apacs_ray.slides.write_mrxs import MrxsLayout, write_mrxs
+    from apacs_ray.synthetic.mrxs import MrxsLayout, write_mrxs
+    from apacs_ray.synthetic.slide import render, slide_specs
 
     rgb, _ = render(slide_specs(0, smear, smear, train=1, test=0)[0])
     times = side // smear

@@ -24,9 +24,9 @@ import simplejpeg
 import tifffile
 from measure import options, show
 
-from apacs_ray.data.synthetic_cells import REACH, SOFT_UM, CellKind, cell_radius, cell_stamp
-from apacs_ray.data.synthetic_stain import look_of
-from apacs_ray.slides.write_mrxs import MrxsLayout, write_mrxs
+from apacs_ray.synthetic.cells import REACH, SOFT_UM, CellKind, cell_radius, cell_stamp
+from apacs_ray.synthetic.mrxs import MrxsLayout, write_mrxs
+from apacs_ray.synthetic.stain import look_of
 
 Rgb = npt.NDArray[np.uint8]
 SIZES = ((20_000, 20_000), (50_000, 50_000), (100_000, 100_000), (200_000, 100_000))
@@ -136,9 +136,9 @@ def _nothing(shape: tuple[int, int, int]) -> Iterator[bytes]:
 
 def measure(path: str, smear: Smear) -> dict[str, Any]:
     """Find the tissue of a slide and plan its default tiles."""
-    from apacs_ray.settings import TilesSettings
+    from apacs_ray.config.settings import TilesSettings
+    from apacs_ray.slides.manifest import tiles_of
     from apacs_ray.slides.open import open_slide
-    from apacs_ray.slides.plan import tiles_of
     from apacs_ray.slides.tissue import find_tissue
 
     before = _peak()

@@ -23,12 +23,12 @@ import torch.nn.functional as F
 from measure import Elsewhere, alternate, forward_flops, matmul_peak, medians, options, require, show
 from torch import nn
 
-from apacs_ray.adapters.session import KEEP_MEMORY
+from apacs_ray.distributed.session import KEEP_MEMORY
 from apacs_ray.models.fcn import build_member
+from apacs_ray.training.batch import Sample
 from apacs_ray.training.config import TrainConfig
 from apacs_ray.training.loop import Trainer
-from apacs_ray.training.order import SampleRef
-from apacs_ray.training.samples import Sample
+from apacs_ray.training.sampler import SampleRef
 
 BACKWARD = 2  # times the cost of a forward pass
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from apacs_ray.clean import without_secrets
 from apacs_ray.errors import ApacsError
+from apacs_ray.redact import without_secrets
 
 
 def main() -> None:
@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=2000, help="px of the images (default: 2000)")
     parser.add_argument("--width", type=int, default=2000, help="px of the images (default: 2000)")
     arguments = parser.parse_args()
-    from apacs_ray.inference import load_ensemble
+    from apacs_ray.inference.predictor import load_ensemble
     from apacs_ray.models.onnx import export_onnx
     from apacs_ray.models.spec import MEMBERS
     from apacs_ray.storage import open_store

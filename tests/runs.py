@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from apacs_ray.data.synthetic import render_region, slide_specs
+from apacs_ray.synthetic.slide import render_region, slide_specs
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyvips
 from PIL import Image
 
-from apacs_ray.slides.write_mrxs import MrxsLayout, write_mrxs
+from apacs_ray.synthetic.mrxs import MrxsLayout, write_mrxs
 
 Rgb = npt.NDArray[np.uint8]
 

@@ -11,15 +11,15 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter
 
-from apacs_ray.data.synthetic_cells import REACH, SOFT_UM, CellKind, Stamp, cell_radius, cell_stamp
-from apacs_ray.data.synthetic_scene import things_near
-from apacs_ray.data.synthetic_stain import look_of
-from apacs_ray.data.synthetic_texture import overlap
+from apacs_ray.config.settings import TilesSettings
 from apacs_ray.data.tiles import Box
-from apacs_ray.settings import TilesSettings
-from apacs_ray.slides.plan import tiles_of
+from apacs_ray.slides.manifest import tiles_of
 from apacs_ray.slides.reader import Level, SlideInfo
 from apacs_ray.slides.tissue import find_tissue
+from apacs_ray.synthetic.cells import REACH, SOFT_UM, CellKind, Stamp, cell_radius, cell_stamp
+from apacs_ray.synthetic.scene import things_near
+from apacs_ray.synthetic.stain import look_of
+from apacs_ray.synthetic.texture import overlap
 
 UM, DOWN = 2.0, 4  # of the level; level 0 has 0.5 um per px
 TILE = 512  # level-0 px

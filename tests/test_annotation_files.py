@@ -31,10 +31,10 @@ from hypothesis import strategies as st
 
 from apacs_ray.data.tiles import Box
 from apacs_ray.errors import BadInput
-from apacs_ray.slides.annotations import Annotations, read_annotations
-from apacs_ray.slides.polygons import PolygonMask
+from apacs_ray.slides.annotations.rasterize import PolygonMask
+from apacs_ray.slides.annotations.read import Annotations, read_annotations
+from apacs_ray.slides.annotations.run_lengths import outlines, run_lengths
 from apacs_ray.slides.reader import Level, SlideInfo
-from apacs_ray.slides.rle import outlines, run_lengths
 
 TWO = [(2, 3, 10, 8), (30, 20, 5, 40)]
 sides = st.integers(0, SIDE - 2)
@@ -281,7 +281,7 @@ def test_negative_regions_that_would_take_hours(monkeypatch: pytest.MonkeyPatch)
     assert "negative regions cross it more than 1000 times (1)" in refused(
         layers(region(comb) + region(across, negative=1))
     )
-    monkeypatch.setattr("apacs_ray.slides.areas.MOST_CUTS", 8)
+    monkeypatch.setattr("apacs_ray.slides.annotations.areas.MOST_CUTS", 8)
     many = region(corners((0, 0, 9, 9))) * 3 + region(corners((1, 1, 3, 3)), negative=1) * 3
     assert "more than 8 times" in refused(layers(many))
 

@@ -17,9 +17,9 @@ from PIL import Image
 
 from apacs_ray.data.tiles import Box
 from apacs_ray.errors import BadInput
-from apacs_ray.slides.annotations import Annotations, read_annotations
-from apacs_ray.slides.masks import ImageMask, open_masks
-from apacs_ray.slides.polygons import PolygonMask
+from apacs_ray.slides.annotations.rasterize import PolygonMask
+from apacs_ray.slides.annotations.read import Annotations, read_annotations
+from apacs_ray.slides.mask_sources import ImageMask, open_masks
 from apacs_ray.slides.reader import Level, SlideInfo
 
 INFO = SlideInfo("test", (Level(300, 200, 1.0),), 0.25, Box(40, 20, 200, 150))

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load
 from torch import nn
 
-from apacs_ray.checkpoints import best_checkpoint, best_weights, complete_checkpoints, fetch, keep_checkpoint
 from apacs_ray.errors import ApacsError
 from apacs_ray.storage import LocalStore, Store, open_store
-from apacs_ray.training.record import EpochPart, EpochRecord
+from apacs_ray.training.checkpoints import best_checkpoint, best_weights, complete_checkpoints, fetch, keep_checkpoint
+from apacs_ray.training.history import EpochPart, EpochRecord
 from apacs_ray.training.state import TrainState, load_state, save_state
 
 

@@ -31,13 +31,13 @@ from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_TYPE
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from apacs_ray.adapters.pool import plan_pool
+from apacs_ray.config.settings import Settings
+from apacs_ray.config.sweep import read_sweep
+from apacs_ray.distributed.autoscaler import startable_nodes
+from apacs_ray.distributed.pool import plan_pool
+from apacs_ray.distributed.resource_plan import Nodes, TrainingPlan, cluster_of, plan_training
 from apacs_ray.errors import UsageError
 from apacs_ray.models.spec import MEMBERS
-from apacs_ray.plan import Nodes, TrainingPlan, cluster_of, plan_training
-from apacs_ray.settings import Settings
-from apacs_ray.startable import startable_nodes
-from apacs_ray.sweep import read_sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 CLUSTER = ROOT / "cluster"

@@ -12,14 +12,14 @@ import pytest
 from PIL import Image
 from slide_files import picture, write_slide, write_tiff
 
+from apacs_ray.config.settings import DataSettings, TilesSettings
 from apacs_ray.data.shards import shard_path
-from apacs_ray.settings import DataSettings, TilesSettings
 from apacs_ray.slides.cache import SlideCache
 from apacs_ray.slides.find import find_slides
-from apacs_ray.slides.plan import SlideTask, inspect_slide
-from apacs_ray.slides.shards import SlideShard, write_slide_shard
+from apacs_ray.slides.manifest import SlideTask, inspect_slide
+from apacs_ray.slides.slide_tiles import SlideShard, write_slide_shard
 from apacs_ray.storage import open_store
-from apacs_ray.training.feed import decode_pixels
+from apacs_ray.training.dataset import decode_pixels
 
 SIDE = 256
 VARIANTS = 200

@@ -21,16 +21,16 @@ import pytest
 from ray._common.utils import get_default_ray_temp_dir
 from s3_proxy import Behaviour, Proxy
 
-from apacs_ray import cli
-from apacs_ray.adapters.session import _private_sessions
-from apacs_ray.adapters.survey import Survey, cause
-from apacs_ray.cli import parse
+from apacs_ray.commands.doctor import doctor
+from apacs_ray.config import command_line as cli
+from apacs_ray.config.command_line import parse
+from apacs_ray.distributed.probe import Survey, cause
+from apacs_ray.distributed.resource_plan import Nodes, cluster_of
+from apacs_ray.distributed.session import _private_sessions
 from apacs_ray.doctor import cluster, codecs, devices, folders, machine, objects, tables, versions
-from apacs_ray.doctor.command import doctor
 from apacs_ray.doctor.finding import Finding, examine, shown
 from apacs_ray.doctor.stores import Stores
 from apacs_ray.errors import ApacsError, UsageError
-from apacs_ray.plan import Nodes, cluster_of
 from apacs_ray.storage import LocalStore, open_store
 
 ROOT = Path(__file__).resolve().parent.parent

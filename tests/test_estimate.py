@@ -8,17 +8,17 @@ import pytest
 import torch
 from runs import SMALL, read_json, run
 
-from apacs_ray.data.folder import Pair, find_pairs
+from apacs_ray.commands.estimate import _count
+from apacs_ray.config.settings import DataSettings, TilesSettings
+from apacs_ray.config.sweep import Distribution, Scheduler, Sweep
+from apacs_ray.data.folders import Pair, find_pairs
+from apacs_ray.distributed.resource_plan import Cluster, NetworkPlan, TrainingPlan, plan_training
 from apacs_ray.estimate import lines
 from apacs_ray.estimate.cutting import cut_pairs, spread
 from apacs_ray.estimate.lines import Seconds, Tiles, pool, sweep, sweep_epochs, tiling, training
 from apacs_ray.estimate.networks import ASSUMED_GPU, Inference, SampleTile, Training, assume, flops, measure
 from apacs_ray.models.spec import ModelSpec
-from apacs_ray.plan import Cluster, NetworkPlan, TrainingPlan, plan_training
-from apacs_ray.settings import DataSettings, TilesSettings
-from apacs_ray.stages.estimate import _count
 from apacs_ray.storage import Entry, LocalStore
-from apacs_ray.sweep import Distribution, Scheduler, Sweep
 from apacs_ray.training.config import TrainConfig
 
 TILES = Tiles(train=100, val=20, test=40, size=1e6)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apacs_ray.data.folder import Entry, find_pairs, is_folder_layout
+from apacs_ray.data.folders import Entry, find_pairs, is_folder_layout
 from apacs_ray.data.words import splits_of
 
 

@@ -19,10 +19,10 @@ from PIL import Image
 from runs import ROOT, run
 from slide_files import picture, write_tiff
 
-from apacs_ray.data.folder import FolderData
+from apacs_ray.data.folders import FolderData
 from apacs_ray.data.ignored import Ignored
 from apacs_ray.errors import UsageError
-from apacs_ray.stages.cut import listed_data, listed_masks, say_found
+from apacs_ray.stages.ingest_result import listed_data, listed_masks, say_found
 from apacs_ray.storage import LocalStore, Store, open_store
 
 

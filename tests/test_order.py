@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apacs_ray.training.order import SampleRef, permutation, schedule
+from apacs_ray.training.sampler import SampleRef, permutation, schedule
 
 GROUPS = st.lists(st.integers(1, 9), min_size=1, max_size=8)
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from apacs_ray.distributed.resource_plan import Cluster, Nodes, TrainingPlan, cluster_of, plan_training, plan_trials
 from apacs_ray.errors import ApacsError
 from apacs_ray.models.spec import MEMBERS
-from apacs_ray.plan import Cluster, Nodes, TrainingPlan, cluster_of, plan_training, plan_trials
 
 COUNT = st.integers(1, 64)
 

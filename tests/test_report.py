@@ -15,15 +15,15 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from apacs_ray.config.settings import Settings
 from apacs_ray.evaluation.metrics import compare, summarize
+from apacs_ray.evaluation.per_tile import per_tile_schema, tile_row
 from apacs_ray.evaluation.predictions import MEMBERS, MODEL_KEYS
-from apacs_ray.evaluation.tile_rows import per_tile_schema, tile_row
 from apacs_ray.report.charts import VARIABLES, dice_chart, difference_chart, slide_chart, sweep_charts, training_charts
 from apacs_ray.report.overlays import COLOURS, LARGEST, overlay, panel
 from apacs_ray.report.page import ReportContext, TilePicture, build_report
 from apacs_ray.report.summary import best_member, headline, kept_epoch, read_sweep_table, verdict
-from apacs_ray.settings import Settings
-from apacs_ray.training.record import EpochRecord
+from apacs_ray.training.history import EpochRecord
 
 HOSTILE = "<script>alert('x')</script>\"><img src=x onerror=y> 切片 &amp;"
 KINDS = ("best", "median", "worst", "disagree")

@@ -30,41 +30,43 @@ from slide_files import picture, write_tiff
 from test_annotations import INFO, collection, polygon
 from test_report import Page, context
 
-from apacs_ray import clean, storage
-from apacs_ray.adapters.session import RaySession, prepare_ray
-from apacs_ray.checkpoints import FILES, complete_checkpoints, fetch, keep_checkpoint
-from apacs_ray.cli import default_output, parse, read_yaml
+from apacs_ray import redact as clean
+from apacs_ray import storage
+from apacs_ray.config.command_line import default_output, parse, read_yaml
+from apacs_ray.config.settings import DataSettings, Settings, TilesSettings
 from apacs_ray.console import cell, console, say
-from apacs_ray.data.folder import find_pairs
+from apacs_ray.data.folders import find_pairs
+from apacs_ray.data.image_tiles import ShardTask, Source, plan_tiles, probe_pair, write_shard
 from apacs_ray.data.images import decode_image
-from apacs_ray.data.ingest import ShardTask, Source, plan_tiles, probe_pair, write_shard
 from apacs_ray.data.shards import open_table, read_index, read_receipt, read_rows
 from apacs_ray.data.splits import read_splits
 from apacs_ray.data.tiles import tile_id
+from apacs_ray.distributed.session import RaySession, prepare_ray
 from apacs_ray.errors import ApacsError, BadInput, UsageError
-from apacs_ray.lease import LOCK, Lease
 from apacs_ray.models import start
 from apacs_ray.models.spec import ModelSpec
 from apacs_ray.models.weights import load_model
-from apacs_ray.own_folder import own_folder
 from apacs_ray.report.page import build_report
-from apacs_ray.run import MARKER, RUN_JSON, Marker, Run
-from apacs_ray.settings import DataSettings, Settings, TilesSettings
-from apacs_ray.slides import polygons, shapes, unpack
-from apacs_ray.slides.annotations import read_annotations
+from apacs_ray.runs.lease import LOCK, Lease
+from apacs_ray.runs.run import MARKER, RUN_JSON, Marker, Run
+from apacs_ray.slides.annotations import rasterize as polygons
+from apacs_ray.slides.annotations import shapes, unpack
+from apacs_ray.slides.annotations.rasterize import fill
+from apacs_ray.slides.annotations.read import read_annotations
 from apacs_ray.slides.cache import SlideCache
 from apacs_ray.slides.find import find_slides
-from apacs_ray.slides.masks import ImageMask
+from apacs_ray.slides.manifest import read_manifest
+from apacs_ray.slides.mask_sources import ImageMask
 from apacs_ray.slides.mpps import read_mpps
 from apacs_ray.slides.open import open_slide
-from apacs_ray.slides.plan import read_manifest
-from apacs_ray.slides.polygons import fill
 from apacs_ray.slides.tiff_tiles import TiffTiles
 from apacs_ray.stages.evaluate import _rejects
 from apacs_ray.stages.pipeline import Context, Outcome, Stage, run_stage
 from apacs_ray.storage import Entry, LocalStore, S3Store, open_store
-from apacs_ray.training.feed import decode_pixels
-from apacs_ray.training.record import EpochRecord
+from apacs_ray.storage.own_folder import own_folder
+from apacs_ray.training.checkpoints import FILES, complete_checkpoints, fetch, keep_checkpoint
+from apacs_ray.training.dataset import decode_pixels
+from apacs_ray.training.history import EpochRecord
 
 KEY_ID, SECRET, TOKEN = "PLANTEDKEYID0001", "planted/secret+of=the-test", "planted-session-token"
 NAMES = [
@@ -169,7 +171,7 @@ def test_what_a_stage_dies_of_is_kept_and_told_without_secrets(planted: str, tmp
     assert "a worker died" in read_json(tmp_path / RUN_JSON)["stages"]["ingest"]["error"]
     assert clear_of_secrets((tmp_path / RUN_JSON).read_bytes())
     code = f"""
-        from apacs_ray.stages import entry
+        from apacs_ray.commands import stages as entry
         def dies(*_):
             raise RuntimeError("at https://me:{SECRET}@host?X-Amz-Signature={TOKEN} {KEY_ID} {SECRET} \\x1b[31m")
         entry._run = dies
@@ -185,14 +187,14 @@ def test_what_a_stage_dies_of_is_kept_and_told_without_secrets(planted: str, tmp
 
 SWEEP = """
     import os, sys
-    from apacs_ray.adapters.session import RaySession, joined_cluster, prepare_ray
+    from apacs_ray.distributed.session import RaySession, joined_cluster, prepare_ray
     prepare_ray()
-    from apacs_ray.adapters.trial import TrialTask
-    from apacs_ray.adapters.tune import sweep
-    from apacs_ray.run import Run
-    from apacs_ray.settings import FusionSettings, Settings
+    from apacs_ray.distributed.trial import TrialTask
+    from apacs_ray.distributed.tune import sweep
+    from apacs_ray.runs.run import Run
+    from apacs_ray.config.settings import FusionSettings, Settings
     from apacs_ray.storage import open_store
-    from apacs_ray.sweep import Sweep
+    from apacs_ray.config.sweep import Sweep
     from unittest import mock
     store = open_store(sys.argv[1])
     ray = RaySession(mock.Mock(store=store, data=None))
@@ -610,7 +612,7 @@ def test_masks_as_run_lengths_that_would_explode(monkeypatch: pytest.MonkeyPatch
     for size in ((0, 5), (1 << 40, 1), (3,), ("5", "5"), None):
         with pytest.raises(BadInput, match="run lengths"):
             read_annotations(coco([0, 1], size), "a.json")
-    monkeypatch.setattr("apacs_ray.slides.coco.MOST_RUNS", 100)
+    monkeypatch.setattr("apacs_ray.slides.annotations.coco.MOST_RUNS", 100)
     with pytest.raises(BadInput, match="more than 100 runs"):
         read_annotations(coco([1] * 201), "a.json")
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 LOOK = """
-from apacs_ray.adapters.session import configure_data, prepare_ray
+from apacs_ray.distributed.session import configure_data, prepare_ray
 prepare_ray()
 from ray.data._internal.execution.metadata_fetcher import make_metadata_fetcher
 from ray.data._internal.execution.resource_manager import ResourceManager

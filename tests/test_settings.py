@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from apacs_ray import cli
-from apacs_ray.cli import default_output, parse, read_yaml
+from apacs_ray.config import command_line as cli
+from apacs_ray.config.command_line import default_output, parse, read_yaml
+from apacs_ray.config.settings import TrainingSettings
+from apacs_ray.config.sweep import read_sweep
 from apacs_ray.errors import UsageError
-from apacs_ray.settings import TrainingSettings
 from apacs_ray.stages.ingest import reject_limit
-from apacs_ray.sweep import read_sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -10,17 +10,17 @@ import pytest
 import tifffile
 from slide_files import picture, write_slide, write_tiff
 
-from apacs_ray.adapters.slides import of_one_slide, shard_rows, shards_a_task, write_rows
+from apacs_ray.config.settings import DataSettings, TilesSettings
 from apacs_ray.data.tiles import Box
+from apacs_ray.distributed.slides import of_one_slide, shard_rows, shards_a_task, write_rows
 from apacs_ray.errors import BadInput
-from apacs_ray.settings import DataSettings, TilesSettings
 from apacs_ray.slides.cache import SlideCache
 from apacs_ray.slides.find import find_slides
+from apacs_ray.slides.manifest import SlideTask, inspect_slide, level0, qupath_point
 from apacs_ray.slides.open import open_slide
 from apacs_ray.slides.openslide_engine import OpenSlideSlide
-from apacs_ray.slides.plan import SlideTask, inspect_slide, level0, qupath_point
 from apacs_ray.slides.reader import Slide, read_box
-from apacs_ray.slides.shards import SlideShard, write_slide_shard
+from apacs_ray.slides.slide_tiles import SlideShard, write_slide_shard
 from apacs_ray.storage import open_store
 
 

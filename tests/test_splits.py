@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from apacs_ray.data.splits import assign_val, read_splits
 from apacs_ray.errors import UsageError
 from apacs_ray.slides.mpps import read_mpps
-from apacs_ray.stages.cut import open_store_file
+from apacs_ray.stages.ingest_result import open_store_file
 
 
 def tiles(slides, images_a_slide=1, tiles_an_image=1):

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from apacs_ray import lease as lease_module
-from apacs_ray.adapters.session import joined_machines, refuse_local
+from apacs_ray.config.settings import Settings
+from apacs_ray.distributed.session import joined_machines, refuse_local
 from apacs_ray.errors import ApacsError, UsageError
-from apacs_ray.lease import LOCK, Holder, Lease, LeaseHeld
-from apacs_ray.run import Counts, Marker, Run
-from apacs_ray.settings import Settings
+from apacs_ray.runs import lease as lease_module
+from apacs_ray.runs.lease import LOCK, Holder, Lease, LeaseHeld
+from apacs_ray.runs.run import Counts, Marker, Run
 from apacs_ray.storage import Conflict, Store, open_store
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,7 +101,7 @@ def test_a_second_start_is_told_who_holds_the_run(store: Store) -> None:
 def test_a_dead_process_frees_its_run_at_once(tmp_path: Path) -> None:
     code = """
         import os, sys
-        from apacs_ray.lease import Lease
+        from apacs_ray.runs.lease import Lease
         from apacs_ray.storage import open_store
         Lease.acquire(open_store(sys.argv[1]))
         os._exit(9)
@@ -164,7 +164,7 @@ def test_a_living_owner_keeps_the_run_whatever_its_name_and_its_inode_say(tmp_pa
     code = """
         import sys
         from pathlib import Path
-        from apacs_ray.lease import Lease
+        from apacs_ray.runs.lease import Lease
         from apacs_ray.storage import open_store
         Path("/proc/self/comm").write_text("a) Z (b")
         Lease.acquire(open_store(sys.argv[1]))

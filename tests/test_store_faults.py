@@ -20,15 +20,16 @@ from runs import SMALL, read_json, run, start, wait_for
 from s3_proxy import KINDS, Behaviour, Proxy, at_random, in_turn, refusing_writes
 from torch import nn
 
-from apacs_ray import lease, s3_requests
-from apacs_ray.checkpoints import complete_checkpoints, keep_checkpoint
 from apacs_ray.data.shards import Receipt, read_rows, write_table
 from apacs_ray.errors import ApacsError, StoreTroubleError
-from apacs_ray.lease import LOCK, Lease, LeaseHeld
 from apacs_ray.models.spec import MEMBERS
+from apacs_ray.runs import lease
+from apacs_ray.runs.lease import LOCK, Lease, LeaseHeld
 from apacs_ray.slides.cache import SlideCache
 from apacs_ray.storage import Conflict, LocalStore, Store, open_store
-from apacs_ray.training.record import EpochRecord, read_history
+from apacs_ray.storage import retry as s3_requests
+from apacs_ray.training.checkpoints import complete_checkpoints, keep_checkpoint
+from apacs_ray.training.history import EpochRecord, read_history
 from apacs_ray.training.state import TrainState, save_state
 
 CONTENT = np.random.default_rng(0).bytes(200_000)  # more than the last bytes that are read with the first request

@@ -9,9 +9,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from apacs_ray.adapters.tune import _best_epoch, _stopped_by_ctrl_c, _within
-from apacs_ray.settings import FusionSettings
-from apacs_ray.sweep import Distribution
+from apacs_ray.config.settings import FusionSettings
+from apacs_ray.config.sweep import Distribution
+from apacs_ray.distributed.tune import _best_epoch, _stopped_by_ctrl_c, _within
 
 SPACE = {
     name: Distribution.model_validate(drawn)

@@ -6,10 +6,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from apacs_ray.data.synthetic import SlideSpec, render, render_region, slide_specs, stamps_near
-from apacs_ray.data.synthetic_scene import _BLOCK_UM, _FARTHEST_UM, _block
-from apacs_ray.data.synthetic_texture import field, sensor_noise
 from apacs_ray.data.tiles import Box
+from apacs_ray.synthetic.scene import _BLOCK_UM, _FARTHEST_UM, _block
+from apacs_ray.synthetic.slide import SlideSpec, render, render_region, slide_specs, stamps_near
+from apacs_ray.synthetic.texture import field, sensor_noise
 
 WIDTH, HEIGHT = 640, 512
 Rendered = tuple[SlideSpec, npt.NDArray[np.uint8], npt.NDArray[np.bool_]]

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from apacs_ray.data.quality import focus, tissue_fraction
 from apacs_ray.data.tiles import TILE_SCHEMA, Box, grid, once_region, tile_id
-from apacs_ray.data.tissue import focus, tissue_fraction
 
 SIDES = st.integers(1, 90)
 LAST = st.sampled_from(["keep", "shift", "drop"])

@@ -9,20 +9,20 @@ from types import SimpleNamespace
 import pytest
 from tensorboardX.crc32c import crc32c
 
-from apacs_ray.adapters import gauges as gauges_module
-from apacs_ray.adapters.gauges import Gauges
-from apacs_ray.adapters.session import RaySession
-from apacs_ray.data.folder import Reject
+from apacs_ray.config.settings import DataSettings, Settings
+from apacs_ray.data.folders import Reject
 from apacs_ray.data.shards import Receipt
+from apacs_ray.distributed import metrics as gauges_module
+from apacs_ray.distributed.metrics import Gauges
+from apacs_ray.distributed.session import RaySession
 from apacs_ray.errors import ApacsError
-from apacs_ray.run import Run
-from apacs_ray.settings import DataSettings, Settings
-from apacs_ray.stages.cut import Cut
+from apacs_ray.runs.run import Run
 from apacs_ray.stages.ingest import INGEST
+from apacs_ray.stages.ingest_result import Cut
 from apacs_ray.stages.pipeline import Context, run_stage
 from apacs_ray.storage import LocalStore
-from apacs_ray.tracking import read_events, write_curves, write_metrics
-from apacs_ray.training.record import EpochRecord
+from apacs_ray.training.history import EpochRecord
+from apacs_ray.training.tensorboard import read_events, write_curves, write_metrics
 
 PATH = "tensorboard/members/fcn8/events.out.tfevents.curves"
 

@@ -23,12 +23,14 @@ from torch import Tensor, nn
 
 from apacs_ray.data.images import encode_mask
 from apacs_ray.errors import ApacsError, TrainingError, gpu_too_small
-from apacs_ray.inference import Predictor
+from apacs_ray.inference.predictor import Predictor
 from apacs_ray.models.ensemble import Ensemble
 from apacs_ray.models.fcn import build_member
 from apacs_ray.models.spec import MEMBERS
+from apacs_ray.training.batch import Move, Sample, augment, batches
 from apacs_ray.training.config import TrainConfig
-from apacs_ray.training.feed import decode_mask
+from apacs_ray.training.dataset import decode_mask
+from apacs_ray.training.history import EpochRecord, history_csv, read_history
 from apacs_ray.training.jitter import jitter_stain
 from apacs_ray.training.loop import (
     Trainer,
@@ -39,9 +41,7 @@ from apacs_ray.training.loop import (
     train_epochs,
 )
 from apacs_ray.training.loss import tile_losses
-from apacs_ray.training.order import SampleRef, schedule
-from apacs_ray.training.record import EpochRecord, history_csv, read_history
-from apacs_ray.training.samples import Move, Sample, augment, batches
+from apacs_ray.training.sampler import SampleRef, schedule
 from apacs_ray.training.state import TrainState, load_state, save_state
 
 CPU = torch.device("cpu")
@@ -225,11 +225,12 @@ class TestSamples:
         assert all(batch.valid.all() for batch in found)
 
     def test_decoding_tasks_do_not_load_torch(self) -> None:
-        code = "import sys, apacs_ray.training.samples; sys.exit('torch' in sys.modules)"
+        code = "import sys, apacs_ray.training.batch; sys.exit('torch' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
     def test_networks_loop_and_inference_do_not_load_ray(self) -> None:
-        modules = "apacs_ray.training.loop, apacs_ray.training.feed, apacs_ray.models.weights, apacs_ray.inference"
+        names = ("training.loop", "training.dataset", "models.weights", "inference.predictor")
+        modules = ", ".join(f"apacs_ray.{name}" for name in names)
         code = f"import sys, {modules}, apacs_ray.estimate.networks; sys.exit('ray' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 

@@ -19,19 +19,19 @@ from hypothesis import strategies as st
 from PIL import Image
 from slide_files import picture, write_tiff
 
-from apacs_ray.data import ingest
-from apacs_ray.data.folder import Reject, find_pairs
-from apacs_ray.data.ingest import ShardTask, Source, plan_tiles, probe_pair, write_shard
+from apacs_ray.config.settings import DataSettings, TilesSettings
+from apacs_ray.data import image_tiles as ingest
+from apacs_ray.data.folders import Reject, find_pairs
+from apacs_ray.data.image_tiles import ShardTask, Source, plan_tiles, probe_pair, write_shard
 from apacs_ray.data.shards import Receipt, shard_path
 from apacs_ray.data.units import one_unit
 from apacs_ray.errors import ApacsError, BadInput, RefusedError, StoreTroubleError
-from apacs_ray.settings import DataSettings, TilesSettings
-from apacs_ray.slides import plan
+from apacs_ray.slides import manifest as plan
 from apacs_ray.slides.cache import SlideCache
 from apacs_ray.slides.find import find_slides
+from apacs_ray.slides.manifest import SlideSummary, SlideTask, inspect_slide
 from apacs_ray.slides.open import open_slide
-from apacs_ray.slides.plan import SlideSummary, SlideTask, inspect_slide
-from apacs_ray.slides.shards import SlideShard, write_slide_shard
+from apacs_ray.slides.slide_tiles import SlideShard, write_slide_shard
 from apacs_ray.storage import open_store
 
 MARK = "0" * 16

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from apacs_ray.data.folder import SPLITS, Split
+from apacs_ray.data.folders import SPLITS, Split
 from apacs_ray.data.slide_table import read_slide_table
 from apacs_ray.errors import UsageError
 

@@ -12,8 +12,8 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from apacs_ray.clean import without_secrets
 from apacs_ray.errors import ApacsError, BadInput, RefusedError
+from apacs_ray.redact import without_secrets
 
 # OSErrors of this machine or of a file system that does not answer: another input would meet them as well
 OF_THE_MACHINE = {

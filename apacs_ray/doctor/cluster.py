@@ -7,15 +7,15 @@ import socket
 from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
-from apacs_ray.adapters.session import refuse_local
-from apacs_ray.adapters.survey import Survey, survey
-from apacs_ray.cli import Command
+from apacs_ray.config.command_line import Command
+from apacs_ray.config.sweep import plan_sweep, read_sweep
+from apacs_ray.distributed.probe import Survey, survey
+from apacs_ray.distributed.resource_plan import Cluster, Nodes, cluster_of, plan_training
+from apacs_ray.distributed.session import refuse_local
 from apacs_ray.doctor.finding import Finding
 from apacs_ray.doctor.machine import usable_cpus
 from apacs_ray.errors import ApacsError, UsageError
 from apacs_ray.models.spec import MEMBERS
-from apacs_ray.plan import Cluster, Nodes, cluster_of, plan_training
-from apacs_ray.sweep import plan_sweep, read_sweep
 
 CONNECT = 3.0  # s
 START = "unset RAY_ADDRESS to run on this machine, or start the cluster (ray start --head) and give its address"

@@ -75,7 +75,7 @@ def check_vips() -> Iterator[Finding]:
     import pyvips
 
     from apacs_ray.slides.open import open_slide
-    from apacs_ray.slides.smears import write_as_tiff
+    from apacs_ray.synthetic.write import write_as_tiff
 
     content = pyvips.Image.new_from_array(picture()).copy(interpretation="srgb").jpegsave_buffer(Q=95)
     yield compare("libvips JPEG", pyvips.Image.new_from_buffer(content, "").numpy(), LOSS, "pyvips[binary]")
@@ -92,7 +92,7 @@ def check_vips() -> Iterator[Finding]:
 def check_openslide() -> Iterator[Finding]:
     """OpenSlide: a MIRAX slide."""
     from apacs_ray.slides.open import open_slide
-    from apacs_ray.slides.smears import write_as_mrxs
+    from apacs_ray.synthetic.write import write_as_mrxs
 
     with tempfile.TemporaryDirectory(prefix="apacs_ray-doctor-") as folder:
         path = Path(folder) / "slide.mrxs"

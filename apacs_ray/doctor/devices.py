@@ -8,8 +8,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from apacs_ray.config.settings import Settings
 from apacs_ray.doctor.finding import Finding, message_of
-from apacs_ray.settings import Settings
 
 DRIVER = Path("/proc/driver/nvidia/version")
 GIB = 1 << 30

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from apacs_ray.clean import printable, without_secrets
+from apacs_ray.redact import printable, without_secrets
 
 State = Literal["ok", "warning", "failed"]
 LIMIT = 60.0  # s that a check may take

@@ -8,8 +8,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from apacs_ray.config.settings import Settings
 from apacs_ray.doctor.finding import Finding
-from apacs_ray.settings import Settings
 from apacs_ray.storage import LocalStore, is_local, open_store
 
 GIB = 1 << 30

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 from botocore.exceptions import BotoCoreError
 
-from apacs_ray.clean import uri_defect
 from apacs_ray.doctor import folders, objects
 from apacs_ray.doctor.answers import explain_setup
 from apacs_ray.doctor.finding import Finding
 from apacs_ray.errors import ApacsError
+from apacs_ray.redact import uri_defect
 from apacs_ray.storage import LocalStore, S3Store, open_store
 
 

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from apacs_ray.data.folder import Pair
-from apacs_ray.data.ingest import ShardTask, Source, plan_tiles, probe_pair, tiles_of, write_shard
+from apacs_ray.config.settings import DataSettings, TilesSettings
+from apacs_ray.data.folders import Pair
+from apacs_ray.data.image_tiles import ShardTask, Source, plan_tiles, probe_pair, tiles_of, write_shard
 from apacs_ray.data.shards import open_table
 from apacs_ray.estimate.networks import SampleTile
-from apacs_ray.settings import DataSettings, TilesSettings
 from apacs_ray.slides.find import SlideFiles
-from apacs_ray.slides.plan import SlideSummary, SlideTask, inspect_slide, read_manifest
-from apacs_ray.slides.shards import measure_tiles
+from apacs_ray.slides.manifest import SlideSummary, SlideTask, inspect_slide, read_manifest
+from apacs_ray.slides.slide_tiles import measure_tiles
 from apacs_ray.storage import LocalStore, Store
 
 SLIDES, PAIRS, TILES = 3, 64, 8  # of a kind that are opened; tiles of a slide that are cut

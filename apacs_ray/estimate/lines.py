@@ -11,8 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from apacs_ray.plan import NetworkPlan, TrainingPlan
-from apacs_ray.sweep import Sweep
+from apacs_ray.config.sweep import Sweep
+from apacs_ray.distributed.resource_plan import NetworkPlan, TrainingPlan
 
 # s of Ray's own, of a core where cores share them
 RUN, RUN_AT_LEAST = 50.0, 15.0  # each run of Ray Train; with any number of cores

@@ -15,17 +15,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from apacs_ray.estimate.lines import Seconds
+from apacs_ray.evaluation.per_tile import tile_row
 from apacs_ray.evaluation.predictions import predictions
-from apacs_ray.evaluation.tile_rows import tile_row
-from apacs_ray.inference import Predictor
+from apacs_ray.inference.predictor import Predictor
 from apacs_ray.models.ensemble import Ensemble
 from apacs_ray.models.spec import MEMBERS, ModelSpec
 from apacs_ray.models.weights import build
+from apacs_ray.training.batch import Sample, augment
 from apacs_ray.training.config import TrainConfig
-from apacs_ray.training.feed import decode_mask, decode_pixels, encode_heatmaps
+from apacs_ray.training.dataset import decode_mask, decode_pixels, encode_heatmaps
 from apacs_ray.training.loop import Trainer
-from apacs_ray.training.order import SampleRef
-from apacs_ray.training.samples import Sample, augment
+from apacs_ray.training.sampler import SampleRef
 
 BACKWARD = 2  # times the cost of a forward pass
 CPU_BUDGET, GPU_BUDGET = 3e12, 2e14  # FLOPs of a measured step; of larger tiles a part is measured

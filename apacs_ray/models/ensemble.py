@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from apacs_ray.config.settings import MemberName
 from apacs_ray.models.fusion import fuse
 from apacs_ray.models.spec import MEMBERS, ModelSpec
-from apacs_ray.settings import MemberName
 
 
 class Ensemble(nn.Module):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apacs_ray.settings import MemberName
+from apacs_ray.config.settings import MemberName
 
 SMALLEST = 32  # px: what is smaller, such as a sliver at a slide's edge, is padded
 BRIGHTNESS, CONTRAST = 0.84, 0.11  # mean and standard deviation of RGB in a stained smear, about

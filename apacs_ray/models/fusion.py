@@ -12,10 +12,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from apacs_ray.config.settings import HeatmapInit, MemberName
 from apacs_ray.errors import ApacsError
 from apacs_ray.models.fcn import FCN32, AlexTrunk, Score, Upsample, crop, initialise, pad_to, scaled
 from apacs_ray.models.spec import Head
-from apacs_ray.settings import HeatmapInit, MemberName
 
 CLAMP = 1 / 510  # heatmaps are stored as uint8: half a step away from 0 and 1 keeps the logit finite
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
+from apacs_ray.config.settings import FusionSettings, HeatmapInit, MemberName
 from apacs_ray.errors import ApacsError
-from apacs_ray.settings import FusionSettings, HeatmapInit, MemberName
 
 MEMBERS: tuple[MemberName, ...] = ("fcn32", "fcn16", "fcn8")
 Head = Literal["published", "refined"]

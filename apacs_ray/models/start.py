@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
+from apacs_ray.config.settings import MemberName
 from apacs_ray.errors import ApacsError
 from apacs_ray.models.fusion import start_from_fcn32
 from apacs_ray.models.spec import ModelSpec
 from apacs_ray.models.weights import build, from_published, weights_bytes
-from apacs_ray.settings import MemberName
 from apacs_ray.storage import Store
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's RGB, as torchvision normalises it

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from apacs_ray.report.summary import NAMES, PAPER, Sweep, kept_epoch
-from apacs_ray.training.record import EpochRecord
+from apacs_ray.training.history import EpochRecord
 
 # the variables of report.css with their values in light mode; a chart names the variable, so dark mode applies to it
 INK, SOFT, LINE, CARD = "#1c2733", "#5b6977", "#dfe4ea", "#ffffff"

@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from apacs_ray.report import charts
 from apacs_ray.report.overlays import COLOURS, data_uri
 from apacs_ray.report.summary import NAMES, PAPER, best_member, headline, kept_epoch, read_sweep_table, verdict
-from apacs_ray.training.record import EpochRecord
+from apacs_ray.training.history import EpochRecord
 
 REJECTS_SHOWN = 20
 SLIDES_SHOWN = 30

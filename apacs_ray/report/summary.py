@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from apacs_ray.evaluation.predictions import MEMBERS
-from apacs_ray.training.record import EpochRecord, score
+from apacs_ray.training.history import EpochRecord, score
 
 # accuracy, IoU, Dice on APACS23's own test slides (Scientific Data 11:733, 2024)
 PAPER = {

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apacs_ray.errors import ApacsError, BadInput
-from apacs_ray.own_folder import open_own_file, own_folder
 from apacs_ray.storage import Entry, Store, is_bad_path
+from apacs_ray.storage.own_folder import open_own_file, own_folder
 
 CHUNK = 8 << 20  # bytes
 LOCK = ".lock"

@@ -12,11 +12,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from apacs_ray.data.folder import BAD_NAME, Reject
+from apacs_ray.data.folders import BAD_NAME, Reject
 from apacs_ray.data.ignored import Ignored, hidden_part
 from apacs_ray.data.words import Split, distinct, innermost_splits
 from apacs_ray.errors import BadInput
-from apacs_ray.slides.annotation_names import (
+from apacs_ray.slides.annotations.choose import Candidate, choose_annotation
+from apacs_ray.slides.annotations.names import (
     AnnotationKind,
     AnnotationName,
     Reading,
@@ -25,7 +26,6 @@ from apacs_ray.slides.annotation_names import (
     fov_of,
     stem_of,
 )
-from apacs_ray.slides.choose_annotation import Candidate, choose_annotation
 from apacs_ray.slides.companions import Heads, SlideParts, find_parts, mrxs_folders, owner_of, suffix_of
 from apacs_ray.storage import Entry, is_bad_path
 

@@ -11,8 +11,8 @@ import pyvips
 from PIL import Image
 
 from apacs_ray.data.images import as_picture
+from apacs_ray.data.quality import focus
 from apacs_ray.data.tiles import Box
-from apacs_ray.data.tissue import focus
 from apacs_ray.data.vips import open_vips, reason
 from apacs_ray.errors import BadInput
 from apacs_ray.slides.reader import Level, Mask, Rgb, SlideInfo, filled, level_downsample

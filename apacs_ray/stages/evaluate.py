@@ -11,19 +11,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from apacs_ray.adapters.evaluate import EvaluateTask, draw_tiles, evaluate_tiles
-from apacs_ray.adapters.pool import plan_pool
 from apacs_ray.data.shards import open_table, read_index
+from apacs_ray.distributed.evaluation import EvaluateTask, draw_tiles, evaluate_tiles
+from apacs_ray.distributed.pool import plan_pool
 from apacs_ray.errors import ApacsError
 from apacs_ray.evaluation.metrics import compare, dice_of, pixel_counts, summarize
 from apacs_ray.models.spec import MEMBERS
 from apacs_ray.report.page import ReportContext, TilePicture, build_report
-from apacs_ray.run import Counts, environment, fingerprint, git_commit
+from apacs_ray.runs.run import Counts, environment, fingerprint, git_commit
 from apacs_ray.stages.pipeline import Context, Outcome, Stage
 from apacs_ray.stages.train_fusion import fusion_folders
 from apacs_ray.storage import Store
-from apacs_ray.tracking import write_metrics
-from apacs_ray.training.record import read_history
+from apacs_ray.training.history import read_history
+from apacs_ray.training.tensorboard import write_metrics
 
 SHOWN = 3  # tiles of each kind in the report
 DISPUTED = 6

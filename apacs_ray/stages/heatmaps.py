@@ -6,16 +6,16 @@ from dataclasses import replace
 
 import numpy as np
 
-from apacs_ray.adapters.heatmaps import ALL, HeatmapTask, write_heatmaps
-from apacs_ray.adapters.pool import plan_pool
 from apacs_ray.console import say
 from apacs_ray.data.shards import TileIndex, shard_paths
+from apacs_ray.distributed.heatmaps import ALL, HeatmapTask, write_heatmaps
+from apacs_ray.distributed.pool import plan_pool
 from apacs_ray.models.spec import MEMBERS
-from apacs_ray.run import Counts, fingerprint
+from apacs_ray.runs.run import Counts, fingerprint
 from apacs_ray.stages.pipeline import Context, Outcome, Stage
 from apacs_ray.stages.train_members import member_network
-from apacs_ray.stages.training import read_indices, state_folder, train_networks
-from apacs_ray.training.feed import Heatmaps
+from apacs_ray.stages.train_networks import read_indices, state_folder, train_networks
+from apacs_ray.training.dataset import Heatmaps
 
 SPLITS = ("train", "val")  # test tiles are read by `evaluate` only
 

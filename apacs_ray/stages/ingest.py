@@ -14,17 +14,17 @@ from dataclasses import asdict
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from apacs_ray.adapters.ingest import REJECT_SCHEMA
 from apacs_ray.console import say
-from apacs_ray.data import synthetic
-from apacs_ray.data.folder import Reject, is_folder_layout
+from apacs_ray.data.folders import Reject, is_folder_layout
 from apacs_ray.data.shards import Receipt, shard_paths
+from apacs_ray.distributed.data import REJECT_SCHEMA
 from apacs_ray.errors import ApacsError, UsageError
-from apacs_ray.run import Counts, environment, fingerprint
+from apacs_ray.runs.run import Counts, environment, fingerprint
 from apacs_ray.slides.find import PLAIN, is_slide
-from apacs_ray.stages.cut import Cut, listed_data, open_store_file
+from apacs_ray.stages.ingest_result import Cut, listed_data, open_store_file
 from apacs_ray.stages.pipeline import Context, Outcome, Stage
 from apacs_ray.storage import Entry, Store, open_store
+from apacs_ray.synthetic import slide as synthetic
 
 REJECTS = re.compile(r"rejects/ingest-[0-9a-f]{8}\.parquet")
 # the same shard gives the same bytes with the same versions of these

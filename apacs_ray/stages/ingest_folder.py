@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from apacs_ray.adapters.ingest import probe_pairs, write_shards
 from apacs_ray.console import say
-from apacs_ray.data.folder import FolderData, Pair, find_pairs
-from apacs_ray.data.ingest import ShardTask, plan_tiles
+from apacs_ray.data.folders import FolderData, Pair, find_pairs
+from apacs_ray.data.image_tiles import ShardTask, plan_tiles
+from apacs_ray.distributed.data import probe_pairs, write_shards
 from apacs_ray.errors import ApacsError, UsageError
-from apacs_ray.stages.cut import Cut, say_found, with_given_splits
+from apacs_ray.stages.ingest_result import Cut, say_found, with_given_splits
 from apacs_ray.stages.pipeline import Context
 from apacs_ray.storage import Entry, Store
 

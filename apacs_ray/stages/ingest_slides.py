@@ -8,22 +8,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from apacs_ray.adapters.ingest import render_smears
-from apacs_ray.adapters.slides import inspect_slides, write_slide_shards
 from apacs_ray.console import say
-from apacs_ray.data import synthetic
-from apacs_ray.data.folder import Reject, Split
+from apacs_ray.data.folders import Reject, Split
 from apacs_ray.data.shards import Receipt
+from apacs_ray.distributed.data import render_smears
+from apacs_ray.distributed.slides import inspect_slides, write_slide_shards
 from apacs_ray.errors import BadInput, UsageError
 from apacs_ray.slides.cache import SlideCache, default_cache
 from apacs_ray.slides.companions import read_heads
 from apacs_ray.slides.find import SlideData, SlideFiles, find_slides
+from apacs_ray.slides.manifest import SlideSummary, SlideTask
 from apacs_ray.slides.mpps import read_mpps
-from apacs_ray.slides.plan import SlideSummary, SlideTask
-from apacs_ray.slides.shards import SlideShard, plan_shards
-from apacs_ray.stages.cut import Cut, listed_masks, open_store_file, require_clear, say_found, with_given_splits
+from apacs_ray.slides.slide_tiles import SlideShard, plan_shards
+from apacs_ray.stages.ingest_result import (
+    Cut,
+    listed_masks,
+    open_store_file,
+    require_clear,
+    say_found,
+    with_given_splits,
+)
 from apacs_ray.stages.pipeline import Context
 from apacs_ray.storage import Entry, Store
+from apacs_ray.synthetic import slide as synthetic
 
 MANIFEST = re.compile(r"manifest/[0-9a-f]{8}/\d{6,}\.(parquet|png)")  # what a run writes there; nothing else is ours
 GIB = 1 << 30

@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
-from apacs_ray.adapters.session import RaySession
-from apacs_ray.clean import without_secrets
+from apacs_ray.config.settings import Settings
 from apacs_ray.console import Bars, bars, say
+from apacs_ray.distributed.session import RaySession
 from apacs_ray.errors import ApacsError
-from apacs_ray.run import Counts, Marker, Run
-from apacs_ray.settings import Settings
+from apacs_ray.redact import without_secrets
+from apacs_ray.runs.run import Counts, Marker, Run
 from apacs_ray.storage import Entry, Store
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from apacs_ray.config.settings import MemberName, MembersSettings
 from apacs_ray.models.fcn import build_member
 from apacs_ray.models.start import (
     IMAGENET_FILES,
@@ -13,7 +14,6 @@ from apacs_ray.models.start import (
     start_from_released,
 )
 from apacs_ray.models.weights import weights_bytes
-from apacs_ray.settings import MemberName, MembersSettings
 from apacs_ray.storage import Store, open_store
 
 

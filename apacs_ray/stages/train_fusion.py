@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from apacs_ray.config.settings import FusionSettings, Settings
 from apacs_ray.console import say
 from apacs_ray.models.spec import ModelSpec, fusion_spec
 from apacs_ray.models.start import fusion_weights
-from apacs_ray.run import Counts, fingerprint
-from apacs_ray.settings import FusionSettings, Settings
+from apacs_ray.runs.run import Counts, fingerprint
 from apacs_ray.stages.fusion_settings import NOT_LEARNED, resolve_fusion
 from apacs_ray.stages.pipeline import Context, Outcome, Stage
-from apacs_ray.stages.training import Network, forget_state, train_networks
-from apacs_ray.training.feed import Heatmaps
+from apacs_ray.stages.train_networks import Network, forget_state, train_networks
+from apacs_ray.training.dataset import Heatmaps
 
 FOLDERS = {"fusion": "fusion", "fusion_published": "fusion_published"}
 

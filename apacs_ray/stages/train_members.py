@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from apacs_ray.config.settings import MemberName
 from apacs_ray.models.spec import MEMBERS, ModelSpec
-from apacs_ray.run import Counts, fingerprint
-from apacs_ray.settings import MemberName
+from apacs_ray.runs.run import Counts, fingerprint
 from apacs_ray.stages.pipeline import Context, Outcome, Stage
 from apacs_ray.stages.start import start_version, start_weights
-from apacs_ray.stages.training import Network, forget_state, train_networks
+from apacs_ray.stages.train_networks import Network, forget_state, train_networks
 
 
 def _fingerprint(context: Context) -> str:

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 
 import yaml
 
-from apacs_ray.adapters.trial import TrialTask
-from apacs_ray.adapters.tune import TrialResult, sweep
+from apacs_ray.config.settings import FusionSettings
+from apacs_ray.config.sweep import read_sweep
 from apacs_ray.console import say
+from apacs_ray.distributed.trial import TrialTask
+from apacs_ray.distributed.tune import TrialResult, sweep
 from apacs_ray.errors import ApacsError
-from apacs_ray.run import Counts, fingerprint, source_hash
-from apacs_ray.settings import FusionSettings
+from apacs_ray.runs.run import Counts, fingerprint, source_hash
 from apacs_ray.stages.fusion_settings import BEST, NOT_LEARNED
 from apacs_ray.stages.pipeline import Context, Outcome, Stage
-from apacs_ray.stages.training import read_indices
-from apacs_ray.sweep import read_sweep
+from apacs_ray.stages.train_networks import read_indices
 
 
 def _fingerprint(context: Context) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from apacs_ray.settings import TrainingSettings
+from apacs_ray.config.settings import TrainingSettings
 
 
 @dataclass(frozen=True)

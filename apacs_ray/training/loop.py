@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from apacs_ray.errors import ApacsError, TrainingError
+from apacs_ray.training.batch import Batch, Sample, batches
 from apacs_ray.training.config import TrainConfig
+from apacs_ray.training.history import EpochPart, EpochRecord, score
 from apacs_ray.training.jitter import jitter_stain
 from apacs_ray.training.loss import tile_losses
-from apacs_ray.training.record import EpochPart, EpochRecord, score
-from apacs_ray.training.samples import Batch, Sample, batches
 from apacs_ray.training.state import TrainState, bare_model, load_state
 
 AllReduce = Callable[[Tensor], Tensor]

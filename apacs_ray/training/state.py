@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from apacs_ray.errors import ApacsError
-from apacs_ray.training.record import EpochPart, EpochRecord
+from apacs_ray.training.history import EpochPart, EpochRecord
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 

@@ -1,0 +1,81 @@
+"""`python -m apacs_ray doctor`: every check in turn, one table, one exit status."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from apacs_ray.config.command_line import Command, parse
+from apacs_ray.console import console
+from apacs_ray.doctor import cluster, codecs, devices, machine, tables, versions
+from apacs_ray.doctor.finding import Check, Finding, examine, shown
+from apacs_ray.doctor.stores import Stores
+from apacs_ray.redact import secrets_in
+
+SUMMARY = (
+    "Says whether a run with the same options would work on this machine. Exit status: 0 yes, 1 no, 2 wrong usage."
+)
+COLOURS = {"ok": "green", "warning": "yellow", "failed": "bold red"}
+PAGE = 160  # characters a line, where there is no terminal that says
+
+
+def doctor(argv: Sequence[str]) -> int:
+    """Check, print the table, and return the exit status. Raises UsageError."""
+    command = parse(argv, "python -m apacs_ray doctor", SUMMARY)
+    findings, secrets = diagnose(command)
+    findings = [shown(finding, secrets) for finding in findings]
+    print_table(findings)
+    failed = sum(finding.state == "failed" for finding in findings)
+    warned = sum(finding.state == "warning" for finding in findings)
+    if failed:
+        console.print(f"{failed} failed, {warned} warned: a run would not work", markup=False)
+    else:
+        console.print("a run would work" + (f" ({warned} warned)" if warned else ""), markup=False)
+    return 1 if failed else 0
+
+
+def diagnose(command: Command) -> tuple[list[Finding], set[str]]:
+    """Every finding, and the secrets that must not be printed with them."""
+    stores = Stores()
+    settings, data, output = command.settings, command.data, command.output
+    checks: dict[str, Check] = {
+        "Python": versions.check_python,
+        "packages": versions.check_packages,
+        "torch": versions.check_torch,
+        "GPU": lambda: devices.check_gpus(settings),
+        "CPU": lambda: devices.check_cpu(settings),
+        "Pillow": codecs.check_pillow,
+        "simplejpeg": codecs.check_simplejpeg,
+        "libvips": codecs.check_vips,
+        "OpenSlide": codecs.check_openslide,
+        "shared memory": machine.check_shared_memory,
+        "disk": lambda: machine.check_disks(settings, output, data),
+        "open files": machine.check_open_files,
+        "data": lambda: stores.check_data("data", data),
+        "data.masks": lambda: stores.check_data("data.masks", settings.data.masks),
+        "data.splits": lambda: tables.check_splits(settings.data),
+        "data.mpps": lambda: tables.check_mpps(settings.data),
+        "output": lambda: stores.check_output("output", output),
+        "clock": stores.check_clock,
+        "cluster": lambda: cluster.check_cluster(command),
+    }
+    findings = [finding for name, check in checks.items() for finding in examine(name, check)]
+    return findings, secrets_in(os.environ) | stores.secrets()
+
+
+def print_table(findings: Sequence[Finding]) -> None:
+    """A row a finding; what to do stands below what was found."""
+    table = Table(title="doctor", title_justify="left")
+    for heading in ("check", "state", "found"):
+        table.add_column(heading, justify="left")
+    for finding in findings:
+        found = Text(finding.found, overflow="fold")
+        if finding.advice:
+            found.append(f"\n-> {finding.advice}")
+        table.add_row(Text(finding.name), Text(finding.state, COLOURS[finding.state]), found)
+    known = console.is_terminal or "COLUMNS" in os.environ
+    Console(width=console.width if known else PAGE).print(table)

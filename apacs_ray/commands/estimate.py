@@ -1,0 +1,253 @@
+"""`--estimate`: what a run will take on the cluster at hand, from a short sample, before anything is spent."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import TypeVar
+
+from rich.table import Table
+
+from apacs_ray.config.sweep import plan_sweep, read_sweep
+from apacs_ray.console import cell, console, say
+from apacs_ray.data.folders import Pair, find_pairs
+from apacs_ray.distributed.measure import measured
+from apacs_ray.distributed.pool import plan_pool
+from apacs_ray.distributed.resource_plan import Cluster, NetworkPlan, TrainingPlan, plan_training
+from apacs_ray.errors import ApacsError
+from apacs_ray.estimate.cutting import PAIRS, SLIDES, cut_pairs, cut_slides, spread
+from apacs_ray.estimate.lines import REPORT, Line, Seconds, Tiles, pool, sweep, tiling, training
+from apacs_ray.estimate.networks import ASSUMED_GPU, Inference, SampleTile, Times, Training, assume, measure
+from apacs_ray.models.spec import MEMBERS, ModelSpec
+from apacs_ray.slides.find import SlideFiles
+from apacs_ray.stages.ingest import data_store, holds_folders
+from apacs_ray.stages.ingest_result import listed_data, with_given_splits
+from apacs_ray.stages.ingest_slides import make_smears, slides_to_cut
+from apacs_ray.stages.pipeline import Context
+from apacs_ray.stages.train_fusion import fusion_specs
+from apacs_ray.training.config import TrainConfig
+
+HOUR = 3600.0
+U = TypeVar("U", Pair, SlideFiles)
+
+
+def estimate(context: Context, only: Sequence[str] | None) -> None:
+    """Say for each stage (of `only`, None: all) what it will take.
+
+    Nothing is trained, and nothing but what is made or fetched anyway is kept: synthetic smears, slides in the cache.
+    """
+    began = time.perf_counter()
+    context.ray.start()
+    cluster = context.ray.cluster()
+    tiles, tile, cut = _look_at_data(context, cluster)
+    networks = _Networks(context, cluster, tiles, tile)
+    lines: dict[str, Callable[[], list[Line]]] = {
+        "ingest": lambda: [cut],
+        "train_members": lambda: [networks.members()],
+        "heatmaps": networks.heatmaps,
+        "tune_fusion": networks.sweep,
+        "train_fusion": lambda: [networks.fusions()],
+        "evaluate": lambda: [networks.evaluation()],
+    }
+    shown = [line for name, work in lines.items() if only is None or name in only for line in work()]
+    _show(shown)
+    there = f"{cluster.cpus:.0f} CPUs" + (f" and {cluster.gpus:g} GPUs" if cluster.gpus else "")
+    say(f"on {there}, from a sample of {time.perf_counter() - began:.0f} s; nodes that have to start come on top")
+    if context.settings.members.patience or context.settings.fusion.patience:
+        say("training that no longer gets better ends earlier (members.patience, fusion.patience)")
+    if networks.assumed:
+        say(f"no GPU is there yet: {ASSUMED_GPU / 1e12:.0f} TFLOP/s were assumed of each, nothing was measured")
+
+
+Unit = Pair | SlideFiles
+
+
+def _look_at_data(context: Context, cluster: Cluster) -> tuple[Tiles, SampleTile, Line]:
+    """How many tiles there will be, one of them, and what cutting them takes."""
+    store, settings = data_store(context), context.settings
+    if context.run.data is None:
+        make_smears(context, store)
+    entries = listed_data(context, store)
+    listed: Sequence[Unit]
+    chosen: Sequence[Unit]
+    if holds_folders(store.uri, entries):
+        found = find_pairs(entries, root=store.uri, slide_regex=settings.data.slide_regex)
+        pairs = with_given_splits(found.pairs, settings.data.splits)
+        some = _chosen(pairs, PAIRS)
+        listed, chosen, cut = pairs, some, partial(cut_pairs, store, some, settings.tiles, settings.data)
+    else:
+        task, _, slides = slides_to_cut(context, store, entries, "estimate")
+        few = _chosen(slides, SLIDES)
+        listed, chosen, cut = slides, few, partial(cut_slides, task, few)
+    if not listed:
+        raise ApacsError(f"{store.uri}: nothing to cut")
+    sample = measured(cut, cpus=min(1.0, cluster.cpus), gpus=0)
+    if sample.cut.tile is None:
+        raise ApacsError(f"{store.uri}: none of the {len(chosen)} that were tried gives a tile; --dry-run says why")
+    count = _count(listed, chosen, sample.tiles, settings.data.val_fraction)
+    tiles = Tiles(*count, sample.cut.size / sample.cut.count)
+    opening = sample.opening * len(listed) / len(chosen)
+    shard = settings.tiles.shard
+    return tiles, sample.cut.tile, tiling(tiles, sample.cut.each, opening, shard=shard, cpus=cluster.tiling_cpus)
+
+
+def _chosen(listed: Sequence[U], most: int) -> list[U]:
+    """At most so many of each kind, from all over the listing."""
+    kinds = sorted({_kind(unit) for unit in listed})
+    return [unit for kind in kinds for unit in spread([one for one in listed if _kind(one) == kind], most)]
+
+
+def _kind(unit: Unit) -> str:
+    """Scanners differ in how many bytes a pixel takes them."""
+    return "pair" if isinstance(unit, Pair) else unit.path.rpartition(".")[2].lower()
+
+
+def _weight(unit: Unit) -> int:
+    """What a unit's tiles are proportional to: slides of more bytes have more."""
+    return 1 if isinstance(unit, Pair) else sum(entry.size for entry in unit.files)
+
+
+def _count(
+    listed: Sequence[Unit], chosen: Sequence[Unit], tiles: Sequence[float], val_fraction: float
+) -> tuple[int, int, int]:
+    """Tiles to train, validate and test on, when all are as the chosen ones of their kind."""
+    weights: dict[str, float] = defaultdict(float)
+    found: dict[str, float] = defaultdict(float)
+    for unit, count in zip(chosen, tiles, strict=True):
+        weights[_kind(unit)] += _weight(unit)
+        found[_kind(unit)] += count
+    splits = dict.fromkeys(("train", "val", "test"), 0.0)
+    for unit in listed:
+        kind = _kind(unit)
+        splits[unit.split or "train"] += _weight(unit) * found[kind] / max(1, weights[kind])
+    if not splits["val"]:
+        splits["val"] = val_fraction * splits["train"]
+        splits["train"] -= splits["val"]
+    train, val, test = map(round, splits.values())
+    return train, val, test
+
+
+class _Networks:
+    """The stages with networks: planned as a run plans them, and measured at once in one process."""
+
+    def __init__(self, context: Context, cluster: Cluster, tiles: Tiles, tile: SampleTile) -> None:
+        settings = context.settings
+        self._settings, self._cluster, self._tiles, self._tile = settings, cluster, tiles, tile
+        self.assumed = cluster.gpus > 0 and not context.ray.has_gpus()
+        self._member_specs = [
+            ModelSpec("member", name, width=settings.members.width, dropout=settings.members.dropout)
+            for name in MEMBERS
+        ]
+        self._fusion_specs = [spec for _, spec in fusion_specs(settings, settings.fusion).values()]
+        self._member_plan = self._plan(self._member_specs, settings.members.mode)
+        self._fusion_plan = self._plan(self._fusion_specs, "parallel")
+        self._sweep = read_sweep(settings.tune.config)
+        self._trial, self._trials = plan_sweep(self._sweep, cluster, settings.fusion.batch_size)
+
+    def members(self) -> Line:
+        """The stage that trains the members."""
+        return self._trained("train_members", self._member_plan, 0)
+
+    def fusions(self) -> Line:
+        """The stage that trains the fusion, and the published one where it is compared."""
+        return self._trained("train_fusion", self._fusion_plan, len(MEMBERS))
+
+    def heatmaps(self) -> list[Line]:
+        """The members on train and val tiles; with folds, their trainings before."""
+        folds, tiles = self._settings.heatmaps.folds, self._tiles
+        # each of `folds` trainings sees all folds but one
+        trained = [self._trained("heatmaps: folds", self._member_plan, 0).times(folds - 1)] if folds > 1 else []
+        return [
+            *trained,
+            self._pooled("heatmaps", tiles.train + tiles.val, self._times.members, size=self._times.heatmaps),
+        ]
+
+    def sweep(self) -> list[Line]:
+        """The sweep, where its result will be used."""
+        if not self._settings.fusion.from_best:
+            return []
+        seconds = self._times.trainings[-1]
+        return [sweep(self._sweep, self._tiles, seconds, concurrency=self._trials, network=self._trial)]
+
+    def evaluation(self) -> Line:
+        """Everything on the test tiles, and the report."""
+        line = self._pooled("evaluate", self._tiles.test, self._times.everything, size=0.0)
+        return replace(line, wall=line.wall + REPORT)
+
+    @cached_property
+    def _times(self) -> Times:
+        trainings = [
+            *self._trainings(self._member_specs, self._member_plan),
+            *self._trainings(self._fusion_specs, self._fusion_plan),
+            self._training(self._fusion_specs[0], self._trial),
+        ]
+        how = self._settings.evaluate
+        fusions = {spec.name: spec for spec in self._fusion_specs}
+        inference = Inference(fusions, self._settings.members.width, how.threads, how.precision)
+        work = partial(assume if self.assumed else measure, self._tile, trainings, inference)
+        gpus = 1.0 if self._cluster.gpus and not self.assumed else 0.0
+        return measured(work, cpus=min(1.0, self._cluster.cpus), gpus=gpus)
+
+    def _plan(self, specs: Sequence[ModelSpec], mode: str) -> TrainingPlan:
+        how = self._settings.members if specs is self._member_specs else self._settings.fusion
+        names = [spec.name for spec in specs]
+        return plan_training(names, self._cluster, workers=how.workers, batch_size=how.batch_size, mode=mode)  # type: ignore[arg-type]
+
+    def _trainings(self, specs: Sequence[ModelSpec], plan: TrainingPlan) -> list[Training]:
+        networks = [network for group, network in plan.runs(specs) for _ in group]
+        return [self._training(spec, network) for spec, network in zip(specs, networks, strict=True)]
+
+    def _training(self, spec: ModelSpec, network: NetworkPlan) -> Training:
+        how = self._settings.members if spec.kind == "member" else self._settings.fusion
+        config = TrainConfig.of(how, self._settings.run.seed)
+        return Training(spec, config, how.crop, network.threads, network.workers)
+
+    def _trained(self, stage: str, plan: TrainingPlan, first: int) -> Line:
+        how = self._settings.members if first == 0 else self._settings.fusion
+        count = len(MEMBERS) if first == 0 else len(self._fusion_specs)
+        seconds: Sequence[Seconds] = self._times.trainings[first : first + count]
+        return training(stage, self._tiles, how.epochs, seconds, plan, self._cluster.cpus)
+
+    def _pooled(self, stage: str, tiles: int, each: float, *, size: float) -> Line:
+        plan = plan_pool(self._cluster, math.ceil(tiles / self._settings.tiles.shard))
+        return pool(
+            stage,
+            tiles,
+            each,
+            shard=self._settings.tiles.shard,
+            actors=plan.actors,
+            gpus=plan.gpus,
+            threads=self._settings.evaluate.threads,
+            size=size,
+        )
+
+
+def _show(lines: Sequence[Line]) -> None:
+    table = Table(title="estimate", title_justify="left")
+    for heading in ("stage", "tiles", "ms each", "CPU h", "GPU h", "GB", "wall time"):
+        table.add_column(heading, justify="left" if heading == "stage" else "right")
+    for line in lines:
+        table.add_row(cell(line.stage), str(line.tiles), f"{1000 * line.each:.0f}", *_sums([line]))
+    table.add_section()
+    table.add_row("in all", "", "", *_sums(lines))
+    console.print(table)
+    say("tiles of training: one in each epoch of each network")
+
+
+def _sums(lines: Sequence[Line]) -> list[str]:
+    cpu, gpu, size, wall = (
+        sum(getattr(line, what) for line in lines) for what in ("cpu_seconds", "gpu_seconds", "size", "wall")
+    )
+    return [f"{cpu / HOUR:.2f}", f"{gpu / HOUR:.2f}", f"{size / 1e9:.2f}", _duration(wall)]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < HOUR:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / HOUR:.1f} h"

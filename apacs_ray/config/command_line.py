@@ -1,0 +1,247 @@
+"""The command line of every script in `pipelines/`, and the order in which settings override each other.
+
+Command line > `--config` > `configs/synthetic.yaml` (only without `--data`) > defaults. A bad key or value ends in one
+readable line that names the key and exit status 2, before anything starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from apacs_ray.config.settings import Settings
+from apacs_ray.errors import UsageError
+from apacs_ray.redact import uri_defect
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LARGEST_YAML = 1 << 20  # bytes
+SYNTHETIC_CONFIG = "configs/synthetic.yaml"
+
+
+@dataclass(frozen=True)
+class Command:
+    """One parsed command: where the data is (None: synthetic smears), where the run goes, and its settings."""
+
+    data: str | None
+    output: str
+    settings: Settings
+    dry_run: bool = False
+    estimate: bool = False
+
+
+def find_config(name: str) -> Path:
+    """A settings file: `name` in the working directory, else in the repository root. Raises UsageError."""
+    for candidate in (Path(name), REPOSITORY / name):
+        if candidate.is_file():
+            return candidate
+    raise UsageError(f"{name}: no such file here or in {REPOSITORY}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UsageError with the file and line."""
+    try:
+        if path.stat().st_size > LARGEST_YAML:
+            raise UsageError(f"{path}: {path.stat().st_size} bytes; settings have at most {LARGEST_YAML}")
+        content = parse_yaml(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: expected 'key: value' lines, found a {type(content).__name__}")
+    return content
+
+
+def parse_yaml(text: str) -> Any:
+    """YAML of plain values, without aliases: a few lines of them may stand for gigabytes. Raises YAMLError."""
+    for token in yaml.scan(text, Loader=yaml.SafeLoader):
+        if isinstance(token, yaml.AliasToken):
+            raise yaml.YAMLError(f"line {token.start_mark.line + 1}: an alias (*{token.value}); write its value out")
+    return yaml.safe_load(text)
+
+
+def parse(argv: Sequence[str], program: str, summary: str) -> Command:
+    """The command in `argv`. Raises UsageError; `--help` and unknown options end the process as argparse does."""
+    parser = _parser(program, summary)
+    given = vars(parser.parse_args(argv))
+    data, output, config = given.pop("data"), given.pop("output"), given.pop("config")
+    dry_run, estimate = given.pop("dry_run"), given.pop("estimate")
+    if dry_run and estimate:
+        raise UsageError("--dry-run and --estimate: give one of them")
+    for option, uri in (("--data", data), ("--output", output)):
+        _require_open(option, uri)
+    layers: list[tuple[str, dict[str, Any]]] = []
+    if data is None:
+        layers.append((SYNTHETIC_CONFIG, read_yaml(find_config(SYNTHETIC_CONFIG))))
+    if config is not None:
+        layers.append((config, read_yaml(find_config(config))))
+    layers.append(("command line", _nested({key: value for key, value in given.items() if value is not None})))
+    settings = merge_settings(layers)
+    for section, tree in settings.model_dump().items():
+        for key, value in tree.items():
+            _require_open(f"{section}.{key}", value)
+    if settings.fusion.from_best:
+        _require_sweep(settings)
+    return Command(data, output or default_output(data), settings, dry_run, estimate)
+
+
+def _require_open(key: str, value: Any) -> None:
+    """Raise UsageError for a URI with a secret in it: what is given here is printed and kept."""
+    if isinstance(value, str) and (defect := uri_defect(value)) is not None:
+        raise UsageError(f"{key}: {defect}")
+
+
+def _require_sweep(settings: Settings) -> None:
+    """Raise UsageError for a sweep that cannot run, which would be found when the members are trained, hours later."""
+    from apacs_ray.config.sweep import read_sweep  # which reads its file by this module
+
+    tune = settings.tune
+    if not tune.model_fields_set and not (REPOSITORY / tune.config).is_file():
+        return  # the doctor of an installed package: the sweeps stay in the repository, as the scripts do
+    try:
+        sweep = read_sweep(tune.config)
+    except UsageError as error:
+        raise UsageError(f"tune.config: {error}") from error
+    if "fcn32" in sweep.trunks and settings.fusion_width != settings.members.width:
+        raise UsageError(f"tune.config: {tune.config}: trunk fcn32 needs fusion.width as members.width; leave it out")
+    if sweep.searcher == "optuna" and importlib.util.find_spec("optuna") is None:
+        raise UsageError(f"tune.config: {tune.config}: searcher optuna needs the package: pip install '.[optuna]'")
+
+
+def default_output(data: str | None) -> str:
+    """`./runs/<name of the data>`, so that the same command finds its own run again."""
+    if data is None:
+        return "runs/synthetic"
+    name = os.path.basename(os.path.abspath(data)) if "://" not in data else data.rstrip("/").rsplit("/", 1)[-1]
+    return f"runs/{'data' if name in ('', '.', '..') else name}"
+
+
+def merge_settings(layers: Sequence[tuple[str, dict[str, Any]]]) -> Settings:
+    """Settings from (source, tree) layers, the later ones winning. Raises UsageError naming key and source."""
+    merged: dict[str, Any] = {}
+    for _, tree in layers:
+        _merge(merged, tree)
+    try:
+        return Settings.model_validate(merged)
+    except ValidationError as error:
+        raise UsageError(_one_line(error, layers)) from error
+
+
+def _parser(program: str, summary: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=program,
+        usage="%(prog)s [--data URI] [--output URI] [--config FILE.yaml] [--SECTION.KEY VALUE ...]",
+        description=summary,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="The same command again resumes a run. Exit status: 0 done, 1 a stage failed, 2 wrong usage.",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="URI",
+        help="local path or s3://bucket/prefix (default: synthetic smears, made on the spot)",
+    )
+    parser.add_argument("--output", metavar="URI", help="the run (default: runs/<name of the data, or synthetic>)")
+    parser.add_argument("--config", metavar="FILE.yaml", help="settings, looked up here, then in the repository")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only plan the tiles: manifests and a picture of each slide, and what cutting them will cost",
+    )
+    parser.add_argument(
+        "--estimate",
+        action="store_true",
+        help="only say what each stage will take on this cluster: tiles, bytes, hours, from a short measured sample",
+    )
+    for section, model in _sections():
+        group = parser.add_argument_group(section, (model.__doc__ or "").strip().splitlines()[0])
+        for name, field in model.model_fields.items():
+            text = field.description or ""
+            if "(default:" not in text:
+                text += f" (default: {_shown(field.default)})"
+            text = text.replace("%", "%%")
+            group.add_argument(f"--{section}.{name}", metavar=_metavar(field), help=text)
+    return parser
+
+
+def _sections() -> Iterator[tuple[str, type[BaseModel]]]:
+    for name, field in Settings.model_fields.items():
+        assert isinstance(field.annotation, type)
+        yield name, field.annotation
+
+
+def _shown(default: Any) -> str:
+    match default:
+        case None:
+            return "none"
+        case bool():
+            return str(default).lower()
+        case tuple():
+            return ",".join(default)
+        case _:
+            return str(default)
+
+
+def _metavar(field: FieldInfo) -> str:
+    kinds = [kind for kind in (typing.get_args(field.annotation) or (field.annotation,)) if kind is not type(None)]
+    if all(isinstance(kind, str) for kind in kinds):
+        return "|".join(kinds)
+    names = {bool: "true|false", int: "N", float: "X", str: "TEXT"}
+    return names.get(kinds[0], "A,B,...")
+
+
+def _nested(flat: dict[str, str]) -> dict[str, Any]:
+    """{"tiles.size": "256"} as {"tiles": {"size": "256"}}; lists are comma-separated, `none` unsets."""
+    sections = dict(_sections())
+    tree: dict[str, Any] = {}
+    for key, text in flat.items():
+        section, name = key.split(".")
+        annotation = sections[section].model_fields[name].annotation
+        value: Any = text
+        if typing.get_origin(annotation) is tuple:
+            value = [part.strip() for part in text.split(",")]
+        elif text.lower() in ("none", "null") and type(None) in typing.get_args(annotation):
+            value = None
+        tree.setdefault(section, {})[name] = value
+    return tree
+
+
+def _merge(into: dict[str, Any], tree: dict[str, Any]) -> None:
+    for key, value in tree.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = dict(value) if isinstance(value, dict) else value
+
+
+def _one_line(error: ValidationError, layers: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    source = next((name for name, tree in reversed(layers) if _holds(tree, path)), layers[-1][0])
+    key = ".".join(path[:2]) or "settings"
+    if first["type"] == "extra_forbidden":
+        known = Settings.model_fields if len(path) == 1 else dict(_sections())[path[0]].model_fields
+        return f"{key}: no such setting (in {source}); there is {', '.join(known)}"
+    message = first["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(first["input"], dict | BaseModel) else f", not {first['input']!r}"
+    return f"{key}: {message}{given} (in {source})"
+
+
+def _holds(tree: Any, path: Sequence[str]) -> bool:
+    for part in path[:2]:
+        if not isinstance(tree, dict) or part not in tree:
+            return False
+        tree = tree[part]
+    return True

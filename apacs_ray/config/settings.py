@@ -1,0 +1,286 @@
+"""The settings of a run: one typed, validated tree, which the command line and YAML fill (`config.command_line`).
+
+Nothing here imports torch or Ray, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+MemberName = Literal["fcn32", "fcn16", "fcn8"]
+HeatmapInit = Literal["random", "mean", "zero"]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A branch of the tree: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSettings(Section):
+    """Where images and masks come from, and what counts as a defect."""
+
+    masks: str | None = Field(None, description="URI of the masks, when they do not lie beside the slides")
+    mpp: float | None = Field(None, gt=0, description="um per px at level 0, for images that do not say")
+    mpps: str | None = Field(None, description="URI of a CSV slide_id,mpp: um per px of single slides")
+    mask_classes: tuple[str, ...] = Field(
+        (),
+        description="annotations that are cells, by class (QuPath), group (ASAP), layer or text (ImageScope) or "
+        "category (COCO); default: all but QuPath's Ignore* and Region*",
+    )
+    engine: Literal["auto", "vips", "openslide"] = Field(
+        "auto", description="what reads whole slides; auto: libvips where it can, else OpenSlide"
+    )
+    plane: str = Field(
+        "middle",
+        description="focal plane of a z-stack (TIFF): middle, its number from 0, or sharpest, which is chosen anew for "
+        "each tile",
+    )
+    cache: str | None = Field(
+        None, description="folder on each node for slides from object storage (default: in the temporary folder)"
+    )
+    cache_gb: float = Field(50.0, gt=0, description="GiB that the cache may hold, beside the slides in use")
+    splits: str | None = Field(None, description="URI of a CSV slide_id,split (split: train, val or test)")
+    slide_regex: str | None = Field(
+        None,
+        description="regular expression on the file stem; its first group is the slide id "
+        "(default: every file is its own slide)",
+    )
+    val_fraction: Share = Field(
+        0.2, gt=0, description="share of the training part that becomes val, when no val part is given"
+    )
+    max_rejects: str = Field(
+        "default",
+        description="rejected units that a stage tolerates, a count (5) or a share (1%) of the units listed; "
+        "'default' is the larger of 1% and 5",
+    )
+    mask_threshold: int | None = Field(
+        None,
+        ge=1,
+        le=255,
+        description="grey masks and labels: a value of at least this, as stored, is cell; of colors their luminance "
+        "(default: masks of more than two values are rejected); 1 takes every label but 0",
+    )
+    max_pixels: int = Field(400_000_000, ge=1024, description="px; a larger image is rejected undecoded")
+
+    @field_validator("max_rejects", mode="before")
+    @classmethod
+    def _a_count_or_a_share(cls, value: Any) -> str:
+        text = str(value).strip()
+        if text != "default" and not re.fullmatch(r"\d+|\d+(\.\d+)?%", text):
+            raise ValueError(f"{text!r} is neither a count (5) nor a share (1%)")
+        return text
+
+    @field_validator("plane", mode="before")
+    @classmethod
+    def _a_plane(cls, value: Any) -> str:
+        text = str(value).strip()
+        if not re.fullmatch(r"middle|sharpest|[0-9]{1,4}", text):
+            raise ValueError("Input should be middle, sharpest or a number from 0")
+        return text
+
+    @field_validator("slide_regex")
+    @classmethod
+    def _compiles(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"not a regular expression: {error}") from error
+        return value
+
+
+class SyntheticSettings(Section):
+    """The embedded default data, used when no --data is given: 5 synthetic smears (3 train, 2 test)."""
+
+    width: int = Field(2560, ge=64, description="px, width of a synthetic slide")
+    height: int = Field(2048, ge=64, description="px, height of a synthetic slide")
+    mpp: float = Field(0.5, ge=0.2, le=1.0, description="um per px of a synthetic slide")
+    train_slides: int = Field(3, ge=1, description="number of training slides")
+    test_slides: int = Field(2, ge=1, description="number of test slides")
+
+
+class TilesSettings(Section):
+    """How images are cut into fields of view (FOV, tiles) and stored."""
+
+    size: int = Field(2000, ge=32, description="px, side of a FOV (paper: 2000)")
+    stride: int | None = Field(None, ge=1, description="px from one FOV to the next (default: tiles.size, no overlap)")
+    mpp: float | None = Field(None, gt=0, description="um per px wanted (default: as scanned); whole slides only")
+    min_tissue: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="tiles with a smaller share of tissue are skipped (default: 0 for images, 0.02 for whole slides)",
+    )
+    min_tissue_um2: float = Field(
+        300.0,
+        ge=0,
+        description="um2 of tissue, about one small cell, for which a tile is kept all the same (inf: for none); "
+        "whole slides only",
+    )
+    last: Literal["keep", "shift", "drop"] = Field(
+        "keep", description="edge tiles: keep (smaller), shift (full size, overlapping) or drop"
+    )
+    image_format: Literal["jpeg", "png", "webp"] = Field(
+        "jpeg", description="how tiles are stored; png, webp: lossless"
+    )
+    quality: int = Field(95, ge=1, le=100, description="JPEG quality")
+    subsampling: Literal["4:4:4", "4:2:2", "4:2:0"] = Field("4:4:4", description="JPEG chroma subsampling")
+    shard: int = Field(128, ge=1, description="tiles a Parquet shard")
+
+    @model_validator(mode="after")
+    def _stride_covers(self) -> TilesSettings:
+        if self.stride is not None and self.stride > self.size:
+            raise ValueError(f"stride {self.stride} is larger than size {self.size}: pixels would be lost")
+        return self
+
+
+class TrainingSettings(Section):
+    """What training the members and training the fusion have in common."""
+
+    epochs: int = Field(100, ge=1, description="passes over the training tiles")
+    batch_size: int = Field(4, ge=1, description="tiles a step, over all workers")
+    accumulate: int = Field(1, ge=1, description="forward passes that share one step (less memory)")
+    learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
+    weight_decay: float = Field(0.0, ge=0, description="of the optimizer")
+    optimizer: Literal["adam", "adamw"] = Field("adamw", description="optimizer")
+    schedule: Literal["constant", "cosine"] = Field("cosine", description="learning rate over the run")
+    warmup_epochs: float = Field(0.0, ge=0, description="epochs of linear warm-up")
+    dice_weight: float = Field(0.5, ge=0, description="weight of the per-image soft Dice term beside BCE")
+    crop: int = Field(1024, ge=0, description="px, side of the random training crop; 0: whole tiles")
+    flips: bool = Field(True, description="random flips of image and mask together")
+    turns: bool = Field(True, description="random turns by 90 degrees of image and mask together")
+    jitter: float = Field(0.1, ge=0, le=1, description="strength of the stain jitter; 0: none")
+    dropout: float = Field(0.5, ge=0, lt=1, description="Dropout2d probability")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 autocast where the device computes it fast, else float32"
+    )
+    patience: int = Field(15, ge=0, description="epochs without a better val Dice before training stops; 0: never")
+    workers: int = Field(0, ge=0, description="DDP workers a network; 0: as the cluster allows")
+
+    @field_validator("crop")
+    @classmethod
+    def _crop_fits_the_networks(cls, value: int) -> int:
+        if 0 < value < 32:
+            raise ValueError("the networks need at least 32 px (0: whole tiles)")
+        return value
+
+
+class MembersSettings(TrainingSettings):
+    """The three members FCN-32, FCN-16 and FCN-8."""
+
+    width: float = Field(1.0, gt=0, le=1, description="share of the published channel counts; 1.0: as published")
+    mode: Literal["auto", "parallel", "together"] = Field(
+        "auto",
+        description="parallel: a training run for each member at the same time; together: one run steps all three on "
+        "each batch; auto: together on one GPU or one CPU",
+    )
+    init: Literal["random", "imagenet", "published"] = Field(
+        "random",
+        description="start of the weights: random, imagenet (AlexNet, VGG-16 of torchvision) or published (released)",
+    )
+    checkpoint: str | None = Field(
+        None,
+        description="URI of a folder with alexnet.pth and vgg16.pth (imagenet; default: torchvision downloads them) or "
+        "fcn32.pth, fcn16.pth and fcn8.pth (published)",
+    )
+
+    @model_validator(mode="after")
+    def _pretrained_weights_fit(self) -> MembersSettings:
+        if self.init != "random" and self.width != 1.0:
+            raise ValueError(f"init {self.init} needs width 1.0, not {self.width}")
+        if self.init == "published" and self.checkpoint is None:
+            raise ValueError("init published needs checkpoint, the folder of the released files")
+        return self
+
+
+class FusionSettings(TrainingSettings):
+    """The fusion network on RGB and the members' heatmaps."""
+
+    width: float | None = Field(None, gt=0, le=1, description="as members.width (default: members.width)")
+    head: Literal["published", "refined"] = Field(
+        "refined",
+        description="published: as released; refined: finer skips and a residual onto the members' mean",
+    )
+    members: tuple[MemberName, ...] = Field(
+        ("fcn32", "fcn16", "fcn8"), description="members whose heatmaps it reads (two or all three)"
+    )
+    heatmap_init: HeatmapInit = Field("random", description="start of the heatmap channels in the first layer")
+    trunk: Literal["random", "fcn32"] = Field(
+        "random", description="start of the trunk: random, or that of the trained FCN-32 (of the same width)"
+    )
+    from_best: bool = Field(True, description="train with the best setting of the sweep")
+    compare: bool = Field(False, description="train and evaluate the published head as well")
+
+    @field_validator("members")
+    @classmethod
+    def _two_or_three(cls, value: tuple[MemberName, ...]) -> tuple[MemberName, ...]:
+        order = ("fcn32", "fcn16", "fcn8")
+        if len(set(value)) != len(value) or len(value) < 2:
+            raise ValueError("two or three different members of fcn32, fcn16, fcn8")
+        return tuple(sorted(value, key=order.index))
+
+
+class HeatmapsSettings(Section):
+    """The members' heatmaps, stored once for training and tuning the fusion."""
+
+    folds: int = Field(
+        1,
+        ge=1,
+        le=20,
+        description="1: in-sample heatmaps, as in the paper; K > 1: out-of-fold, K more trainings",
+    )
+
+
+class TuneSettings(Section):
+    """The sweep of the fusion's hyperparameters."""
+
+    config: str = Field("tune_configs/fusion_asha.yaml", description="search space, searcher and scheduler")
+
+
+class EvaluateSettings(Section):
+    """The test tiles, read by this stage only."""
+
+    border: int = Field(
+        0, ge=0, description="px left out at a tile's edge, where the data set leaves cut cells unannotated"
+    )
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="of the networks")
+    threads: int = Field(
+        1, ge=1, description="torch threads a worker; fixed, so that counts do not depend on the machine"
+    )
+
+
+class RunSettings(Section):
+    """The run as a whole."""
+
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of everything random")
+    max_failures: int = Field(3, ge=0, description="lost workers a training survives")
+
+
+class Settings(Section):
+    """Everything a run can be told, beside where its data and its output are."""
+
+    data: DataSettings = DataSettings()
+    synthetic: SyntheticSettings = SyntheticSettings()
+    tiles: TilesSettings = TilesSettings()
+    members: MembersSettings = MembersSettings()
+    heatmaps: HeatmapsSettings = HeatmapsSettings()
+    tune: TuneSettings = TuneSettings()
+    fusion: FusionSettings = FusionSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    run: RunSettings = RunSettings()
+
+    @model_validator(mode="after")
+    def _trunk_fits(self) -> Settings:
+        if self.fusion.trunk == "fcn32" and self.fusion_width != self.members.width:
+            raise ValueError(f"fusion.trunk fcn32 needs fusion.width {self.members.width:g}, that of the members")
+        return self
+
+    @property
+    def fusion_width(self) -> float:
+        """Width of the fusion network; the members' where it is not set."""
+        return self.members.width if self.fusion.width is None else self.fusion.width

@@ -1,0 +1,154 @@
+"""A sweep of the fusion's hyperparameters, as `tune_configs/*.yaml` describes it. No Ray here."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from apacs_ray.config.command_line import find_config, read_yaml
+from apacs_ray.config.settings import FusionSettings
+from apacs_ray.distributed.resource_plan import Cluster, NetworkPlan, plan_trials
+from apacs_ray.errors import UsageError
+
+SWEPT = (
+    "learning_rate",
+    "weight_decay",
+    "dropout",
+    "dice_weight",
+    "members",
+    "heatmap_init",
+    "trunk",
+    "head",
+    "jitter",
+    "batch_size",
+)
+MUTABLE = ("learning_rate", "weight_decay", "dropout", "dice_weight", "jitter")  # that training may change on its way
+DISTRIBUTIONS = ("uniform", "loguniform", "quniform", "randint", "choice", "grid")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Distribution(_Strict):
+    """How one setting is drawn: `{loguniform: [1e-4, 1e-2]}`, `{choice: [a, b]}`, `{grid: [a, b]}` ..."""
+
+    kind: Literal["uniform", "loguniform", "quniform", "randint", "choice", "grid"]
+    values: tuple[Any, ...]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_key(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict) or len(tree) != 1 or not isinstance(next(iter(tree.values())), list):
+            raise ValueError(f"expected one of {', '.join(DISTRIBUTIONS)} with a list, such as {{choice: [1, 2]}}")
+        ((kind, values),) = tree.items()
+        return {"kind": kind, "values": values}
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Distribution:
+        sizes = {"uniform": 2, "loguniform": 2, "quniform": 3, "randint": 2}
+        if self.kind in sizes:
+            if len(self.values) != sizes[self.kind]:
+                raise ValueError(f"{self.kind} takes {sizes[self.kind]} numbers, not {len(self.values)}")
+            try:
+                numbers = tuple(float(value) for value in self.values)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{self.kind} {list(self.values)}: not numbers") from error
+            if numbers[0] >= numbers[1] or (self.kind == "loguniform" and numbers[0] <= 0):
+                raise ValueError(f"{self.kind} {list(self.values)}: not an increasing (positive) range")
+            object.__setattr__(self, "values", numbers)
+        elif not self.values:
+            raise ValueError(f"{self.kind} needs at least one value")
+        return self
+
+    def ends(self) -> tuple[Any, ...]:
+        """Values that every drawn one lies between, or all there are; for checking against the settings."""
+        return self.values[:2] if self.kind not in ("choice", "grid") else self.values
+
+
+class Scheduler(_Strict):
+    """Which trials are stopped early (`async_hyperband`, that is ASHA), go on from better ones (`pbt`), or neither."""
+
+    kind: Literal["async_hyperband", "pbt", "fifo"] = "fifo"
+    grace_period: int = Field(1, ge=1, description="epochs every trial gets")
+    reduction_factor: float = Field(3, gt=1, description="one in so many trials goes on at each rung")
+    interval: int = Field(2, ge=1, description="pbt: epochs between looks at the population")
+
+
+class Resources(_Strict):
+    """What one trial asks for: one process, or with `workers` a trainer of so many, each with `cpu` and `gpu`.
+
+    `gpu` counts only where the cluster has GPUs.
+    """
+
+    cpu: float = Field(1, gt=0)
+    gpu: float = Field(0.25, ge=0, le=1)
+    workers: int = Field(1, ge=1, description="DDP workers of a trial; 1: a single process, which shares GPUs best")
+
+
+class Sweep(_Strict):
+    """One sweep, as a YAML file describes it."""
+
+    trials: int = Field(ge=1)
+    epochs: int = Field(ge=1, description="of a trial at most")
+    concurrency: int = Field(0, ge=0, description="trials at a time; 0: as the cluster allows")
+    searcher: Literal["random", "optuna"] = "random"
+    scheduler: Scheduler = Scheduler()
+    resources: Resources = Resources()
+    space: dict[str, Distribution]
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Sweep:
+        grids = [name for name, drawn in self.space.items() if drawn.kind == "grid"]
+        if self.searcher == "optuna" and grids:
+            raise ValueError(f"searcher optuna draws for itself and takes no grid ({', '.join(grids)})")
+        if self.scheduler.kind == "pbt":
+            if self.searcher != "random":
+                raise ValueError("scheduler pbt changes settings for itself: give searcher random")
+            if self.resources.workers > 1:
+                raise ValueError("scheduler pbt copies trials of one process only: give resources.workers 1")
+            if not set(self.space) & set(MUTABLE):
+                raise ValueError(f"scheduler pbt changes {', '.join(MUTABLE)} on the way; none is in the space")
+        return self
+
+    @property
+    def trunks(self) -> tuple[str, ...]:
+        """Starts of the trunk that trials may draw."""
+        return self.space["trunk"].values if "trunk" in self.space else ()
+
+    @field_validator("space")
+    @classmethod
+    def _known_and_possible(cls, space: dict[str, Distribution]) -> dict[str, Distribution]:
+        unknown = sorted(set(space) - set(SWEPT))
+        if unknown or not space:
+            raise ValueError(f"cannot be swept: {unknown}; choose from {', '.join(SWEPT)}")
+        for name, distribution in space.items():
+            for value in distribution.ends():
+                FusionSettings.model_validate({name: value})
+        return space
+
+
+def plan_sweep(sweep: Sweep, cluster: Cluster, batch_size: int) -> tuple[NetworkPlan, int]:
+    """`plan_trials` of what the sweep asks for."""
+    asked = sweep.resources
+    return plan_trials(
+        cluster,
+        workers=asked.workers,
+        cpu=asked.cpu,
+        gpu=asked.gpu,
+        batch_size=batch_size,
+        trials=sweep.trials,
+        concurrency=sweep.concurrency,
+    )
+
+
+def read_sweep(name: str) -> Sweep:
+    """The sweep in a YAML file, looked up like `--config`. Raises UsageError naming file and key."""
+    path = find_config(name)
+    try:
+        return Sweep.model_validate(read_yaml(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UsageError(f"{path}: {key}: {first['msg'].removeprefix('Value error, ')}") from error

@@ -1,0 +1,78 @@
+"""The frozen members over training and val tiles: one heatmap shard beside each tile shard, by a pool of actors.
+
+A row holds one lossless RGB PNG, whose channels are the probabilities of FCN-32, FCN-16 and FCN-8 as uint8 (0..255).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from apacs_ray.data.shards import Receipt, open_table, read_receipt, write_table
+from apacs_ray.distributed.pool import PoolPlan, map_shards
+from apacs_ray.storage import Store
+from apacs_ray.training.dataset import Heatmaps, decode_pixels, encode_heatmaps
+
+HEATMAP_SCHEMA = pa.schema([("tile_id", pa.string()), ("heatmaps", pa.binary())])
+ALL = 0  # the fold of tiles that no fold left out: seen by the members trained on everything
+
+
+@dataclass(frozen=True)
+class HeatmapTask:
+    """What every heatmap shard has in common.
+
+    `members[fold]` are the model folders that see the tiles with `fold_of[tile_id] == fold`.
+    """
+
+    store: Store
+    heatmaps: Heatmaps
+    members: Mapping[int, Mapping[str, str]]
+    fold_of: Mapping[str, int]
+    threads: int
+    precision: str
+
+
+def write_heatmaps(
+    task: HeatmapTask, paths: Sequence[str], plan: PoolPlan, on_done: Callable[[int], None]
+) -> tuple[int, int]:
+    """Write the heatmap shard of every tile shard; returns rows in and rows out."""
+    rows_in = rows_out = 0
+    for row in map_shards(lambda: _HeatmapWriter(task), paths, plan):
+        rows_in += row["rows_in"]
+        rows_out += row["rows_out"]
+        on_done(rows_in)
+    return rows_in, rows_out
+
+
+class _HeatmapWriter:
+    """In an actor: the networks of every fold, loaded once."""
+
+    def __init__(self, task: HeatmapTask) -> None:
+        from apacs_ray.inference.predictor import Predictor
+
+        self._task = task
+        self._predictors = {
+            fold: Predictor.load(task.store, folders, threads=task.threads, precision=task.precision)
+            for fold, folders in task.members.items()
+        }
+
+    def __call__(self, path: str) -> pa.Table:
+        target = self._task.heatmaps.path(path)
+        receipt = read_receipt(self._task.store, target) or self._write(path, target)
+        return pa.table({"rows_in": [receipt.rows_in], "rows_out": [receipt.rows_out]})
+
+    def _write(self, path: str, target: str) -> Receipt:
+        rows = []
+        with self._task.store.open(path) as stream:
+            file = open_table(stream, path)
+            group = file.metadata.row_group(0).num_rows if file.num_row_groups else None
+            for number in range(file.num_row_groups):
+                for tile in file.read_row_group(number, columns=["tile_id", "image"]).to_pylist():
+                    predictor = self._predictors[self._task.fold_of.get(tile["tile_id"], ALL)]
+                    probabilities = predictor.probabilities(decode_pixels(tile["image"]))
+                    rows.append({"tile_id": tile["tile_id"], "heatmaps": encode_heatmaps(probabilities)})
+        receipt = Receipt(target, len(rows), len(rows))
+        write_table(self._task.store, pa.Table.from_pylist(rows, HEATMAP_SCHEMA), receipt, group)
+        return receipt

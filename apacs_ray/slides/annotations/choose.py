@@ -1,0 +1,97 @@
+"""Of the files that are called as a slide's annotation, the one that is it, or why none is."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from apacs_ray.data.folders import BAD_NAME
+from apacs_ray.errors import BadInput
+from apacs_ray.slides.annotations.names import JPEG, AnnotationKind, Fov
+from apacs_ray.slides.companions import suffix_of
+from apacs_ray.storage import Entry, is_bad_path
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A file that may annotate a slide. `doubtful`: a picture beside the slide whose name does not say mask."""
+
+    entry: Entry
+    where: Literal["data", "masks"]
+    kind: AnnotationKind
+    fov: Fov | None
+    doubtful: bool
+
+
+@dataclass
+class Chosen:
+    """What is used (one file, or FOVs), what is refused and why, and pictures that something else makes needless."""
+
+    used: tuple[Candidate, ...] = ()
+    refused: list[tuple[BadInput, tuple[Candidate, ...]]] = field(default_factory=list)
+    previews: list[Candidate] = field(default_factory=list)
+
+
+def choose_annotation(candidates: Sequence[Candidate]) -> Chosen:
+    """The annotation among files of a slide's name.
+
+    A picture whose name does not say that it is a mask yields to any other annotation, and a JPEG is never one. Of
+    several that are meant none is used: which is right, nobody knows.
+    """
+    chosen = Chosen()
+    good: list[Candidate] = []
+    for one in candidates:
+        if is_bad_path(one.entry.path):
+            chosen.refused.append((BadInput("bad_name", BAD_NAME), (one,)))
+        elif one.fov and one.fov.downsample != 1:
+            reason = (
+                f"{one.entry.path}: its name says that a pixel of it is {one.fov.downsample:g} of the slide's; export "
+                "tiles of the full resolution (d=1)"
+            )
+            chosen.refused.append((BadInput("bad_annotation", reason), (one,)))
+        else:
+            good.append(one)
+    pictures = [one for one in good if one.doubtful and suffix_of(one.entry.path) in JPEG]
+    chosen.previews += pictures
+    good = [one for one in good if one not in pictures]
+    fovs = _fovs([one for one in good if one.kind == "fovs"], chosen)
+    whole = [one for one in good if one.kind != "fovs"]
+    meant: list[tuple[Candidate, ...]] = [(one,) for one in whole if not one.doubtful]
+    meant += [unit for where in ("data", "masks") if (unit := tuple(one for one in fovs if one.where == where))]
+    doubtful = [one for one in whole if one.doubtful]
+    if meant:
+        chosen.previews += doubtful
+    else:
+        meant = [(one,) for one in doubtful]
+    if len(meant) == 1:
+        chosen.used = meant[0]
+    elif meant:
+        chosen.refused.append(_duplicates([one for unit in meant for one in unit]))
+    return chosen
+
+
+def _fovs(fovs: Sequence[Candidate], chosen: Chosen) -> list[Candidate]:
+    """One mask of each field of view: a picture yields to the mask of its place; of several masks none is taken."""
+    places: dict[tuple[int, int, bool], list[Candidate]] = defaultdict(list)
+    for one in fovs:
+        if one.fov:
+            places[one.fov.x, one.fov.y, one.fov.from_bounds].append(one)
+    kept: list[Candidate] = []
+    for same in places.values():
+        masks = [one for one in same if not one.doubtful] or same
+        chosen.previews += [one for one in same if one not in masks]
+        if len({one.where for one in masks}) < len(masks):
+            chosen.refused.append(_duplicates(masks))
+        else:
+            kept += masks
+    return kept
+
+
+def _duplicates(several: Sequence[Candidate]) -> tuple[BadInput, tuple[Candidate, ...]]:
+    names = ", ".join(f"{one.entry.path}{' (data.masks)' * (one.where == 'masks')}" for one in several[:4])
+    more = f" and {len(several) - 4} more" if len(several) > 4 else ""
+    return BadInput("duplicate_annotation", f"several annotations of one slide, keep one: {names}{more}"), tuple(
+        several
+    )
