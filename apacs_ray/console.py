@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from apacs_ray.redact import printable, without_secrets
+from apacs_ray.redact import printable, redact
 
 SAY_EVERY = 60.0  # s between lines of progress where there is no terminal
 console = Console(highlight=False, soft_wrap=True)
@@ -20,12 +20,12 @@ console = Console(highlight=False, soft_wrap=True)
 
 def say(text: str) -> None:
     """One line, as it is (no markup), less what no terminal should get."""
-    console.print(f"{time.strftime('%H:%M:%S')} {printable(without_secrets(text))}", markup=False)
+    console.print(f"{time.strftime('%H:%M:%S')} {printable(redact(text))}", markup=False)
 
 
 def cell(value: object) -> Text:
     """A table's cell: a name of a file in it is no markup and steers no terminal."""
-    return Text(printable(without_secrets(str(value))))
+    return Text(printable(redact(str(value))))
 
 
 class Bars:

@@ -19,8 +19,8 @@ CREDENTIALS = "give s3://bucket/prefix, and the keys as AWS_ACCESS_KEY_ID and AW
 _learned: set[str] = set()  # secrets of this process that its environment does not name, as a profile's
 
 
-def learn_secrets(*values: str | None) -> None:
-    """Remember values that `without_secrets` is to hide from now on in this process."""
+def register_secrets(*values: str | None) -> None:
+    """Remember values that `redact` is to hide from now on in this process."""
     _learned.update(value for value in values if value)
 
 
@@ -29,7 +29,7 @@ def secrets_in(environment: Mapping[str, str]) -> set[str]:
     return {value for name, value in environment.items() if SECRET_NAME.search(name)}
 
 
-def without_secrets(text: str, secrets: Iterable[str] = ()) -> str:
+def redact(text: str, secrets: Iterable[str] = ()) -> str:
     """The text with `***` for every known secret, for users in URLs and for signatures in their queries."""
     text = SIGNED.sub(r"\g<name>***", USER_IN_URL.sub("***@", text))
     known = {*secrets, *_learned, *secrets_in(os.environ)}

@@ -27,7 +27,7 @@ from faults import FOLDERS, OPTIONS, STAGES, SWEEP, differences  # noqa: E402
 from measure import options, require, show  # noqa: E402
 from moto.server import ThreadedMotoServer  # noqa: E402
 from runs import start, write_cells  # noqa: E402
-from s3_proxy import KINDS, Behaviour, Draw, Proxy, Request, at_random, proxy  # noqa: E402
+from s3_proxy import KINDS, Behavior, Draw, Proxy, Request, at_random, proxy  # noqa: E402
 
 RATE = 0.05  # of each kind
 DELAY = 2.0  # s
@@ -71,7 +71,7 @@ class Site:
     def run(self, name: str, draw: Draw) -> Job:
         """One whole job; every request until its end is noted with the stage that ran then."""
         self._running.requests.clear()
-        self._running.behaviour = Behaviour(draw=draw, delay=self._delay)
+        self._running.behavior = Behavior(draw=draw, delay=self._delay)
         started = time.monotonic()
         argv = ["--data", f"s3://{BUCKET}/cells", "--output", f"s3://{BUCKET}/{name}", *OPTIONS]
         process = start(*argv, "--tune.config", str(self._sweep), script=self._script)
@@ -83,7 +83,7 @@ class Site:
             if stage in STAGES and line.rstrip().endswith("starts"):
                 begun.append((time.monotonic(), stage))
         status, seconds = process.wait(), time.monotonic() - started
-        self._running.behaviour = Behaviour()
+        self._running.behavior = Behavior()
 
         def stage_of(request: Request) -> str:
             return next((stage for at, stage in reversed(begun) if request.at >= at), "before")

@@ -3,7 +3,7 @@
 Textbook: contiguous layout, float32, plain Adam, one `loss.item()` a step. Ours: `training.loop.Trainer` as a run uses
 it (channels_last, bfloat16 autocast where the device computes it fast, fused Adam, freed memory kept), fed from memory;
 each in a process of its own. Both pass the same uint8 tiles, dropout and binary cross-entropy. CPU: 512 x 512, batch 2.
-GPU: 2000 x 2000, by batch size. The share of the measured bfloat16 peak is the model FLOPs utilisation (MFU).
+GPU: 2000 x 2000, by batch size. The share of the measured bfloat16 peak is the model FLOPs utilization (MFU).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from apacs_ray.errors import ApacsError
-from apacs_ray.redact import without_secrets
+from apacs_ray.redact import redact
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     except FileNotFoundError as error:
         sys.exit(f"error: {arguments.model}: no finished run ({error.filename or error} is missing)")
     except (ApacsError, OSError) as error:
-        sys.exit(f"error: {without_secrets(str(error))}")
+        sys.exit(f"error: {redact(str(error))}")
     print(f"{arguments.output}: image (N, 3, {arguments.height}, {arguments.width}) in 0..1 -> logits of cell")
 
 

@@ -15,7 +15,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 SHARED = ROOT.parent / "shared"
 
 from runs import SMALL, SWEPT, run, write_cells  # noqa: E402 - the path stands only now
-from s3_proxy import Behaviour, Proxy, proxy  # noqa: E402
+from s3_proxy import Behavior, Proxy, proxy  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -116,8 +116,8 @@ def one_proxy(s3_endpoint: str) -> Iterator[Proxy]:
 @pytest.fixture
 def between(one_proxy: Proxy, s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     """A proxy that stands between the bucket `s3` and us, and behaves until a test says otherwise."""
-    one_proxy.behaviour = Behaviour()
+    one_proxy.behavior = Behavior()
     one_proxy.requests.clear()
     monkeypatch.setenv("AWS_ENDPOINT_URL", one_proxy.url)
     yield one_proxy
-    one_proxy.behaviour = Behaviour()
+    one_proxy.behavior = Behavior()

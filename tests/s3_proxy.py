@@ -51,7 +51,7 @@ def in_turn(*kinds: str | None) -> Draw:
 
 
 @dataclass
-class Behaviour:
+class Behavior:
     """What becomes of requests. `refuse` gives the code of an error for (method, is it a listing), or None."""
 
     refuse: Callable[[str, bool], str | None] = lambda method, listing: None
@@ -62,9 +62,9 @@ class Behaviour:
     delay: float = 2.0  # s
 
 
-def refusing_writes() -> Behaviour:
+def refusing_writes() -> Behavior:
     """A store that answers everything but writes."""
-    return Behaviour(lambda method, listing: "SlowDown" if method in ("PUT", "POST") else None, status=503)
+    return Behavior(lambda method, listing: "SlowDown" if method in ("PUT", "POST") else None, status=503)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Proxy:
     """A proxy that runs: its URL, how it behaves from now on, and what came so far."""
 
     url: str = ""
-    behaviour: Behaviour = field(default_factory=Behaviour)
+    behavior: Behavior = field(default_factory=Behavior)
     requests: list[Request] = field(default_factory=list)
 
     def met(self) -> Counter[str]:
@@ -104,19 +104,19 @@ def proxy(endpoint: str) -> Iterator[Proxy]:
             pass
 
         def _serve(self) -> None:
-            behaviour = running.behaviour
+            behavior = running.behavior
             body = self._body()
-            code = behaviour.refuse(self.command, "list-type" in self.path)
-            fault = None if code else behaviour.draw()
+            code = behavior.refuse(self.command, "list-type" in self.path)
+            fault = None if code else behavior.draw()
             self._note(code or fault)
             if code:
-                self._refuse(behaviour.status, code)
+                self._refuse(behavior.status, code)
             elif fault in ERRORS:
                 self._refuse(*ERRORS[fault])
             elif fault == "reset":
                 self._reset()
             else:
-                self._forward(behaviour, body, fault)
+                self._forward(behavior, body, fault)
 
         def _body(self) -> bytes:
             """What was sent, of a length given first (boto3) or in chunks (pyarrow)."""
@@ -130,11 +130,11 @@ def proxy(endpoint: str) -> Iterator[Proxy]:
                 pass  # trailers
             return b"".join(chunks)
 
-        def _forward(self, behaviour: Behaviour, body: bytes, fault: str | None) -> None:
+        def _forward(self, behavior: Behavior, body: bytes, fault: str | None) -> None:
             if fault == "delay":
-                time.sleep(behaviour.delay)
+                time.sleep(behavior.delay)
             connection = http.client.HTTPConnection(there)
-            drop = {"expect", "transfer-encoding", "content-length", *behaviour.forgotten}
+            drop = {"expect", "transfer-encoding", "content-length", *behavior.forgotten}
             kept = {name: value for name, value in self.headers.items() if name.lower() not in drop}
             connection.request(self.command, self.path, body, kept)
             answer = connection.getresponse()
@@ -151,14 +151,14 @@ def proxy(endpoint: str) -> Iterator[Proxy]:
         def _answer(
             self, status: int, headers: list[tuple[str, str]], content: bytes, fault: str | None = None
         ) -> None:
-            behaviour = running.behaviour
+            behavior = running.behavior
             length = str(len(content))
             if self.command == "HEAD":  # of what is not sent
                 length, content = next((value for name, value in headers if name.lower() == "content-length"), "0"), b""
-            ours = {"content-length", "connection", "transfer-encoding", *(name.lower() for name in behaviour.headers)}
+            ours = {"content-length", "connection", "transfer-encoding", *(name.lower() for name in behavior.headers)}
             lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, '')}"]
             lines += [f"{name}: {value}" for name, value in headers if name.lower() not in ours]
-            lines += [f"{name}: {value}" for name, value in behaviour.headers.items()]
+            lines += [f"{name}: {value}" for name, value in behavior.headers.items()]
             head = "\r\n".join([*lines, f"Content-Length: {length}", "", ""]).encode("latin-1")
             if fault in ("reset within", "truncated"):
                 whole = head + content

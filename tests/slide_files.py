@@ -24,7 +24,7 @@ PhysicalSizeX="{mpp}" PhysicalSizeXUnit="µm" PhysicalSizeY="{mpp}" PhysicalSize
 
 
 def picture(width: int, height: int, seed: int = 0) -> Rgb:
-    """Smooth colours with sharp spots, (height, width, 3)."""
+    """Smooth colors with sharp spots, (height, width, 3)."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(90, 250, (height // 16 + 2, width // 16 + 2, 3), dtype=np.uint8))
     rgb = np.array(coarse.resize((width, height), Image.Resampling.BICUBIC))

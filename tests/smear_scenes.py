@@ -95,8 +95,8 @@ def lit(
     rgb = np.empty((height, width, 3), np.uint8)
     for channel in range(3):
         light = gaussian_filter(np.exp(-stain * scene.density[channel]), 0.35)
-        grey = glass[channel] * lamp * light + noise / 4 * rng.standard_normal((height, width))
-        rgb[..., channel] = np.clip(np.rint(grey), 0, 255)
+        gray = glass[channel] * lamp * light + noise / 4 * rng.standard_normal((height, width))
+        rgb[..., channel] = np.clip(np.rint(gray), 0, 255)
     return rgb
 
 

@@ -63,18 +63,18 @@ def test_tiles_put_together_are_the_whole(shapes: list[Any], side: int, x: int, 
 
 @settings(max_examples=80, deadline=None)
 @given(ring=points, downsample=st.sampled_from([1.0, 2.0, 0.5, 1.7]))
-def test_a_pixel_is_in_when_its_centre_is(ring: list[Any], downsample: float) -> None:
+def test_a_pixel_is_in_when_its_center_is(ring: list[Any], downsample: float) -> None:
     annotations = drawn(ring)
     mask = PolygonMask(annotations).tile(3, 5, 50, 40, downsample)
     area = shapely.union_all(list(annotations.areas))
     x, y = np.meshgrid(3 + (np.arange(50) + 0.5) * downsample, 5 + (np.arange(40) + 0.5) * downsample)
-    centres = shapely.points(x, y)
-    clear = shapely.distance(centres, area.boundary) > 1e-6  # on an edge, a centre belongs to one side by convention
-    assert np.array_equal(mask[clear], shapely.contains(area, centres)[clear])
+    centers = shapely.points(x, y)
+    clear = shapely.distance(centers, area.boundary) > 1e-6  # on an edge, a center belongs to one side by convention
+    assert np.array_equal(mask[clear], shapely.contains(area, centers)[clear])
 
 
-def test_neighbours_share_no_pixel_and_leave_none() -> None:
-    """Edges through pixel centres: each centre belongs to exactly one of the two."""
+def test_neighbors_share_no_pixel_and_leave_none() -> None:
+    """Edges through pixel centers: each center belongs to exactly one of the two."""
     left = PolygonMask(read_geojson(collection(polygon([[0, 0], [10.5, 0], [10.5, 20], [0, 20]]))))
     right = PolygonMask(read_geojson(collection(polygon([[10.5, 0], [20, 0], [20, 20], [10.5, 20]]))))
     a, b = left.tile(0, 0, 20, 20, 1.0), right.tile(0, 0, 20, 20, 1.0)
@@ -95,7 +95,7 @@ def test_holes_multipolygons_lists_and_single_features() -> None:
 
 def test_only_the_classes_asked_for() -> None:
     named = polygon([[0, 0], [9, 0], [9, 9]]) | {"properties": {"classification": {"name": "Cell"}}}
-    other = polygon([[0, 0], [9, 0], [9, 9]]) | {"properties": {"classification": {"name": "Artefact"}}}
+    other = polygon([[0, 0], [9, 0], [9, 9]]) | {"properties": {"classification": {"name": "Artifact"}}}
     assert len(read_geojson(collection(named, other, polygon([[0, 0], [9, 0], [9, 9]])), ["Cell"]).areas) == 1
 
 
@@ -173,14 +173,14 @@ def test_mask_images_of_the_slide_or_its_bounds(tmp_path: Path, factor: int, of_
     assert np.array_equal(mask.tile(10, 10, 40, 30, 3.0), expected[11:101:3, 11:131:3])
 
 
-def test_mask_images_that_do_not_fit_or_are_grey(tmp_path: Path) -> None:
+def test_mask_images_that_do_not_fit_or_are_gray(tmp_path: Path) -> None:
     Image.new("L", (290, 200)).save(tmp_path / "size.png")
     with pytest.raises(BadInput, match="size_mismatch"):
         ImageMask(tmp_path / "size.png", INFO, None)
-    Image.linear_gradient("L").resize((300, 200)).save(tmp_path / "grey.png")
+    Image.linear_gradient("L").resize((300, 200)).save(tmp_path / "gray.png")
     with pytest.raises(BadInput, match="grey_mask"):
-        ImageMask(tmp_path / "grey.png", INFO, None).tile(0, 0, 300, 200, 1.0)
-    assert 0.3 < ImageMask(tmp_path / "grey.png", INFO, 128).tile(0, 0, 300, 200, 1.0).mean() < 0.7
+        ImageMask(tmp_path / "gray.png", INFO, None).tile(0, 0, 300, 200, 1.0)
+    assert 0.3 < ImageMask(tmp_path / "gray.png", INFO, 128).tile(0, 0, 300, 200, 1.0).mean() < 0.7
     (tmp_path / "bad.png").write_bytes(b"no picture")
     with pytest.raises(BadInput, match="unreadable"):
         ImageMask(tmp_path / "bad.png", INFO, None)

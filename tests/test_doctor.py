@@ -19,7 +19,7 @@ import boto3
 import numpy as np
 import pytest
 from ray._common.utils import get_default_ray_temp_dir
-from s3_proxy import Behaviour, Proxy
+from s3_proxy import Behavior, Proxy
 
 from apacs_ray.commands.doctor import doctor
 from apacs_ray.config import command_line as cli
@@ -283,13 +283,13 @@ def test_a_missing_right_is_named(s3: str, between: Proxy) -> None:
     store = open_store(s3)
     store.write("cells/a.png", b"pixels")
     for right, request in RIGHTS.items():
-        between.behaviour = Behaviour(lambda *asked, request=request: "AccessDenied" if asked == request else None)
+        between.behavior = Behavior(lambda *asked, request=request: "AccessDenied" if asked == request else None)
         findings = list(Stores().check_output("output", f"{s3}/run"))
         assert right in findings[0].found
         assert "policy" in findings[0].advice
         if request[0] == "GET":
             assert right in only(Stores().check_data("data", f"{s3}/cells")).found
-        between.behaviour = Behaviour()
+        between.behavior = Behavior()
         left = sorted(entry.path for entry in store.list("run"))
         if right == "s3:DeleteObject":  # what cannot be deleted is named
             assert [finding.found for finding in findings[1:]] == [f"{s3}/{left[0]} could not be deleted"]
@@ -299,7 +299,7 @@ def test_a_missing_right_is_named(s3: str, between: Proxy) -> None:
 
 
 def test_every_missing_right_is_named(s3: str, between: Proxy) -> None:
-    between.behaviour.refuse = lambda asked, lists: "AccessDenied"
+    between.behavior.refuse = lambda asked, lists: "AccessDenied"
     text = " ".join(finding.found for finding in Stores().check_output("output", f"{s3}/run"))
     for right in RIGHTS:
         assert f"{right} is denied" in text
@@ -307,7 +307,7 @@ def test_every_missing_right_is_named(s3: str, between: Proxy) -> None:
 
 def test_wrong_credentials(s3: str, between: Proxy) -> None:
     for code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"):
-        between.behaviour.refuse = lambda asked, lists, code=code: code
+        between.behavior.refuse = lambda asked, lists, code=code: code
         finding = only(Stores().check_output("output", s3))
         assert code in finding.found
         assert "AWS_SECRET_ACCESS_KEY" in finding.advice
@@ -325,18 +325,18 @@ def test_no_credentials_and_no_profile(s3: str, monkeypatch: pytest.MonkeyPatch,
 
 def test_a_store_that_ignores_or_refuses_conditions(s3: str, between: Proxy) -> None:
     for header in ("If-None-Match", "If-Match"):
-        between.behaviour = Behaviour(forgotten={header.lower()})
+        between.behavior = Behavior(forgotten={header.lower()})
         finding = only(Stores().check_output("output", f"{s3}/run"))
         assert finding.state == "failed"
         assert header in finding.found
         assert contents(s3) == []
-    between.behaviour = Behaviour(lambda asked, lists: "NotImplemented" if asked == "PUT" else None, status=501)
+    between.behavior = Behavior(lambda asked, lists: "NotImplemented" if asked == "PUT" else None, status=501)
     assert "conditional write is refused" in only(Stores().check_output("output", f"{s3}/run")).found
 
 
 @pytest.mark.parametrize(("ahead", "state"), [(300, "warning"), (-300, "warning"), (3600, "failed")])
 def test_a_clock_that_is_wrong(s3: str, between: Proxy, ahead: int, state: str) -> None:
-    between.behaviour.headers["Date"] = email.utils.formatdate(time.time() + ahead, usegmt=True)
+    between.behavior.headers["Date"] = email.utils.formatdate(time.time() + ahead, usegmt=True)
     stores = Stores()
     list(stores.check_data("data", s3))
     finding = only(stores.check_clock())

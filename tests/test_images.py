@@ -21,8 +21,8 @@ from apacs_ray.errors import BadInput
 LIMIT = 1_000_000
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # about the damage made here
 RGB = np.random.default_rng(1).integers(0, 256, (24, 40, 3), np.uint8)
-GREY = RGB[:, :, 0]
-CELL = GREY > 128
+GRAY = RGB[:, :, 0]
+CELL = GRAY > 128
 FORMATS = ["JPEG", "PNG", "TIFF", "BMP"]
 
 
@@ -64,13 +64,13 @@ def test_compressed_tiff(compression):
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
-def test_16_bit_grey_keeps_its_upper_byte(image_format):
+def test_16_bit_gray_keeps_its_upper_byte(image_format):
     deep = np.random.default_rng(2).integers(0, 65536, (24, 40), np.uint16)
     decoded = decode_image(written(deep, image_format), LIMIT)
     assert (decoded == (deep >> 8)[:, :, None]).all()
 
 
-def test_16_bit_colour_keeps_its_upper_byte():
+def test_16_bit_color_keeps_its_upper_byte():
     deep = np.random.default_rng(2).integers(0, 65536, (5, 7, 3), np.uint16)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep)
 
@@ -83,9 +83,9 @@ def test_16_bit_colour_keeps_its_upper_byte():
 
 
 @pytest.mark.parametrize("bits", [10, 12, 14])
-def test_16_bit_grey_of_a_camera_is_read_by_what_the_file_says_or_refused(bits):
+def test_16_bit_gray_of_a_camera_is_read_by_what_the_file_says_or_refused(bits):
     """A camera's picture is almost black when its bits are taken for all sixteen."""
-    bright = (GREY.astype(np.uint16) << (bits - 8)) | 3
+    bright = (GRAY.astype(np.uint16) << (bits - 8)) | 3
     for image_format in ("PNG", "TIFF"):
         with pytest.raises(BadInput, match=r"too_dark: .*save it with 8 bits") as raised:
             decode_image(written(bright, image_format), LIMIT)
@@ -93,13 +93,13 @@ def test_16_bit_grey_of_a_camera_is_read_by_what_the_file_says_or_refused(bits):
         assert probe(written(bright, image_format)) == (40, 24)
     for top in ((1 << bits) - 1, int(bright.max())):  # what a channel can hold, or what this one holds
         tagged = written(bright, "TIFF", tiffinfo={281: top})
-        assert (decode_image(tagged, LIMIT) == GREY[:, :, None]).all()
+        assert (decode_image(tagged, LIMIT) == GRAY[:, :, None]).all()
     lies = written(bright, "TIFF", tiffinfo={281: 300})
     assert code(decode_image, lies, LIMIT) == "too_dark"
     plain = written(bright)
     sbit = struct.pack(">I4sBI", 1, b"sBIT", bits, zlib.crc32(b"sBIT" + bytes([bits])))
-    assert (decode_image(plain[:33] + sbit + plain[33:], LIMIT) == GREY[:, :, None]).all()
-    assert (decode_image(written(GREY.astype(np.uint16)), LIMIT) == GREY[:, :, None]).all()  # bytes in 16 bits
+    assert (decode_image(plain[:33] + sbit + plain[33:], LIMIT) == GRAY[:, :, None]).all()
+    assert (decode_image(written(GRAY.astype(np.uint16)), LIMIT) == GRAY[:, :, None]).all()  # bytes in 16 bits
 
 
 def test_12_bit_samples_are_read_and_12_bit_colors_refused():
@@ -107,8 +107,8 @@ def test_12_bit_samples_are_read_and_12_bit_colors_refused():
     tifffile.imwrite(rgb, RGB.astype(np.uint16) << 4, photometric="rgb", metadata=None)
     assert code(decode_image, rgb.getvalue(), LIMIT) == "too_dark"
     packed = io.BytesIO()
-    tifffile.imwrite(packed, GREY.astype(np.uint16) << 4, photometric="minisblack", bitspersample=12, metadata=None)
-    assert (decode_image(packed.getvalue(), LIMIT) == GREY[:, :, None]).all()
+    tifffile.imwrite(packed, GRAY.astype(np.uint16) << 4, photometric="minisblack", bitspersample=12, metadata=None)
+    assert (decode_image(packed.getvalue(), LIMIT) == GRAY[:, :, None]).all()
     full = io.BytesIO()
     tifffile.imwrite(full, RGB.astype(np.uint16) << 8, photometric="rgb", metadata=None)
     assert (decode_image(full.getvalue(), LIMIT) == RGB).all()
@@ -116,10 +116,10 @@ def test_12_bit_samples_are_read_and_12_bit_colors_refused():
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_0_is_white_where_the_file_says_so(dtype):
-    deep = GREY.astype(dtype) * (257 if dtype == np.uint16 else 1)
+    deep = GRAY.astype(dtype) * (257 if dtype == np.uint16 else 1)
     sink = io.BytesIO()
     tifffile.imwrite(sink, deep, photometric="miniswhite", metadata=None)
-    assert (decode_image(sink.getvalue(), LIMIT) == 255 - GREY[:, :, None]).all()
+    assert (decode_image(sink.getvalue(), LIMIT) == 255 - GRAY[:, :, None]).all()
 
 
 @pytest.mark.parametrize("place", ["before", "after"])
@@ -148,8 +148,8 @@ def test_a_png_with_long_texts_is_read(kind, place):
             )
 
 
-def test_grey_palette_and_cmyk():
-    assert (decode_image(written(GREY), LIMIT) == GREY[:, :, None]).all()
+def test_gray_palette_and_cmyk():
+    assert (decode_image(written(GRAY), LIMIT) == GRAY[:, :, None]).all()
     assert (decode_image(written(CELL), LIMIT) == 255 * CELL[:, :, None]).all()
     palette = Image.fromarray(RGB).quantize(16)
     assert (decode_image(written(palette), LIMIT) == np.asarray(palette.convert("RGB"))).all()
@@ -161,20 +161,20 @@ def test_grey_palette_and_cmyk():
 def test_transparency_is_laid_on_white(image_format):
     alpha = np.zeros((24, 40, 1), np.uint8)
     alpha[:, 20:] = 255
-    for colours in (RGB, RGB[:, :, :1]):
-        decoded = decode_image(written(np.concatenate([colours, alpha], axis=2), image_format), LIMIT)
+    for colors in (RGB, RGB[:, :, :1]):
+        decoded = decode_image(written(np.concatenate([colors, alpha], axis=2), image_format), LIMIT)
         assert (decoded[:, :20] == 255).all()
-        assert (decoded[:, 20:] == colours[:, 20:]).all()
+        assert (decoded[:, 20:] == colors[:, 20:]).all()
 
 
-def test_a_transparent_palette_colour_is_white():
+def test_a_transparent_palette_color_is_white():
     palette = Image.fromarray(CELL.astype(np.uint8), "P")
     palette.putpalette([10, 20, 30, 200, 100, 50])
     decoded = decode_image(written(palette, transparency=0), LIMIT)
     assert (decoded == np.where(CELL[:, :, None], (200, 100, 50), 255)).all()
 
 
-# colour profiles
+# color profiles
 
 
 def swapped_profile():
@@ -219,8 +219,8 @@ def test_srgb_itself_and_useless_profiles_leave_the_pixels():
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for profile in (srgb, b"no profile", srgb[:200], swapped_profile()[:300]):
         assert (decode_image(written(RGB, icc_profile=profile), LIMIT) == RGB).all()
-    meant_for_rgb = decode_image(written(GREY, icc_profile=swapped_profile()), LIMIT)
-    assert (meant_for_rgb == GREY[:, :, None]).all()
+    meant_for_rgb = decode_image(written(GRAY, icc_profile=swapped_profile()), LIMIT)
+    assert (meant_for_rgb == GRAY[:, :, None]).all()
 
 
 # orientation
@@ -291,10 +291,10 @@ def test_masks(image_format, high):
         "16-bit 1": byte.astype(np.uint16),
     }[high]
     if image_format == "BMP" and str(high).startswith("16-bit"):
-        pytest.skip("BMP has no 16-bit grey")
+        pytest.skip("BMP has no 16-bit gray")
     data = written(pixels, image_format)
     assert probe(data) == (40, 24)
-    for threshold in (None, 200):  # a threshold is for grey masks: it must not empty one with 0 and 1
+    for threshold in (None, 200):  # a threshold is for gray masks: it must not empty one with 0 and 1
         mask = decode_mask(data, LIMIT, threshold)
         assert mask.dtype == bool
         assert (mask == CELL).all()
@@ -305,43 +305,43 @@ def test_masks_of_one_value(value):
     assert (decode_mask(written(np.full((9, 9), value, np.uint8)), LIMIT, None) == (value > 0)).all()
 
 
-def test_the_lighter_palette_colour_is_cell_in_either_order():
-    for colours, lighter in (
+def test_the_lighter_palette_color_is_cell_in_either_order():
+    for colors, lighter in (
         ([255, 255, 255, 0, 0, 0], 0),
         ([0, 0, 0, 128, 0, 0], 1),
         ([0, 0, 255, 0, 255, 0], 1),
     ):
         palette = Image.fromarray(CELL.astype(np.uint8), "P")
-        palette.putpalette(colours)
+        palette.putpalette(colors)
         assert (decode_mask(written(palette), LIMIT, None) == (lighter == CELL)).all()
     empty = Image.fromarray(np.zeros((9, 9), np.uint8), "P")
     empty.putpalette([0, 0, 0, 128, 0, 0])
     assert not decode_mask(written(empty), LIMIT, None).any()
 
 
-def test_grey_masks_need_a_threshold():
-    grey = np.array([[0, 1, 255], [127, 128, 129]], np.uint8)
+def test_gray_masks_need_a_threshold():
+    gray = np.array([[0, 1, 255], [127, 128, 129]], np.uint8)
     for pixels in (
-        grey,
-        np.repeat(grey[:, :, None], 3, axis=2),
+        gray,
+        np.repeat(gray[:, :, None], 3, axis=2),
         np.array([[0, 1, 255]], np.uint8),
         np.full((3, 3), 7, np.uint8),
     ):
         assert code(decode_mask, written(pixels), LIMIT, None) == "grey_mask"
-    assert (decode_mask(written(grey), LIMIT, 128) == (grey >= 128)).all()
-    assert (decode_mask(written(grey.astype(np.uint16) * 257), LIMIT, 128) == (grey >= 128)).all()
-    with pytest.raises(BadInput, match=r"6 grey values from 0 to 255.*data\.mask_threshold"):
-        decode_mask(written(grey), LIMIT, None)
+    assert (decode_mask(written(gray), LIMIT, 128) == (gray >= 128)).all()
+    assert (decode_mask(written(gray.astype(np.uint16) * 257), LIMIT, 128) == (gray >= 128)).all()
+    with pytest.raises(BadInput, match=r"6 gray values from 0 to 255.*data\.mask_threshold"):
+        decode_mask(written(gray), LIMIT, None)
 
 
-def test_coloured_masks_are_grey_masks_by_luminance():
-    coloured = np.zeros((6, 6, 3), np.uint8)
-    coloured[:2], coloured[2:4] = (250, 250, 0), (0, 0, 250)
-    assert code(decode_mask, written(coloured), LIMIT, None) == "grey_mask"
-    assert (decode_mask(written(coloured), LIMIT, 100)[:, 0] == [1, 1, 0, 0, 0, 0]).all()
+def test_colored_masks_are_gray_masks_by_luminance():
+    colored = np.zeros((6, 6, 3), np.uint8)
+    colored[:2], colored[2:4] = (250, 250, 0), (0, 0, 250)
+    assert code(decode_mask, written(colored), LIMIT, None) == "grey_mask"
+    assert (decode_mask(written(colored), LIMIT, 100)[:, 0] == [1, 1, 0, 0, 0, 0]).all()
 
 
-def test_a_jpeg_mask_is_grey():
+def test_a_jpeg_mask_is_gray():
     disc = np.hypot(*np.mgrid[-20:20, -20:20]) < 12
     data = written((disc * 255).astype(np.uint8), "JPEG")
     assert code(decode_mask, data, LIMIT, None) == "grey_mask"

@@ -40,7 +40,7 @@ LABELS = np.zeros((HEIGHT, WIDTH), np.int64)  # five objects and their cells
 for _number, _left in enumerate(range(0, 300, 60)):
     LABELS[20:190, _left + 8 : _left + 40] = _number + 1
 TILES = [Box(x, y, 128, 96) for y in range(0, HEIGHT, 96) for x in range(0, WIDTH, 128)]
-GREY = "grey_mask"
+GRAY = "grey_mask"
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::RuntimeWarning")
 
 
@@ -102,18 +102,18 @@ def cases() -> dict[str, Case]:
     found = {name: Case(CELLS.astype(dtype) * top, same) for name, dtype, top in BINARY}
     for dtype in (np.uint8, np.uint16, np.int16, np.int32, np.uint32, np.float32, np.int8):
         name = np.dtype(dtype).name
-        found[f"labels {name}"] = Case(LABELS.astype(dtype), {None: GREY, 1: LABELS > 0, 3: LABELS >= 3})
-        found[f"class {name}"] = Case((CELLS * 5).astype(dtype), {None: GREY, 1: CELLS, 6: ~CELLS & CELLS})
+        found[f"labels {name}"] = Case(LABELS.astype(dtype), {None: GRAY, 1: LABELS > 0, 3: LABELS >= 3})
+        found[f"class {name}"] = Case((CELLS * 5).astype(dtype), {None: GRAY, 1: CELLS, 6: ~CELLS & CELLS})
         found[f"nothing {name}"] = Case(np.zeros((HEIGHT, WIDTH), dtype), {None: ~CELLS & CELLS, 1: ~CELLS & CELLS})
     for dtype in (np.uint16, np.int32, np.uint32, np.float32):
         name = np.dtype(dtype).name
         far = LABELS * 61  # 61 to 305: objects on both sides of a byte's end
-        two = GREY if dtype == np.uint16 else far >= 200
-        found[f"many {name}"] = Case(far.astype(dtype), {None: GREY, 1: far > 0, 200: two})
-    found["soft uint8"] = Case(soft.astype(np.uint8), {None: GREY, 128: soft >= 128, 1: soft >= 1})
-    found["soft uint16"] = Case((soft * 257).astype(np.uint16), {None: GREY, 128: soft >= 128})
+        two = GRAY if dtype == np.uint16 else far >= 200
+        found[f"many {name}"] = Case(far.astype(dtype), {None: GRAY, 1: far > 0, 200: two})
+    found["soft uint8"] = Case(soft.astype(np.uint8), {None: GRAY, 128: soft >= 128, 1: soft >= 1})
+    found["soft uint16"] = Case((soft * 257).astype(np.uint16), {None: GRAY, 128: soft >= 128})
     odd = (soft * 250).astype(np.uint16)
-    found["odd uint16"] = Case(odd, {None: GREY, 1: odd >= 1, 128: GREY})
+    found["odd uint16"] = Case(odd, {None: GRAY, 1: odd >= 1, 128: GRAY})
     found["fractions"] = Case(np.linspace(0, 1, WIDTH, dtype=np.float32)[None].repeat(HEIGHT, 0), REFUSED)
     found["negative"] = Case(CELLS.astype(np.int32) - 1, REFUSED)
     found["no numbers"] = Case(np.where(CELLS, np.nan, 0).astype(np.float32), REFUSED)
@@ -122,12 +122,12 @@ def cases() -> dict[str, Case]:
     found["palette of two"] = Case(index, same, palette=[(90, 0, 90), (0, 220, 0)])
     found["palette, light first"] = Case(index, {None: ~CELLS, 9: ~CELLS}, palette=[(255, 255, 255), (0, 0, 0)])
     labels = LABELS.astype(np.uint8)
-    found["palette of labels"] = Case(labels, {None: GREY, 1: LABELS > 0, 3: GREY}, palette=vivid(6))
-    greys = [(40 * number,) * 3 for number in range(6)]
-    found["palette of greys"] = Case(labels, {None: GREY, 1: LABELS > 0, 80: LABELS >= 2}, palette=greys)
+    found["palette of labels"] = Case(labels, {None: GRAY, 1: LABELS > 0, 3: GRAY}, palette=vivid(6))
+    grays = [(40 * number,) * 3 for number in range(6)]
+    found["palette of grays"] = Case(labels, {None: GRAY, 1: LABELS > 0, 80: LABELS >= 2}, palette=grays)
     white = [(255, 255, 255), *vivid(6)[1:]]  # Glasbey's table begins with white
-    found["palette on white"] = Case(labels, {None: GREY, 1: GREY}, palette=white)
-    found["one label on white"] = Case(5 * index, {None: GREY, 1: GREY}, palette=white)
+    found["palette on white"] = Case(labels, {None: GRAY, 1: GRAY}, palette=white)
+    found["one label on white"] = Case(5 * index, {None: GRAY, 1: GRAY}, palette=white)
     return found
 
 
@@ -320,7 +320,7 @@ def test_colors_are_luminances_with_a_threshold_and_refused_without(tmp_path: Pa
     rgb[CELLS] = (250, 250, 0)
     rgb[~CELLS] = (0, 0, 120)
     for kind in ("PNG", "TIFF", "BMP"):
-        assert both(tmp_path / f"a.{kind}", saved(rgb, kind), None) == GREY
+        assert both(tmp_path / f"a.{kind}", saved(rgb, kind), None) == GRAY
         assert np.array_equal(both(tmp_path / f"b.{kind}", saved(rgb, kind), 100), CELLS)
 
 
@@ -379,10 +379,10 @@ def test_jpeg_leaves_a_mask_of_sharp_cells_what_it_is_and_blurs_others(tmp_path:
             pyvips.Image.new_from_array(soft).tiffsave_buffer(tile=True, compression="jpeg", Q=60),
         )
     ):
-        assert both(tmp_path / f"s{number}", content, None) == GREY
+        assert both(tmp_path / f"s{number}", content, None) == GRAY
         assert (both(tmp_path / f"t{number}", content, 128) == disc).mean() > 0.999
     few = saved(LABELS.astype(np.uint8), "JPEG", quality=100)
-    assert both(tmp_path / "few", few, None) == GREY
+    assert both(tmp_path / "few", few, None) == GRAY
 
 
 @pytest.mark.parametrize("compression", ["jpegxl", "lerc", "ccittfax4 tiles"])
@@ -412,7 +412,7 @@ def test_labels_in_one_corner_refuse_the_whole_mask(tmp_path: Path) -> None:
     sink = io.BytesIO()
     tifffile.imwrite(sink, values, photometric="minisblack", tile=(64, 64), metadata=None)
     (tmp_path / "m.tif").write_bytes(sink.getvalue())
-    with pytest.raises(BadInput, match=r"grey_mask: m\.tif: the mask has 3 grey values from 0 to 2.*mask_threshold"):
+    with pytest.raises(BadInput, match=r"grey_mask: m\.tif: the mask has 3 gray values from 0 to 2.*mask_threshold"):
         ImageMask(tmp_path / "m.tif", info_of(WIDTH, HEIGHT), None)
 
 
@@ -439,7 +439,7 @@ def test_a_doubtful_image_is_a_mask_when_it_looks_like_one(tmp_path: Path) -> No
     no_masks = {
         "preview": picture[::2, ::2][: HEIGHT // 2, : WIDTH // 2],
         "in color": picture,
-        "in grey": picture[..., 0],
+        "in gray": picture[..., 0],
         "of another size": np.zeros((77, 120), np.uint8),
         "labels": LABELS.astype(np.uint8),
         "transparent": np.zeros((HEIGHT, WIDTH, 4), np.uint8),
@@ -567,7 +567,7 @@ def test_a_color_beyond_the_palette_is_no_background(tmp_path: Path) -> None:
 
 def test_a_reject_names_the_mask_when_it_is_the_mask_that_is_defective(tmp_path: Path) -> None:
     masks = {
-        "grey": saved(LABELS.astype(np.uint8)),
+        "gray": saved(LABELS.astype(np.uint8)),
         "cut": saved(CELLS.astype(np.uint8) * 255, "BMP")[:-100],
         "size": saved(CELLS[:-1]),
         "frames": saved(CELLS, save_all=True, append_images=[Image.fromarray(~CELLS)]),

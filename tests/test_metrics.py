@@ -352,7 +352,7 @@ def test_a_logit_that_is_no_number_stops() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32 - 1))
-def test_otsu_maximises_the_variance_between_classes(seed: int) -> None:
+def test_otsu_maximizes_the_variance_between_classes(seed: int) -> None:
     rng = np.random.default_rng(seed)
     low, spread = int(rng.integers(0, 120)), int(rng.integers(2, 120))
     green = np.where(rng.random((9, 9)) < 0.4, low, low + spread) + rng.integers(0, 16, (9, 9))

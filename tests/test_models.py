@@ -135,7 +135,7 @@ def test_the_refined_fusion_learns_at_every_scale() -> None:
 
 @pytest.mark.parametrize("scale", range(4))
 def test_the_refined_skips_lie_where_the_input_is(scale: int) -> None:
-    """A feature placed at index i must come out centred on the input pixel in the middle of its receptive field."""
+    """A feature placed at index i must come out centered on the input pixel in the middle of its receptive field."""
     stride, offset = RefinedFusion.SKIPS[scale]
     start = (-95, -91, -83, 13)[scale]
     features = torch.zeros(1, 1, 40, 40)
@@ -148,20 +148,20 @@ def test_the_refined_skips_lie_where_the_input_is(scale: int) -> None:
 
 @pytest.mark.parametrize(("depth", "stride", "start"), [(0, 4, -95), (1, 8, -91), (2, 16, -83), (3, 32, 13)])
 def test_features_see_the_pixels_they_are_drawn_over(depth: int, stride: int, start: int) -> None:
-    """The gradient of feature i is centred on stride * i + start, as the refined head assumes."""
+    """The gradient of feature i is centered on stride * i + start, as the refined head assumes."""
     trunk = AlexTrunk(3, TINY, 0.0).eval()
     for parameter in trunk.parameters():
         torch.nn.init.constant_(parameter, 0.01)
     ramp = torch.arange(1.0, 641).reshape(1, 1, -1, 1).expand(1, 3, 640, 640)
-    centres = []
+    centers = []
     for field in (ramp, ramp.flip(2)):  # max pooling follows the ramp: half a window down once, half a window up once
         inputs = field.clone().requires_grad_()
         feature = trunk(inputs)[depth]
         index = feature.shape[2] // 2
         feature[0, 0, index, index].backward()
         rows = inputs.grad.abs().sum(dim=(0, 1, 3)).double()
-        centres.append(float((rows * torch.arange(640)).sum() / rows.sum()))
-    assert sum(centres) / 2 == pytest.approx(stride * index + start, abs=0.1)
+        centers.append(float((rows * torch.arange(640)).sum() / rows.sum()))
+    assert sum(centers) / 2 == pytest.approx(stride * index + start, abs=0.1)
 
 
 @pytest.mark.parametrize("init", ["random", "zero", "mean"])

@@ -20,7 +20,7 @@ from apacs_ray.evaluation.metrics import compare, summarize
 from apacs_ray.evaluation.per_tile import per_tile_schema, tile_row
 from apacs_ray.evaluation.predictions import MEMBERS, MODEL_KEYS
 from apacs_ray.report.charts import VARIABLES, dice_chart, difference_chart, slide_chart, sweep_charts, training_charts
-from apacs_ray.report.overlays import COLOURS, LARGEST, overlay, panel
+from apacs_ray.report.overlays import COLORS, LARGEST, overlay, panel
 from apacs_ray.report.page import ReportContext, TilePicture, build_report
 from apacs_ray.report.summary import best_member, headline, kept_epoch, read_sweep_table, verdict
 from apacs_ray.training.history import EpochRecord
@@ -256,7 +256,7 @@ def test_charts_are_the_same_each_time_and_their_ids_their_own() -> None:
     assert page.count("svg") == 3 + 4 + 2  # by model; networks; drawn settings
 
 
-def test_charts_take_every_colour_from_the_style_sheet() -> None:
+def test_charts_take_every_color_from_the_style_sheet() -> None:
     css = files("apacs_ray.report").joinpath("templates/report.css").read_text()
     for value, name in VARIABLES.items():
         assert f"--{name}: {value};" in css
@@ -330,15 +330,15 @@ def test_a_sweep_has_a_chart_for_each_drawn_setting_and_none_for_the_epochs() ->
 # --- pictures
 
 
-def test_overlay_colours_say_what_they_mean() -> None:
+def test_overlay_colors_say_what_they_mean() -> None:
     rgb = np.full((30, 30, 3), 255, np.uint8)
     truth, mask = np.zeros((2, 30, 30), bool)
     truth[2:20, 2:20] = True
     mask[10:28, 2:20] = True
     drawn = overlay(rgb, truth, mask)
-    assert tuple(drawn[10, 10]) == COLOURS["tp"]  # outline of the overlap
-    assert tuple(drawn[27, 10]) == COLOURS["fp"]
-    assert tuple(drawn[2, 10]) == COLOURS["fn"]
+    assert tuple(drawn[10, 10]) == COLORS["tp"]  # outline of the overlap
+    assert tuple(drawn[27, 10]) == COLORS["fp"]
+    assert tuple(drawn[2, 10]) == COLORS["fn"]
     assert tuple(drawn[0, 0]) == (255, 255, 255)
     inside_tp, inside_fp = drawn[15, 10].astype(int), drawn[24, 10].astype(int)
     assert np.abs(inside_tp - 255).sum() < np.abs(inside_fp - 255).sum()
@@ -350,7 +350,7 @@ def test_outlines_survive_the_shrinking_of_a_large_tile() -> None:
     picture = Image.open(io.BytesIO(panel(np.full((1500, 1500, 3), 200, np.uint8), truth, truth)))
     drawn = np.asarray(picture)
     assert drawn.shape[1] == LARGEST
-    outline = (drawn == COLOURS["tp"]).all(axis=2).sum()
+    outline = (drawn == COLORS["tp"]).all(axis=2).sum()
     assert outline >= 4 * 0.9 * 600 * LARGEST / 1500
 
 

@@ -124,7 +124,7 @@ def planted(s3: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def messages(store: storage.Store) -> Iterator[str]:
     """What goes wrong with every way to use a store, as it is told."""
-    store = store.with_patience(0)
+    store = store.with_timeout(0)
     uses: list[Callable[[], object]] = [
         lambda: list(store.list()),
         lambda: store.read("x"),
@@ -139,15 +139,15 @@ def messages(store: storage.Store) -> Iterator[str]:
             use()
         except ApacsError as error:
             yield str(error)
-        except OSError as error:  # of pyarrow, which reads: these pass `without_secrets` where they are told
-            yield clean.without_secrets(str(error))
+        except OSError as error:  # of pyarrow, which reads: these pass `redact` where they are told
+            yield clean.redact(str(error))
 
 
 def test_no_failure_of_a_store_tells_a_secret(planted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     endpoint = os.environ["AWS_ENDPOINT_URL"]
     told = list(messages(open_store("s3://no-such-bucket-here/run")))
     with proxy(endpoint) as between:  # a store that repeats what it was told, as some do to be helpful
-        between.behaviour.refuse = lambda *_: f"Denied {KEY_ID} with {SECRET} and {TOKEN}"
+        between.behavior.refuse = lambda *_: f"Denied {KEY_ID} with {SECRET} and {TOKEN}"
         monkeypatch.setenv("AWS_ENDPOINT_URL", between.url)
         told += messages(open_store(f"{planted}/run"))
         closed = between.url

@@ -104,7 +104,7 @@ def test_tiles_at_any_scale_fit_together(tmp_path: Path, downsample: float) -> N
 
 def test_resampling_keeps_things_where_they_are(tmp_path: Path) -> None:
     rgb = np.full((400, 600, 3), 255, np.uint8)
-    rgb[150:250, 300:400] = 0  # a square centred on (350, 200)
+    rgb[150:250, 300:400] = 0  # a square centered on (350, 200)
     slide = open_slide(write_tiff(tmp_path / "a.tif", rgb, compression="deflate"))
     for downsample in (1.0, 1.3, 2.0, 2.6):
         tile = np.asarray(read_box(slide, Box(100, 50, 0, 0), downsample, int(450 / downsample), int(300 / downsample)))

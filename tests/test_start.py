@@ -24,7 +24,7 @@ from apacs_ray.models.start import (
 from apacs_ray.models.weights import PUBLISHED_NAMES
 
 
-def _normalised(image: Tensor) -> Tensor:
+def _normalized(image: Tensor) -> Tensor:
     return (image - torch.tensor(MEAN)[:, None, None]) / torch.tensor(DEVIATION)[:, None, None]
 
 
@@ -42,7 +42,7 @@ def test_alexnet_features_are_torchvisions_inside_the_frame() -> None:
     start_from_imagenet(ours, "fcn32", theirs.state_dict())
     image = torch.rand(1, 3, 322, 322)
     with torch.inference_mode():
-        conv1 = theirs.features[:2](_normalised(image))[..., 2:70, 2:70]  # clear of their padding
+        conv1 = theirs.features[:2](_normalized(image))[..., 2:70, 2:70]  # clear of their padding
         mine = ours.trunk(image[..., 2:, 2:])[0][..., 26:94, 26:94]
         assert torch.allclose(mine, conv1, atol=1e-4)
 
@@ -54,7 +54,7 @@ def test_vgg_features_are_torchvisions_inside_the_frame(vgg: nn.Module, name: An
     start_from_imagenet(ours, name, vgg.state_dict())
     image = torch.rand(1, 3, 291, 291)
     with torch.inference_mode():
-        pool3 = vgg.features[:17](_normalised(image))
+        pool3 = vgg.features[:17](_normalized(image))
         mine = ours.trunk(image[..., 3:, 3:])[0]
     inside = slice(4, 30)  # clear of both frames by the reach of a pool3 feature
     shifted = slice(4 + 12, 30 + 12)

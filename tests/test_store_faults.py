@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from runs import SMALL, read_json, run, start, wait_for
-from s3_proxy import KINDS, Behaviour, Proxy, at_random, in_turn, refusing_writes
+from s3_proxy import KINDS, Behavior, Proxy, at_random, in_turn, refusing_writes
 from torch import nn
 
 from apacs_ray.data.shards import Receipt, read_rows, write_table
@@ -152,16 +152,16 @@ def test_every_operation_outlives_every_kind_of_fault(filled: Store, between: Pr
         met = 0
         for seed, work in enumerate([*reads(filled, tmp_path).values(), *writes(filled, tmp_path).values()]):
             between.requests.clear()
-            between.behaviour = Behaviour(draw=at_random({kind: 0.3}, seed), delay=0.01)
+            between.behavior = Behavior(draw=at_random({kind: 0.3}, seed), delay=0.01)
             work()
             met += between.met()[kind]
         assert met >= 10, kind
 
 
 def test_what_is_cut_is_never_the_whole(filled: Store, between: Proxy, tmp_path: Path) -> None:
-    filled = filled.with_patience(0.02)
+    filled = filled.with_timeout(0.02)
     for kind in ("truncated", "reset within"):
-        between.behaviour = Behaviour(draw=at_random({kind: 1.0}, 0))
+        between.behavior = Behavior(draw=at_random({kind: 1.0}, 0))
         asked = reads(filled, tmp_path)
         del asked["nothing"]  # that is said in the first line of an answer
         for name, work in asked.items():
@@ -192,10 +192,10 @@ def test_a_tile_is_read_with_two_requests(filled: Store, between: Proxy) -> None
 
 
 def test_patience_ends_and_a_refusal_needs_none(store: Store, between: Proxy, tmp_path: Path) -> None:
-    between.behaviour = Behaviour(lambda method, listing: "SlowDown", status=503)
+    between.behavior = Behavior(lambda method, listing: "SlowDown", status=503)
     with pytest.raises(StoreTroubleError, match=rf"^{store.uri}/object: cannot read \(.*SlowDown"):
-        store.with_patience(0.05).read("object")
-    between.behaviour = Behaviour(lambda method, listing: "AccessDenied")
+        store.with_timeout(0.05).read("object")
+    between.behavior = Behavior(lambda method, listing: "AccessDenied")
     between.requests.clear()
     (tmp_path / "file").write_bytes(b"content")
     asked: dict[str, Callable[[], object]] = {
@@ -216,17 +216,17 @@ def test_patience_ends_and_a_refusal_needs_none(store: Store, between: Proxy, tm
 
 @pytest.mark.parametrize("kind", ["lost", "truncated", "reset within"])
 def test_a_conditional_write_whose_answer_is_lost_is_known_again(store: Store, between: Proxy, kind: str) -> None:
-    between.behaviour = Behaviour(draw=in_turn(kind))
+    between.behavior = Behavior(draw=in_turn(kind))
     first = store.create("lock", b"one")
     assert first == store.version("lock")
-    between.behaviour = Behaviour(draw=in_turn(kind))
+    between.behavior = Behavior(draw=in_turn(kind))
     second = store.replace("lock", b"two", first)
     assert second == store.version("lock")
     for fault in (kind, "reset"):  # another's is not ours, whatever was lost
-        between.behaviour = Behaviour(draw=in_turn(fault))
+        between.behavior = Behavior(draw=in_turn(fault))
         with pytest.raises(Conflict):
             store.create("lock", b"three")
-        between.behaviour = Behaviour(draw=in_turn(fault))
+        between.behavior = Behavior(draw=in_turn(fault))
         with pytest.raises(Conflict):
             store.replace("lock", b"three", first)
     with pytest.raises(Conflict):
@@ -238,7 +238,7 @@ def test_a_lease_outlives_lost_answers_and_tells_of_a_store_that_is_away(
     store: Store, between: Proxy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(lease, "HEARTBEAT_EVERY", 0.02)
-    monkeypatch.setattr(lease, "BEAT_PATIENCE", 0.0)
+    monkeypatch.setattr(lease, "BEAT_TIMEOUT", 0.0)
     said = ""
 
     def heard(text: str) -> None:
@@ -249,21 +249,21 @@ def test_a_lease_outlives_lost_answers_and_tells_of_a_store_that_is_away(
             assert time.monotonic() < deadline, said
             time.sleep(0.01)
 
-    between.behaviour = Behaviour(draw=in_turn("lost"))
+    between.behavior = Behavior(draw=in_turn("lost"))
     held = Lease.acquire(store)
-    between.behaviour = Behaviour(draw=in_turn("lost"))  # a heartbeat that is given up, though it came
+    between.behavior = Behavior(draw=in_turn("lost"))  # a heartbeat that is given up, though it came
     heard("the store takes writes again")
     held.check()
     with pytest.raises(LeaseHeld):
         Lease.acquire(store)
     said = ""
-    between.behaviour = refusing_writes()
+    between.behavior = refusing_writes()
     heard("the run waits for its store: ")
     assert f"{store.uri}/{LOCK}: cannot write" in said
     assert said.count("waits") == 1
-    between.behaviour = Behaviour(lambda method, listing: "SlowDown", status=503)
+    between.behavior = Behavior(lambda method, listing: "SlowDown", status=503)
     held.release()  # it ends; the lock of a process that has ended gives way
-    between.behaviour = Behaviour()
+    between.behavior = Behavior()
     assert store.version(LOCK) is not None
 
 
@@ -275,9 +275,9 @@ def test_from_and_to_a_failing_store_the_numbers_are_the_same(
     data, output = open_store(f"{s3}/cells"), open_store(f"{s3}/the run")
     for path in sorted(cells.rglob("*.*")):
         data.write(path.relative_to(cells).as_posix(), path.read_bytes())
-    failing = Behaviour(draw=at_random(dict.fromkeys(KINDS, 0.02), 0), delay=0.1)
+    failing = Behavior(draw=at_random(dict.fromkeys(KINDS, 0.02), 0), delay=0.1)
     options = ["--data", data.uri, "--output", output.uri, *SMALL]
-    between.behaviour = failing
+    between.behavior = failing
     ingest = run(*options, script="ingest.py")
     assert ingest.status == 0, ingest.summary
     for path in sorted(undisturbed.glob("tiles/*/*.parquet")):
@@ -289,13 +289,13 @@ def test_from_and_to_a_failing_store_the_numbers_are_the_same(
     wait_for(
         process, lambda: any(entry.path.endswith("epoch_00000/state.json") for entry in output.list("members/fcn32"))
     )
-    between.behaviour = refusing_writes()
+    between.behavior = refusing_writes()
     said = ""
     assert process.stdout is not None
     while "the run waits for its store" not in said:
         said = process.stdout.readline()
         assert said, "it ended"
-    between.behaviour = failing
+    between.behavior = failing
     text, _ = process.communicate(timeout=300)
     assert process.returncode == 0, text[-3000:]
     assert "the store takes writes again" in text
@@ -303,7 +303,7 @@ def test_from_and_to_a_failing_store_the_numbers_are_the_same(
     assert rest.status == 0, rest.summary
     assert "train_members: unchanged" in rest.text
     assert set(between.met()) >= {*KINDS, "SlowDown"}
-    between.behaviour = Behaviour()
+    between.behavior = Behavior()
     assert json.loads(output.read("evaluation/metrics.json")) == read_json(undisturbed / "evaluation/metrics.json")
     assert output.read("fusion/model.safetensors") == (undisturbed / "fusion/model.safetensors").read_bytes()
     told = (ingest.text + text + rest.text).encode()

@@ -20,9 +20,9 @@ def slides() -> list[Rendered]:
     return [(spec, *render(spec)) for spec in slide_specs(11, WIDTH, HEIGHT, mpp=0.8)]
 
 
-def otsu_threshold(grey: npt.NDArray[np.uint8]) -> int:
-    """The grey level that separates the two classes of greatest variance between them; up to it is dark."""
-    counts = np.bincount(grey.ravel(), minlength=256).astype(float)
+def otsu_threshold(gray: npt.NDArray[np.uint8]) -> int:
+    """The gray level that separates the two classes of greatest variance between them; up to it is dark."""
+    counts = np.bincount(gray.ravel(), minlength=256).astype(float)
     below = np.cumsum(counts)
     weighted = np.cumsum(counts * np.arange(256))
     above = below[-1] - below
@@ -54,7 +54,7 @@ def test_shapes_and_determinism(slides: list[Rendered]) -> None:
 
 
 def test_pixels_of_a_seed_stay_what_they_are_while_the_version_stays() -> None:
-    """A run recognises its slides by seed and VERSION: raise VERSION when these numbers change."""
+    """A run recognizes its slides by seed and VERSION: raise VERSION when these numbers change."""
     rgb, mask = render(slide_specs(0, 256, 256, mpp=0.8)[0])
     assert mask.mean() == pytest.approx(0.1730, abs=1e-3)
     assert rgb.mean(axis=(0, 1)) == pytest.approx([220.45, 222.40, 221.40], abs=0.1)
@@ -136,8 +136,8 @@ def test_cells_cover_a_plausible_share(slides: list[Rendered]) -> None:
 def test_stains_differ_between_slides(slides: list[Rendered]) -> None:
     glass = np.array([np.percentile(rgb, 90, axis=(0, 1)) for _, rgb, _ in slides])
     cells = np.array([np.median(rgb[mask], axis=0) for _, rgb, mask in slides])
-    for colours in (glass, cells):
-        apart = np.abs(colours[:, None] - colours[None]).sum(axis=2)[~np.eye(len(slides), dtype=bool)]
+    for colors in (glass, cells):
+        apart = np.abs(colors[:, None] - colors[None]).sum(axis=2)[~np.eye(len(slides), dtype=bool)]
         assert apart.min() > 1.5
         assert apart.max() > 20
     assert len({spec.look for spec, _, _ in slides}) == len(slides)

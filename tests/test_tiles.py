@@ -118,8 +118,8 @@ def test_the_schema_refuses_what_must_not_be_null(tmp_path):
         pq.write_table(pa.Table.from_pylist([row], TILE_SCHEMA), tmp_path / "tile.parquet")
 
 
-def flat(colour, size=64):
-    return np.full((size, size, 3), colour, np.uint8)
+def flat(color, size=64):
+    return np.full((size, size, 3), color, np.uint8)
 
 
 def test_tissue_is_stained_or_dark_but_not_unscanned():
@@ -138,7 +138,7 @@ def test_focus_falls_with_blur_and_is_zero_without_structure():
     spots = ndimage.gaussian_filter(np.random.default_rng(0).random((128, 128)), 3)
     sharp = (255 * (spots - spots.min()) / np.ptp(spots)).astype(np.uint8)
     blurred = ndimage.gaussian_filter(sharp.astype(float), 6).astype(np.uint8)
-    as_rgb = [np.repeat(grey[:, :, None], 3, axis=2) for grey in (sharp, blurred)]
+    as_rgb = [np.repeat(gray[:, :, None], 3, axis=2) for gray in (sharp, blurred)]
     assert focus(as_rgb[0]) > 4 * focus(as_rgb[1]) > 0
     assert focus(flat((200, 180, 190))) == 0
 

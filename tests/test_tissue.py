@@ -108,7 +108,7 @@ LIGHTS: dict[str, dict[str, Any]] = {
     "overstained": {"stain": 3.0},
     "cream": {"glass": (243, 236, 214)},
     "amber": {"glass": (236, 200, 130)},
-    "grey": {"glass": (170, 170, 168)},
+    "gray": {"glass": (170, 170, 168)},
     "white": {"glass": (262, 262, 262)},  # the glass is overexposed
     "vignette": {"vignette": 0.2},
     "gradient": {"gradient": 0.3},
@@ -206,7 +206,7 @@ def test_strong_compression_is_no_tissue(scenes: dict[str, Scene]) -> None:
 
 
 def test_real_fields_on_a_canvas(real_pap: Path) -> None:
-    """Real cells, grey, each field with a background of its own."""
+    """Real cells, gray, each field with a background of its own."""
     for canvas in ((255, 255, 255), (243, 236, 214)):
         rgb, scene = np.empty((1024, 1024, 3), np.uint8), bare(1024)
         rgb[:] = canvas

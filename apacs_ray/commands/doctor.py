@@ -19,7 +19,7 @@ from apacs_ray.redact import secrets_in
 SUMMARY = (
     "Says whether a run with the same options would work on this machine. Exit status: 0 yes, 1 no, 2 wrong usage."
 )
-COLOURS = {"ok": "green", "warning": "yellow", "failed": "bold red"}
+COLORS = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 PAGE = 160  # characters a line, where there is no terminal that says
 
 
@@ -76,6 +76,6 @@ def print_table(findings: Sequence[Finding]) -> None:
         found = Text(finding.found, overflow="fold")
         if finding.advice:
             found.append(f"\n-> {finding.advice}")
-        table.add_row(Text(finding.name), Text(finding.state, COLOURS[finding.state]), found)
+        table.add_row(Text(finding.name), Text(finding.state, COLORS[finding.state]), found)
     known = console.is_terminal or "COLUMNS" in os.environ
     Console(width=console.width if known else PAGE).print(table)

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from apacs_ray.config.command_line import Command, parse
 from apacs_ray.errors import ApacsError, carried_message
-from apacs_ray.redact import printable, without_secrets
+from apacs_ray.redact import printable, redact
 
 INTERRUPTED = 130
 
@@ -51,7 +51,7 @@ def _as_ctrl_c(number: int, frame: FrameType | None) -> None:
 
 def _tell(text: str) -> None:
     """To stderr, without secrets and without what would steer a terminal."""
-    print(printable(without_secrets(text), lines=True), file=sys.stderr)
+    print(printable(redact(text), lines=True), file=sys.stderr)
 
 
 def _run(command: Command, only: Sequence[str] | None) -> int:

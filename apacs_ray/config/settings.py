@@ -62,7 +62,7 @@ class DataSettings(Section):
         None,
         ge=1,
         le=255,
-        description="grey masks and labels: a value of at least this, as stored, is cell; of colors their luminance "
+        description="gray masks and labels: a value of at least this, as stored, is cell; of colors their luminance "
         "(default: masks of more than two values are rejected); 1 takes every label but 0",
     )
     max_pixels: int = Field(400_000_000, ge=1024, description="px; a larger image is rejected undecoded")

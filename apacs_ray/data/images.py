@@ -54,8 +54,8 @@ DAMAGE = (
     zlib.error,
     Image.DecompressionBombError,
 )
-COLOUR_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
-DEEP_MODES = {"I;16", "I;16B", "I;16L", "I;16N"}  # 16-bit grey
+COLOR_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
+DEEP_MODES = {"I;16", "I;16B", "I;16L", "I;16N"}  # 16-bit gray
 # TIFF and EXIF tags
 BITS_PER_SAMPLE, PHOTOMETRIC, ORIENTATION, MAX_SAMPLE_VALUE, TILE_WIDTH, TILE_LENGTH = 258, 262, 274, 281, 322, 323
 DARK = 1 << 14  # no photograph in 16 bits ends below: a camera's 10, 12 or 14 bits do
@@ -116,12 +116,12 @@ def decode_image(data: bytes, max_pixels: int) -> Rgb:
     if image.has_transparency_data:
         image = _straight(image)
         alpha = image.getchannel("A")
-    colours = _to_srgb(image, profile)
+    colors = _to_srgb(image, profile)
     if alpha is not None:
-        white = Image.new("RGB", colours.size, (255, 255, 255))
-        white.paste(colours, mask=alpha)
-        colours = white
-    return np.array(colours)
+        white = Image.new("RGB", colors.size, (255, 255, 255))
+        white.paste(colors, mask=alpha)
+        colors = white
+    return np.array(colors)
 
 
 def _require_sound_jpeg(data: bytes) -> None:
@@ -185,7 +185,7 @@ class _StoreTroubleError(Exception):
 
 
 class _Guarded(io.RawIOBase):
-    """A stream not read past its end (object stores raise there), whose own errors stay recognisable."""
+    """A stream not read past its end (object stores raise there), whose own errors stay recognizable."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -254,7 +254,7 @@ def _require_usable(image: ImageFile.ImageFile, frames: int, max_pixels: int) ->
         raise BadInput("too_large", f"{width} x {height} px exceed data.max_pixels ({max_pixels})")
     if frames > 1:
         raise BadInput("multiple_frames", f"the file holds {frames} images; save the one that is meant")
-    if image.mode not in COLOUR_MODES | DEEP_MODES:
+    if image.mode not in COLOR_MODES | DEEP_MODES:
         raise BadInput("unsupported_mode", f"pixels of Pillow's mode {image.mode}; save them with 8 bits a channel")
 
 
@@ -266,7 +266,7 @@ def _loaded(image: ImageFile.ImageFile) -> Image.Image:
         image.load()
     except DAMAGE as error:
         raise BadInput(code_of(error), f"the pixels cannot be read: {_text_of(error)}") from error
-    if deep:  # of colours Pillow keeps the upper bytes
+    if deep:  # of colors Pillow keeps the upper bytes
         extrema = cast(tuple[tuple[int, int], ...], image.getextrema())
         tops = [top for (_, top), band in zip(extrema, image.getbands(), strict=True) if band != "A"]
         _require_bright(max(tops) << 8 | 255)
@@ -306,7 +306,7 @@ def _significant_bits(image: TiffImageFile) -> int | None:
 
 
 def _upper_byte(values: npt.NDArray[np.uint16], bits: int | None, white_is_zero: bool) -> npt.NDArray[np.uint8]:
-    """The upper eight of the bits that 16-bit grey uses, which is decided for the whole image."""
+    """The upper eight of the bits that 16-bit gray uses, which is decided for the whole image."""
     top = int(values.max())
     if bits is None or not 8 <= bits < 16 or top >> bits:
         bits = 8 if top <= 255 and not white_is_zero else 16  # bytes that were saved with 16 bits
@@ -326,19 +326,19 @@ def _require_bright(top: int) -> None:
 
 
 def _straight(image: Image.Image) -> Image.Image:
-    """RGBA whose colours are not multiplied by their alpha."""
+    """RGBA whose colors are not multiplied by their alpha."""
     return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     if not profile:
         return image.convert("RGB")
-    colours = image if image.mode in ("L", "RGB", "CMYK") else image.convert("L" if image.mode == "1" else "RGB")
+    colors = image if image.mode in ("L", "RGB", "CMYK") else image.convert("L" if image.mode == "1" else "RGB")
     try:
         source = ImageCms.getOpenProfile(io.BytesIO(profile))
         if "srgb" in ImageCms.getProfileDescription(source).lower():
             return image.convert("RGB")  # exactly as stored: a conversion onto itself would round
-        converted = ImageCms.profileToProfile(colours, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        converted = ImageCms.profileToProfile(colors, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, *DAMAGE):
         return image.convert("RGB")
     return cast(Image.Image, converted)

@@ -141,7 +141,7 @@ class MaskFile:
             if (image.width, image.height) != (self.stored.width, self.stored.height):
                 raise BadInput("unreadable", f"libvips finds {image.width} x {image.height} px in its header")
             if image.bands > 4 or image.interpretation not in ("b-w", "grey16", "srgb", "rgb", "rgb16", "multiband"):
-                raise BadInput("unsupported_mode", f"{image.bands} channels of {image.interpretation}; save it as grey")
+                raise BadInput("unsupported_mode", f"{image.bands} channels of {image.interpretation}; save it as gray")
         return self._image
 
 
@@ -208,5 +208,5 @@ def _by_pillow(stream: BinaryIO) -> Pixels:
     if image.has_transparency_data:
         image = image.convert("RGBA")
     if image.mode not in ("P", "L", "LA", "RGB", "RGBA", "I;16", "I;16B", "I;16L", "I;16N"):
-        raise BadInput("unsupported_mode", f"a mask of Pillow's mode {image.mode}; save it as grey")
+        raise BadInput("unsupported_mode", f"a mask of Pillow's mode {image.mode}; save it as gray")
     return np.asarray(image)

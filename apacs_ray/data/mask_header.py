@@ -55,7 +55,7 @@ def read_stored(stream: BinaryIO, max_pixels: int) -> Stored:
             raise BadInput("unreadable", f"the header cannot be read: {error}") from error
     header = read_header(stream, max_pixels).image
     if header.mode in ("CMYK", "YCbCr"):
-        raise BadInput("unsupported_mode", f"a mask in {header.mode}; save it as grey")
+        raise BadInput("unsupported_mode", f"a mask in {header.mode}; save it as gray")
     indexed = header.mode == "P"
     return Stored(
         *header.size,
@@ -111,7 +111,7 @@ def _require_decoder(page: Any, photometric: str, compression: str, *, planes: b
     bits, kind = page.bitspersample, int(page.sampleformat)
     if photometric not in PHOTOMETRICS or kind not in (1, 2, 3) or not 1 <= page.samplesperpixel <= 4:
         what = f"{page.samplesperpixel} channels of {photometric} (sample format {kind})"
-        raise BadInput("unsupported_mode", f"a mask with {what}; save it as grey of 8 or 16 bits")
+        raise BadInput("unsupported_mode", f"a mask with {what}; save it as gray of 8 or 16 bits")
     if bits not in (1, 2, 4, 8, 16, 32):
         raise BadInput("unsupported_mode", f"a mask with {bits} bits a channel; save it with 8 or 16")
     if compression not in BY_VIPS | BY_PILLOW or (compression.startswith("CCITT") and page.is_tiled):

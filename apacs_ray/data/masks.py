@@ -19,7 +19,7 @@ from apacs_ray.errors import BadInput
 
 Values = npt.NDArray[np.int64]
 TOPS = (0, 1, 255, 65535)  # what "cell" is in a mask of two values, 0 being the other
-GAP = (16, 239)  # grey that a mask of black and white hardly gets from JPEG
+GAP = (16, 239)  # gray that a mask of black and white hardly gets from JPEG
 REC_601 = (19595, 38470, 7471)  # of 65536: red, green, blue
 ADVICE = "data.mask_threshold N takes values of at least N as cell"
 
@@ -100,7 +100,7 @@ def find_rule(mask: MaskFile, threshold: int | None, *, doubtful: bool = False) 
     """The rule of a mask, after a look at all of it.
 
     Two values are a mask by themselves: 1 bit, {0, 1}, {0, 255}, {0, 65535}, in one or three equal channels; what JPEG
-    makes of black and white; and a palette of two colors, of which the lighter is cell. Any other mask is grey:
+    makes of black and white; and a palette of two colors, of which the lighter is cell. Any other mask is gray:
     `threshold` (1..255) makes values of at least that cell; without it the mask is refused. Values are compared as
     stored, so labels of 16 and 32 bits keep all their objects; of colors it is their luminance. A mask that would be
     another one by another reading (16 bits of which 8 may be meant, the numbers of a palette's colors) is refused.
@@ -140,7 +140,7 @@ def probe_mask(data: bytes, max_pixels: int) -> tuple[int, int]:
 
 
 def luminance(pixels: Pixels) -> Pixels:
-    """One value a pixel: grey as it is, of three channels their luminance (of equal ones their value)."""
+    """One value a pixel: gray as it is, of three channels their luminance (of equal ones their value)."""
     if pixels.ndim == 2:
         return pixels
     if pixels.shape[2] < 3:
@@ -171,7 +171,7 @@ def _integral(pixels: Pixels) -> Pixels:
     """Values that are whole numbers from 0 on. Raises BadInput for others."""
     if np.issubdtype(pixels.dtype, np.floating):
         if not (np.isfinite(pixels).all() and (pixels == np.floor(pixels)).all() and np.abs(pixels).max() < 2**53):
-            raise BadInput("unsupported_mode", "the mask has fractions; save it as grey of 8 bits")
+            raise BadInput("unsupported_mode", "the mask has fractions; save it as gray of 8 bits")
         pixels = pixels.astype(np.int64)
     if pixels.dtype.kind == "i" and pixels.min() < 0:
         raise BadInput("unsupported_mode", f"the mask has negative values, down to {pixels.min()}")
@@ -232,7 +232,7 @@ def _by_threshold(contents: Contents, threshold: int, palette: Palette | None) -
             raise BadInput(
                 "grey_mask",
                 f"data.mask_threshold {threshold} means other pixels by the numbers of the palette's colors than by "
-                "their luminance; save the mask as grey",
+                "their luminance; save the mask as gray",
             )
     if contents.deep and not contents.colored and len(present) > 2 and not (present % 257).any():
         return CellRule(257 * threshold)  # 8 bits, written with 16
@@ -248,5 +248,5 @@ def _by_threshold(contents: Contents, threshold: int, palette: Palette | None) -
 
 def _told(contents: Contents) -> str:
     present = contents.present
-    kind = "luminances of colors" if contents.colored else "grey values"
+    kind = "luminances of colors" if contents.colored else "gray values"
     return f"{len(present)} {kind} from {present[0]} to {present[-1]}"

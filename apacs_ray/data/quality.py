@@ -14,7 +14,7 @@ from apacs_ray.data.images import as_picture
 Floats = npt.NDArray[np.float32]
 SHRINK = 4
 SATURATION = 0.12  # HSV, 0..1: stained cytoplasm lies above, the lamp's tint on bare glass below
-DARK = 200.0  # luminance 0..255: nuclei and dense clumps of little colour lie below
+DARK = 200.0  # luminance 0..255: nuclei and dense clumps of little color lie below
 UNSCANNED = 8.0  # luminance 0..255: scanners fill what they did not scan with black
 
 
@@ -28,9 +28,9 @@ def tissue_fraction(rgb: npt.NDArray[np.uint8]) -> float:
 
 
 def focus(rgb: npt.NDArray[np.uint8] | Image.Image) -> float:
-    """Variance of the 4-neighbour Laplacian of luminance (0..255) on a tile, (H, W, 3) uint8, shrunk by 4.
+    """Variance of the 4-neighbor Laplacian of luminance (0..255) on a tile, (H, W, 3) uint8, shrunk by 4.
 
-    Its unit is grey levels squared. It grows with sharpness and with contrast, so compare tiles of one slide;
+    Its unit is gray levels squared. It grows with sharpness and with contrast, so compare tiles of one slide;
     on bare glass it is near 0.
     """
     return _focus(_luma(*_shrunk(rgb)))

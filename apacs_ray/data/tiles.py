@@ -31,7 +31,7 @@ TILE_SCHEMA = pa.schema(
         pa.field("mask", pa.binary()),  # 1-bit PNG, null where not annotated
         pa.field("mask_fraction", pa.float64()),  # 0..1, share of cell pixels
         pa.field("tissue_fraction", pa.float64(), nullable=False),  # 0..1
-        pa.field("focus", pa.float64(), nullable=False),  # grey levels squared
+        pa.field("focus", pa.float64(), nullable=False),  # gray levels squared
         pa.field("source_uri", pa.string(), nullable=False),
         pa.field("source_version", pa.string(), nullable=False),
     ]
@@ -107,7 +107,7 @@ def _axis(length: int, size: int, stride: int, last: LastTile) -> tuple[tuple[in
 
 
 def _once(start: int, spans: tuple[tuple[int, int], ...]) -> tuple[int, int]:
-    """The part of the span beginning at `start`, relative to it, that no neighbour counts."""
+    """The part of the span beginning at `start`, relative to it, that no neighbor counts."""
     number = [begin for begin, _ in spans].index(start)
     begin, end = spans[number]
     if number > 0:

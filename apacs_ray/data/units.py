@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from apacs_ray.errors import ApacsError, BadInput, RefusedError
-from apacs_ray.redact import without_secrets
+from apacs_ray.redact import redact
 
 # OSErrors of this machine or of a file system that does not answer: another input would meet them as well
 OF_THE_MACHINE = {
@@ -56,7 +56,7 @@ def one_unit(name: str, *, again: bool = False) -> Iterator[None]:
 
 
 def _words(error: BaseException) -> str:
-    return without_secrets(f"{type(error).__name__}: {error}"[:WORDS])
+    return redact(f"{type(error).__name__}: {error}"[:WORDS])
 
 
 def _place(error: BaseException) -> str:

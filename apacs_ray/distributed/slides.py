@@ -70,7 +70,7 @@ def shards_a_task(shards: int, cpus: float) -> int:
 
 
 def of_one_slide(shards: Sequence[SlideShard], most: int) -> Iterator[list[SlideShard]]:
-    """Neighbouring shards of the same slide, at most so many together."""
+    """Neighboring shards of the same slide, at most so many together."""
     for _, same in groupby(shards, key=lambda shard: shard.slide):
         part = list(same)
         yield from (part[start : start + most] for start in range(0, len(part), most))

@@ -104,7 +104,7 @@ def train(tasks: Sequence[TrainingTask], *, parallel: bool, on_progress: Callabl
             for task in group:
                 for network in task.networks:
                     with contextlib.suppress(StoreTroubleError):  # who only looks neither waits nor ends for it
-                        if (now := read_progress(task.store.with_patience(0), network.state)) is not None:
+                        if (now := read_progress(task.store.with_timeout(0), network.state)) is not None:
                             on_progress(network.name, now)
         for name, error in errors.items():
             raise ApacsError(f"{name}: training stopped: {_cause(error)}") from error
@@ -186,7 +186,7 @@ def _fit_once(task: TrainingTask, callbacks: Sequence[Any]) -> bool:
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost message of a failure that travelled through Ray."""
+    """The innermost message of a failure that traveled through Ray."""
     failures = list(getattr(error, "worker_failures", {}).values())
     inner: BaseException | None = failures[0] if failures else error
     while inner is not None and (inner.__cause__ or getattr(inner, "cause", None)) is not None:

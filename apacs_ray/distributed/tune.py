@@ -21,7 +21,7 @@ from apacs_ray.console import say
 from apacs_ray.distributed.credentials import forward_no_keys, ray_filesystem
 from apacs_ray.distributed.resource_plan import Cluster
 from apacs_ray.distributed.trial import TRIAL_CURVES, TrialTask, plain_setting, run_trial
-from apacs_ray.redact import without_secrets
+from apacs_ray.redact import redact
 from apacs_ray.training.tensorboard import CURVES
 
 LONGEST_ERROR = 400  # characters of a trial's error that are kept
@@ -210,7 +210,7 @@ def _result(result: Any) -> TrialResult:
 
 def _line(error: object) -> str:
     """The last line of what ended a trial: its message."""
-    return without_secrets((str(error).strip() or repr(error)).splitlines()[-1])[:LONGEST_ERROR]
+    return redact((str(error).strip() or repr(error)).splitlines()[-1])[:LONGEST_ERROR]
 
 
 def _best_epoch(result: Any) -> tuple[dict[str, Any], float | None]:

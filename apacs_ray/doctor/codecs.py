@@ -16,7 +16,7 @@ from apacs_ray.doctor.finding import Finding
 Rgb = npt.NDArray[np.uint8]
 SIDE = 256  # px
 MPP = 0.5
-LOSS = 6.0  # grey values of mean difference that JPEG may cost a smooth picture
+LOSS = 6.0  # gray values of mean difference that JPEG may cost a smooth picture
 ADVICE = "reinstall what reads it: pip install --force-reinstall '{}'"
 
 
@@ -29,13 +29,13 @@ def picture() -> Rgb:
 
 
 def compare(name: str, back: Rgb, loss: float, package: str) -> Finding:
-    """Whether the picture came back within `loss` grey values on average."""
+    """Whether the picture came back within `loss` gray values on average."""
     rgb = picture()
     if back.shape != rgb.shape:
         return Finding(name, "failed", f"the picture came back as {back.shape}", ADVICE.format(package))
     difference = float(np.abs(back.astype(int) - rgb).mean())
     if difference > loss:
-        found = f"the picture came back {difference:.1f} grey values off"
+        found = f"the picture came back {difference:.1f} gray values off"
         return Finding(name, "failed", found, ADVICE.format(package))
     return Finding(name, "ok", "encodes and decodes")
 

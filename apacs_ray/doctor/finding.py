@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from apacs_ray.redact import printable, without_secrets
+from apacs_ray.redact import printable, redact
 
 State = Literal["ok", "warning", "failed"]
 LIMIT = 60.0  # s that a check may take
@@ -71,7 +71,7 @@ def shown(finding: Finding, secrets: Iterable[str]) -> Finding:
     """The finding as it may be printed: no secret, no user in a URL, no control character."""
 
     def clean(text: str) -> str:
-        return printable(without_secrets(text, secrets))
+        return printable(redact(text, secrets))
 
     changes: dict[str, Any] = {"found": clean(finding.found), "advice": clean(finding.advice)}
     return replace(finding, **changes)

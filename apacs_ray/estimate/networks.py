@@ -136,9 +136,9 @@ def _seconds_to_load(tile: SampleTile) -> float:
 
 
 def _storing(tile: SampleTile) -> tuple[float, int]:
-    """Seconds to encode a tile's heatmaps, and their bytes: a blurred grey picture stands for each."""
-    grey = Image.fromarray(tile.pixels()[0]).convert("L").filter(ImageFilter.GaussianBlur(4))
-    pictures = dict.fromkeys(map(str, MEMBERS), (np.asarray(grey) / 255).astype(np.float32))
+    """Seconds to encode a tile's heatmaps, and their bytes: a blurred gray picture stands for each."""
+    gray = Image.fromarray(tile.pixels()[0]).convert("L").filter(ImageFilter.GaussianBlur(4))
+    pictures = dict.fromkeys(map(str, MEMBERS), (np.asarray(gray) / 255).astype(np.float32))
     return _fastest(lambda: encode_heatmaps(pictures)), len(encode_heatmaps(pictures))
 
 

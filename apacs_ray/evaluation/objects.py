@@ -31,7 +31,7 @@ def match_objects(found: Labels, true: Labels) -> dict[str, int]:
     """Objects of two label images (H, W) matched one to one at IoU >= 0.5.
 
     Above one half an object has one partner at most. At exactly one half it may have two (the halves of it);
-    the one labelled first is taken, and no other choice would match more.
+    the one labeled first is taken, and no other choice would match more.
     """
     found_areas, true_areas = np.bincount(found.ravel(), minlength=1), np.bincount(true.ravel(), minlength=1)
     columns = len(true_areas)

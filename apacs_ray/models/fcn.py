@@ -78,11 +78,11 @@ def pad_to(x: Tensor, produced: Callable[[int], int]) -> Tensor:
     return F.pad(x, (0, right, 0, bottom)) if bottom or right else x
 
 
-def initialise(network: nn.Module, heatmaps: int = 0) -> None:
-    """Random start without pretrained weights, as in the paper: He initialisation, biases at zero.
+def initialize(network: nn.Module, heatmaps: int = 0) -> None:
+    """Random start without pretrained weights, as in the paper: He initialization, biases at zero.
 
     Stained cells on bright glass fill a small part of 0..1, which alone makes the first epochs idle. So the first
-    convolution starts as if RGB were normalised by `BRIGHTNESS` and `CONTRAST`; `heatmaps` channels before RGB are not.
+    convolution starts as if RGB were normalized by `BRIGHTNESS` and `CONTRAST`; `heatmaps` channels before RGB are not.
     """
     first = True
     for module in network.modules():
@@ -251,8 +251,8 @@ class FCN8(nn.Module):
 
 
 def build_member(name: MemberName, *, width: float = 1.0, dropout: float = 0.5) -> nn.Module:
-    """A freshly initialised member; at width 1 exactly the published network."""
+    """A freshly initialized member; at width 1 exactly the published network."""
     classes: dict[str, type[nn.Module]] = {"fcn32": FCN32, "fcn16": FCN16, "fcn8": FCN8}
     network = classes[name](width=width, dropout=dropout)
-    initialise(network)
+    initialize(network)
     return network

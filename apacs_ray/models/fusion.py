@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from apacs_ray.config.settings import HeatmapInit, MemberName
 from apacs_ray.errors import ApacsError
-from apacs_ray.models.fcn import FCN32, AlexTrunk, Score, Upsample, crop, initialise, pad_to, scaled
+from apacs_ray.models.fcn import FCN32, AlexTrunk, Score, Upsample, crop, initialize, pad_to, scaled
 from apacs_ray.models.spec import Head
 
 CLAMP = 1 / 510  # heatmaps are stored as uint8: half a step away from 0 and 1 keeps the logit finite
@@ -76,7 +76,7 @@ def build_fusion(
     dropout: float = 0.5,
     heatmap_init: HeatmapInit = "random",
 ) -> nn.Module:
-    """A freshly initialised fusion network.
+    """A freshly initialized fusion network.
 
     Input (N, M + 3, H, W) in 0..1, the probabilities of `members` first, then RGB; output logits (N, 1, H, W).
     `heatmap_init`: how the first layer treats the heatmaps at the start: like any channel (`random`), not at all
@@ -86,10 +86,10 @@ def build_fusion(
     network: FCN32 | RefinedFusion
     if head == "published":
         network = FCN32(in_channels=count + 3, width=width, dropout=dropout)
-        initialise(network, heatmaps=count)
+        initialize(network, heatmaps=count)
     else:
         network = RefinedFusion(count, width=width, dropout=dropout)
-        initialise(network, heatmaps=count)
+        initialize(network, heatmaps=count)
         for score in (*network.scores, network.fine_score):
             nn.init.zeros_(score.weight)
     with torch.no_grad():

@@ -2,7 +2,7 @@
 
 Both fit the published networks only (width 1). ImageNet networks expect RGB less a mean, over a deviation; both are
 folded into the first convolution, so that ours still takes RGB in 0..1. Where the first convolution's frame of zeros
-(100 px) enters, the result differs from theirs: their zeros are the mean colour, ours are black.
+(100 px) enters, the result differs from theirs: their zeros are the mean color, ours are black.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from apacs_ray.models.spec import ModelSpec
 from apacs_ray.models.weights import build, from_published, weights_bytes
 from apacs_ray.storage import Store
 
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's RGB, as torchvision normalises it
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's RGB, as torchvision normalizes it
 LARGEST = 2 << 30  # bytes of a checkpoint file
 IMAGENET_FILES: dict[MemberName, str] = {"fcn32": "alexnet.pth", "fcn16": "vgg16.pth", "fcn8": "vgg16.pth"}
 RELEASED_FILES: dict[MemberName, str] = {"fcn32": "fcn32.pth", "fcn16": "fcn16.pth", "fcn8": "fcn8.pth"}

@@ -18,7 +18,7 @@ from apacs_ray.models.spec import MEMBERS, ModelSpec
 
 
 def build(spec: ModelSpec) -> nn.Module:
-    """A freshly initialised network."""
+    """A freshly initialized network."""
     if spec.kind == "member":
         if spec.name not in MEMBERS:
             raise ApacsError(f"{spec.name}: no such member; there is {', '.join(MEMBERS)}")

@@ -1,4 +1,4 @@
-"""The charts of the report, by matplotlib, as inline SVG that takes its colours and font from `report.css`."""
+"""The charts of the report, by matplotlib, as inline SVG that takes its colors and font from `report.css`."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def dice_chart(metrics: Rows) -> Markup:
 
     def paint(axes: Axes) -> None:
         for place, (name, row) in enumerate(rows.items()):
-            _interval(axes, place, row["dice"], row["dice_ci95"], _colour(name))
+            _interval(axes, place, row["dice"], row["dice_ci95"], _color(name))
             if name in PAPER:
                 axes.plot(PAPER[name][2], place, "D", markersize=6, markerfacecolor="none", markeredgecolor=SOFT)
         _name_rows(axes, {name: f"{row['dice']:.4f}" for name, row in rows.items()})
@@ -92,8 +92,8 @@ def slide_chart(metrics: Rows) -> Markup:
         for place, (name, values) in enumerate(dice.items()):
             shown = _thinned(values)
             heights = [place + 0.13 * (order % 3 - 1) for order in range(len(shown))]
-            colour = _colour(name)
-            axes.plot(shown, heights, "o", markersize=5, color=colour, alpha=0.55, markeredgewidth=0, clip_on=False)
+            color = _color(name)
+            axes.plot(shown, heights, "o", markersize=5, color=color, alpha=0.55, markeredgewidth=0, clip_on=False)
             axes.plot([median(values)] * 2, [place - 0.33, place + 0.33], color=INK, linewidth=2)
         _name_rows(axes, {name: f"{median(values):.4f}" for name, values in dice.items()})
         axes.set_xlim(_floor(axes.dataLim.x0), 1)
@@ -176,10 +176,10 @@ def _name_rows(axes: Axes, figures: Mapping[str, str]) -> None:
         axes.text(1.015, place, figure, transform=axes.get_yaxis_transform(), va="center")
 
 
-def _interval(axes: Axes, place: int, value: float, span: Sequence[float] | None, colour: str) -> None:
+def _interval(axes: Axes, place: int, value: float, span: Sequence[float] | None, color: str) -> None:
     if span:
-        axes.plot(span, [place, place], color=colour, linewidth=3, alpha=0.45, solid_capstyle="round")
-    axes.plot(value, place, "o", color=colour, clip_on=False)
+        axes.plot(span, [place, place], color=color, linewidth=3, alpha=0.45, solid_capstyle="round")
+    axes.plot(value, place, "o", color=color, clip_on=False)
 
 
 def _svg(label: str, size: tuple[float, float], paint: Callable[[Axes], None]) -> Markup:
@@ -193,11 +193,11 @@ def _svg(label: str, size: tuple[float, float], paint: Callable[[Axes], None]) -
     # matplotlib's rule for all elements would hold in the whole page; its names of groups are the same in every chart
     drawing = re.sub(r"<metadata>.*?</metadata>|<style [^>]*>.*?</style>", "", drawing, flags=re.S)
     drawing = re.sub(r'<g id="[^"]*"', "<g", drawing)
-    drawing = re.sub("|".join(VARIABLES), lambda colour: f"var(--{VARIABLES[colour[0]]})", drawing)
+    drawing = re.sub("|".join(VARIABLES), lambda color: f"var(--{VARIABLES[color[0]]})", drawing)
     return Markup('<svg viewBox="{}" role="img" aria-label="{}">{}</svg>').format(box, label, Markup(drawing))
 
 
-def _colour(model: str) -> str:
+def _color(model: str) -> str:
     return FUSION if model.startswith("fusion") else PLAIN
 
 

@@ -14,17 +14,17 @@ Rgb = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 Shares = npt.NDArray[np.float32]
 
-# Three of the colours of Okabe and Ito, which colour-blind readers tell apart: both, prediction only, annotation only
-COLOURS = {"tp": (0, 158, 115), "fp": (240, 160, 0), "fn": (20, 90, 220)}
+# Three of the colors of Okabe and Ito, which color-blind readers tell apart: both, prediction only, annotation only
+COLORS = {"tp": (0, 158, 115), "fp": (240, 160, 0), "fn": (20, 90, 220)}
 TINT = {"tp": 0.22, "fp": 0.55, "fn": 0.55}  # errors stand out, agreement lets the cell be seen
-GREYED = 0.6  # the overlay's picture is greyed by this much: the colours of a stain must not pass for a mark
+GRAYED = 0.6  # the overlay's picture is grayed by this much: the colors of a stain must not pass for a mark
 LARGEST = 480  # px, side of one picture
 GAP = 6  # px between the two
 JPEG_QUALITY = 88
 
 
 def overlay(rgb: Rgb, truth: Mask, mask: Mask) -> Rgb:
-    """The tile (H, W, 3) greyed, with TP, FP and FN tinted and their outlines drawn in full colour."""
+    """The tile (H, W, 3) grayed, with TP, FP and FN tinted and their outlines drawn in full color."""
     return _painted(rgb, {kind: part.astype(np.float32) for kind, part in _kinds(truth, mask).items()})
 
 
@@ -60,18 +60,18 @@ def _kinds(truth: Mask, mask: Mask) -> dict[str, Mask]:
 
 def _painted(rgb: Rgb, shares: dict[str, Shares]) -> Rgb:
     """`shares`: for each kind how much of a pixel is of that kind, (H, W) 0..1."""
-    colour = rgb.astype(np.float32)
-    grey = (colour @ np.array([0.299, 0.587, 0.114], np.float32))[:, :, None]
-    picture = (1 - GREYED) * colour + GREYED * grey
+    color = rgb.astype(np.float32)
+    gray = (color @ np.array([0.299, 0.587, 0.114], np.float32))[:, :, None]
+    picture = (1 - GRAYED) * color + GRAYED * gray
     for kind, share in shares.items():
-        painted = np.array(COLOURS[kind], np.float32)
+        painted = np.array(COLORS[kind], np.float32)
         tint = (TINT[kind] * share)[:, :, None]
         picture = (1 - tint) * picture + tint * painted
     for kind, share in shares.items():
         region = share >= 0.5
         thickness = max(1, round(max(region.shape) / 400))
         inner = ndimage.binary_erosion(region, iterations=thickness, border_value=1)
-        picture[region & ~inner] = COLOURS[kind]
+        picture[region & ~inner] = COLORS[kind]
     return np.rint(picture).astype(np.uint8)
 
 

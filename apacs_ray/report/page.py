@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from apacs_ray.report import charts
-from apacs_ray.report.overlays import COLOURS, data_uri
+from apacs_ray.report.overlays import COLORS, data_uri
 from apacs_ray.report.summary import NAMES, PAPER, best_member, headline, kept_epoch, read_sweep_table, verdict
 from apacs_ray.training.history import EpochRecord
 
@@ -99,7 +99,7 @@ def build_report(context: ReportContext) -> str:
         top_trials=sweep.trials[:TRIALS_SHOWN],
         kinds=KINDS,
         legend=LEGEND,
-        colours={kind: f"rgb{colour}" for kind, colour in COLOURS.items()},
+        colors={kind: f"rgb{color}" for kind, color in COLORS.items()},
         slides=slides[:SLIDES_SHOWN],
         stages=_stage_rows(context.stages),
         codes=Counter(str(reject["code"]) for reject in context.rejects).most_common(),

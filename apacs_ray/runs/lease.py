@@ -25,7 +25,7 @@ from apacs_ray.storage import Conflict, Store
 LOCK = "run.lock"
 HEARTBEAT_EVERY = 10.0  # s
 STALE_AFTER = 60.0  # s
-BEAT_PATIENCE = 5.0  # s that a heartbeat waits for a store in trouble: the next one tries again
+BEAT_TIMEOUT = 5.0  # s that a heartbeat waits for a store in trouble: the next one tries again
 ORPHANS_END_WITHIN = 60.0  # s, for the Ray processes of a driver that was killed
 
 
@@ -129,21 +129,21 @@ class Lease:
         if self._lost is not None:
             raise ApacsError(f"{self._store.uri}: this run was taken over ({self._lost}); nothing was committed")
 
-    def hurry(self) -> None:
+    def shorten_timeout(self) -> None:
         """From now on do not wait for a store in trouble as long as a commit would."""
-        self._store = self._store.with_patience(BEAT_PATIENCE)
+        self._store = self._store.with_timeout(BEAT_TIMEOUT)
 
     def release(self) -> None:
         """Give the run back."""
         self._stop.set()
         self._thread.join()
-        self.hurry()
+        self.shorten_timeout()
         with contextlib.suppress(StoreTroubleError):  # the lock of a process that has ended gives way
             if self._lost is None and self._store.version(LOCK) == self._version:
                 self._store.delete(LOCK)
 
     def _beat(self) -> None:
-        store, since = self._store.with_patience(BEAT_PATIENCE), None
+        store, since = self._store.with_timeout(BEAT_TIMEOUT), None
         while not self._stop.wait(HEARTBEAT_EVERY):
             try:
                 self._renew(self._holder, store)

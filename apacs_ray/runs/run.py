@@ -22,7 +22,7 @@ from typing import Any
 
 from apacs_ray.config.settings import Settings
 from apacs_ray.errors import ApacsError
-from apacs_ray.runs.lease import BEAT_PATIENCE, Lease
+from apacs_ray.runs.lease import BEAT_TIMEOUT, Lease
 from apacs_ray.storage import Store
 
 MARKER = "_committed.json"
@@ -149,10 +149,10 @@ class Run:
         }
         self.store.write(RUN_JSON, json.dumps(record, indent=1).encode())
 
-    def hurry(self) -> None:
+    def shorten_timeout(self) -> None:
         """A stage failed: what is still written on the way out is not waited for as long."""
-        self.store = self.store.with_patience(BEAT_PATIENCE)
-        self.lease.hurry()
+        self.store = self.store.with_timeout(BEAT_TIMEOUT)
+        self.lease.shorten_timeout()
 
     def close(self) -> None:
         self.lease.release()

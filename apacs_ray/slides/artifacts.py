@@ -13,13 +13,13 @@ from apacs_ray.slides.glass import DENSITY, Densities, Stain
 from apacs_ray.slides.regions import Components, Mask, grown, opened
 
 Picture = npt.NDArray[np.uint8]
-BLACK = 8  # grey level: what was not scanned is often black
+BLACK = 8  # gray level: what was not scanned is often black
 FILL_SHARE = 0.002  # of a picture: a color of less of it is no fill
 FILL_COLORS = 3
 FILL_PX = 36
 STRAIGHT_PX, STRAIGHT = 6, 0.5  # runs of so many px are straight; share of an outline that is so
-EVEN = 20  # even: neighbors differ by at most a twentieth of the density and two grey levels
-LEVELS = np.rint(2000 / np.maximum(np.arange(256), 1)).astype(np.int16)  # density that two grey levels are
+EVEN = 20  # even: neighbors differ by at most a twentieth of the density and two gray levels
+LEVELS = np.rint(2000 / np.maximum(np.arange(256), 1)).astype(np.int16)  # density that two gray levels are
 EVEN_AREA, EVEN_SPAN = 60_000.0, 320.0  # no cell, nor any sheet of cells, is even over so large or so long a part
 OPAQUE = 150  # thousandths of density
 EVEN_EDGE = 40.0  # how far the soft edge of such a thing reaches
@@ -28,7 +28,7 @@ INK_CORE, INK_AREA, INK_EDGE = 40.0, 18_000.0, 32.0
 LINE_SPAN, LINE_CORE, LINE_EDGE = 320.0, 40.0, 16.0
 FRINGE = 24.0
 LINE_LEAST = 50  # thousandths of density: fainter px have no sure color
-GREY = 0.75  # least to most absorbed: stains have a color, the edge of a coverslip has none
+GRAY = 0.75  # least to most absorbed: stains have a color, the edge of a coverslip has none
 SPECK_AREA, DUST_AREA, DUST_OPAQUE = 300.0, 170.0, 700  # um2, um2, thousandths of density
 PEAK = 1.75  # of the threshold, somewhere in a thing: steps of a strongly compressed glass stay below
 
@@ -133,21 +133,21 @@ def fringes(mask: Mask, beside: Mask, um: float) -> Mask:
     return things.chosen(thin & (things.counts(mask & grown(beside, round(FRINGE / um))) == things.sizes))
 
 
-def grey_lines(mask: Mask, stain: Stain, um: float) -> Mask:
+def gray_lines(mask: Mask, stain: Stain, um: float) -> Mask:
     """Long thin things without color, in parts that may touch cells: edges of a coverslip, rims of bubbles."""
-    grey = mask & (stain.least > GREY * stain.most) & (stain.most > LINE_LEAST)
-    things = Components.of(grey)
+    gray = mask & (stain.least > GRAY * stain.most) & (stain.most > LINE_LEAST)
+    things = Components.of(gray)
     long = things.spans() * um >= LINE_SPAN
     if not long.any():
         return np.zeros_like(mask)
     # the width at a third of the height, not that of the faint fringe
     peak = ndimage.maximum_filter(stain.most, round(56 / um))
-    cores = opened(grey & (stain.most > peak // 3), round(LINE_CORE / um))
+    cores = opened(gray & (stain.most > peak // 3), round(LINE_CORE / um))
     return grown(things.chosen(long & (things.counts(cores) == 0)), round(LINE_EDGE / um))
 
 
 def without_specks(mask: Mask, stain: Stain, threshold: int, um: float) -> Mask:
-    """The mask less what is too small for a cell or too faint for anything, and less dust, which is small and grey."""
+    """The mask less what is too small for a cell or too faint for anything, and less dust, which is small and gray."""
     things = Components.of(mask)
     places = np.flatnonzero(mask)
     owner, most = things.labels.ravel()[places], stain.most.ravel()[places]
@@ -156,6 +156,6 @@ def without_specks(mask: Mask, stain: Stain, threshold: int, um: float) -> Mask:
     sums = np.bincount(owner, most, things.count + 1)
     least = np.bincount(owner, stain.least.ravel()[places], things.count + 1)
     area = sums / np.maximum(peak, 1) * um * um  # without the faint fringe
-    # a small cell can be grey as well, but is no smaller than this, nor opaque
-    dust = (least > GREY * sums) & ((area < DUST_AREA) | ((area < SPECK_AREA) & (peak > DUST_OPAQUE)))
+    # a small cell can be gray as well, but is no smaller than this, nor opaque
+    dust = (least > GRAY * sums) & ((area < DUST_AREA) | ((area < SPECK_AREA) & (peak > DUST_OPAQUE)))
     return things.chosen((things.sizes * um * um >= SPECK_AREA) & (peak >= PEAK * threshold) & ~dust)

@@ -15,7 +15,7 @@ from scipy import ndimage
 from apacs_ray.slides.regions import Mask
 
 Densities = npt.NDArray[np.int16]
-DENSITY = np.rint(-1000 * np.log(np.maximum(np.arange(256), 1) / 255)).astype(np.int16)  # of a grey level
+DENSITY = np.rint(-1000 * np.log(np.maximum(np.arange(256), 1) / 255)).astype(np.int16)  # of a gray level
 BLOCK = 4  # px
 NEAR_UM, WIDE_UM = 200.0, 1400.0  # widths within which bare glass is expected; a sheet of cells may be wider than one
 EVIDENCE = 0.6  # share of such a window that must be known before it says anything
@@ -107,7 +107,7 @@ def _lamp(minima: Densities, known: Mask) -> Densities:
 
 
 def _opening(minima: Densities, width: float) -> Densities:
-    """A grey opening by squares of `width` blocks: what is narrower than that is not in it.
+    """A gray opening by squares of `width` blocks: what is narrower than that is not in it.
 
     What is unknown takes no part, and a window of which too little is known is passed over. NONE where all are.
     """

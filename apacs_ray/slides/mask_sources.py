@@ -1,7 +1,7 @@
 """The mask of a tile, whatever annotates its slide: polygons, one image of the whole slide, or masks of single FOVs.
 
 Coordinates are the slide's level-0 px. Images follow the rule of polygons: a tile's pixel takes the value of the mask
-pixel that holds its centre.
+pixel that holds its center.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from defusedxml.ElementTree import ParseError, fromstring
 
 MPP_RANGE = (0.02, 20.0)  # um; a resolution outside is a printer's default and says nothing of the slide
 SQUARE = 0.01  # share by which the two directions may differ: tiles are square in px and in um
-UM_PER_UNIT = {2: 25400.0, 3: 10000.0}  # TIFF ResolutionUnit: inch, centimetre
+UM_PER_UNIT = {2: 25400.0, 3: 10000.0}  # TIFF ResolutionUnit: inch, centimeter
 UM_PER_NAME = {"": 1.0, "um": 1.0, "micron": 1.0, "microns": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
 MICRO = str.maketrans({"\u00b5": "u", "\u03bc": "u"})  # the micro sign, and the Greek letter
 APERIO_MPP = re.compile(r"\|\s*MPP\s*=\s*([0-9]+(?:[.,][0-9]*)?)")

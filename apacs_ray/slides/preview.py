@@ -13,7 +13,7 @@ from apacs_ray.data.tiles import Box
 from apacs_ray.slides.tissue import ARTIFACT, OUT, Picture, SkipReason, Tissue
 
 SMALLEST, LARGEST = 640, 1600  # px, the longer side
-COLORS: dict[SkipReason | None, tuple[int, int, int]] = {  # told apart in grey as well
+COLORS: dict[SkipReason | None, tuple[int, int, int]] = {  # told apart in gray as well
     None: (0, 114, 178),
     "background": (190, 190, 190),
     "artifact": (213, 94, 0),
@@ -31,7 +31,7 @@ LEGEND = 22  # px
 def picture_of(tissue: Tissue, bounds: Box, tiles: Sequence[tuple[Box, SkipReason | None]]) -> bytes:
     """A slide small, as PNG, with every tile (level-0 px) framed in the color of what became of it.
 
-    Glass is greyed, artifacts are orange, what was not scanned is striped; a line below says how many tiles are what.
+    Glass is grayed, artifacts are orange, what was not scanned is striped; a line below says how many tiles are what.
     """
     picture = Image.fromarray(_shaded(tissue))
     longest = max(picture.size)

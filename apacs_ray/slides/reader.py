@@ -107,7 +107,7 @@ def read_box(slide: Slide, box: Box, downsample: float, width: int, height: int)
 
     The nearest finer level is read. Where it is not at this scale already, it is resampled by Pillow's Lanczos
     filter with its support widened to the scale (so nothing aliases), on the exact, fractional source rectangle, and
-    with the pixels around the tile, so that neighbouring tiles fit.
+    with the pixels around the tile, so that neighboring tiles fit.
     """
     info = slide.info
     number = info.level_for(downsample)

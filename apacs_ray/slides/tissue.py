@@ -196,7 +196,7 @@ def _tissue_of(picture: Picture, known: Mask, glass: Glass, threshold: int, um: 
     stained = ((stain.most > threshold) | (stain.wide_most > CLEAR)) & known
     artifact = (artifacts.even_things(picture, stain, known, um) | artifacts.ink(stain, known, um)) & known
     mask = closed(stained & ~artifact) & known
-    lines = artifacts.grey_lines(mask, stain, um) | artifacts.fringes(mask, artifact, um)
+    lines = artifacts.gray_lines(mask, stain, um) | artifacts.fringes(mask, artifact, um)
     return artifacts.without_specks(mask & ~lines, stain, threshold, um), artifact | (lines & known)
 
 

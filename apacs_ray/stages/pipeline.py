@@ -14,7 +14,7 @@ from apacs_ray.config.settings import Settings
 from apacs_ray.console import Bars, bars, say
 from apacs_ray.distributed.session import RaySession
 from apacs_ray.errors import ApacsError
-from apacs_ray.redact import without_secrets
+from apacs_ray.redact import redact
 from apacs_ray.runs.run import Counts, Marker, Run
 from apacs_ray.storage import Entry, Store
 
@@ -103,12 +103,12 @@ def run_stage(context: Context, stage: Stage) -> None:
     try:
         outcome = stage.work(context, fingerprint)
     except BaseException as error:
-        run.hurry()
+        run.shorten_timeout()
         with contextlib.suppress(ApacsError):  # the store may be what failed; what failed is what is told
             run.record(
                 stage.name,
                 state="stopped" if isinstance(error, KeyboardInterrupt) else "failed",
-                error=without_secrets(str(error)),
+                error=redact(str(error)),
             )
         raise
     finally:

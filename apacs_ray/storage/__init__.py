@@ -31,16 +31,16 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from apacs_ray.console import say
 from apacs_ray.errors import ApacsError, UsageError
-from apacs_ray.redact import learn_secrets, uri_defect, without_secrets
+from apacs_ray.redact import redact, register_secrets, uri_defect
 from apacs_ray.storage.own_folder import open_own_file
 from apacs_ray.storage.retry import (
     BUSY_CODES,
-    PATIENCE,
+    TIMEOUT,
     IncompleteAnswer,
     ObjectFile,
-    patiently,
     version_in,
     whole_body,
+    with_retries,
 )
 
 T = TypeVar("T")
@@ -126,7 +126,7 @@ class Store(ABC):
     def full_path(self, path: str = "") -> str:
         """`path` as `filesystem` wants it."""
 
-    def with_patience(self, seconds: float) -> Store:
+    def with_timeout(self, seconds: float) -> Store:
         """This store, that waits so long when it is in trouble. What is local has no such trouble."""
         return self
 
@@ -273,14 +273,14 @@ class S3Access:
     session_token: str | None
 
     def __post_init__(self) -> None:
-        learn_secrets(self.access_key, self.secret_key, self.session_token)
+        register_secrets(self.access_key, self.secret_key, self.session_token)
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # in a worker
         self.__dict__.update(state)
         self.__post_init__()
 
     def __repr__(self) -> str:  # secrets never reach a log
-        return without_secrets(f"S3Access(region={self.region!r}, endpoint={self.endpoint!r})")
+        return redact(f"S3Access(region={self.region!r}, endpoint={self.endpoint!r})")
 
 
 @dataclass(frozen=True)
@@ -290,7 +290,7 @@ class S3Store(Store):
     bucket: str
     prefix: str
     access: S3Access
-    patience: float = PATIENCE  # s
+    timeout: float = TIMEOUT  # s
 
     @property
     def uri(self) -> str:  # type: ignore[override]
@@ -306,11 +306,11 @@ class S3Store(Store):
     def child(self, path: str) -> S3Store:
         return replace(self, prefix=self._key(path))
 
-    def with_patience(self, seconds: float) -> S3Store:
-        return replace(self, patience=seconds)
+    def with_timeout(self, seconds: float) -> S3Store:
+        return replace(self, timeout=seconds)
 
     def _ask(self, path: str, failed: str, ask: Callable[[], T], expected: Sequence[int] = ()) -> T:
-        return patiently(f"{self.uri_of(path)}: {failed}", ask, self.patience, expected)
+        return with_retries(f"{self.uri_of(path)}: {failed}", ask, self.timeout, expected)
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         key = self._key(prefix)
@@ -335,7 +335,7 @@ class S3Store(Store):
             raise FileNotFoundError(f"{self.uri_of(path)}: is not there") from error
 
     def open(self, path: str) -> pa.NativeFile:
-        return pa.PythonFile(ObjectFile(self._client, self.bucket, self._key(path), self.patience), mode="r")
+        return pa.PythonFile(ObjectFile(self._client, self.bucket, self._key(path), self.timeout), mode="r")
 
     def version(self, path: str) -> str | None:
         def ask() -> str:
@@ -468,7 +468,7 @@ def _resolve_access() -> S3Access:
         session = boto3.Session()
         client = session.client("s3")
     except (BotoCoreError, ValueError) as error:
-        raise UsageError(f"S3: cannot be set up: {without_secrets(str(error))}") from error
+        raise UsageError(f"S3: cannot be set up: {redact(str(error))}") from error
     meta = client.meta
     endpoint = None if ".amazonaws.com" in meta.endpoint_url else meta.endpoint_url
     credentials = session.get_credentials()

@@ -20,10 +20,10 @@ from urllib3.exceptions import HTTPError
 
 from apacs_ray.console import say
 from apacs_ray.errors import ApacsError, RefusedError, StoreTroubleError
-from apacs_ray.redact import without_secrets
+from apacs_ray.redact import redact
 
 T = TypeVar("T")
-PATIENCE = 300.0  # s that a request is tried again
+TIMEOUT = 300.0  # s that a request is tried again
 PAUSE, LONGEST_PAUSE = 0.1, 20.0  # s between two attempts, doubled each time
 SAID_AFTER = 10.0  # s of waiting that a person should know of
 BUSY = (429, 500, 502, 503, 504)  # answers of a store that may do better later
@@ -45,8 +45,8 @@ FAILURES = (
 )
 
 
-def patiently(what: str, ask: Callable[[], T], patience: float, expected: Sequence[int] = ()) -> T:
-    """What `ask()` returns; asked again for `patience` seconds while the store is in trouble.
+def with_retries(what: str, ask: Callable[[], T], timeout: float, expected: Sequence[int] = ()) -> T:
+    """What `ask()` returns; asked again for `timeout` seconds while the store is in trouble.
 
     Raises StoreTroubleError after that, RefusedError for a 403 and ApacsError for other refusals, each beginning with
     `what`; answers with an
@@ -61,14 +61,14 @@ def patiently(what: str, ask: Callable[[], T], patience: float, expected: Sequen
                 raise
             if not _may_pass(error):
                 kind = RefusedError if status(error) == 403 else ApacsError
-                raise kind(f"{what} ({without_secrets(str(error))})") from error
+                raise kind(f"{what} ({redact(str(error))})") from error
             waited = time.monotonic() - started
-            if waited + pause > patience:
-                after = f"; tried for {waited:.0f} s" if patience >= SAID_AFTER else ""
-                raise StoreTroubleError(f"{what} ({without_secrets(str(error))}){after}") from error
+            if waited + pause > timeout:
+                after = f"; tried for {waited:.0f} s" if timeout >= SAID_AFTER else ""
+                raise StoreTroubleError(f"{what} ({redact(str(error))}){after}") from error
             if waited > SAID_AFTER and not said:
                 said = True
-                say(f"waiting for the store, {patience - waited:.0f} s at most: {what} ({error})")
+                say(f"waiting for the store, {timeout - waited:.0f} s at most: {what} ({error})")
         else:
             if said:
                 say(f"the store answers again after {time.monotonic() - started:.0f} s")
@@ -92,11 +92,11 @@ def _may_pass(error: BaseException) -> bool:
 
 
 class ObjectFile(io.RawIOBase):
-    """Random access to one version of an object. Raises FileNotFoundError, and what `patiently` raises."""
+    """Random access to one version of an object. Raises FileNotFoundError, and what `with_retries` raises."""
 
-    def __init__(self, client: Any, bucket: str, key: str, patience: float) -> None:
+    def __init__(self, client: Any, bucket: str, key: str, timeout: float) -> None:
         super().__init__()
-        self._client, self._bucket, self._key, self._patience = client, bucket, key, patience
+        self._client, self._bucket, self._key, self._timeout = client, bucket, key, timeout
         self._place = 0
         self._version: str | None = None
         try:
@@ -151,7 +151,7 @@ class ObjectFile(io.RawIOBase):
                 raise IncompleteAnswer(f"{span} asked, {answer.get('ContentRange')} with {len(content)} bytes came")
             return content, int(found[3])
 
-        return patiently(f"s3://{self._bucket}/{self._key}: cannot read", ask, self._patience, (404, 412, 416))
+        return with_retries(f"s3://{self._bucket}/{self._key}: cannot read", ask, self._timeout, (404, 412, 416))
 
 
 def whole_body(answer: Any) -> bytes:

@@ -22,7 +22,7 @@ _ANGLES = 1024
 
 @dataclass(frozen=True)
 class Stamp:
-    """One object around its centre pixel: `density` float32 (3, S, S), S odd; masks bool (S, S) or None.
+    """One object around its center pixel: `density` float32 (3, S, S), S odd; masks bool (S, S) or None.
 
     `cell` is the outline of cytoplasm and nucleus together, before any blur; clutter has no masks.
     """
@@ -41,7 +41,7 @@ class CellTraits:
     jaggedness: float  # spread of the corners' distances
     rounding: float  # degrees over which corners are smoothed
     amount: float  # of stain in the cytoplasm
-    colours: tuple[RGB, RGB]  # the cytoplasm's, patches of two
+    colors: tuple[RGB, RGB]  # the cytoplasm's, patches of two
     wrinkles: float
     rim: float
     nucleus: float  # radius; 0: none
@@ -80,7 +80,7 @@ def cell_stamp(kind: CellKind, radius: float, reach: int, seed: int, look: Look,
         thickness *= 1 - traits.halo * np.clip(ring * mpp / 1.5, 0, 1)
 
     patches = np.clip(0.5 + 0.6 * textures.cut("cloud", rng, cell.shape), 0, 1)
-    first, second = (np.asarray(dye, np.float32)[:, None, None] for dye in traits.colours)
+    first, second = (np.asarray(dye, np.float32)[:, None, None] for dye in traits.colors)
     density = thickness * (first + (second - first) * patches)
     if traits.nucleus:
         dye = np.asarray(jittered(look.hematoxylin, rng, 0.06), np.float32)[:, None, None]
@@ -119,7 +119,7 @@ def _traits(kind: CellKind, radius: float, look: Look, rng: np.random.Generator)
         jaggedness=0.16 if polygonal else 0.07,
         rounding=float(rng.uniform(2.5, 8)) if polygonal else float(rng.uniform(14, 22)),
         amount=amount if polygonal else max(amount, 0.5) * 1.25,
-        colours=(jittered(base, rng), jittered(other, rng)),
+        colors=(jittered(base, rng), jittered(other, rng)),
         wrinkles=float(rng.uniform(0, 0.8) ** 1.5) if polygonal else 0.03,
         rim=float(rng.uniform(0.05, 0.5)),
         nucleus=float(nucleus),
@@ -192,7 +192,7 @@ def _cytoplasm(
 
 def _layer(traits: CellTraits, depth: Floats, edge: Floats, mpp: float) -> Floats:
     """Relative thickness of one layer of cytoplasm: thin towards the edge, with a slightly darker rim."""
-    height = np.clip(depth / edge, 0, 1)  # 0 at the edge, 1 in the centre
+    height = np.clip(depth / edge, 0, 1)  # 0 at the edge, 1 in the center
     profile = 0.72 + 0.5 * height * (2 - height)
     rim = traits.rim * np.exp(-((depth * mpp / 1.1) ** 2))
     return np.asarray((profile + rim) * np.clip(depth + 0.5, 0, 1), np.float32)
@@ -205,13 +205,13 @@ def _nucleus_place(
     if not traits.nucleus:
         return np.zeros(np.broadcast_shapes(x.shape, y.shape), bool), np.full((1, 1), -1e3, np.float32)
     room = 0.18 * traits.radius / mpp
-    centre = rng.uniform(-room, room, 2)
+    center = rng.uniform(-room, room, 2)
     radii = (1 + _ripple(rng, (2, 7), traits.irregular)) * traits.nucleus / mpp
     angle = rng.uniform(0, 2 * np.pi)
     shape = _Outline(
         radii.astype(np.float32), (float(np.cos(angle)), float(np.sin(angle))), float(rng.uniform(1, 1.15))
     )
-    depth, _ = shape.depth(x - np.float32(centre[0]), y - np.float32(centre[1]))
+    depth, _ = shape.depth(x - np.float32(center[0]), y - np.float32(center[1]))
     return depth > 0, depth
 
 
@@ -244,7 +244,7 @@ def _ripple(rng: np.random.Generator, waves: tuple[int, int], amplitude: float) 
 
 
 def _axes(reach: int, rng: np.random.Generator) -> tuple[Floats, Floats]:
-    """y (S, 1) and x (1, S) of the stamp's pixels; the centre lies anywhere inside the middle pixel."""
+    """y (S, 1) and x (1, S) of the stamp's pixels; the center lies anywhere inside the middle pixel."""
     steps = np.arange(-reach, reach + 1, dtype=np.float32)
     dy, dx = rng.uniform(-0.5, 0.5, 2).astype(np.float32)
     return (steps - dy)[:, None], (steps - dx)[None, :]

@@ -20,7 +20,7 @@ _BLACK: RGB = (1.0, 1.05, 1.1)
 
 
 def clutter_radius(kind: ClutterKind, rng: np.random.Generator) -> float:
-    """How far an object reaches from its centre, um."""
+    """How far an object reaches from its center, um."""
     low, high = {
         "neutrophil": (6.5, 6.5),
         "mucus": (60, 170),
@@ -64,7 +64,7 @@ def _neutrophil(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng
 
 
 def _mucus(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: np.random.Generator) -> Floats:
-    """A pale bent strand of fibres that tapers to both ends."""
+    """A pale bent strand of fibers that tapers to both ends."""
     angle = rng.uniform(0, np.pi)
     along = (x * np.cos(angle) + y * np.sin(angle)) / radius
     across = y * np.cos(angle) - x * np.sin(angle)
@@ -72,21 +72,21 @@ def _mucus(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: np.
     path = radius * (bend * (along**2 - 0.3) + wave * np.sin(5 * along + phase))
     width = rng.uniform(0.05, 0.17) * radius * np.clip(1 - along**2, 0, 1) ** 0.7 + 0.5
     aside = (across - path) / width
-    fibres = np.zeros(aside.shape, np.float32)
+    fibers = np.zeros(aside.shape, np.float32)
     table = gaussian_filter1d(rng.standard_normal(512), 1.5, mode="wrap")
     for fineness in (9, 17, 34):  # threads that wander over one another
         wander = rng.uniform(0.1, 0.5) * np.sin(along * rng.uniform(2, 6) + rng.uniform(0, 6))
         turns = (aside + wander) * fineness + 0.4 * fineness * along + rng.uniform(0, 512)
-        fibres += table[np.asarray(turns, np.intp) % 512]
-    fibres += 0.35 * atlas(mpp).cut("mottle", rng, aside.shape) + 0.5 * atlas(mpp).cut("cloud", rng, aside.shape)
-    strand = np.clip(1 - np.abs(aside) ** 1.5 + 0.3 * fibres, 0, 1) * (np.abs(along) < 1) * (np.abs(aside) < 1.6)
-    texture = np.clip(0.75 + 0.5 * fibres, 0.1, 2.5)
+        fibers += table[np.asarray(turns, np.intp) % 512]
+    fibers += 0.35 * atlas(mpp).cut("mottle", rng, aside.shape) + 0.5 * atlas(mpp).cut("cloud", rng, aside.shape)
+    strand = np.clip(1 - np.abs(aside) ** 1.5 + 0.3 * fibers, 0, 1) * (np.abs(along) < 1) * (np.abs(aside) < 1.6)
+    texture = np.clip(0.75 + 0.5 * fibers, 0.1, 2.5)
     dye = blend(blend(look.cyan, look.hematoxylin, 0.3), look.eosin, float(rng.beta(1, 2)))
     return _dyed(dye, strand * texture * rng.uniform(0.12, 0.38))
 
 
 def _debris(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: np.random.Generator) -> Floats:
-    """Degenerate material: ragged, granular, in the cells' own colours but without outline or nucleus."""
+    """Degenerate material: ragged, granular, in the cells' own colors but without outline or nucleus."""
     textures = atlas(mpp)
     shape = np.broadcast_shapes(x.shape, y.shape)
     fall = 1 - np.hypot(x * rng.uniform(0.9, 1.5), y * rng.uniform(0.9, 1.5)) / radius
@@ -135,7 +135,7 @@ def _precipitate(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rn
 
 
 def _dust(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: np.random.Generator) -> Floats:
-    """A speck or a fibre on the cover glass, out of focus."""
+    """A speck or a fiber on the cover glass, out of focus."""
     angle, bend = rng.uniform(0, np.pi), rng.uniform(-0.4, 0.4)
     along = (x * np.cos(angle) + y * np.sin(angle)) / radius
     across = y * np.cos(angle) - x * np.sin(angle) - bend * radius * along**2

@@ -39,7 +39,7 @@ class MrxsLayout:
     image: int = 256
     codec: Literal["JPEG", "PNG"] = "JPEG"
     quality: int = 90
-    fill: tuple[int, int, int] = (255, 255, 255)  # the background colour that readers are told
+    fill: tuple[int, int, int] = (255, 255, 255)  # the background color that readers are told
     slide_id: str = "0123456789ABCDEF0123456789ABCDEF"
 
     @property
@@ -56,7 +56,7 @@ class MrxsLayout:
 def write_mrxs(path: Path, layout: MrxsLayout, source: Source) -> None:
     """Write `path` (ends in .mrxs) and its folder. Memory is flat: a few images of each level at a time.
 
-    The last column and row are filled with the background colour, so the slide as read measures whole images.
+    The last column and row are filled with the background color, so the slide as read measures whole images.
     """
     folder = path.with_suffix("")
     folder.mkdir(parents=True)

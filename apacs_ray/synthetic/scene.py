@@ -15,7 +15,7 @@ from apacs_ray.synthetic.stain import Look
 from apacs_ray.synthetic.texture import field_at, place_rng
 
 _BLOCK_UM = 200  # one block of a slide has its own random objects
-_GROUP_UM = 180  # no cell's centre is farther than this from where its group began
+_GROUP_UM = 180  # no cell's center is farther than this from where its group began
 _FARTHEST_UM = 250  # no object reaches farther than this from its block
 _OBJECTS, _DENSITY, _INFLAMED = 1, 2, 3  # streams of randomness
 _CELLS: tuple[CellKind, ...] = ("superficial", "intermediate", "parabasal", "dysplastic", "anucleate")
@@ -33,7 +33,7 @@ _CLUTTER: tuple[tuple[ClutterKind, float], ...] = (
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: centre pixel and reach in px, nominal radius in um, and the seed of all else about it."""
+    """One object: center pixel and reach in px, nominal radius in um, and the seed of all else about it."""
 
     kind: CellKind | ClutterKind
     x: int

@@ -130,7 +130,7 @@ def _focused(spec: SlideSpec, light: Floats, box: Box, inner: tuple[slice, slice
 
 
 def _exposed(spec: SlideSpec, light: Floats, box: Box) -> npt.NDArray[np.uint8]:
-    """Grey levels (H, W, 3): unevenly lit glass behind the objects, and noise that planes partly share."""
+    """Gray levels (H, W, 3): unevenly lit glass behind the objects, and noise that planes partly share."""
     lamp = (
         1
         + 0.028 * field(spec.seed, _LIGHT, box, 620 / spec.mpp)
@@ -139,6 +139,6 @@ def _exposed(spec: SlideSpec, light: Floats, box: Box) -> npt.NDArray[np.uint8]:
     noise = sensor_noise(spec.seed, _NOISE, box)
     rgb = np.empty((box.height, box.width, 3), np.uint8)
     for plane, glass in enumerate(spec.look.background):
-        grey = glass * lamp * light[plane] + spec.look.noise * (0.8 * noise[3] + 0.6 * noise[plane])
-        rgb[..., plane] = np.clip(np.rint(grey), 0, 255)
+        gray = glass * lamp * light[plane] + spec.look.noise * (0.8 * noise[3] + 0.6 * noise[plane])
+        rgb[..., plane] = np.clip(np.rint(gray), 0, 255)
     return rgb

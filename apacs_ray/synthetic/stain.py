@@ -1,4 +1,4 @@
-"""How a slide was stained and scanned. Colours are optical densities: amounts add (Beer-Lambert)."""
+"""How a slide was stained and scanned. Colors are optical densities: amounts add (Beer-Lambert)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class Look:
     orange: RGB
     cyan: RGB
     hematoxylin: RGB
-    background: RGB  # grey levels of bare glass, 0..255
+    background: RGB  # gray levels of bare glass, 0..255
     strength: float  # of the cytoplasm's stain
     crowding: float  # cell groups, relative to 1
     eosinophilic: float  # share of superficial cells
     inflammation: float  # neutrophils, relative to 1
     mucus: float  # film and strands, relative to 1
     defocus: float  # -0.3 (sharp, sharpened by the scanner) .. 1 (soft)
-    noise: float  # of the sensor, grey levels
+    noise: float  # of the sensor, gray levels
 
 
 def look_of(seed: int, index: int) -> Look:

@@ -22,7 +22,7 @@ from apacs_ray.training.history import EpochRecord, score
 STATE = "state.json"
 MODEL = "model.safetensors"
 FILES = (MODEL, "optimizer.safetensors")  # and never what a `state.json` may name beside them
-PATIENCE = 600.0  # s that a store in trouble gets to recover
+TIMEOUT = 600.0  # s that a store in trouble gets to recover
 _EPOCH = re.compile(r".*/attempt-\d+/epoch_\d+(_step_\d+)?(?=/)")
 
 
@@ -68,13 +68,13 @@ def complete_checkpoints(store: Store, folder: str) -> list[Checkpoint]:
 def keep_checkpoint(store: Store, folder: str, attempt: int, local: Path) -> None:
     """Put the checkpoint in a local folder into the run, and delete all others but the best there.
 
-    `state.json` goes last. A store that is in trouble is given `PATIENCE` seconds to recover: what is trained is not
+    `state.json` goes last. A store that is in trouble is given `TIMEOUT` seconds to recover: what is trained is not
     lost for that. Raises ApacsError.
     """
     state = json.loads((local / STATE).read_text())
     part = f"_step_{state['part']['steps']:05d}" if state["part"] else ""
     path = f"{folder}/attempt-{attempt}/epoch_{state['epoch']:05d}{part}"
-    store = store.with_patience(PATIENCE)
+    store = store.with_timeout(TIMEOUT)
     for name in (*FILES, STATE):
         store.upload(f"{path}/{name}", local / name)
     best = best_checkpoint(complete_checkpoints(store, folder))

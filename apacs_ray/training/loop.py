@@ -191,7 +191,7 @@ class Trainer:
         return record
 
     def _forward(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits, mask and valid, float32, on the device; uint8 travels there and is normalised there."""
+        """Logits, mask and valid, float32, on the device; uint8 travels there and is normalized there."""
         inputs = self._to_device(batch.inputs).to(memory_format=torch.channels_last).float() / 255
         if batch.phase == "train":
             inputs = jitter_stain(inputs, batch.sizes, batch.seeds, self.config.jitter)

@@ -1,7 +1,7 @@
 """Polygons as masks.
 
-A pixel belongs to a polygon when its centre lies inside: pixel (c, r) of a tile that begins at level-0 (x, y) with
-`downsample` d has its centre at (x + (c + 0.5) d, y + (r + 0.5) d). A centre exactly on an edge belongs to the polygon
+A pixel belongs to a polygon when its center lies inside: pixel (c, r) of a tile that begins at level-0 (x, y) with
+`downsample` d has its center at (x + (c + 0.5) d, y + (r + 0.5) d). A center exactly on an edge belongs to the polygon
 on its right or below, so tiles put together equal the whole, and polygons that share an edge share no pixel.
 """
 
@@ -38,13 +38,13 @@ class PolygonMask:
 
 
 def fill(mask: Mask, rings: Sequence[Ring], x: float, y: float, downsample: float) -> None:
-    """Set the pixels of `mask` (H, W) whose centres lie inside the rings by the even-odd rule."""
+    """Set the pixels of `mask` (H, W) whose centers lie inside the rings by the even-odd rule."""
     height, width = mask.shape
     starts = np.concatenate([ring[:-1] for ring in rings])
     ends = np.concatenate([ring[1:] for ring in rings])
     upper = np.where((starts[:, 1] <= ends[:, 1])[:, None], starts, ends)
     lower = np.where((starts[:, 1] <= ends[:, 1])[:, None], ends, starts)
-    # rows whose centre lies in [upper, lower): the first at or below an end
+    # rows whose center lies in [upper, lower): the first at or below an end
     first = np.clip(np.ceil((upper[:, 1] - y) / downsample - 0.5), 0, height).astype(np.int64)
     last = np.clip(np.ceil((lower[:, 1] - y) / downsample - 0.5), 0, height).astype(np.int64)
     # where a row crosses an edge, inside and outside change places; `AT_ONCE` of these places at a time
@@ -65,8 +65,8 @@ def fill(mask: Mask, rings: Sequence[Ring], x: float, y: float, downsample: floa
         rows_each = (last - first)[part]
         edges = begin + np.repeat(np.arange(end - begin), rows_each)
         rows = np.arange(len(edges)) - np.repeat(np.cumsum(rows_each) - rows_each, rows_each) + first[edges]
-        centre = y + (rows + 0.5) * downsample
-        share = (centre - upper[edges, 1]) / (lower[edges, 1] - upper[edges, 1])
+        center = y + (rows + 0.5) * downsample
+        share = (center - upper[edges, 1]) / (lower[edges, 1] - upper[edges, 1])
         crossing = upper[edges, 0] + share * (lower[edges, 0] - upper[edges, 0])
         columns = np.clip(np.ceil((crossing - x) / downsample - 0.5), left, right).astype(np.int64)
         toggles += np.bincount((rows - top) * shape_[1] + columns - left, minlength=len(toggles))
