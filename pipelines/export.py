@@ -17,12 +17,14 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=2000, help="px of the images (default: 2000)")
     parser.add_argument("--width", type=int, default=2000, help="px of the images (default: 2000)")
     arguments = parser.parse_args()
+    from apacs_ray.console import print_log
     from apacs_ray.inference.predictor import load_ensemble
     from apacs_ray.models.onnx import export_onnx
     from apacs_ray.models.spec import MEMBERS
     from apacs_ray.storage import open_store
 
     folders = {name: f"members/{name}" for name in MEMBERS} | {"fusion": "fusion"}
+    print_log()
     try:
         ensemble = load_ensemble(open_store(arguments.model), folders)
         export_onnx(ensemble, arguments.output, height=arguments.height, width=arguments.width)

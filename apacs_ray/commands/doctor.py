@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from apacs_ray.config.command_line import Command, parse
-from apacs_ray.console import console
+from apacs_ray.console import console, print_log
 from apacs_ray.doctor import cluster, codecs, devices, machine, tables, versions
 from apacs_ray.doctor.finding import Check, Finding, examine, shown
 from apacs_ray.doctor.stores import Stores
@@ -26,6 +26,7 @@ PAGE = 160  # characters a line, where there is no terminal that says
 def doctor(argv: Sequence[str]) -> int:
     """Check, print the table, and return the exit status. Raises UsageError."""
     command = parse(argv, "python -m apacs_ray doctor", SUMMARY)
+    print_log()
     findings, secrets = diagnose(command)
     findings = [shown(finding, secrets) for finding in findings]
     print_table(findings)

@@ -59,13 +59,14 @@ def _run(command: Command, only: Sequence[str] | None) -> int:
     from apacs_ray.distributed.session import RaySession, prepare_ray
 
     prepare_ray()  # the stages import Ray
-    from apacs_ray.console import metrics_table, say, stage_table
+    from apacs_ray.console import metrics_table, print_log, say, stage_table
     from apacs_ray.runs.run import Run
     from apacs_ray.stages.pipeline import Context, adopt, run_stage
     from apacs_ray.stages.registry import STAGES, read_metrics
     from apacs_ray.storage import open_store
 
     signal.signal(signal.SIGTERM, _as_ctrl_c)  # `ray job stop` sends it
+    print_log()
     store = open_store(command.output)
     say(f"run: {store.uri} (data: {command.data or 'synthetic smears'})")
     run = Run.open(store, command.settings, command.data)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import threading
@@ -18,7 +19,6 @@ import uuid
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from apacs_ray.console import say
 from apacs_ray.errors import ApacsError, StoreTroubleError
 from apacs_ray.storage import Conflict, Store
 
@@ -27,6 +27,7 @@ HEARTBEAT_EVERY = 10.0  # s
 STALE_AFTER = 60.0  # s
 BEAT_TIMEOUT = 5.0  # s that a heartbeat waits for a store in trouble: the next one tries again
 ORPHANS_END_WITHIN = 60.0  # s, for the Ray processes of a driver that was killed
+_log = logging.getLogger(__name__)
 
 
 class LeaseHeld(ApacsError):
@@ -150,10 +151,11 @@ class Lease:
             except (ApacsError, OSError) as error:  # `check` decides before anything is committed
                 if since is None:
                     since = time.monotonic()
-                    say(f"the run waits for its store: {error}")
+                    _log.warning("the run waits for its store: %s", error)
             else:
                 if since is not None:
-                    say(f"the store takes writes again, after {time.monotonic() - since:.0f} s; the run goes on")
+                    waited = time.monotonic() - since
+                    _log.info("the store takes writes again, after %.0f s; the run goes on", waited)
                     since = None
 
     def _renew(self, holder: Holder, store: Store) -> None:
