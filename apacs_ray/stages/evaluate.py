@@ -35,7 +35,7 @@ def _fingerprint(context: Context) -> str:
         tiles=context.done("ingest").fingerprint,
         members=context.done("train_members").info,
         fusion=context.done("train_fusion").info,
-        evaluate=context.settings.evaluate.model_dump(),
+        evaluate=context.settings.evaluate.fingerprint_inputs(),
         seed=context.settings.run.seed,
     )
 

@@ -9,12 +9,6 @@ from apacs_ray.config.settings import FusionSettings
 from apacs_ray.stages.pipeline import Context
 
 BEST = "tune/best.yaml"
-NOT_LEARNED = {
-    "workers",
-    "from_best",
-    "compare",
-    "width",
-}  # of no influence on weights, or recorded elsewhere
 
 
 def resolve_fusion(context: Context) -> FusionSettings:

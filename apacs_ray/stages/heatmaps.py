@@ -27,7 +27,7 @@ def _fingerprint(context: Context) -> str:
         tiles=context.done("ingest").fingerprint,
         members=context.done("train_members").info,
         folds=settings.heatmaps.folds,
-        training=settings.members.model_dump(exclude={"workers", "mode"}) if settings.heatmaps.folds > 1 else None,
+        training=settings.members.fingerprint_inputs() if settings.heatmaps.folds > 1 else None,
         precision=settings.evaluate.precision,
         seed=settings.run.seed,
     )

@@ -42,7 +42,7 @@ def _smears(context: Context) -> dict[str, object]:
     """What the synthetic smears depend on."""
     settings = context.settings
     return {
-        "smears": settings.synthetic.model_dump(),
+        "smears": settings.synthetic.fingerprint_inputs(),
         "version": synthetic.VERSION,
         "seed": settings.run.seed,
     }
@@ -62,8 +62,8 @@ def _fingerprint(context: Context) -> str:
         masks=_versions(context.listed(open_store(settings.data.masks))) if settings.data.masks else None,
         splits=open_store_file(settings.data.splits),
         mpps=open_store_file(settings.data.mpps),
-        data=settings.data.model_dump(exclude={"max_rejects", "cache", "cache_gb"}),
-        tiles=settings.tiles.model_dump(),
+        data=settings.data.fingerprint_inputs(),
+        tiles=settings.tiles.fingerprint_inputs(),
         seed=settings.run.seed,
         codecs={name: environment()["packages"].get(name) for name in CODECS},
     )

@@ -9,7 +9,7 @@ from apacs_ray.console import say
 from apacs_ray.models.spec import ModelSpec, fusion_spec
 from apacs_ray.models.start import fusion_weights
 from apacs_ray.runs.run import Counts, fingerprint
-from apacs_ray.stages.fusion_settings import NOT_LEARNED, resolve_fusion
+from apacs_ray.stages.fusion_settings import resolve_fusion
 from apacs_ray.stages.pipeline import Context, Outcome, Stage
 from apacs_ray.stages.train_networks import Network, forget_state, train_networks
 from apacs_ray.training.dataset import Heatmaps
@@ -27,7 +27,7 @@ def _fingerprint(context: Context) -> str:
     return fingerprint(
         stage="train_fusion",
         heatmaps=context.done("heatmaps").fingerprint,
-        fusion=resolve_fusion(context).model_dump(exclude=NOT_LEARNED),
+        fusion=resolve_fusion(context).fingerprint_inputs(),
         keys=sorted(fusion_folders(settings)),
         width=settings.fusion_width,
         seed=settings.run.seed,

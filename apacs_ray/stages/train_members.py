@@ -14,7 +14,7 @@ def _fingerprint(context: Context) -> str:
     return fingerprint(
         stage="train_members",
         tiles=context.done("ingest").fingerprint,
-        members=context.settings.members.model_dump(exclude={"workers", "mode"}),
+        members=context.settings.members.fingerprint_inputs(),
         start={name: start_version(context.settings.members, name) for name in MEMBERS},
         seed=context.settings.run.seed,
     )

@@ -15,7 +15,7 @@ from apacs_ray.distributed.trial import TrialTask
 from apacs_ray.distributed.tune import TrialResult, sweep
 from apacs_ray.errors import ApacsError
 from apacs_ray.runs.run import Counts, fingerprint, source_hash
-from apacs_ray.stages.fusion_settings import BEST, NOT_LEARNED
+from apacs_ray.stages.fusion_settings import BEST
 from apacs_ray.stages.pipeline import Context, Outcome, Stage
 from apacs_ray.stages.train_networks import read_indices
 
@@ -23,11 +23,11 @@ from apacs_ray.stages.train_networks import read_indices
 def _fingerprint(context: Context) -> str:
     plan = read_sweep(context.settings.tune.config)
     # what the space draws, and the epochs that the sweep sets itself, do not depend on the settings
-    fixed = context.settings.fusion.model_dump(exclude={*plan.space, *NOT_LEARNED, "epochs", "patience"})
+    fixed = context.settings.fusion.fingerprint_inputs(exclude={*plan.space, "epochs", "patience"})
     return fingerprint(
         stage="tune_fusion",
         heatmaps=context.done("heatmaps").fingerprint,
-        sweep=plan.model_dump(exclude={"concurrency", "resources"}),
+        sweep=plan.fingerprint_inputs(),
         fusion=fixed,
         width=context.settings.fusion_width,
         seed=context.settings.run.seed,
