@@ -1,4 +1,4 @@
-"""The tables that settings name: `data.splits` and `data.mpps`."""
+"""Checks of the tables that settings name: `data.splits` and `data.mpps`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from apacs_ray.stages.ingest_result import open_store_file
 
 
 def check_splits(data: DataSettings) -> Iterator[Finding]:
-    """Whether `data.splits`, where it is given, is there and has a split in every line."""
+    """Check that `data.splits`, where it is given, exists and has a split in every line."""
     try:
         text = open_store_file(data.splits)
         if text is not None:
@@ -24,7 +24,7 @@ def check_splits(data: DataSettings) -> Iterator[Finding]:
 
 
 def check_mpps(data: DataSettings) -> Iterator[Finding]:
-    """Whether `data.mpps`, where it is given, is there and has a resolution in every line."""
+    """Check that `data.mpps`, where it is given, exists and has a resolution in every line."""
     try:
         text = open_store_file(data.mpps)
         if text is not None:
