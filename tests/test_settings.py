@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from apacs_ray.config import command_line as cli
-from apacs_ray.config.command_line import default_output, parse, read_yaml
+from apacs_ray.config import yaml
+from apacs_ray.config.command_line import default_output, parse
 from apacs_ray.config.settings import Settings, TrainingSettings
 from apacs_ray.config.sweep import read_sweep
+from apacs_ray.config.yaml import read_yaml
 from apacs_ray.errors import UsageError
 from apacs_ray.stages.ingest import reject_limit
 
@@ -63,6 +64,16 @@ def test_a_bad_config_file_is_named(tmp_path: Path, text: str) -> None:
     config = tmp_path / "bad.yaml"
     config.write_text(text)
     with pytest.raises(UsageError, match=r"bad\.yaml"):
+        command("--data", "x", "--config", str(config))
+
+
+def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
+    config = tmp_path / "twice.yaml"
+    config.write_text("members: {epochs: 3}\nmembers:\n  width: 0.5\n")
+    with pytest.raises(UsageError, match=r"twice\.yaml: not valid YAML: line 2: members is given twice$"):
+        command("--data", "x", "--config", str(config))
+    config.write_text("members:\n  epochs: 3\n  width: 0.5\n  epochs: 4\n")
+    with pytest.raises(UsageError, match=r"line 4: epochs is given twice$"):
         command("--data", "x", "--config", str(config))
 
 
@@ -203,7 +214,7 @@ def test_the_default_sweep_is_found_from_anywhere_and_not_missed_where_nothing_c
 ) -> None:
     monkeypatch.chdir(tmp_path)
     command("--data", "x")
-    monkeypatch.setattr(cli, "REPOSITORY", tmp_path)  # `python -m apacs_ray doctor` of an installed package
+    monkeypatch.setattr(yaml, "REPOSITORY", tmp_path)  # `python -m apacs_ray doctor` of an installed package
     command("--data", "x")
     with pytest.raises(UsageError, match=r"^tune\.config: tune_configs/smoke\.yaml: no such file"):
         command("--data", "x", "--tune.config", "tune_configs/smoke.yaml")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from apacs_ray.config.command_line import parse_yaml
 from apacs_ray.config.settings import FusionSettings
+from apacs_ray.config.yaml import parse_yaml
 from apacs_ray.stages.pipeline import Context
 
 BEST = "tune/best.yaml"
