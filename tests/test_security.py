@@ -32,8 +32,9 @@ from test_report import Page, context
 
 from apacs_ray import redact as clean
 from apacs_ray import storage
-from apacs_ray.config.command_line import default_output, parse, read_yaml
+from apacs_ray.config.command_line import default_output, parse
 from apacs_ray.config.settings import DataSettings, Settings, TilesSettings
+from apacs_ray.config.yaml import read_yaml
 from apacs_ray.console import cell, console, say
 from apacs_ray.data.folders import find_pairs
 from apacs_ray.data.image_tiles import ShardTask, Source, plan_tiles, probe_pair, write_shard

@@ -13,12 +13,12 @@ from typing import TypeVar
 from rich.table import Table
 
 from apacs_ray.config.settings import Settings
-from apacs_ray.config.sweep import plan_sweep, read_sweep
+from apacs_ray.config.sweep import read_sweep
 from apacs_ray.console import cell, console, say
 from apacs_ray.data.folders import Pair
 from apacs_ray.distributed.measure import measured
 from apacs_ray.distributed.pool import plan_pool
-from apacs_ray.distributed.resource_plan import Cluster, NetworkPlan, TrainingPlan, plan_training
+from apacs_ray.distributed.resource_plan import Cluster, NetworkPlan, TrainingPlan, plan_sweep, plan_training
 from apacs_ray.distributed.session import RaySession
 from apacs_ray.errors import ApacsError
 from apacs_ray.estimate.cutting import PAIRS, SLIDES, cut_pairs, cut_slides, spread
