@@ -18,11 +18,11 @@ from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
 from cutting import TILE, Cut, Cutting  # noqa: E402
 from measure import Elsewhere, alternate, medians, options, require, show, start_ray  # noqa: E402
-from ray_cluster import RayCluster  # noqa: E402
+from apacs_ray.testing.cluster import RayCluster  # noqa: E402
 from tiling import write_slide  # noqa: E402
 
 from apacs_ray.config.settings import TilesSettings  # noqa: E402

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import shapely
-from annotation_files import (
+from support.annotation_files import (
     FORMATS,
     SIDE,
     Rectangle,

@@ -19,7 +19,7 @@ import boto3
 import numpy as np
 import pytest
 from ray._common.utils import get_default_ray_temp_dir
-from s3_proxy import Behavior, Proxy
+from apacs_ray.testing.s3_proxy import Behavior, Proxy
 
 from apacs_ray.commands.doctor import doctor
 from apacs_ray.config import command_line as cli

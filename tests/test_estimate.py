@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import SMALL, read_json, run
+from apacs_ray.testing.runs import SMALL, read_json, run
 
 from apacs_ray.commands.estimate import _count
 from apacs_ray.config.settings import DataSettings, TilesSettings

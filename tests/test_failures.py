@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from ray_cluster import Node, RayCluster, kill_node, listening, processes
-from runs import SLOWLY, SMALL, SWEPT, kill_when, read_json, read_trials, run, start, wait_for
+from apacs_ray.testing.cluster import Node, RayCluster, kill_node, listening, processes
+from apacs_ray.testing.runs import SLOWLY, SMALL, SWEPT, kill_when, read_json, read_trials, run, start, wait_for
 from safetensors.numpy import load_file
 
 from apacs_ray.storage import open_store

@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from runs import ROOT, run
-from slide_files import picture, write_tiff
+from apacs_ray.testing.runs import ROOT, run
+from support.slide_files import picture, write_tiff
 
 from apacs_ray.data.folders import FolderData
 from apacs_ray.data.ignored import Ignored

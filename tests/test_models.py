@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from golden import image, published, reference
+from support.golden import image, published, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

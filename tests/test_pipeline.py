@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
-from runs import SLOWLY, SMALL, kill_when, read_json, run, start
-from slide_files import write_slide, write_tiff
+from apacs_ray.testing.runs import SLOWLY, SMALL, kill_when, read_json, run, start
+from support.slide_files import write_slide, write_tiff
 from test_annotations import collection, polygon
 
 from apacs_ray.data.tiles import Box

@@ -24,9 +24,9 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
-from runs import ROOT, TILE, read_json, run
-from s3_proxy import proxy
-from slide_files import picture, write_tiff
+from apacs_ray.testing.runs import ROOT, TILE, read_json, run
+from apacs_ray.testing.s3_proxy import proxy
+from support.slide_files import picture, write_tiff
 from test_annotations import INFO, collection, polygon
 from test_report import Page, context
 
