@@ -19,7 +19,6 @@ import boto3
 import numpy as np
 import pytest
 from ray._common.utils import get_default_ray_temp_dir
-from s3_proxy import Behavior, Proxy
 
 from apacs_ray.commands.doctor import doctor
 from apacs_ray.config import yaml
@@ -32,6 +31,7 @@ from apacs_ray.doctor.finding import Finding, examine, shown
 from apacs_ray.doctor.stores import Stores
 from apacs_ray.errors import ApacsError, UsageError
 from apacs_ray.storage import LocalStore, open_store
+from apacs_ray.testing.s3_proxy import Behavior, Proxy
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -24,9 +24,7 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
-from runs import ROOT, TILE, read_json, run
-from s3_proxy import proxy
-from slide_files import picture, write_tiff
+from support.slide_files import picture, write_tiff
 from test_annotations import INFO, collection, polygon
 from test_report import Page, context
 
@@ -66,6 +64,8 @@ from apacs_ray.stages.evaluate import _rejects
 from apacs_ray.stages.pipeline import Context, Outcome, Stage, run_stage
 from apacs_ray.storage import Entry, LocalStore, S3Store, open_store
 from apacs_ray.storage.own_folder import own_folder
+from apacs_ray.testing.runs import ROOT, TILE, read_json, run
+from apacs_ray.testing.s3_proxy import proxy
 from apacs_ray.training.checkpoints import FILES, complete_checkpoints, fetch, keep_checkpoint
 from apacs_ray.training.dataset import decode_pixels
 from apacs_ray.training.history import EpochRecord

@@ -8,8 +8,8 @@ import sys
 import time
 from collections.abc import Callable
 
-from ray_cluster import RAY, RayCluster
-from runs import PATIENCE, ROOT, T
+from apacs_ray.testing.cluster import RAY, RayCluster
+from apacs_ray.testing.runs import PATIENCE, ROOT, T
 
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
