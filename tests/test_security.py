@@ -48,7 +48,8 @@ from apacs_ray.models.spec import ModelSpec
 from apacs_ray.models.weights import load_model
 from apacs_ray.report.page import build_report
 from apacs_ray.runs.lease import LOCK, Lease
-from apacs_ray.runs.run import MARKER, RUN_JSON, Marker, Run
+from apacs_ray.runs.markers import MARKER, Marker
+from apacs_ray.runs.run import RUN_JSON, Run
 from apacs_ray.slides.annotations import rasterize as polygons
 from apacs_ray.slides.annotations import shapes, unpack
 from apacs_ray.slides.annotations.rasterize import fill

@@ -18,7 +18,8 @@ from apacs_ray.errors import ApacsError
 from apacs_ray.evaluation.metrics import compare, dice_of, pixel_counts, summarize
 from apacs_ray.models.spec import MEMBERS
 from apacs_ray.report.page import ReportContext, TilePicture, build_report
-from apacs_ray.runs.run import Counts, environment, fingerprint, git_commit
+from apacs_ray.runs.markers import Counts
+from apacs_ray.runs.provenance import environment, fingerprint, git_commit
 from apacs_ray.stages.pipeline import Context, Outcome, Stage
 from apacs_ray.stages.train_fusion import fusion_folders
 from apacs_ray.storage import Store

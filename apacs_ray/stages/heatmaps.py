@@ -11,7 +11,8 @@ from apacs_ray.data.shards import TileIndex, shard_paths
 from apacs_ray.distributed.heatmaps import ALL, HeatmapTask, write_heatmaps
 from apacs_ray.distributed.pool import plan_pool
 from apacs_ray.models.spec import MEMBERS
-from apacs_ray.runs.run import Counts, fingerprint
+from apacs_ray.runs.markers import Counts
+from apacs_ray.runs.provenance import fingerprint
 from apacs_ray.stages.pipeline import Context, Outcome, Stage
 from apacs_ray.stages.train_members import member_network
 from apacs_ray.stages.train_networks import read_indices, state_folder, train_networks

@@ -19,7 +19,8 @@ from apacs_ray.data.folders import Reject, is_folder_layout
 from apacs_ray.data.shards import Receipt, shard_paths
 from apacs_ray.distributed.data import REJECT_SCHEMA
 from apacs_ray.errors import ApacsError, UsageError
-from apacs_ray.runs.run import Counts, environment, fingerprint
+from apacs_ray.runs.markers import Counts
+from apacs_ray.runs.provenance import environment, fingerprint
 from apacs_ray.slides.find import PLAIN, is_slide
 from apacs_ray.stages.ingest_result import Cut, listed_data, open_store_file
 from apacs_ray.stages.pipeline import Context, Outcome, Stage

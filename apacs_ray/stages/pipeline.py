@@ -15,7 +15,8 @@ from apacs_ray.console import Bars, bars, say
 from apacs_ray.distributed.session import RaySession
 from apacs_ray.errors import ApacsError
 from apacs_ray.redact import redact
-from apacs_ray.runs.run import Counts, Marker, Run
+from apacs_ray.runs.markers import Counts, Marker
+from apacs_ray.runs.run import Run
 from apacs_ray.storage import Entry, Store
 
 

@@ -8,7 +8,8 @@ from apacs_ray.config.settings import FusionSettings, Settings
 from apacs_ray.console import say
 from apacs_ray.models.spec import ModelSpec, fusion_spec
 from apacs_ray.models.start import fusion_weights
-from apacs_ray.runs.run import Counts, fingerprint
+from apacs_ray.runs.markers import Counts
+from apacs_ray.runs.provenance import fingerprint
 from apacs_ray.stages.fusion_settings import NOT_LEARNED, resolve_fusion
 from apacs_ray.stages.pipeline import Context, Outcome, Stage
 from apacs_ray.stages.train_networks import Network, forget_state, train_networks

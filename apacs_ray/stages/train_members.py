@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from apacs_ray.config.settings import MemberName
 from apacs_ray.models.spec import MEMBERS, ModelSpec
-from apacs_ray.runs.run import Counts, fingerprint
+from apacs_ray.runs.markers import Counts
+from apacs_ray.runs.provenance import fingerprint
 from apacs_ray.stages.pipeline import Context, Outcome, Stage
 from apacs_ray.stages.start import start_version, start_weights
 from apacs_ray.stages.train_networks import Network, forget_state, train_networks

@@ -14,7 +14,7 @@ from apacs_ray.distributed.resource_plan import NetworkPlan, plan_training
 from apacs_ray.distributed.train import NetworkTask, TrainingTask, read_progress, train
 from apacs_ray.errors import ApacsError
 from apacs_ray.models.spec import ModelSpec
-from apacs_ray.runs.run import source_hash
+from apacs_ray.runs.provenance import source_hash
 from apacs_ray.stages.pipeline import Context
 from apacs_ray.storage import Store
 from apacs_ray.training.checkpoints import best_checkpoint, best_weights, complete_checkpoints

@@ -14,7 +14,8 @@ from apacs_ray.console import say
 from apacs_ray.distributed.trial import TrialTask
 from apacs_ray.distributed.tune import TrialResult, sweep
 from apacs_ray.errors import ApacsError
-from apacs_ray.runs.run import Counts, fingerprint, source_hash
+from apacs_ray.runs.markers import Counts
+from apacs_ray.runs.provenance import fingerprint, source_hash
 from apacs_ray.stages.fusion_settings import BEST, NOT_LEARNED
 from apacs_ray.stages.pipeline import Context, Outcome, Stage
 from apacs_ray.stages.train_networks import read_indices
