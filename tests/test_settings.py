@@ -10,7 +10,7 @@ import pytest
 
 from apacs_ray.config import command_line as cli
 from apacs_ray.config.command_line import default_output, parse, read_yaml
-from apacs_ray.config.settings import TrainingSettings
+from apacs_ray.config.settings import Settings, TrainingSettings
 from apacs_ray.config.sweep import read_sweep
 from apacs_ray.errors import UsageError
 from apacs_ray.stages.ingest import reject_limit
@@ -207,3 +207,20 @@ def test_the_default_sweep_is_found_from_anywhere_and_not_missed_where_nothing_c
     command("--data", "x")
     with pytest.raises(UsageError, match=r"^tune\.config: tune_configs/smoke\.yaml: no such file"):
         command("--data", "x", "--tune.config", "tune_configs/smoke.yaml")
+
+
+def test_a_fingerprint_leaves_out_what_is_marked_on_the_field() -> None:
+    """What it holds is what the stages gave it before the marks, so that their outputs stay reusable."""
+    settings = Settings()
+    left_out = {
+        "data": {"max_rejects", "cache", "cache_gb"},
+        "members": {"workers", "mode"},
+        "fusion": {"workers", "from_best", "compare", "width"},
+    }
+    for name in Settings.model_fields:
+        section = getattr(settings, name)
+        assert section.fingerprint_inputs() == section.model_dump(exclude=left_out.get(name, set())), name
+    sweep = read_sweep("tune_configs/fusion_optuna.yaml")
+    assert sweep.fingerprint_inputs() == sweep.model_dump(exclude={"concurrency", "resources"})
+    counted = settings.fusion.fingerprint_inputs(exclude={"epochs", "patience"})
+    assert counted.keys() == settings.fusion.fingerprint_inputs().keys() - {"epochs", "patience"}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from apacs_ray.config.command_line import find_config, read_yaml
-from apacs_ray.config.settings import FusionSettings
+from apacs_ray.config.settings import NOT_IN_FINGERPRINT, FusionSettings, Section
 from apacs_ray.distributed.resource_plan import Cluster, NetworkPlan, plan_trials
 from apacs_ray.errors import UsageError
 
@@ -27,11 +27,7 @@ MUTABLE = ("learning_rate", "weight_decay", "dropout", "dice_weight", "jitter") 
 DISTRIBUTIONS = ("uniform", "loguniform", "quniform", "randint", "choice", "grid")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Distribution(_Strict):
+class Distribution(Section):
     """How one setting is drawn: `{loguniform: [1e-4, 1e-2]}`, `{choice: [a, b]}`, `{grid: [a, b]}` ..."""
 
     kind: Literal["uniform", "loguniform", "quniform", "randint", "choice", "grid"]
@@ -67,7 +63,7 @@ class Distribution(_Strict):
         return self.values[:2] if self.kind not in ("choice", "grid") else self.values
 
 
-class Scheduler(_Strict):
+class Scheduler(Section):
     """Which trials are stopped early (`async_hyperband`, that is ASHA), go on from better ones (`pbt`), or neither."""
 
     kind: Literal["async_hyperband", "pbt", "fifo"] = "fifo"
@@ -76,7 +72,7 @@ class Scheduler(_Strict):
     interval: int = Field(2, ge=1, description="pbt: epochs between looks at the population")
 
 
-class Resources(_Strict):
+class Resources(Section):
     """What one trial asks for: one process, or with `workers` a trainer of so many, each with `cpu` and `gpu`.
 
     `gpu` counts only where the cluster has GPUs.
@@ -87,15 +83,17 @@ class Resources(_Strict):
     workers: int = Field(1, ge=1, description="DDP workers of a trial; 1: a single process, which shares GPUs best")
 
 
-class Sweep(_Strict):
+class Sweep(Section):
     """One sweep, as a YAML file describes it."""
 
     trials: int = Field(ge=1)
     epochs: int = Field(ge=1, description="of a trial at most")
-    concurrency: int = Field(0, ge=0, description="trials at a time; 0: as the cluster allows")
+    concurrency: Annotated[int, NOT_IN_FINGERPRINT] = Field(
+        0, ge=0, description="trials at a time; 0: as the cluster allows"
+    )
     searcher: Literal["random", "optuna"] = "random"
     scheduler: Scheduler = Scheduler()
-    resources: Resources = Resources()
+    resources: Annotated[Resources, NOT_IN_FINGERPRINT] = Resources()
     space: dict[str, Distribution]
 
     @model_validator(mode="after")

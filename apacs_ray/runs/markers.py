@@ -21,7 +21,11 @@ class Counts:
     rejected: int = 0
 
     def reconcile(self, stage: str) -> None:
-        """Raise ApacsError when units were lost or invented."""
+        """Check that no unit was lost or invented.
+
+        Raises:
+            ApacsError: naming `stage` and the counts, when they do not add up.
+        """
         accounted = self.rows_out + sum(self.skipped.values()) + self.rejected
         if accounted != self.rows_in:
             raise ApacsError(
@@ -32,7 +36,17 @@ class Counts:
 
 @dataclass(frozen=True)
 class Marker:
-    """A committed output."""
+    """A committed output.
+
+    Attributes:
+        stage: Name of the stage.
+        fingerprint: Of everything that the output depends on.
+        lease: Owner of the lease under which it was committed.
+        started: Unix time at which the work began.
+        seconds: How long it took.
+        counts: What became of the units.
+        result: The stage's result as JSON: what later stages and readers may know of it.
+    """
 
     stage: str
     fingerprint: str
@@ -40,12 +54,21 @@ class Marker:
     started: float
     seconds: float
     counts: Counts
-    info: dict[str, Any] = field(default_factory=dict)
+    result: dict[str, Any] = field(default_factory=dict)
 
     def encode(self) -> bytes:
-        return json.dumps(asdict(self), indent=1, sort_keys=True).encode()
+        """Return the marker as JSON."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True, allow_nan=False).encode()
 
     @classmethod
     def decode(cls, content: bytes) -> Marker:
-        tree = json.loads(content)
-        return cls(**{**tree, "counts": Counts(**tree["counts"])})
+        """Read a marker.
+
+        Raises:
+            ValueError: for what is no marker of this version: cut, empty, or of another format.
+        """
+        try:
+            tree = json.loads(content)
+            return cls(**{**tree, "counts": Counts(**tree["counts"])})
+        except (TypeError, LookupError, RecursionError) as error:
+            raise ValueError(f"no marker of this version ({error})") from error

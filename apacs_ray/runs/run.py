@@ -8,6 +8,7 @@ not done again.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from typing import Any
 
@@ -18,6 +19,7 @@ from apacs_ray.runs.provenance import FORMAT_VERSION, ROOT, environment, git_com
 from apacs_ray.storage import Store
 
 RUN_JSON = "run.json"
+log = logging.getLogger(__name__)
 
 
 class Run:
@@ -29,42 +31,56 @@ class Run:
         self.data = data
         self.lease = lease
         self.stages: dict[str, dict[str, Any]] = {}
-        self.facts: dict[str, Any] = {}
         self._started = time.time()
 
     @classmethod
     def open(cls, store: Store, settings: Settings, data: str | None) -> Run:
-        """Take the run's lease. Raises LeaseHeld."""
+        """Take the run's lease.
+
+        Raises:
+            LeaseHeld: when another process writes this run.
+        """
         run = cls(store, settings, data, Lease.acquire(store))
-        if store.version(RUN_JSON) is not None:
-            previous = json.loads(store.read(RUN_JSON))
-            run.stages, run.facts = previous.get("stages", {}), previous.get("facts", {})
+        run.stages = run._recorded_stages()
         return run
 
     def committed(self, folder: str, fingerprint: str) -> Marker | None:
-        """The marker in `folder` when it carries `fingerprint`."""
+        """Return the marker in `folder` when it carries `fingerprint`."""
         marker = self.marker(folder)
         return marker if marker is not None and marker.fingerprint == fingerprint else None
 
     def marker(self, folder: str) -> Marker | None:
-        """The marker in `folder`, whatever its fingerprint."""
+        """Return the marker in `folder`, whatever its fingerprint; None without one that can be read."""
+        path = f"{folder}/{MARKER}"
         try:
-            return Marker.decode(self.store.read(f"{folder}/{MARKER}"))
+            return Marker.decode(self.store.read(path))
         except FileNotFoundError:
             return None
+        except ValueError as error:
+            log.warning("%s: %s; the stage is done again", self.store.uri_of(path), error)
+            return None
 
-    def withdraw(self, folder: str) -> None:
+    def uncommit(self, folder: str) -> None:
         """Take back a commit, before its output is replaced."""
         self.store.delete(f"{folder}/{MARKER}")
 
     def commit(self, folder: str, marker: Marker) -> None:
-        """Make the output in `folder` count. Refused when the lease is lost or the counts do not add up."""
+        """Make the output in `folder` count.
+
+        Raises:
+            ApacsError: when the lease is lost or the counts do not add up.
+        """
         marker.counts.reconcile(marker.stage)
         self.lease.check()
         self.store.write(f"{folder}/{MARKER}", marker.encode())
 
+    def record_start(self, stage: str, **state: Any) -> None:
+        """Write to `run.json` that a stage works: what an earlier command recorded of it no longer holds."""
+        self.stages[stage] = {"state": "running", **state}
+        self.write_record()
+
     def record(self, stage: str, **state: Any) -> None:
-        """Write a stage's state to `run.json`."""
+        """Write a stage's state to `run.json`, beside what is recorded of it."""
         self.stages[stage] = {**self.stages.get(stage, {}), **state}
         self.write_record()
 
@@ -78,15 +94,28 @@ class Run:
             "settings": self.settings.model_dump(mode="json"),
             "environment": environment(),
             "source": {"path": str(ROOT), "hash": source_hash(), "git": git_commit()},
-            "facts": self.facts,
             "stages": self.stages,
         }
         self.store.write(RUN_JSON, json.dumps(record, indent=1).encode())
 
     def shorten_timeout(self) -> None:
-        """A stage failed: what is still written on the way out is not waited for as long."""
+        """Wait for a store in trouble no longer than a heartbeat does: a stage failed, and this run is on its way out."""
         self.store = self.store.with_timeout(BEAT_TIMEOUT)
         self.lease.shorten_timeout()
 
     def close(self) -> None:
+        """Give the run back."""
         self.lease.release()
+
+    def _recorded_stages(self) -> dict[str, dict[str, Any]]:
+        """The stages of an earlier command's `run.json`. It decides nothing, so one that is damaged is replaced."""
+        try:
+            record = json.loads(self.store.read_small(RUN_JSON))
+            stages = record.get("stages", {})
+            if record.get("format") == FORMAT_VERSION and all(isinstance(stage, dict) for stage in stages.values()):
+                return dict(stages)
+        except FileNotFoundError:
+            return {}
+        except (ValueError, AttributeError, RecursionError) as error:
+            log.warning("%s: cannot be read (%s); it is written anew", self.store.uri_of(RUN_JSON), error)
+        return {}
