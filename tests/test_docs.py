@@ -1,4 +1,4 @@
-"""The documents say what the code does: columns and keys of `docs/outputs.md`, paths, options and names that they mention."""
+"""The documents say what the code does: columns and keys of `docs/outputs.md`; paths and settings that they name."""
 
 from __future__ import annotations
 
