@@ -33,7 +33,7 @@ _NAMED = re.compile(
 
 @dataclass(frozen=True)
 class Heads:
-    """What files say, by path: the series of DICOM, the companions of VMS and VMU, and the defects of those not readable."""
+    """What files say, by path: the series of DICOM, the companions of VMS and VMU, and which cannot be read."""
 
     series: dict[str, str] = field(default_factory=dict)
     named: dict[str, frozenset[str]] = field(default_factory=dict)
@@ -41,22 +41,14 @@ class Heads:
 
 
 def suffix_of(path: str) -> str:
-    """Return the part of a file's name after its last dot, in lower case."""
+    """The part of a file's name after its last dot, in lower case."""
     return path.rpartition("/")[2].rpartition(".")[2].lower()
 
 
 def read_heads(store: Store, entries: Iterable[Entry]) -> Heads:
     """Read what tells the companions of DICOM, VMS and VMU: the heads of these files, several at a time.
 
-    Args:
-        store: where the files lie.
-        entries: all files of the listing.
-
-    Returns:
-        What the files say; one that cannot be read is in `refused`.
-
-    Raises:
-        StoreTroubleError: the store is in trouble.
+    A file that cannot be read is in `refused`. Raises StoreTroubleError where the store is in trouble.
     """
     wanted = [
         entry
@@ -134,17 +126,9 @@ class SlideParts:
 
 
 def find_parts(slides: Sequence[Entry], others: Sequence[Entry], heads: Heads) -> tuple[list[SlideParts], list[Entry]]:
-    """Return the slides of a listing in the order of their paths, and the files that are left.
+    """The slides of a listing in the order of their paths, and the files left.
 
-    What lies in an MRXS's own folder is left: `mrxs_folders`.
-
-    Args:
-        slides: files that an engine may open.
-        others: the other files of the listing.
-        heads: `read_heads` of the listing.
-
-    Returns:
-        The slides with their companions, and the files that belong to none.
+    `slides` are files that an engine may open. What lies in an MRXS's own folder is left: `mrxs_folders`.
     """
     names: dict[tuple[str, str], list[Entry]] = defaultdict(list)
     for other in others:
@@ -177,10 +161,7 @@ def find_parts(slides: Sequence[Entry], others: Sequence[Entry], heads: Heads) -
 
 
 def mrxs_folders(entries: Sequence[Entry]) -> dict[str, str]:
-    """Return the folders of MRXS slides' data, and the .mrxs of each.
-
-    A folder has the slide's name, in the same case where there are several.
-    """
+    """Folder -> the .mrxs whose data it holds: the folder of its name, in the same case where there are several."""
     mains = [entry.path for entry in entries if suffix_of(entry.path) == "mrxs"]
     if not mains:
         return {}
@@ -208,5 +189,5 @@ def _above(path: str) -> list[str]:
 
 
 def owner_of(path: str, folders: dict[str, str]) -> str | None:
-    """Return the .mrxs in whose folder a file lies, by `mrxs_folders`; None when there is none."""
+    """The .mrxs in whose folder a file lies, by `mrxs_folders`."""
     return next((folders[folder] for folder in _above(path) if folder in folders), None) if folders else None

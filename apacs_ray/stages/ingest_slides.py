@@ -61,7 +61,8 @@ class InspectedSlides:
     @property
     def rejects(self) -> list[Reject]:
         """Slides that were refused."""
-        return [*self.source.slide_data.slide_rejects, *(summary.reject for summary in self.summaries if summary.reject is not None)]
+        late = [summary.reject for summary in self.summaries]
+        return [*self.source.slide_data.slide_rejects, *(reject for reject in late if reject is not None)]
 
     @property
     def annotation_rejects(self) -> list[Reject]:
@@ -72,7 +73,8 @@ class InspectedSlides:
     @property
     def annotations(self) -> int:
         """How many annotations there are, refused ones included."""
-        return len(self.source.slide_data.annotation_rejects) + sum(slide.kind is not None for slide in self.source.slides)
+        rejected = len(self.source.slide_data.annotation_rejects)
+        return rejected + sum(slide.kind is not None for slide in self.source.slides)
 
     @property
     def skipped(self) -> Counter[str]:
@@ -94,9 +96,7 @@ def slide_task(source: Source, output: Store, fingerprint: str) -> SlideTask:
     cache = SlideCache(Path(settings.data.cache or default_cache()), round(settings.data.cache_gb * GIB))
     mpps = read_mpps(read_text(settings.data.mpps))
     require_clear(source.slides, mpps, "data.mpps")
-    return SlideTask(
-        source.store, source.masks_store, output, settings.tiles, settings.data, cache, fingerprint, mpps
-    )
+    return SlideTask(source.store, source.masks_store, output, settings.tiles, settings.data, cache, fingerprint, mpps)
 
 
 def look_at_slides(job: Job, source: Source, fingerprint: str) -> InspectedSlides:

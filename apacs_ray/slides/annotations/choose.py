@@ -1,4 +1,4 @@
-"""The choice of a slide's annotation among the files that are named after the slide, or why none is chosen."""
+"""Of the files that are called as a slide's annotation, the one that is it, or why none is."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Candidate:
 
 @dataclass
 class Chosen:
-    """The files that are used (one, or FOVs), those that are refused and why, and pictures that others make needless."""
+    """What is used (one file, or FOVs), what is refused and why, and pictures that something else makes needless."""
 
     used: tuple[Candidate, ...] = ()
     refused: list[tuple[BadInput, tuple[Candidate, ...]]] = field(default_factory=list)
@@ -35,17 +35,10 @@ class Chosen:
 
 
 def choose_annotation(candidates: Sequence[Candidate]) -> Chosen:
-    """Choose the annotation of a slide among the files of its name.
+    """The annotation among files of a slide's name.
 
     A picture whose name does not say that it is a mask yields to any other annotation, and a JPEG is never one. Of
     several that are meant none is used: which is right, nobody knows.
-
-    Args:
-        candidates: files that may annotate one slide.
-
-    Returns:
-        What is used, what is refused, and pictures that are previews. Codes: bad_name, bad_annotation,
-        duplicate_annotation.
     """
     chosen = Chosen()
     good: list[Candidate] = []

@@ -31,18 +31,9 @@ LONGEST_NAME = 10_000  # characters of a class that is itself JSON, as a table o
 
 
 def read_geojson(tree: Any) -> Drawing:
-    """Return the shapes of a FeatureCollection, a feature, a geometry, or lists of these in any depth.
+    """A FeatureCollection, a feature, a geometry, or lists of these in any depth.
 
-    QuPath shows a slide from its bounds on, so that is where coordinates begin.
-
-    Args:
-        tree: a JSON tree.
-
-    Returns:
-        The shapes, px from the slide's bounds on.
-
-    Raises:
-        BadInput: bad_annotation; the JSON is of another kind.
+    QuPath shows a slide from its bounds on, so that is where coordinates begin. Raises BadInput for other JSON.
     """
     if isinstance(tree, dict) and not _is_geojson(tree):
         keys = ", ".join(shortened(key, 30) for key in list(tree)[:6]) or "none"

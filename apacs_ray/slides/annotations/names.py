@@ -30,7 +30,7 @@ _AROUND = re.compile(r" ?([._\-]) ?")
 
 
 def stem_of(path: str) -> str:
-    """Return the name of a file without its suffix, in Unicode's NFC; `.ome.tif` is one suffix."""
+    """The name of a file without its suffix, in Unicode's NFC; `.ome.tif` is one suffix."""
     name = unicodedata.normalize("NFC", path.rpartition("/")[2])
     match = _SUFFIX.fullmatch(name)
     return match["stem"] if match else name
@@ -71,7 +71,7 @@ class AnnotationName:
 
 
 def annotation_name(path: str) -> AnnotationName | None:
-    """Return how a file's name can be read as that of an annotation; None when it cannot."""
+    """How a file's name can be read as that of an annotation; None when it cannot."""
     *folders, name = unicodedata.normalize("NFC", path).split("/")
     in_masks = any(is_mask_folder(folder) for folder in folders)
     drawn = _DRAWN.fullmatch(name.strip())
@@ -120,20 +120,16 @@ def _fovs(base: str, around: str) -> Iterator[Reading]:
 
 
 def fov_of(path: str) -> Fov | None:
-    """Return the field of view that the name of a mask gives; None when it gives none."""
+    """The field of view that the name of a mask gives."""
     found = annotation_name(path)
     return next((reading.fov for reading in found.readings if reading.fov), None) if found else None
 
 
 class SlideNames:
-    """The names of the slides of a listing, by which annotations find their slide."""
+    """Whom a name means among the slides of a listing."""
 
     def __init__(self, names: Sequence[tuple[str, Sequence[str], Sequence[str]]]) -> None:
-        """Index the slides by their names.
-
-        Args:
-            names: of each slide the path of its main file, the paths of all files that carry its name, and its aliases.
-        """
+        """`names`: of each slide the path of its main file, those of all files that carry its name, and aliases."""
         self._folders = [tuple(path.split("/")[:-1]) for path, _, _ in names]
         self._levels: list[dict[str, set[int]]] = [defaultdict(set) for _ in range(6)]
         for number, (_, paths, aliases) in enumerate(names):
@@ -145,10 +141,7 @@ class SlideNames:
                     self._levels[level + 3][_folded(name)].add(number)
 
     def meant(self, name: str) -> set[int]:
-        """Return the numbers of the slides of a name.
-
-        A name in full counts before one without suffix, and as written before in another case.
-        """
+        """The slides of a name: in full before those that have it without suffix, as written before in another case."""
         folded = _folded(name)
         for level, known in enumerate(self._levels):
             found = known.get(name if level < 3 else folded)
@@ -157,7 +150,7 @@ class SlideNames:
         return set()
 
     def closest(self, path: str, slides: set[int]) -> set[int]:
-        """Return those of some slides that lie nearest to a file: in its folder, or in one whose last parts are the same."""
+        """Those of some slides that lie nearest to a file: in its folder, or in one whose last parts are the same."""
         if len(slides) < 2:
             return slides
         folders = tuple(path.split("/")[:-1])

@@ -22,7 +22,7 @@ LARGEST_SIDE = 1 << 31  # px
 
 
 def run_lengths(tree: dict[str, Any]) -> tuple[list[int], int, int]:
-    """Return (counts, width, height) of a segmentation. Raises ValueError when it is none."""
+    """(counts, width, height) of a segmentation. Raises ValueError when it is none."""
     size, counts = tree.get("size"), tree.get("counts")
     if not isinstance(size, list) or len(size) != 2 or not all(_is_whole(side) for side in size):
         raise ValueError("run lengths without a size")
@@ -61,17 +61,7 @@ def _unpacked_counts(text: str) -> list[int]:
 
 
 def outlines(counts: list[int], height: int) -> list[Polygon]:
-    """Return polygons that together hold exactly the pixels of the foreground.
-
-    Pixels that share a corner only are in different polygons.
-
-    Args:
-        counts: lengths of the runs of background and foreground in turn, px.
-        height: of the mask, px.
-
-    Returns:
-        Polygons with holes, px.
-    """
+    """Polygons that together hold exactly the pixels of the foreground; pixels that share a corner only are apart."""
     ends = np.cumsum(np.asarray(counts, np.int64))
     starts, ends = ends[0 : len(ends) // 2 * 2 : 2], ends[1::2]
     drawn = starts < ends
