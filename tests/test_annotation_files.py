@@ -29,7 +29,7 @@ from annotation_files import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apacs_ray.data.tiles import Box
+from apacs_ray.data.grid import Box
 from apacs_ray.errors import BadInput
 from apacs_ray.slides.annotations.rasterize import PolygonMask
 from apacs_ray.slides.annotations.read import Annotations, read_annotations

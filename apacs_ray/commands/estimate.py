@@ -23,7 +23,7 @@ from apacs_ray.estimate.cutting import PAIRS, SLIDES, cut_pairs, cut_slides, spr
 from apacs_ray.estimate.lines import REPORT, Line, Seconds, Tiles, pool, sweep, tiling, training
 from apacs_ray.estimate.networks import ASSUMED_GPU, Inference, SampleTile, Times, Training, assume, measure
 from apacs_ray.models.spec import MEMBERS, ModelSpec
-from apacs_ray.slides.find import SlideFiles
+from apacs_ray.slides.slide_files import SlideFiles
 from apacs_ray.stages.ingest import data_store, holds_folders
 from apacs_ray.stages.ingest_result import listed_data, with_given_splits
 from apacs_ray.stages.ingest_slides import make_smears, slides_to_cut

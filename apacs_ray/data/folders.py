@@ -1,4 +1,4 @@
-"""The data set's folder layout: from a listing of files to pairs of image and mask. Nothing is opened here.
+"""Pairs of image and mask, found in a listing of files by the names of their folders. Nothing is opened here.
 
 A file's folders, below the data root, name its split (train, val or test) and its role (input or groundtruth)
 in any case, together (`APACS23_Train_Input/`) or apart (`train/input/`). Image and mask are joined by split
@@ -14,16 +14,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from apacs_ray.data.ignored import Ignored, hidden_part
+from apacs_ray.data.rejects import BAD_NAME, Reject
 from apacs_ray.data.words import SPLITS, Role, Split, distinct, mask_stem, roles_of, splits_of
 from apacs_ray.errors import BadInput
-from apacs_ray.redact import as_text
 from apacs_ray.storage import Entry, is_bad_path
 
-__all__ = ["SPLITS", "Entry", "FolderData", "Pair", "Reject", "Split", "find_pairs", "is_folder_layout"]
-
 SUFFIXES = ("jpg", "jpeg", "png", "tif", "tiff", "bmp")
-BAD_NAME = "its path has empty parts, '..' or characters that are no UTF-8; rename it"
-STAGE = "ingest"  # that refuses inputs
 
 
 @dataclass(frozen=True)
@@ -43,27 +39,8 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Reject:
-    """A row of rejects/: one unit with a permanent defect. `code` is a stable word, `reason` a sentence."""
-
-    uri: str
-    slide_id: str | None
-    x: int | None
-    y: int | None
-    stage: str
-    code: str
-    reason: str
-
-    @classmethod
-    def of(cls, defect: BadInput, uri: str, slide_id: str | None, x: int | None = None, y: int | None = None) -> Reject:
-        """The row for a defect that ingest met."""
-        slide_id = None if slide_id is None else as_text(slide_id)
-        return cls(as_text(uri), slide_id, x, y, STAGE, defect.code, as_text(defect.reason))
-
-
-@dataclass(frozen=True)
 class FolderData:
-    """What a listing holds. Each entry is in exactly one pair, in `rejected` or in `ignored`.
+    """The pairs of a listing. Each entry is in exactly one pair, in `rejected` or in `ignored`.
 
     The unit of rejects is what could have been a pair: all files of one split, stem and place, or one file that
     can belong to no pair. So the units listed are len(pairs) + len(rejects), and `rejected[i]` are the files
@@ -122,19 +99,26 @@ class _Refused:
 
 
 def is_folder_layout(entries: Iterable[Entry]) -> bool:
-    """Whether any file lies in a folder of this layout."""
+    """Tell whether any file lies in a folder of this layout."""
     return any(not _is_left(entry.path) and _names(entry.path) is not None for entry in entries)
 
 
 def find_pairs(entries: Iterable[Entry], *, slide_regex: str | None = None, root: str = "") -> FolderData:
-    """Join images and masks by split and stem, in the order of split, then stem.
+    """Join images and masks by split and stem.
 
-    A stem that a split holds several times is joined within each place: the folders that name neither split nor
-    role. A mask STEM_mask.png stands for STEM where no mask of that stem lies beside it.
-    `slide_regex` is searched in the stem: its first group, or without groups the whole match, is the slide
-    id. Without it each pair is its own slide; a stem that occurs in two splits is then two slides,
-    `train/STEM` and `test/STEM`, one in two places `PLACE/STEM`. `root` is the URI put before the paths that rejects
-    name. Codes: missing_mask missing_image duplicate_stem empty_file unknown_suffix ambiguous_folder bad_name.
+    A stem that a split holds several times is joined within each place: the folders that name neither split nor role. A
+    mask STEM_mask.png stands for STEM where no mask of that stem lies beside it. Without `slide_regex` each pair is its
+    own slide; a stem that occurs in two splits is then two slides, `train/STEM` and `test/STEM`, one in two places
+    `PLACE/STEM`.
+
+    Args:
+        entries: files of the data.
+        slide_regex: searched in the stem; its first group, or without groups the whole match, is the slide id.
+        root: URI put before the paths that rejects name.
+
+    Returns:
+        Pairs in the order of split, then stem, and what is no pair. Codes: missing_mask missing_image duplicate_stem
+        empty_file unknown_suffix ambiguous_folder bad_name.
     """
     placed: list[_File] = []
     hidden: list[Entry] = []

@@ -1,4 +1,4 @@
-"""How a mask is stored, from its header alone, and what is refused for that."""
+"""The header of a mask file: how the mask is stored, and what is refused for that."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL.ImagePalette import ImagePalette
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from apacs_ray.data.images import DAMAGE, ORIENTATION, READERS, SWAPS_SIDES, read_header, turn_of
+from apacs_ray.data.image_header import DAMAGE, ORIENTATION, READERS, SWAPS_SIDES, read_header, turn_of
 from apacs_ray.errors import BadInput
 
 Palette = npt.NDArray[np.int64]  # (colors, 3), 0..255
@@ -43,7 +43,7 @@ class Stored:
 
 
 def read_stored(stream: BinaryIO, max_pixels: int) -> Stored:
-    """The header of a mask. Raises BadInput: as `MaskFile`."""
+    """Read the header of a mask. Raises BadInput: as `MaskFile`."""
     magic = stream.read(8)
     stream.seek(0)
     kind = next((reader for start, reader in READERS.items() if magic.startswith(start)), None)

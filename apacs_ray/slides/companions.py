@@ -33,7 +33,13 @@ _NAMED = re.compile(
 
 @dataclass(frozen=True)
 class Heads:
-    """What files say, by path: the series of DICOM, the companions of VMS and VMU, and which cannot be read."""
+    """What the heads of files say, by path.
+
+    Attributes:
+        series: of DICOM files, their SeriesInstanceUID.
+        named: of VMS and VMU, the names of their companions.
+        refused: why a file cannot be read.
+    """
 
     series: dict[str, str] = field(default_factory=dict)
     named: dict[str, frozenset[str]] = field(default_factory=dict)
@@ -41,14 +47,22 @@ class Heads:
 
 
 def suffix_of(path: str) -> str:
-    """The part of a file's name after its last dot, in lower case."""
+    """Return the part of a file's name after its last dot, in lower case."""
     return path.rpartition("/")[2].rpartition(".")[2].lower()
 
 
 def read_heads(store: Store, entries: Iterable[Entry]) -> Heads:
     """Read what tells the companions of DICOM, VMS and VMU: the heads of these files, several at a time.
 
-    A file that cannot be read is in `refused`. Raises StoreTroubleError where the store is in trouble.
+    Args:
+        store: where the files lie.
+        entries: all files of the listing.
+
+    Returns:
+        What the files say; one that cannot be read is in `refused`.
+
+    Raises:
+        StoreTroubleError: the store is in trouble.
     """
     wanted = [
         entry
@@ -126,9 +140,17 @@ class SlideParts:
 
 
 def find_parts(slides: Sequence[Entry], others: Sequence[Entry], heads: Heads) -> tuple[list[SlideParts], list[Entry]]:
-    """The slides of a listing in the order of their paths, and the files left.
+    """Return the slides of a listing in the order of their paths, and the files that are left.
 
-    `slides` are files that an engine may open. What lies in an MRXS's own folder is left: `mrxs_folders`.
+    What lies in an MRXS's own folder is left: `mrxs_folders`.
+
+    Args:
+        slides: files that an engine may open.
+        others: the other files of the listing.
+        heads: `read_heads` of the listing.
+
+    Returns:
+        The slides with their companions, and the files that belong to none.
     """
     names: dict[tuple[str, str], list[Entry]] = defaultdict(list)
     for other in others:
@@ -161,7 +183,7 @@ def find_parts(slides: Sequence[Entry], others: Sequence[Entry], heads: Heads) -
 
 
 def mrxs_folders(entries: Sequence[Entry]) -> dict[str, str]:
-    """Folder -> the .mrxs whose data it holds: the folder of its name, in the same case where there are several."""
+    """Return folder -> the .mrxs whose data it holds: the folder of its name, in the same case where several are."""
     mains = [entry.path for entry in entries if suffix_of(entry.path) == "mrxs"]
     if not mains:
         return {}
@@ -189,5 +211,5 @@ def _above(path: str) -> list[str]:
 
 
 def owner_of(path: str, folders: dict[str, str]) -> str | None:
-    """The .mrxs in whose folder a file lies, by `mrxs_folders`."""
+    """Return the .mrxs in whose folder a file lies, by `mrxs_folders`; None when there is none."""
     return next((folders[folder] for folder in _above(path) if folder in folders), None) if folders else None

@@ -1,4 +1,4 @@
-"""Which engine reads a slide: the TIFF engine what is plain TIFF, OpenSlide what the scanners' vendors invented."""
+"""The choice of the engine that reads a slide: ours for plain TIFF, OpenSlide for the formats of scanners' vendors."""
 
 from __future__ import annotations
 
@@ -23,8 +23,16 @@ NEVER_PLAIN = {"ventana", "trestle", "hamamatsu"}
 def open_slide(path: Path, engine: Engine = "auto", plane: str = "middle") -> Slide:
     """Open a slide with the engine that reads it right; what that one refuses, the other is asked for.
 
-    `plane` is the focal plane of a z-stack: 'middle', its number from 0, or 'sharpest' of each region that is read.
-    Raises BadInput: missing_file, empty_file, unreadable, truncated, unsupported_slide, too_large.
+    Args:
+        path: the file to open; its companions lie beside it.
+        engine: the only one to ask, unless 'auto'.
+        plane: the focal plane of a z-stack: 'middle', its number from 0, or 'sharpest' of each region that is read.
+
+    Returns:
+        The open slide; close it.
+
+    Raises:
+        BadInput: missing_file, empty_file, unreadable, truncated, unsupported_slide, too_large.
     """
     slide = _opened(path, engine, plane)
     for level in slide.info.levels:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tifffile
 
-from apacs_ray.data.images import DAMAGE
+from apacs_ray.data.image_header import DAMAGE
 from apacs_ray.errors import BadInput
 from apacs_ray.slides.mpp import square_mpp, tiff_scale
 from apacs_ray.slides.tiff_tiles import STRICT, Alpha, TiffTiles
@@ -39,11 +39,21 @@ class Pyramid:
 
 
 def read_pyramid(path: Path, plane: str = "middle") -> Pyramid:
-    """The largest image of a TIFF. Raises OtherEngine, and BadInput (unsupported_slide, too_large) for what no engine
-    here reads right.
+    """Read the directory of a TIFF: its largest image, and how that is stored.
 
     Whether the file is whole shows when it is read; a directory that cannot be parsed is left to OpenSlide, which then
     says what is wrong.
+
+    Args:
+        path: of a local file.
+        plane: as in `open_slide`.
+
+    Returns:
+        The image's levels and focal planes.
+
+    Raises:
+        OtherEngine: OpenSlide may read it.
+        BadInput: unsupported_slide, too_large, unreadable; no engine here reads it right.
     """
     try:
         with tifffile.TiffFile(path) as tiff:

@@ -1,4 +1,4 @@
-"""Where a slide holds cells: tissue found on a small picture of it, as in the paper from its intensity.
+"""Tissue: where a slide holds cells, found on a small picture of it, as in the paper from its intensity.
 
 Tissue is what is denser than the glass beside it, in the channel that absorbs most: faintly so where glass lies within
 a fifth of a millimeter (cells however pale; lamp, tint and vignette cancel), clearly so where it lies within a
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from apacs_ray.data.tiles import Box
+from apacs_ray.data.grid import Box
 from apacs_ray.errors import BadInput
 from apacs_ray.slides import artifacts
 from apacs_ray.slides.glass import BLOCK, Glass, block_minima, glass_of, stain_of
@@ -44,10 +44,14 @@ OUT, ARTIFACT = np.uint8(1), np.uint8(2)  # why px take no part
 
 @dataclass(frozen=True)
 class Tissue:
-    """The tissue mask of a slide and the picture it was found on; `downsample` is level-0 px per px of both.
+    """The tissue mask of a slide and the picture it was found on.
 
-    `excluded` (H, W) uint8 says what is no smear: OUT where nothing was scanned, ARTIFACT where ink, a line or the
-    like was taken out. None: nothing is.
+    Attributes:
+        mask: (H, W) bool, True on tissue.
+        picture: (H, W, 3) uint8 RGB.
+        downsample: level-0 px per px of both.
+        excluded: (H, W) uint8, what is no smear: OUT where nothing was scanned, ARTIFACT where ink, a line or the like
+            was taken out. None: nothing is.
     """
 
     mask: Mask
@@ -56,13 +60,21 @@ class Tissue:
     excluded: Excluded | None = None
 
     def fraction(self, box: Box, width: float, height: float) -> float:
-        """Share (0..1) of the rectangle at (box.x, box.y), `width` x `height` level-0 px, that is tissue."""
+        """Return the share (0..1) of the rectangle at (box.x, box.y), `width` x `height` level-0 px, that is tissue."""
         return self._share(self.mask[self._place(box, width, height)])
 
     def judge(self, box: Box, width: float, height: float, least: float) -> tuple[float, SkipReason | None]:
-        """`fraction` of a tile, and the reason for which it is skipped where that is less than `least`, else None.
+        """Decide whether a tile is kept.
 
-        unscanned: half of it or more; artifact: it would be kept if nothing had been taken out of it.
+        Args:
+            box: of which `x` and `y` count: where the tile begins, level-0 px.
+            width: level-0 px.
+            height: level-0 px.
+            least: share of tissue (0..1) with which it is kept.
+
+        Returns:
+            `fraction` of the tile, and why it is skipped (None: it is kept). unscanned: half of it or more; artifact:
+            it would be kept if nothing had been taken out of it; else background.
         """
         tissue = self.fraction(box, width, height)
         if tissue >= least:
@@ -86,9 +98,17 @@ class Tissue:
 
 
 def find_tissue(slide: Slide, mpp: float | None = None) -> Tissue:
-    """Tissue of a slide, looked for at about 8 um per px. Raises BadInput when that level cannot be read.
+    """Find the tissue of a slide, at about 8 um per px.
 
-    `mpp` (um per level-0 px) counts where it is given, else the slide's own, else `ASSUMED_MPP`.
+    Args:
+        slide: open.
+        mpp: um per level-0 px; it counts where it is given, else the slide's own, else `ASSUMED_MPP`.
+
+    Returns:
+        The tissue mask. What cannot be read may be cells: its tiles are cut, and then rejected by name.
+
+    Raises:
+        BadInput: the level cannot be read, or too much of it.
     """
     mpp = mpp or slide.info.mpp or ASSUMED_MPP
     number, shrink = level_to_read(slide, mpp)
@@ -102,9 +122,16 @@ def find_tissue(slide: Slide, mpp: float | None = None) -> Tissue:
 
 
 def level_to_read(slide: Slide, mpp: float) -> tuple[int, int]:
-    """The coarsest level that still shows cells, and by how much it is shrunk further.
+    """Choose the coarsest level that still shows cells.
 
     A level that is somewhat too coarse is taken as it is: the next finer one may be the whole slide.
+
+    Args:
+        slide: open.
+        mpp: um per level-0 px.
+
+    Returns:
+        The number of the level, and by how much it is shrunk further.
     """
     wanted = UM_PER_PIXEL / mpp
     number = slide.info.level_for(max(wanted * COARSEST, 1.0))
@@ -112,12 +139,30 @@ def level_to_read(slide: Slide, mpp: float) -> tuple[int, int]:
 
 
 def tissue_mask(picture: Picture, um: float = UM_PER_PIXEL, outside: Mask | None = None) -> Mask:
-    """(H, W) bool of a small picture of a slide, (H, W, 3) uint8, of `um` um per px; `outside` was not scanned."""
+    """Return the (H, W) bool tissue of a small picture.
+
+    Args:
+        picture: (H, W, 3) uint8 sRGB.
+        um: um per px.
+        outside: (H, W) bool, True where nothing was scanned; None: nowhere.
+
+    Returns:
+        True on tissue.
+    """
     return split_picture(picture, um, outside)[0]
 
 
 def split_picture(picture: Picture, um: float, outside: Mask | None = None) -> tuple[Mask, Excluded]:
-    """The tissue of a picture, and what of it takes no part (see `Tissue`)."""
+    """Return the tissue of a small picture, and what of it takes no part.
+
+    Args:
+        picture: (H, W, 3) uint8 sRGB.
+        um: um per px.
+        outside: (H, W) bool, True where nothing was scanned; None: nowhere.
+
+    Returns:
+        (H, W) bool, True on tissue, and (H, W) uint8 as `Tissue.excluded`.
+    """
     height, width = picture.shape[:2]
     excluded = np.zeros((height, width), np.uint8)
     minima = []
@@ -138,8 +183,14 @@ def split_picture(picture: Picture, um: float, outside: Mask | None = None) -> t
 
 @dataclass(frozen=True)
 class Band:
-    """Rows of a picture that are worked on at once: `rows` of it, with more around them in `wide`, of which they are
-    `inner`; `span` are the first row of `wide` and the one after its last."""
+    """Rows of a picture that are worked on at once, with more rows around them.
+
+    Attributes:
+        rows: of the picture.
+        wide: the same with more around them.
+        inner: `rows` within `wide`.
+        span: the first row of `wide` and the one after its last.
+    """
 
     rows: slice
     wide: slice
@@ -148,7 +199,7 @@ class Band:
 
 
 def bands(height: int, width: int) -> Iterator[Band]:
-    """The bands of a picture, of about `BAND` px each."""
+    """Yield the bands of a picture, of about `BAND` px each."""
     step = max(2 * HALO, BAND // width // BLOCK * BLOCK)
     for top in range(0, height, step):
         bottom = min(top + step, height)
@@ -173,7 +224,7 @@ def _whole_blocks(part: Array) -> Array:
 
 
 def faintest_stain(picture: Picture, known: Mask, glass: Glass) -> int:
-    """The least density that is no noise of this slide's glass, thousandths."""
+    """Return the least density that is no noise of this slide's glass, thousandths."""
     height, width = (side // BLOCK * BLOCK for side in known.shape)
     step = max(1, round((height * width / SAMPLES) ** 0.5)) * BLOCK  # whole blocks, so that the glass is at hand
     levels = []
@@ -210,9 +261,18 @@ class SmallPicture:
 
 
 def read_small(slide: Slide, number: int, shrink: int) -> SmallPicture:
-    """A whole level, averaged over `shrink` x `shrink` px, read in parts, so that memory stays flat.
+    """Read a whole level, averaged over `shrink` x `shrink` px, in parts, so that memory stays flat.
 
-    Raises BadInput when no part of it can be read, or too many parts cannot.
+    Args:
+        slide: open.
+        number: of the level.
+        shrink: px of the level per px of the picture, a side.
+
+    Returns:
+        The picture.
+
+    Raises:
+        BadInput: no part of it can be read, or too many parts cannot.
     """
     level = slide.info.levels[number]
     height, width = -(-level.height // shrink), -(-level.width // shrink)

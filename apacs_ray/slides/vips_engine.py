@@ -1,4 +1,7 @@
-"""TIFF slides (generic, BigTIFF, OME with SubIFDs, Aperio's): tiles decoded strictly here, LZW and WebP by libvips."""
+"""The engine that reads plain TIFF slides (generic, BigTIFF, OME with SubIFDs, Aperio's), LZW and WebP by libvips.
+
+All other tiles are decoded strictly by `tiff_tiles`.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,9 @@ import numpy as np
 import pyvips
 from PIL import Image
 
+from apacs_ray.data.grid import Box
 from apacs_ray.data.images import as_picture
 from apacs_ray.data.quality import focus
-from apacs_ray.data.tiles import Box
 from apacs_ray.data.vips import open_vips, reason
 from apacs_ray.errors import BadInput
 from apacs_ray.slides.reader import Level, Mask, Rgb, SlideInfo, filled, level_downsample
@@ -23,9 +26,15 @@ PROBED = 3  # tiles whose JPEG headers are looked at before the file is believed
 
 
 class VipsSlide:
-    """A TIFF. Raises OtherEngine when its tiles are not what its tags say (as an NDPI's are not)."""
+    """A slide that is plain TIFF."""
 
     def __init__(self, path: Path, pyramid: Pyramid) -> None:
+        """Open the slide whose directory is `pyramid`.
+
+        Raises:
+            OtherEngine: its tiles are not what its tags say (as an NDPI's are not).
+            BadInput: unreadable.
+        """
         self._path = path
         self._planes = pyramid.planes
         tiles = [parts[0] for parts in pyramid.planes[0]]
@@ -52,12 +61,14 @@ class VipsSlide:
             raise OtherEngine("its tiles are no JPEG streams of a tile's size")
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> Rgb:
+        """Return a region as an array, as `Slide.read`."""
         wanted = Box(x, y, width, height)
         if len(self._planes) == 1:
             return self._level(self._planes[0][level], wanted)
         return max((self._level(plane[level], wanted) for plane in self._planes), key=focus)
 
     def read_known(self, level: int, x: int, y: int, width: int, height: int) -> tuple[Rgb, Mask]:
+        """Return a region and what of it the slide holds, as `KnowsHoles.read_known`."""
         tiles = self._planes[0][level][0]
         known = np.zeros((height, width), bool)
         known[max(-y, 0) : max(tiles.height - y, 0), max(-x, 0) : max(tiles.width - x, 0)] = True
@@ -67,9 +78,11 @@ class VipsSlide:
         return self.read(level, x, y, width, height), known
 
     def read_image(self, level: int, x: int, y: int, width: int, height: int) -> Image.Image:
+        """Return a region as a picture, as `Slide.read_image`."""
         return as_picture(self.read(level, x, y, width, height))
 
     def close(self) -> None:
+        """Close the slide's files."""
         self._images.clear()
         self._file.close()
 

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from apacs_ray.console import say
-from apacs_ray.data.folders import Reject, is_folder_layout
+from apacs_ray.data.folders import is_folder_layout
+from apacs_ray.data.rejects import Reject
 from apacs_ray.data.shards import Receipt, shard_paths
 from apacs_ray.distributed.data import REJECT_SCHEMA
 from apacs_ray.errors import ApacsError, UsageError

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from apacs_ray.console import say
-from apacs_ray.data.folders import FolderData, Pair, Reject
-from apacs_ray.data.overlap import apart, is_inside, same_place
+from apacs_ray.data.folders import FolderData, Pair
+from apacs_ray.data.nested_stores import entries_outside, is_inside, same_folder
+from apacs_ray.data.rejects import Reject
 from apacs_ray.data.shards import Receipt
-from apacs_ray.data.slide_table import decode_table
-from apacs_ray.data.splits import read_splits
+from apacs_ray.data.slide_tables import decode_table, read_splits
 from apacs_ray.errors import UsageError
-from apacs_ray.slides.find import SlideData, SlideFiles
+from apacs_ray.slides.slide_files import SlideData, SlideFiles
 from apacs_ray.stages.pipeline import Context
 from apacs_ray.storage import Entry, Store, open_store
 
@@ -46,7 +46,7 @@ def listed_data(context: Context, store: Store) -> list[Entry]:
     """What lies in the data. What lies below `data.masks` has another role and is left out."""
     masks = _masks_store(context, store)
     entries = context.listed(store)
-    return list(entries) if masks is None or is_inside(store, masks) else apart(store, entries, masks)
+    return list(entries) if masks is None or is_inside(store, masks) else entries_outside(store, entries, masks)
 
 
 def listed_masks(context: Context, store: Store) -> tuple[Store | None, list[Entry]]:
@@ -60,13 +60,13 @@ def listed_masks(context: Context, store: Store) -> tuple[Store | None, list[Ent
     entries = context.listed(masks)
     if not entries:
         raise UsageError(f"data.masks {masks.uri}: nothing there")
-    return masks, apart(masks, entries, store) if is_inside(store, masks) else list(entries)
+    return masks, entries_outside(masks, entries, store) if is_inside(store, masks) else list(entries)
 
 
 def _masks_store(context: Context, store: Store) -> Store | None:
     masks = context.settings.data.masks
     found = open_store(masks) if masks else None
-    return None if found is None or same_place(found, store) else found
+    return None if found is None or same_folder(found, store) else found
 
 
 def say_found(found: FolderData | SlideData) -> None:

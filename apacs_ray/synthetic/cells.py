@@ -22,9 +22,12 @@ _ANGLES = 1024
 
 @dataclass(frozen=True)
 class Stamp:
-    """One object around its center pixel: `density` float32 (3, S, S), S odd; masks bool (S, S) or None.
+    """The drawing of one object around its center pixel.
 
-    `cell` is the outline of cytoplasm and nucleus together, before any blur; clutter has no masks.
+    Attributes:
+        density: (3, S, S) float32, S odd: optical density of R, G, B.
+        cell: (S, S) bool, the outline of cytoplasm and nucleus together, before any blur; None for clutter.
+        nucleus: (S, S) bool, that of the nucleus; None for clutter.
     """
 
     density: Floats
@@ -53,7 +56,7 @@ class CellTraits:
 
 
 def cell_radius(kind: CellKind, rng: np.random.Generator) -> float:
-    """A nominal radius in um: that of the circle with about the cell's area."""
+    """Draw a nominal radius in um: that of the circle with about the cell's area."""
     low, high = {
         "superficial": (20, 33),
         "intermediate": (20, 33),
@@ -65,7 +68,19 @@ def cell_radius(kind: CellKind, rng: np.random.Generator) -> float:
 
 
 def cell_stamp(kind: CellKind, radius: float, reach: int, seed: int, look: Look, mpp: float) -> Stamp:
-    """Draw a cell of `radius` um into a stamp of 2 * reach + 1 px; all else about it follows from `seed`."""
+    """Draw a cell.
+
+    Args:
+        kind: of the cell.
+        radius: nominal, um.
+        reach: the stamp has 2 * reach + 1 px a side.
+        seed: from which all else about it follows.
+        look: of its slide.
+        mpp: um per px.
+
+    Returns:
+        The stamp.
+    """
     rng = np.random.Generator(np.random.PCG64(seed))
     traits = _traits(kind, radius, look, rng)
     y, x = _axes(reach, rng)
@@ -244,7 +259,7 @@ def _ripple(rng: np.random.Generator, waves: tuple[int, int], amplitude: float) 
 
 
 def _axes(reach: int, rng: np.random.Generator) -> tuple[Floats, Floats]:
-    """y (S, 1) and x (1, S) of the stamp's pixels; the center lies anywhere inside the middle pixel."""
+    """Return y (S, 1) and x (1, S) of the stamp's pixels; the center lies anywhere inside the middle pixel."""
     steps = np.arange(-reach, reach + 1, dtype=np.float32)
     dy, dx = rng.uniform(-0.5, 0.5, 2).astype(np.float32)
     return (steps - dy)[:, None], (steps - dx)[None, :]

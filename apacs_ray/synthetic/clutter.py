@@ -1,4 +1,4 @@
-"""What else lies on a smear: neutrophils, mucus, debris, blood, bacteria, precipitate, dust. None is cell."""
+"""Objects of a synthetic smear that are no cells: neutrophils, mucus, debris, blood, bacteria, precipitate, dust."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BLACK: RGB = (1.0, 1.05, 1.1)
 
 
 def clutter_radius(kind: ClutterKind, rng: np.random.Generator) -> float:
-    """How far an object reaches from its center, um."""
+    """Draw how far an object reaches from its center, um."""
     low, high = {
         "neutrophil": (6.5, 6.5),
         "mucus": (60, 170),
@@ -35,7 +35,7 @@ def clutter_radius(kind: ClutterKind, rng: np.random.Generator) -> float:
 
 
 def clutter_stamp(kind: ClutterKind, radius: float, reach: int, seed: int, look: Look, mpp: float) -> Stamp:
-    """Draw an object of `radius` um into a stamp of 2 * reach + 1 px; all else follows from `seed`."""
+    """Draw an object that is no cell. The arguments are those of `cells.cell_stamp`."""
     rng = np.random.Generator(np.random.PCG64(seed))
     steps = np.arange(-reach, reach + 1, dtype=np.float32) * np.float32(mpp)
     shift = rng.uniform(-0.5 * mpp, 0.5 * mpp, 2).astype(np.float32)

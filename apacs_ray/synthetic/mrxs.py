@@ -1,4 +1,4 @@
-"""Write a MIRAX slide (`NAME.mrxs` and the folder `NAME/`), as OpenSlide documents the format and reads it.
+"""A writer of MIRAX slides (`NAME.mrxs` and the folder `NAME/`), as OpenSlide documents the format and reads it.
 
 The slide is a grid of square images without overlap. Every further level joins 2 x 2 images of the level before and
 halves them. Images that hold nothing are left out of the index: there a reader finds a transparent region, and where
@@ -54,9 +54,14 @@ class MrxsLayout:
 
 
 def write_mrxs(path: Path, layout: MrxsLayout, source: Source) -> None:
-    """Write `path` (ends in .mrxs) and its folder. Memory is flat: a few images of each level at a time.
+    """Write a slide, and its folder. Memory is flat: a few images of each level at a time.
 
     The last column and row are filled with the background color, so the slide as read measures whole images.
+
+    Args:
+        path: ends in .mrxs.
+        layout: how it is stored.
+        source: gives the pixels of any part of level 0.
     """
     folder = path.with_suffix("")
     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What lies where on a synthetic smear: objects by block, so that any region of a slide knows its own."""
+"""The scene of a synthetic smear: objects by block, so that any region of a slide knows its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import cast
 
 import numpy as np
 
-from apacs_ray.data.tiles import Box
+from apacs_ray.data.grid import Box
 from apacs_ray.synthetic.cells import REACH, SOFT_UM, CellKind, Stamp, cell_radius, cell_stamp
 from apacs_ray.synthetic.clutter import ClutterKind, clutter_radius, clutter_stamp
 from apacs_ray.synthetic.stain import Look
@@ -55,7 +55,7 @@ class Thing:
 
 
 def things_near(seed: int, look: Look, mpp: float, box: Box) -> list[Thing]:
-    """Every object whose stamp touches the box, always in the same order."""
+    """Return every object whose stamp touches the box (level-0 px), always in the same order."""
     block = _BLOCK_UM / mpp
     wide = box.grown(ceil(_FARTHEST_UM / mpp))
     found = []

@@ -1,4 +1,4 @@
-"""COCO's JSON of one slide, or of several of which one is it: polygons, and run lengths of masks, of any category."""
+"""COCO's JSON of one slide, or of several of which one is it: polygons and run lengths, of any category."""
 
 from __future__ import annotations
 
@@ -24,13 +24,22 @@ ENDINGS = re.compile(
 
 
 def is_coco(tree: Any) -> bool:
+    """Tell whether a JSON tree is COCO's."""
     return isinstance(tree, dict) and all(isinstance(tree.get(key), list) for key in ("images", "annotations"))
 
 
 def read_coco(tree: dict[str, Any], name: str) -> Drawing:
-    """The annotations of the image that is called like `name`, or of the only image.
+    """Return the annotations of the image that is called like `name`, or of the only image.
 
-    Coordinates are px of that image. Raises BadInput: bad_annotation.
+    Args:
+        tree: a JSON tree for which `is_coco` holds.
+        name: of the annotation file.
+
+    Returns:
+        Its shapes, in px of that image.
+
+    Raises:
+        BadInput: bad_annotation; it is not clear which image is meant, or its masks have too many runs.
     """
     images = [image for image in tree["images"] if isinstance(image, dict) and "id" in image]
     image = _image_called(images, name)

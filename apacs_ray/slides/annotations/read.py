@@ -1,6 +1,6 @@
-"""What people drew on a slide, out of a file of any known format, which its content tells and not its name.
+"""Annotations of a slide, read from a file of any known format, which its content tells and not its name.
 
-Annotations that cannot be used are told one by one. A file of which none can is refused: it must not say "no cell".
+Annotations that cannot be used are listed one by one. A file of which none can is refused: it must not say "no cell".
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Defect:
 class Annotations:
     """The areas of one slide, px from `origin` on.
 
-    Args:
+    Attributes:
         areas: valid polygons.
         defects: annotations that were left out.
         repaired: number of those that crossed themselves and were made valid.
@@ -62,9 +62,18 @@ class Annotations:
     size: tuple[int, int] | None = None
 
     def placed(self, info: SlideInfo) -> Annotations:
-        """The same areas in level-0 px of their slide. Raises BadInput: size_mismatch, bad_annotation.
+        """Return the same areas in level-0 px of their slide.
 
         A picture that was annotated may be the slide or its bounds, of any scale.
+
+        Args:
+            info: what the slide says of itself.
+
+        Returns:
+            Areas whose `origin` is level 0, and that have no `size`.
+
+        Raises:
+            BadInput: size_mismatch, or bad_annotation where all areas lie outside of the slide.
         """
         x, y, scale = 0.0, 0.0, 1.0
         if self.origin == "bounds":
@@ -101,7 +110,7 @@ def _place(size: tuple[int, int], info: SlideInfo) -> tuple[float, float, float]
 
 
 def read_annotations(content: bytes, name: str, classes: Sequence[str] = ()) -> Annotations:
-    """The areas that an annotation file holds: GeoJSON, COCO, ASAP's or ImageScope's XML, plain or in gzip or zip.
+    """Read the areas of an annotation file: GeoJSON, COCO, ASAP's or ImageScope's XML, plain or in gzip or zip.
 
     Args:
         content: the file's bytes.

@@ -36,7 +36,7 @@ ENCODINGS = re.compile(
 
 
 def unpacked(content: bytes) -> bytes:
-    """The annotation inside a gzip or zip file; others as they are. Raises BadInput: bad_annotation."""
+    """Return the annotation inside a gzip or zip file; others as they are. Raises BadInput: bad_annotation."""
     for _ in range(LEVELS):
         if len(content) > LARGEST_FILE:
             raise too_large(f"{len(content)} bytes")
@@ -55,6 +55,7 @@ def unpacked(content: bytes) -> bytes:
 
 
 def too_large(what: str) -> BadInput:
+    """Return the defect of a file that is larger than `LARGEST_FILE`."""
     return BadInput("bad_annotation", f"{what}; {LARGEST_FILE} are the limit")
 
 
@@ -100,7 +101,17 @@ def _may_annotate(path: str) -> bool:
 
 
 def decoded(content: bytes) -> str:
-    """The text of a JSON or XML file, by its byte order mark, its zero bytes or its declaration, else UTF-8."""
+    """Decode the text of a JSON or XML file, by its byte order mark, zero bytes or declaration, else as UTF-8.
+
+    Args:
+        content: the file, unpacked.
+
+    Returns:
+        Its text.
+
+    Raises:
+        BadInput: bad_annotation; it is no text in a known encoding.
+    """
     try:
         return content.decode(_encoding_of(content))
     except (UnicodeError, LookupError) as error:

@@ -1,4 +1,4 @@
-"""XML of annotations: ASAP's, and Aperio ImageScope's, which call quite different things by the same names.
+"""XML of annotations, ASAP's and Aperio ImageScope's, which call quite different things by the same names.
 
 ASAP: ASAP_Annotations/Annotations/Annotation/Coordinates/Coordinate. ImageScope: Annotations/Annotation (a layer)
 /Regions/Region/Vertices/Vertex. Both count from level 0.
@@ -32,7 +32,17 @@ FREEHAND, RECTANGLE, ELLIPSE = "0", "1", "2"  # types of ImageScope's regions; o
 
 
 def read_xml(text: str) -> Drawing:
-    """Raises BadInput: bad_annotation (no XML, one that would expand entities, or one of another kind)."""
+    """Return the shapes of an XML file, level-0 px.
+
+    Args:
+        text: the file's.
+
+    Returns:
+        Its shapes.
+
+    Raises:
+        BadInput: bad_annotation; it is no XML, one that would expand entities, or one of another kind.
+    """
     require_bounded(text, "<=")
     try:
         root = fromstring(text, forbid_dtd=True)

@@ -1,6 +1,7 @@
-"""CSV tables with a line a slide: a column `slide_id`, another with what is said of the slide, and any more.
+"""CSV tables with a line a slide: `data.splits`, which says what each is used for, and `data.mpps`, its um per px.
 
-Fields are parted by commas, semicolons or tabs, as the header is.
+They have a column `slide_id`, another with what is said of the slide, and any more. Fields are parted by commas,
+semicolons or tabs, as the header is.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import math
 import unicodedata
 
+from apacs_ray.data.words import SPLITS, Split
 from apacs_ray.errors import UsageError
 
 MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
@@ -17,7 +20,7 @@ DELIMITERS = ",;\t"  # of which Excel writes the second where the comma is a dec
 
 
 def decode_table(content: bytes, name: str) -> str:
-    """The text of a table in UTF-8 or UTF-16. Raises UsageError naming it when it is in another encoding."""
+    """Decode the text of a table in UTF-8 or UTF-16. Raises UsageError naming it when it is in another encoding."""
     encoding = next((encoding for mark, encoding in MARKS if content.startswith(mark)), None)
     if encoding is None:  # without a mark: a header of ASCII letters has a zero in each pair of bytes
         encoding = {(True, False): "utf-16-be", (False, True): "utf-16-le"}.get(
@@ -33,9 +36,18 @@ def decode_table(content: bytes, name: str) -> str:
 
 
 def read_slide_table(text: str, setting: str, column: str) -> dict[str, tuple[int, str]]:
-    """Slide id -> number of its line and its value in `column`, of the CSV text that `setting` names.
+    """Read one column of a table of slides.
 
-    Raises UsageError with the number of the line that is wrong.
+    Args:
+        text: CSV.
+        setting: that names the table, for errors.
+        column: its name, beside `slide_id`.
+
+    Returns:
+        Slide id -> number of its line and its value.
+
+    Raises:
+        UsageError: with the number of the line that is wrong.
     """
     text = text.removeprefix("\ufeff")
     first = next((line for line in text.splitlines() if line.strip()), "")
@@ -63,3 +75,53 @@ def read_slide_table(text: str, setting: str, column: str) -> dict[str, tuple[in
             raise UsageError(f"{setting}, line {number}: slide {slide!r} is on line {given[slide][0]} already")
         given[slide] = (number, fields[names.index(column)].strip())
     return given
+
+
+def read_splits(text: str) -> dict[str, Split]:
+    """Return slide id -> split, of the CSV text of `data.splits` (slide_id,split).
+
+    Args:
+        text: the table's.
+
+    Returns:
+        The split of each slide of the table.
+
+    Raises:
+        UsageError: naming the line that is wrong.
+    """
+    splits: dict[str, Split] = {}
+    for slide, (number, value) in read_slide_table(text, "data.splits", "split").items():
+        split = value.lower()
+        if split not in SPLITS:
+            raise UsageError(
+                f"data.splits, line {number}: split {split!r} of slide {slide!r} is not train, val or test"
+            )
+        splits[slide] = split
+    return splits
+
+
+def read_mpps(text: str | None) -> dict[str, float]:
+    """Return slide id -> um per px, of the CSV text of `data.mpps` (slide_id,mpp); of None an empty one.
+
+    Slides need it that do not say their resolution, or say it wrong.
+
+    Args:
+        text: the table's.
+
+    Returns:
+        um per level-0 px.
+
+    Raises:
+        UsageError: naming the line that is wrong.
+    """
+    mpps: dict[str, float] = {}
+    if text is None:
+        return mpps
+    for slide, (number, value) in read_slide_table(text, "data.mpps", "mpp").items():
+        try:
+            mpps[slide] = float(value.replace(",", "."))  # as spreadsheets write it in much of the world
+        except ValueError as error:
+            raise UsageError(f"data.mpps, line {number}: {value!r} of slide {slide!r} is not a number") from error
+        if not 0 < mpps[slide] < math.inf:
+            raise UsageError(f"data.mpps, line {number}: um per px of slide {slide!r} must be positive, not {value}")
+    return mpps
