@@ -155,13 +155,13 @@ def find_pairs(entries: Iterable[Entry], *, slide_regex: str | None = None, root
 
 
 def _is_left(path: str) -> bool:
-    """Hidden files, those of systems, folder markers of object stores, and what leads out of the folder."""
+    """Tell whether a file is hidden, the system's, a folder marker of an object store, or leads out of the folder."""
     *folders, name = path.split("/")
     return hidden_part(path) is not None or not name or any(part in (".", "..") for part in (*folders, name))
 
 
 def _names(path: str) -> tuple[frozenset[Split], frozenset[Role]] | None:
-    """The splits and roles that a file's folders name (the innermost that names any counts); None outside."""
+    """Return the splits and roles that a file's folders name (the innermost that names any counts); None outside."""
     splits: frozenset[Split] = frozenset()
     roles: frozenset[Role] = frozenset()
     for folder in path.split("/")[:-1]:
@@ -171,7 +171,7 @@ def _names(path: str) -> tuple[frozenset[Split], frozenset[Role]] | None:
 
 
 def _place(entry: Entry) -> _File | None:
-    """Where a file belongs; None when it lies outside the layout. Raises BadInput where none can be told."""
+    """Return where a file belongs; None when it lies outside the layout. Raises BadInput where none can be told."""
     named = None if _is_left(entry.path) else _names(entry.path)
     if named is None:
         return None
@@ -190,7 +190,7 @@ def _place(entry: Entry) -> _File | None:
 
 
 def _without_mask_words(files: Sequence[_File]) -> list[_File]:
-    """STEM_mask.png as STEM, unless an image is called so or STEM has a mask beside it."""
+    """Rename STEM_mask.png to STEM, unless an image is called so or STEM has a mask beside it."""
     images = {(file.split, file.stem) for file in files if file.role == "input"}
     masks = {(file.split, file.stem, file.place) for file in files if file.role == "groundtruth"}
     found = []
@@ -204,7 +204,7 @@ def _without_mask_words(files: Sequence[_File]) -> list[_File]:
 
 
 def _units(files: Iterable[_File]) -> list[_Unit]:
-    """Files that could be a pair: those of one split and stem, or of one place where a role has several."""
+    """Group files that could be a pair: those of one split and stem, or of one place where a role has several."""
     named: dict[tuple[int, str], list[_File]] = defaultdict(list)
     for file in files:
         named[SPLITS.index(file.split), file.stem].append(file)
@@ -223,7 +223,7 @@ def _units(files: Iterable[_File]) -> list[_Unit]:
 
 
 def _slides(units: Sequence[_Unit], slide_regex: str | None) -> list[str | None]:
-    """The slide id of each unit; None where the expression finds none."""
+    """Return the slide id of each unit; None where the expression finds none."""
     if slide_regex is None:
         return list(distinct([unit.names for unit in units]))
     regex = re.compile(slide_regex)
@@ -232,7 +232,7 @@ def _slides(units: Sequence[_Unit], slide_regex: str | None) -> list[str | None]
 
 
 def _joined(unit: _Unit, slide_id: str | None, slide_regex: str | None) -> Pair | _Refused:
-    """The files of a unit as a pair, or why they are none."""
+    """Join the files of a unit to a pair, or return why they are none."""
     files = unit.files
     entries = tuple(file.entry for file in files)
     split, stem = files[0].split, files[0].stem
@@ -258,7 +258,7 @@ def _joined(unit: _Unit, slide_id: str | None, slide_regex: str | None) -> Pair 
 
 
 def _elsewhere(unit: _Unit) -> str:
-    """What to say of files of the other role in other places."""
+    """Return what to say of files of the other role in other places."""
     others = [file.entry.path for file in unit.apart if file.role != unit.files[0].role]
     if not others:
         return ""

@@ -169,7 +169,7 @@ def text_of(error: BaseException) -> str:
 
 
 def _significant_bits(image: TiffImageFile) -> int | None:
-    """How many bits of a channel a TIFF says it uses."""
+    """Return how many bits of a channel a TIFF says it uses."""
     try:
         told = image.tag_v2.get(MAX_SAMPLE_VALUE, 0)
         top = max(told) if isinstance(told, tuple) else int(told)

@@ -192,7 +192,7 @@ class _Pixels:
         self._decoded: tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]] | BadInput
 
     def cut(self, row: dict[str, Any]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
-        """RGB (H, W, 3) and mask (H, W) of a tile. Raises BadInput when its source is defective."""
+        """Return RGB (H, W, 3) and mask (H, W) of a tile. Raises BadInput when its source is defective."""
         if row["image"] != self._path:
             self._path = row["image"]
             try:

@@ -113,7 +113,7 @@ def encode_mask(mask: Mask) -> bytes:
 
 
 def _loaded(image: ImageFile.ImageFile) -> Image.Image:
-    """The pixels of a file whose header was read, upright."""
+    """Return the pixels of a file whose header was read, upright."""
     turn = turn_of(image)
     deep = image.mode not in DEEP_MODES and any(";16" in str(tile) for tile in image.tile)
     try:
@@ -128,7 +128,7 @@ def _loaded(image: ImageFile.ImageFile) -> Image.Image:
 
 
 def _upper_byte(values: npt.NDArray[np.uint16], bits: int | None, white_is_zero: bool) -> npt.NDArray[np.uint8]:
-    """The upper eight of the bits that 16-bit gray uses, which is decided for the whole image."""
+    """Return the upper eight of the bits that 16-bit gray uses, which is decided for the whole image."""
     top = int(values.max())
     if bits is None or not 8 <= bits < 16 or top >> bits:
         bits = 8 if top <= 255 and not white_is_zero else 16  # bytes that were saved with 16 bits
@@ -148,7 +148,7 @@ def _require_bright(top: int) -> None:
 
 
 def _straight(image: Image.Image) -> Image.Image:
-    """RGBA whose colors are not multiplied by their alpha."""
+    """Return RGBA whose colors are not multiplied by their alpha."""
     return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
 
 

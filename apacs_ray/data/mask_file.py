@@ -111,7 +111,7 @@ class MaskFile:
             raise BadInput("unreadable", f"its part {number} is damaged: {error}") from error
 
     def _read(self, box: Box) -> Pixels:
-        """A box in stored px; tiles that the file leaves out are 0."""
+        """Read a box in stored px; tiles that the file leaves out are 0."""
         if self.stored.by_pillow:
             if self._array is None:
                 with _stream(self._source) as stream:
@@ -182,7 +182,7 @@ def _cropped_type(image: pyvips.Image) -> npt.DTypeLike:
 
 
 def _by_pillow(stream: BinaryIO) -> Pixels:
-    """All pixels of a file that libvips cannot read, upright; of a palette the numbers."""
+    """Read all pixels of a file that libvips cannot read, upright; of a palette the numbers."""
     magic = stream.read(8)
     stream.seek(0)
     reader = next(reader for start, reader in READERS.items() if magic.startswith(start))

@@ -68,7 +68,7 @@ def read_stored(stream: BinaryIO, max_pixels: int) -> Stored:
 
 
 def _table(palette: ImagePalette) -> Palette:
-    """A palette as the header gives it; to ask Pillow for its colors would read the pixels."""
+    """Return a palette as the header gives it; to ask Pillow for its colors would read the pixels."""
     order, content = palette.getdata()
     whole = len(content) // len(order) * len(order)
     colors = np.frombuffer(bytes(content[:whole]), np.uint8).reshape(-1, len(order))
@@ -129,7 +129,7 @@ def _name(member: Any) -> str:
 
 
 def _only_page(tiff: tifffile.TiffFile) -> Any:
-    """The mask's page: the first; smaller ones are its pyramid."""
+    """Return the mask's page: the first; smaller ones are its pyramid."""
     pages: Sequence[Any] = tiff.pages
     if not len(pages):
         raise BadInput("unreadable", "it holds no image")

@@ -172,7 +172,7 @@ def _small(data: bytes, max_pixels: int) -> MaskFile:
 
 
 def _opaque(pixels: Pixels) -> Pixels:
-    """The channels but alpha. Raises BadInput where that is not opaque."""
+    """Return the channels but alpha. Raises BadInput where that is not opaque."""
     if pixels.ndim == 2 or pixels.shape[2] == 3:
         return pixels
     alpha = pixels[..., -1]
@@ -182,7 +182,7 @@ def _opaque(pixels: Pixels) -> Pixels:
 
 
 def _integral(pixels: Pixels) -> Pixels:
-    """Values that are whole numbers from 0 on. Raises BadInput for others."""
+    """Return values that are whole numbers from 0 on. Raises BadInput for others."""
     if np.issubdtype(pixels.dtype, np.floating):
         if not (np.isfinite(pixels).all() and (pixels == np.floor(pixels)).all() and np.abs(pixels).max() < 2**53):
             raise BadInput("unsupported_mode", "the mask has fractions; save it as gray of 8 bits")
@@ -205,7 +205,7 @@ def _two_values(contents: Contents, *, lossy: bool) -> CellRule | None:
 
 
 def _two_tone(contents: Contents, palette: Palette | None) -> CellRule | None:
-    """The rule of a palette of two colors, declared or used: the lighter is cell."""
+    """Return the rule of a palette of two colors, declared or used: the lighter is cell."""
     if palette is None:
         return None
     declared = np.unique(palette, axis=0), np.unique(_unpadded(palette), axis=0)
@@ -226,14 +226,14 @@ def _lighter(colors: Palette) -> CellRule | None:
 
 
 def _first_index(palette: Palette, color: npt.NDArray[np.int64]) -> tuple[int, int]:
-    """Where a color first stands in a palette (its length: nowhere), and its luminance."""
+    """Return where a color first stands in a palette (its length: nowhere), and its luminance."""
     places = np.flatnonzero((palette == color).all(axis=1))
     value = int(luminance(color[None, None].astype(np.uint8))[0, 0])
     return (int(places[0]) if len(places) else len(palette)), value
 
 
 def _unpadded(palette: Palette) -> Palette:
-    """Without the black that fills the table of a TIFF."""
+    """Return a palette without the black that fills the table of a TIFF."""
     lit = np.flatnonzero(palette.any(axis=1))
     return palette[: lit[-1] + 1] if len(lit) else palette[:1]
 

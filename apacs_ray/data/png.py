@@ -62,7 +62,7 @@ def without_texts(stream: BinaryIO, *, whole: bool) -> Png:
 
 
 def _profile(chunk: bytes) -> bytes | None:
-    """The profile of an iCCP chunk where it is too large for Pillow, and not for us."""
+    """Return the profile of an iCCP chunk where it is too large for Pillow, and not for us."""
     start = chunk.find(b"\0") + 2
     unpacking = zlib.decompressobj()
     try:

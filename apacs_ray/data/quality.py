@@ -59,7 +59,7 @@ def measure(rgb: npt.NDArray[np.uint8] | Image.Image) -> tuple[float, float]:
 
 
 def _shrunk(rgb: npt.NDArray[np.uint8] | Image.Image) -> tuple[Floats, Floats, Floats]:
-    """Red, green and blue of the tile shrunk."""
+    """Return red, green and blue of the tile shrunk."""
     shrunk = np.asarray(as_picture(rgb).reduce(SHRINK))
     red, green, blue = (shrunk[..., channel].astype(np.float32) for channel in range(3))
     return red, green, blue

@@ -47,5 +47,5 @@ def _unit(tiles: Sequence[Mapping[str, Any]], slides_known: bool) -> ValUnit:
 
 
 def _rank(seed: int, name: str) -> bytes:
-    """A unit's place in the seeded permutation; a unit more or less leaves the others in order."""
+    """Return a unit's place in the seeded permutation; a unit more or less leaves the others in order."""
     return hashlib.sha256(f"{seed}\0{name}".encode("utf-8", "surrogatepass")).digest()

@@ -61,7 +61,7 @@ def fill(picture: Picture, outside: Mask) -> Mask:
 
 
 def _even_colors(picture: Picture, outside: Mask) -> list[tuple[int, int, int]]:
-    """The commonest colors of blocks of 5 x 5 px that are of one color, brightest first."""
+    """Return the commonest colors of blocks of 5 x 5 px that are of one color, brightest first."""
     color = picture[..., 0].astype(np.int32) << 16 | picture[..., 1].astype(np.int32) << 8 | picture[..., 2]
     if min(color.shape) < 5:
         return []
@@ -78,7 +78,7 @@ def _even_colors(picture: Picture, outside: Mask) -> list[tuple[int, int, int]]:
 
 
 def _straight(areas: Components, beside: Mask) -> npt.NDArray[np.float64]:
-    """The share of each area's outline that is straight, along rows or columns; not counted at what is `beside`."""
+    """Return the share of each area's outline that is straight, along rows or columns, except where it is `beside`."""
     total = np.zeros(areas.count + 1)
     straight = np.zeros(areas.count + 1)
     for labels, hidden in ((areas.labels, beside), (areas.labels.T, beside.T)):
@@ -91,7 +91,7 @@ def _straight(areas: Components, beside: Mask) -> npt.NDArray[np.float64]:
 
 
 def _runs(edge: Mask, length: int) -> Mask:
-    """The parts of an edge that run on for `length` px along a row."""
+    """Return the parts of an edge that run on for `length` px along a row."""
     if edge.shape[1] < length:
         return np.zeros_like(edge)
     run = edge[:, : edge.shape[1] - length + 1].copy()
@@ -126,7 +126,7 @@ def even_things(picture: Picture, stain: Stain, known: Mask, um: float) -> Mask:
 
 
 def _of_four(choose: np.ufunc, plane: Densities) -> Densities:
-    """The highest or lowest of every px and its neighbors on the left, above, and between."""
+    """Return the highest or lowest of every px and its neighbors on the left, above, and between."""
     out = plane.copy()
     out[:, 1:] = choose(plane[:, 1:], plane[:, :-1])
     rows = out.copy()

@@ -95,7 +95,7 @@ def read_heads(store: Store, entries: Iterable[Entry]) -> Heads:
 
 
 def _series(store: Store, entry: Entry) -> str:
-    """The SeriesInstanceUID of a DICOM file. Raises BadInput where there is none."""
+    """Return the SeriesInstanceUID of a DICOM file. Raises BadInput where there is none."""
     reason = "it ends before it"
     with store.open(entry.path) as stream:
         head = b""
@@ -116,7 +116,7 @@ def _series(store: Store, entry: Entry) -> str:
 
 
 def _names(store: Store, entry: Entry) -> frozenset[str]:
-    """The file names in a VMS or VMU, as `_same` compares them."""
+    """Return the file names in a VMS or VMU, as `_same` compares them."""
     with store.open(entry.path) as stream:
         content = stream.read(min(entry.size, LARGEST_INDEX))
     try:
@@ -205,7 +205,7 @@ def mrxs_folders(entries: Sequence[Entry]) -> dict[str, str]:
 
 
 def _above(path: str) -> list[str]:
-    """The folders that a file lies in, the innermost first."""
+    """Return the folders that a file lies in, the innermost first."""
     parts = path.split("/")[:-1]
     return ["/".join(parts[:depth]) for depth in range(len(parts), 0, -1)]
 

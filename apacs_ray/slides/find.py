@@ -104,7 +104,7 @@ def find_slides(
 
 
 def _mains(seen: Sequence[Entry], owners: dict[str, str | None]) -> list[Entry]:
-    """The files that are slides: TIFFs are none among the data of an MRXS, nor as QuPath's tile of another slide."""
+    """Return the files that are slides: no TIFFs among the data of an MRXS, nor QuPath's tiles of another slide."""
     indexed = {owners.get(entry.path) for entry in seen if entry.path.lower().endswith("/slidedat.ini")} - {None}
     slides = [
         entry
@@ -120,13 +120,13 @@ def _mains(seen: Sequence[Entry], owners: dict[str, str | None]) -> list[Entry]:
 
 
 def _tile(path: str) -> AnnotationName | None:
-    """The readings of a TIFF that is called as QuPath calls tiles, None for any other file."""
+    """Return the readings of a TIFF that is called as QuPath calls tiles, None for any other file."""
     named = annotation_name(path) if suffix_of(path) in PLAIN else None
     return named if named and any(reading.fov and reading.fov.from_bounds for reading in named.readings) else None
 
 
 def _checked(slide: SlideFiles, part: SlideParts, slide_regex: str | None, *, split_given: bool) -> SlideFiles:
-    """The slide with its split and its id. Raises BadInput where it cannot be used."""
+    """Return the slide with its split and its id. Raises BadInput where it cannot be used."""
     if any(is_bad_path(entry.path) for entry in slide.files):
         raise BadInput("bad_name", BAD_NAME)
     if part.defect is not None:

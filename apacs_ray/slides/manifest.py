@@ -159,7 +159,7 @@ def inspect_slide(task: SlideTask, number: int, slide: SlideFiles) -> SlideSumma
 
 
 def _with_annotation(task: SlideTask, summary: SlideSummary, info: SlideInfo) -> SlideSummary:
-    """The summary with what its slide's annotation turned out to be."""
+    """Return the summary with what its slide's annotation turned out to be."""
     slide = summary.slide
     if slide.kind is None:
         return summary

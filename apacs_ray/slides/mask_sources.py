@@ -149,7 +149,7 @@ class ImageMask:
         self.rules: tuple[int, ...] = (self._rule.at_least,)
 
     def _place(self, info: SlideInfo) -> tuple[int, int, int]:
-        """Level-0 px where it begins, and level-0 px per mask px."""
+        """Return the level-0 px where it begins, and level-0 px per mask px."""
         whole, bounds = (0, 0, info.width, info.height), info.bounds
         width, height = self._mask.width, self._mask.height
         for x, y, wide, high in (whole, (bounds.x, bounds.y, bounds.width, bounds.height)):

@@ -115,7 +115,14 @@ def _is_mirax(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _mirax_names(path: Path) -> Iterator[Path]:
-    """A MIRAX slide under the names that OpenSlide looks for: NAME.mrxs and NAME/, in this case. Raises BadInput."""
+    """Link a MIRAX slide under the names that OpenSlide looks for, NAME.mrxs and NAME/ in this case.
+
+    Yields:
+        The path to open.
+
+    Raises:
+        BadInput: missing_file.
+    """
     beside = sorted(path.parent.iterdir(), key=lambda one: one.name != path.stem)  # the exact name first
     folder = next((one for one in beside if one.name.lower() == path.stem.lower() and one.is_dir()), None)
     if folder is None:
@@ -139,7 +146,7 @@ def _mirax_names(path: Path) -> Iterator[Path]:
 
 
 def _data_files(slidedat: Path) -> list[str]:
-    """The files of pixels that a `Slidedat.ini` names; none where it cannot be read, which OpenSlide then says."""
+    """Return the files of pixels that a `Slidedat.ini` names; none where OpenSlide will say that it is unreadable."""
     ini = configparser.ConfigParser(strict=False, interpolation=None)
     try:
         ini.read_string(slidedat.read_text("utf-8-sig"))

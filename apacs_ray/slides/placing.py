@@ -70,7 +70,7 @@ class Placing:
             self.others.append(entry)
 
     def _annotates(self, entry: Entry, named: AnnotationName) -> tuple[set[int], Reading] | None:
-        """The slides that a file may annotate, by the plainest reading of its name that means any."""
+        """Return the slides that a file may annotate, by the plainest reading of its name that means any."""
         for reading in named.readings:
             if slides := self._names.closest(entry.path, self._names.meant(reading.name)):
                 return slides, reading
@@ -110,13 +110,13 @@ class Placing:
 
 
 def _naming(part: SlideParts) -> list[str]:
-    """The files that an annotation of a slide may be called after."""
+    """Return the files that an annotation of a slide may be called after."""
     first, *others = (entry.path for entry in part.files)
     return [first, *(path for path in others if suffix_of(path) in NAMED_BY_ALL)]
 
 
 def _called(parts: Sequence[SlideParts]) -> list[SlideFiles]:
-    """The slides with ids that are each one's own: the stem, else the name, else the path."""
+    """Return the slides with ids that are each one's own: the stem, else the name, else the path."""
     slides = [SlideFiles("", stem_of(part.files[0].path), None, part.files, "") for part in parts]
     choices, images = [], []
     for slide in slides:

@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from apacs_ray.data.grid import Box
-from apacs_ray.slides.tissue import ARTIFACT, OUT, Picture, SkipReason, Tissue
+from apacs_ray.slides.small_picture import Picture
+from apacs_ray.slides.tissue import ARTIFACT, OUT, SkipReason, Tissue
 
 SMALLEST, LARGEST = 640, 1600  # px, the longer side
 COLORS: dict[SkipReason | None, tuple[int, int, int]] = {  # told apart in gray as well

@@ -79,7 +79,7 @@ def plan_shards(
 def _draw_val(
     task: SlideTask, training: Sequence[tuple[int, SlideSummary]], seed: int
 ) -> tuple[dict[int, set[int]], str]:
-    """Manifest rows of each training slide that become val."""
+    """Return the manifest rows of each training slide that become val."""
     # slides without annotation teach nothing, so they cannot judge either
     known = [(number, summary) for number, summary in training if summary.tiles and summary.annotated]
     fraction = task.settings.val_fraction
@@ -169,7 +169,7 @@ def _opened_both(task: SlideTask, summary: SlideSummary) -> Iterator[tuple[Slide
 def _measured(
     task: SlideTask, summary: SlideSummary, slide: Slide, masks: MaskSource | None, row: dict[str, Any]
 ) -> dict[str, Any]:
-    """The row of a tile, read now."""
+    """Read a tile and return its row."""
     box = Box(row["x"], row["y"], row["width"], row["height"])
     picture = read_box(slide, box, summary.downsample, box.width, box.height)
     mask = None if masks is None else masks.tile(box.x, box.y, box.width, box.height, summary.downsample)

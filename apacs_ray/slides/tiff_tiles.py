@@ -96,7 +96,7 @@ class TiffTiles:
         return True
 
     def _rows(self, row: int) -> int:
-        """Height of a tile; of the last strip what is left."""
+        """Return the height of a tile; of the last strip what is left."""
         return min(self.tile_height, self.height - row * self.tile_height) if self.strips else self.tile_height
 
     def _decode(self, stream: bytes, row: int) -> Pixels:
@@ -117,7 +117,7 @@ class TiffTiles:
         return decode_jpeg(whole, "RGB" if depth == 3 else "GRAY")
 
     def _whole(self, stream: bytes) -> bytes:
-        """The tables and the color space of an abbreviated stream stand in the TIFF's tags."""
+        """Return a tile's JPEG stream with its tables and color space, which stand in the TIFF's tags."""
         adobe = b"" if self.samples == 1 or self.planar else ADOBE_YCC if self.photometric == "YCBCR" else ADOBE_RGB
         return joined_jpeg(stream, self.tables, adobe)
 

@@ -14,31 +14,23 @@ from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from apacs_ray.data.grid import Box
-from apacs_ray.errors import BadInput
 from apacs_ray.slides import artifacts
 from apacs_ray.slides.glass import BLOCK, Glass, block_minima, glass_of, stain_of
-from apacs_ray.slides.reader import KnowsHoles, Slide
+from apacs_ray.slides.reader import Slide
 from apacs_ray.slides.regions import Mask, closed, grown
+from apacs_ray.slides.small_picture import UM_PER_PIXEL, Picture, level_to_read, read_small
 
-Picture = npt.NDArray[np.uint8]
 Excluded = npt.NDArray[np.uint8]
 SkipReason = Literal["background", "artifact", "unscanned"]
 Array = TypeVar("Array", Picture, Mask)
-UM_PER_PIXEL = 8.0  # a cell is a few px, and 200 000 x 100 000 px of 0.25 um are 20 Mpx
-COARSEST = 1.4  # of that scale: a level coarser than this is not taken in place of a finer one
 ASSUMED_MPP = 0.25  # of a slide that does not say: a cell is then small or large, and found all the same
 FAINTEST, FAINT_AT_MOST, DEVIATIONS = 20, 50, 4.5  # threshold, thousandths of density; robust deviations of the glass
 CLEAR = 110  # thousandths of density beyond the glass of the wide surroundings
 BAND = 1 << 22  # px that are worked on at a time
 HALO = 64  # px more on both sides: longer than the shortest line (40)
 SAMPLES = 1 << 18
-STRIP = 4096  # px, side of the squares in which a level is read
-SMALLEST = 128  # px, side of the smallest that are tried where something is damaged
-MOST_LOST = 2000  # of these
-UNREAD = 128  # gray, in the picture
 OUT, ARTIFACT = np.uint8(1), np.uint8(2)  # why px take no part
 
 
@@ -121,23 +113,6 @@ def find_tissue(slide: Slide, mpp: float | None = None) -> Tissue:
     return Tissue(mask, small.picture, downsample, excluded)
 
 
-def level_to_read(slide: Slide, mpp: float) -> tuple[int, int]:
-    """Choose the coarsest level that still shows cells.
-
-    A level that is somewhat too coarse is taken as it is: the next finer one may be the whole slide.
-
-    Args:
-        slide: open.
-        mpp: um per level-0 px.
-
-    Returns:
-        The number of the level, and by how much it is shrunk further.
-    """
-    wanted = UM_PER_PIXEL / mpp
-    number = slide.info.level_for(max(wanted * COARSEST, 1.0))
-    return number, max(1, round(wanted / slide.info.levels[number].downsample))
-
-
 def tissue_mask(picture: Picture, um: float = UM_PER_PIXEL, outside: Mask | None = None) -> Mask:
     """Return the (H, W) bool tissue of a small picture.
 
@@ -208,7 +183,7 @@ def bands(height: int, width: int) -> Iterator[Band]:
 
 
 def _hidden(picture: Picture, outside: Mask | None) -> Mask:
-    """What no scanner saw, with the px around it, which are a mixture of both."""
+    """Return what no scanner saw, with the px around it, which are a mixture of both."""
     black = np.ones(picture.shape[:2], bool)
     for channel in range(3):
         black &= picture[..., channel] <= artifacts.BLACK
@@ -241,7 +216,7 @@ def faintest_stain(picture: Picture, known: Mask, glass: Glass) -> int:
 
 
 def _tissue_of(picture: Picture, known: Mask, glass: Glass, threshold: int, um: float) -> tuple[Mask, Mask]:
-    """The tissue of a band, and the artifacts that were taken out."""
+    """Return the tissue of a band, and the artifacts that were taken out."""
     height, width = known.shape
     stain = stain_of(_whole_blocks(picture), glass).cut(height, width)
     stained = ((stain.most > threshold) | (stain.wide_most > CLEAR)) & known
@@ -249,92 +224,3 @@ def _tissue_of(picture: Picture, known: Mask, glass: Glass, threshold: int, um: 
     mask = closed(stained & ~artifact) & known
     lines = artifacts.gray_lines(mask, stain, um) | artifacts.fringes(mask, artifact, um)
     return artifacts.without_specks(mask & ~lines, stain, threshold, um), artifact | (lines & known)
-
-
-@dataclass(frozen=True)
-class SmallPicture:
-    """A level averaged over squares of its px, what of it was not scanned, and what cannot be read."""
-
-    picture: Picture
-    outside: Mask
-    damaged: Mask
-
-
-def read_small(slide: Slide, number: int, shrink: int) -> SmallPicture:
-    """Read a whole level, averaged over `shrink` x `shrink` px, in parts, so that memory stays flat.
-
-    Args:
-        slide: open.
-        number: of the level.
-        shrink: px of the level per px of the picture, a side.
-
-    Returns:
-        The picture.
-
-    Raises:
-        BadInput: no part of it can be read, or too many parts cannot.
-    """
-    level = slide.info.levels[number]
-    height, width = -(-level.height // shrink), -(-level.width // shrink)
-    picture = np.full((height, width, 3), UNREAD, np.uint8)
-    outside, damaged = np.zeros((2, height, width), bool)
-    for box, part in _parts(slide, number, shrink):
-        rows = slice(box.y // shrink, (box.y + box.height - 1) // shrink + 1)
-        place = rows, slice(box.x // shrink, (box.x + box.width - 1) // shrink + 1)
-        if part is None:
-            damaged[place] = True
-            continue
-        rgb, known = part
-        picture[place] = np.asarray(Image.fromarray(rgb).reduce(shrink))
-        if not known.all():
-            outside[place] = np.asarray(Image.fromarray((~known).astype(np.uint8) * 255).reduce(shrink)) > 0
-    return SmallPicture(picture, outside, damaged)
-
-
-def _parts(slide: Slide, number: int, shrink: int) -> Iterator[tuple[Box, tuple[Picture, Mask] | None]]:
-    """A level in squares of `STRIP` px; around damage in smaller ones, the smallest of which are None."""
-    level = slide.info.levels[number]
-    strip = max(1, STRIP // shrink) * shrink
-    squares = [
-        Box(left, top, min(strip, level.width - left), min(strip, level.height - top))
-        for top in range(0, level.height, strip)
-        for left in range(0, level.width, strip)
-    ]
-    squares.reverse()
-    lost, read = 0, False
-    while squares:
-        box = squares.pop()
-        try:
-            part = _read(slide, number, box)
-        except BadInput as defect:
-            smaller = _quarters(box, shrink)
-            if smaller:
-                squares += smaller
-                continue
-            lost += 1
-            if lost > MOST_LOST or (not squares and not read):
-                raise BadInput(defect.code, f"most of it cannot be read: {defect.reason}") from defect
-            yield box, None
-        else:
-            read = True
-            yield box, part
-
-
-def _read(slide: Slide, number: int, box: Box) -> tuple[Picture, Mask]:
-    """Part of a level, and what of it the slide holds: all, where it cannot tell."""
-    place = box.x, box.y, box.width, box.height
-    if isinstance(slide, KnowsHoles):
-        return slide.read_known(number, *place)
-    return slide.read(number, *place), np.ones((box.height, box.width), bool)
-
-
-def _quarters(box: Box, shrink: int) -> list[Box]:
-    """The square in smaller ones, which begin at multiples of `shrink`; none where it is small already."""
-    half = max(box.width, box.height) // 2 // shrink * shrink
-    if half < SMALLEST:
-        return []
-    return [
-        Box(box.x + x, box.y + y, min(half, box.width - x), min(half, box.height - y))
-        for y in range(0, box.height, half)
-        for x in range(0, box.width, half)
-    ]

@@ -92,7 +92,7 @@ class VipsSlide:
         return np.stack([self._region(part, wanted)[..., 0] for part in parts], axis=2)
 
     def _region(self, tiles: TiffTiles, wanted: Box) -> Rgb:
-        """`wanted` of an image, from the tiles below it; what lies outside, or is not in the file, is background."""
+        """Read `wanted` of an image from the tiles below it; what lies outside or is not in the file is background."""
         left, top = max(wanted.x, 0), max(wanted.y, 0)
         right, bottom = min(wanted.x + wanted.width, tiles.width), min(wanted.y + wanted.height, tiles.height)
         if right <= left or bottom <= top:
@@ -105,7 +105,7 @@ class VipsSlide:
         return whole
 
     def _pieces(self, tiles: TiffTiles, inside: Box) -> Iterator[tuple[Box, Rgb | None]]:
-        """Rectangles that cover `inside`, with their colors; None where the file holds nothing."""
+        """Yield rectangles that cover `inside`, with their colors; None where the file holds nothing."""
         right, bottom = inside.x + inside.width, inside.y + inside.height
         columns = range(inside.x // tiles.tile_width, -(-right // tiles.tile_width))
         rows = range(inside.y // tiles.tile_height, -(-bottom // tiles.tile_height))
@@ -136,7 +136,7 @@ class VipsSlide:
             raise BadInput("unreadable_region", f"{where}: {error}") from error
 
     def _colors(self, tiles: TiffTiles, pixels: Pixels) -> Rgb:
-        """Samples as stored -> RGB, (or (h, w, 1) gray, which spreads over the channels)."""
+        """Convert samples as stored to RGB (or (h, w, 1) gray, which spreads over the channels)."""
         colors = 3 if tiles.samples >= 3 else 1
         rgb = pixels[..., :colors]
         if tiles.palette is not None:
@@ -182,7 +182,7 @@ def _empty(box: Box) -> Rgb:
 
 
 def _some(tiles: TiffTiles) -> Iterator[tuple[int, int]]:
-    """A few tiles, spread over the image: (column, row)."""
+    """Yield a few tiles, spread over the image: (column, row)."""
     count = tiles.across * tiles.down
     for number in sorted({count * part // (PROBED + 1) for part in range(1, PROBED + 1)}):
         yield number % tiles.across, number // tiles.across

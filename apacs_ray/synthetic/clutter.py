@@ -44,7 +44,7 @@ def clutter_stamp(kind: ClutterKind, radius: float, reach: int, seed: int, look:
 
 
 def _neutrophil(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: np.random.Generator) -> Floats:
-    """2 to 4 dark lobes in a row that bends, in cytoplasm that hardly shows."""
+    """Draw 2 to 4 dark lobes in a row that bends, in cytoplasm that hardly shows."""
     lobes = int(rng.integers(2, 5))
     angle, bend = rng.uniform(0, 2 * np.pi), rng.choice([-1, 1]) * rng.uniform(0.5, 1.5)
     places = np.zeros((lobes, 2))
@@ -64,7 +64,7 @@ def _neutrophil(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng
 
 
 def _mucus(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: np.random.Generator) -> Floats:
-    """A pale bent strand of fibers that tapers to both ends."""
+    """Draw a pale bent strand of fibers that tapers to both ends."""
     angle = rng.uniform(0, np.pi)
     along = (x * np.cos(angle) + y * np.sin(angle)) / radius
     across = y * np.cos(angle) - x * np.sin(angle)
@@ -86,7 +86,7 @@ def _mucus(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: np.
 
 
 def _debris(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: np.random.Generator) -> Floats:
-    """Degenerate material: ragged, granular, in the cells' own colors but without outline or nucleus."""
+    """Draw degenerate material: ragged, granular, in the cells' own colors but without outline or nucleus."""
     textures = atlas(mpp)
     shape = np.broadcast_shapes(x.shape, y.shape)
     fall = 1 - np.hypot(x * rng.uniform(0.9, 1.5), y * rng.uniform(0.9, 1.5)) / radius
@@ -99,7 +99,7 @@ def _debris(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: np
 
 
 def _blood(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: np.random.Generator) -> Floats:
-    """An erythrocyte: a small orange-pink disc, paler in the middle."""
+    """Draw an erythrocyte: a small orange-pink disc, paler in the middle."""
     distance = np.hypot(x * rng.uniform(0.9, 1.1), y) / (0.85 * radius)
     disc = np.clip((1 - distance) * radius / mpp + 0.5, 0, 1) * (0.65 + 0.5 * np.clip(distance, 0, 1) ** 2)
     dye = jittered(blend(look.eosin, look.orange, float(rng.uniform(0.2, 0.7))), rng)
@@ -107,7 +107,7 @@ def _blood(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: np.
 
 
 def _bacteria(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: np.random.Generator) -> Floats:
-    """A cloud of rods, each 2 to 4 um."""
+    """Draw a cloud of rods, each 2 to 4 um."""
     side = x.shape[1]
     counts = np.zeros((side, side), np.float32)
     rods = int(rng.uniform(8, 60) * (radius / 25) ** 2) + 3
@@ -125,7 +125,7 @@ def _bacteria(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: 
 
 
 def _precipitate(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: np.random.Generator) -> Floats:
-    """Crystals of stain: a few nearly black grains."""
+    """Draw crystals of stain: a few nearly black grains."""
     grains = np.zeros(np.broadcast_shapes(x.shape, y.shape), np.float32)
     for _ in range(int(rng.integers(2, 9))):
         place, size = np.clip(rng.normal(0, 0.4, 2), -0.75, 0.75) * radius, rng.uniform(0.4, 1.5)
@@ -135,7 +135,7 @@ def _precipitate(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rn
 
 
 def _dust(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: np.random.Generator) -> Floats:
-    """A speck or a fiber on the cover glass, out of focus."""
+    """Draw a speck or a fiber on the cover glass, out of focus."""
     angle, bend = rng.uniform(0, np.pi), rng.uniform(-0.4, 0.4)
     along = (x * np.cos(angle) + y * np.sin(angle)) / radius
     across = y * np.cos(angle) - x * np.sin(angle) - bend * radius * along**2
@@ -147,7 +147,7 @@ def _dust(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: np.r
 
 
 def _bubble(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: np.random.Generator) -> Floats:
-    """Air under the cover glass: a dark refracting ring with a bright line inside it."""
+    """Draw air under the cover glass: a dark refracting ring with a bright line inside it."""
     distance = np.hypot(x, y) - 0.8 * radius
     ring = np.exp(-((distance / 1.6) ** 2)) - 0.3 * np.exp(-(((distance + 3.2) / 1.6) ** 2))
     return _dyed(_BLACK, ring * (distance < 0.18 * radius) * rng.uniform(0.4, 0.9))

@@ -117,7 +117,7 @@ def stamps_near(spec: SlideSpec, box: Box) -> Iterator[tuple[Thing, Stamp]]:
 
 
 def _absorption(spec: SlideSpec, box: Box) -> tuple[Floats, npt.NDArray[np.bool_]]:
-    """Optical density (3, H, W) of the film of mucus and all objects, and the cells' mask (H, W)."""
+    """Return the optical density (3, H, W) of the film of mucus and all objects, and the cells' mask (H, W)."""
     film = np.asarray(blend(spec.look.cyan, spec.look.hematoxylin, 0.25), np.float32)
     density = film[:, None, None] * _film(spec, box)
     mask = np.zeros((box.height, box.width), bool)
@@ -131,7 +131,7 @@ def _absorption(spec: SlideSpec, box: Box) -> tuple[Floats, npt.NDArray[np.bool_
 
 
 def _film(spec: SlideSpec, box: Box) -> Floats:
-    """Amount of a thin lacy film of mucus and serum that lies over parts of the slide."""
+    """Return the amount of a thin lacy film of mucus and serum that lies over parts of the slide."""
     octaves = ((190.0, 0.6), (60.0, 0.35), (18.0, 0.3), (6.0, 0.22))
     film = sum(
         weight * field(spec.seed, _FILM + octave, box, spacing / spec.mpp)
@@ -141,7 +141,7 @@ def _film(spec: SlideSpec, box: Box) -> Floats:
 
 
 def _focused(spec: SlideSpec, light: Floats, box: Box, inner: tuple[slice, slice]) -> Floats:
-    """The light (3, H, W) through optics whose focus varies: from soft to sharp to sharpened."""
+    """Return the light (3, H, W) through optics whose focus varies: from soft to sharp to sharpened."""
     sharp = gaussian_filter(light, (0, *[_SHARP_UM / spec.mpp] * 2), truncate=_TRUNCATE)[:, *inner]
     soft = gaussian_filter(light, (0, *[_SOFT_UM / spec.mpp] * 2), truncate=_TRUNCATE)[:, *inner]
     focus = field(spec.seed, _FOCUS, box, 240 / spec.mpp)
@@ -150,7 +150,7 @@ def _focused(spec: SlideSpec, light: Floats, box: Box, inner: tuple[slice, slice
 
 
 def _exposed(spec: SlideSpec, light: Floats, box: Box) -> npt.NDArray[np.uint8]:
-    """Gray levels (H, W, 3): unevenly lit glass behind the objects, and noise that planes partly share."""
+    """Return gray levels (H, W, 3): unevenly lit glass behind the objects, and noise that planes partly share."""
     lamp = (
         1
         + 0.028 * field(spec.seed, _LIGHT, box, 620 / spec.mpp)

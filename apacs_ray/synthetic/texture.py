@@ -124,7 +124,7 @@ def atlas(mpp: float) -> Atlas:
 
 
 def _spline(start: int, length: int, spacing: float) -> tuple[npt.NDArray[np.int64], list[Floats]]:
-    """First lattice index of each pixel, and the weights of its 4 lattice values."""
+    """Return the first lattice index of each pixel, and the weights of its 4 lattice values."""
     place = np.arange(start, start + length) / spacing
     first = np.floor(place).astype(np.int64)
     t = (place - first).astype(np.float32)
@@ -138,7 +138,7 @@ def _spline(start: int, length: int, spacing: float) -> tuple[npt.NDArray[np.int
 
 
 def _lattice(seed: int, stream: int, column: int, row: int, width: int, height: int) -> Floats:
-    """Lattice values (height, width), uniform: a hash (splitmix64's finalizer) of seed and place."""
+    """Return uniform lattice values (height, width): a hash (splitmix64's finalizer) of seed and place."""
     columns = np.arange(column, column + width, dtype=np.int64).astype(np.uint64)
     rows = np.arange(row, row + height, dtype=np.int64).astype(np.uint64)
     key = np.array([seed & (2**64 - 1)], np.uint64) + np.array([stream], np.uint64) * np.uint64(0x9E3779B97F4A7C15)

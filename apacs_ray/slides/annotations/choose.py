@@ -80,7 +80,7 @@ def choose_annotation(candidates: Sequence[Candidate]) -> Chosen:
 
 
 def _fovs(fovs: Sequence[Candidate], chosen: Chosen) -> list[Candidate]:
-    """One mask of each field of view: a picture yields to the mask of its place; of several masks none is taken."""
+    """Choose a mask of each field of view: a picture yields to the mask of its place; of several none is taken."""
     places: dict[tuple[int, int, bool], list[Candidate]] = defaultdict(list)
     for one in fovs:
         if one.fov:

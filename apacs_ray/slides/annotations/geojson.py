@@ -79,7 +79,7 @@ def _shapes(tree: Any) -> Iterator[Shape]:
 
 
 def _geometry(item: Any) -> Polygon | GeometryCollection | str:
-    """The polygons of a feature or geometry, or why there is none."""
+    """Return the polygons of a feature or geometry, or why there is none."""
     polygons: list[Polygon] = []
     others: list[str] = []
     pending: list[Any] = [item.get("geometry") if isinstance(item, dict) and "geometry" in item else item]

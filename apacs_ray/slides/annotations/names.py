@@ -101,7 +101,7 @@ def _masks(bases: Iterable[str]) -> Iterator[Reading]:
 
 
 def _fovs(base: str, around: str) -> Iterator[Reading]:
-    """A name that ends with a place, before or after the words that say that it is a mask."""
+    """Yield a name that ends with a place, before or after the words that say that it is a mask."""
     stem, word = mask_stem(base) or (base, "")
     tile, place = _TILE.fullmatch(stem.strip()), _FOV.fullmatch(stem)
     try:
@@ -187,12 +187,12 @@ class SlideNames:
 
 
 def _folded(name: str) -> str:
-    """A name without regard to case and stray spaces."""
+    """Return a name without regard to case and stray spaces."""
     return _AROUND.sub(r"\1", _SPACES.sub(" ", name).strip()).casefold()
 
 
 def _shared(one: Sequence[str], other: Sequence[str]) -> int:
-    """How many of the last folders two paths have in common, beside those of masks."""
+    """Return how many of the last folders two paths have in common, beside those of masks."""
     count = 0
     kept = [[folder for folder in folders if not is_mask_folder(folder)] for folders in (one, other)]
     for mine, yours in zip(reversed(kept[0]), reversed(kept[1]), strict=False):

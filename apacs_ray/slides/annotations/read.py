@@ -94,7 +94,7 @@ class Annotations:
 
 
 def _place(size: tuple[int, int], info: SlideInfo) -> tuple[float, float, float]:
-    """Where a picture of the slide begins, level-0 px, and level-0 px per px of it."""
+    """Return where a picture of the slide begins, level-0 px, and level-0 px per px of it."""
     bounds = info.bounds
     for x, y, width, height in ((0, 0, info.width, info.height), (bounds.x, bounds.y, bounds.width, bounds.height)):
         exact = max(width / size[0], height / size[1])
@@ -174,7 +174,7 @@ class _Found:
             self._defects.append(Defect(number, reason))
 
     def cut(self) -> list[Polygon]:
-        """The areas without the negative regions of their layers."""
+        """Return the areas without the negative regions of their layers."""
         left: list[Polygon] = []
         for layer, drawn in self.areas.items():
             areas = [area for _, area in drawn]

@@ -83,7 +83,7 @@ def outlines(counts: list[int], height: int) -> list[Polygon]:
 
 
 def _rectangles(starts: Numbers, ends: Numbers, height: int) -> tuple[Numbers, Numbers, Numbers, Numbers]:
-    """(left, top, right, bottom) of rectangles without overlap: of each run, its first and last column and the rest."""
+    """Return (left, top, right, bottom) of rectangles without overlap: each run's first and last column and the rest."""
     first, top = np.divmod(starts, height)
     last, bottom = np.divmod(ends, height)  # the first pixel after it
     one = first == last
@@ -130,7 +130,7 @@ def _rings(left: Numbers, top: Numbers, right: Numbers, bottom: Numbers) -> Iter
 
 
 def _partners(order: Numbers) -> list[int]:
-    """Each turn's other end, where neighbors in `order` are joined by twos."""
+    """Return each turn's other end, where neighbors in `order` are joined by twos."""
     partner = np.empty_like(order)
     partner[order[::2]], partner[order[1::2]] = order[1::2], order[::2]
     joined: list[int] = partner.tolist()
@@ -169,7 +169,7 @@ def _walks(
 
 
 def _ring(open_ring: Numbers, of_hole: bool) -> tuple[Numbers, bool]:
-    """The ring closed, and whether it is a hole: one that runs against its way, or with the way of a hole."""
+    """Close a ring, and tell whether it is a hole: one that runs against its way, or with the way of a hole."""
     ring = np.concatenate([open_ring, open_ring[:1]])
     x, y = ring[:, 0] - ring[0, 0], ring[:, 1] - ring[0, 1]
     against = int((x[:-1] * y[1:] - x[1:] * y[:-1]).sum()) > 0
@@ -177,7 +177,7 @@ def _ring(open_ring: Numbers, of_hole: bool) -> tuple[Numbers, bool]:
 
 
 def _with_holes(shells: list[Numbers], holes: list[Numbers]) -> list[Polygon]:
-    """Each hole in the smallest shell around it."""
+    """Put each hole in the smallest shell around it."""
     polygons = [Polygon(shell) for shell in shells]
     if not holes:
         return polygons
