@@ -175,9 +175,9 @@ def _place(entry: Entry) -> _File | None:
     named = None if _is_left(entry.path) else _names(entry.path)
     if named is None:
         return None
-    for found in named:
-        if len(found) > 1:
-            raise BadInput("ambiguous_folder", f"its folder names both {' and '.join(sorted(found))}")
+    for names in named:
+        if len(names) > 1:
+            raise BadInput("ambiguous_folder", f"its folder names both {' and '.join(sorted(names))}")
     (split,), (role,) = named
     if is_bad_path(entry.path):
         raise BadInput("bad_name", BAD_NAME)
@@ -193,14 +193,14 @@ def _without_mask_words(files: Sequence[_File]) -> list[_File]:
     """Rename STEM_mask.png to STEM, unless an image is called so or STEM has a mask beside it."""
     images = {(file.split, file.stem) for file in files if file.role == "input"}
     masks = {(file.split, file.stem, file.place) for file in files if file.role == "groundtruth"}
-    found = []
+    renamed = []
     for file in files:
         if file.role == "groundtruth" and (file.split, file.stem) not in images:
             plain = mask_stem(file.stem)
             if plain and (file.split, plain[0]) in images and (file.split, plain[0], file.place) not in masks:
                 file = replace(file, stem=plain[0])
-        found.append(file)
-    return found
+        renamed.append(file)
+    return renamed
 
 
 def _units(files: Iterable[_File]) -> list[_Unit]:
@@ -269,4 +269,4 @@ def _shared(pairs: Iterable[Pair]) -> tuple[str, ...]:
     splits: dict[str, set[Split]] = defaultdict(set)
     for pair in pairs:
         splits[pair.slide_id].add(pair.split)
-    return tuple(sorted(slide for slide, found in splits.items() if len(found) > 1))
+    return tuple(sorted(slide for slide, named in splits.items() if len(named) > 1))

@@ -60,12 +60,12 @@ class Ignored:
             (self.strays, "annotation of no slide", names(self.strays)),
             (self.others, "file of another kind", names(self.others)),
         )
-        told = [f"{len(entries)} x {what} ({shown})" for entries, what, shown in kinds if entries]
-        return f"ignored {', '.join(told)}" if told else None
+        parts = [f"{len(entries)} x {what} ({examples})" for entries, what, examples in kinds if entries]
+        return f"ignored {', '.join(parts)}" if parts else None
 
 
 def names(entries: Iterable[Entry], most: int = SHOWN) -> str:
     """Return the paths of the first few of some files, for a sentence; long ones lose their beginning."""
     paths = [entry.path for entry in entries]
-    shown = [path if len(path) <= LONGEST else f"...{path[3 - LONGEST :]}" for path in paths[:most]]
-    return ", ".join([*shown, "..."] if len(paths) > most else shown)
+    shortened = [path if len(path) <= LONGEST else f"...{path[3 - LONGEST :]}" for path in paths[:most]]
+    return ", ".join([*shortened, "..."] if len(paths) > most else shortened)

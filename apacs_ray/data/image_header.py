@@ -171,8 +171,8 @@ def text_of(error: BaseException) -> str:
 def _significant_bits(image: TiffImageFile) -> int | None:
     """Return how many bits of a channel a TIFF says it uses."""
     try:
-        told = image.tag_v2.get(MAX_SAMPLE_VALUE, 0)
-        top = max(told) if isinstance(told, tuple) else int(told)
+        stated = image.tag_v2.get(MAX_SAMPLE_VALUE, 0)
+        top = max(stated) if isinstance(stated, tuple) else int(stated)
         stored = image.tag_v2.get(BITS_PER_SAMPLE, (1,))[0]
     except DAMAGE:
         return None

@@ -159,7 +159,7 @@ def write_shard(task: ShardTask, plan: pa.Table) -> Receipt:
     finished = read_receipt(task.output, path)
     if finished is not None:
         return finished
-    kept: list[dict[str, Any]] = []
+    tiles: list[dict[str, Any]] = []
     skipped: dict[str, int] = {}
     rejects: list[dict[str, Any]] = []
     pixels = _Pixels(task)
@@ -176,9 +176,9 @@ def write_shard(task: ShardTask, plan: pa.Table) -> Receipt:
         if tile is None:
             skipped["background"] = skipped.get("background", 0) + 1
         else:
-            kept.append(tile)
-    receipt = Receipt(path, len(rows), len(kept), skipped, rejects)
-    write_table(task.output, pa.Table.from_pylist(kept, TILE_SCHEMA), receipt)
+            tiles.append(tile)
+    receipt = Receipt(path, len(rows), len(tiles), skipped, rejects)
+    write_table(task.output, pa.Table.from_pylist(tiles, TILE_SCHEMA), receipt)
     return receipt
 
 
@@ -221,8 +221,8 @@ class _Pixels:
 def _require_size(shape: tuple[int, ...], row: dict[str, Any]) -> None:
     height, width = shape
     if (width, height) != (row["source_width"], row["source_height"]):
-        told = f"{row['source_width']} x {row['source_height']}"
-        raise BadInput("size_mismatch", f"its pixels are {width} x {height}, its header said {told}")
+        stated = f"{row['source_width']} x {row['source_height']}"
+        raise BadInput("size_mismatch", f"its pixels are {width} x {height}, its header said {stated}")
 
 
 def _measured(

@@ -75,13 +75,13 @@ class Contents:
         low, high = int(values.min()), int(values.max())
         lows = int(np.count_nonzero(values == low))
         if lows + np.count_nonzero(values == high) >= values.size:  # most parts of a mask, and quicker than to sort
-            found = {low, high}
+            different = {low, high}
         elif values.dtype in (np.uint8, np.uint16):
-            found = {low, high, *np.unique(values[~self._known[values]]).tolist()}
+            different = {low, high, *np.unique(values[~self._known[values]]).tolist()}
         else:
-            found = set(np.unique(values).tolist())
-        self._known[[value for value in found if value < len(self._known)]] = True
-        self._others |= {value for value in found if value >= len(self._known)}
+            different = set(np.unique(values).tolist())
+        self._known[[value for value in different if value < len(self._known)]] = True
+        self._others |= {value for value in different if value >= len(self._known)}
         self.zeros += 0 if low else lows
 
     @property

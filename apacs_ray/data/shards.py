@@ -93,9 +93,9 @@ def write_table(store: Store, table: pa.Table, receipt: Receipt, group: int | No
     `group`: rows of a row group, where they must be those of another shard.
     """
     group = group or rows_in_group(table)
-    kept = asdict(receipt)
-    del kept["reused"]
-    table = table.replace_schema_metadata({RECEIPT: json.dumps(kept, sort_keys=True).encode()})
+    stored = asdict(receipt)
+    del stored["reused"]
+    table = table.replace_schema_metadata({RECEIPT: json.dumps(stored, sort_keys=True).encode()})
     encoded = [name for name in table.column_names if pa.types.is_binary(table.schema.field(name).type)]
     sink = io.BytesIO()
     with pq.ParquetWriter(
@@ -149,8 +149,8 @@ class TileIndex:
     def select(self, keep: Sequence[bool] | np.ndarray[Any, np.dtype[np.bool_]]) -> TileIndex:
         """Return the index of the tiles for which `keep` is True."""
         mask = np.asarray(keep, dtype=bool)
-        ids = [tile for tile, kept in zip(self.tile_ids, mask, strict=True) if kept]
-        slides = [slide for slide, kept in zip(self.slide_ids, mask, strict=True) if kept]
+        ids = [tile for tile, chosen in zip(self.tile_ids, mask, strict=True) if chosen]
+        slides = [slide for slide, chosen in zip(self.slide_ids, mask, strict=True) if chosen]
         return TileIndex(
             self.paths,
             self.shard[mask],
@@ -179,17 +179,17 @@ def read_index(store: Store, split: str, folder: str = "tiles") -> TileIndex:
             return file.read(columns=columns), groups
 
     with ThreadPoolExecutor(READERS) as pool:
-        found = list(pool.map(read, paths))
-    if not found:
+        shards = list(pool.map(read, paths))
+    if not shards:
         nothing = np.zeros(0, np.int32)
         return TileIndex((), nothing, nothing, nothing, (), (), 0)
-    table = pa.concat_tables([part for part, _ in found])
+    table = pa.concat_tables([part for part, _ in shards])
     areas = table["width"].to_numpy().astype(np.int64) * table["height"].to_numpy()
     index = TileIndex(
         tuple(paths),
-        np.concatenate([np.full(len(part), number, np.int32) for number, (part, _) in enumerate(found)]),
-        np.concatenate([np.repeat(np.arange(len(groups), dtype=np.int32), groups) for _, groups in found]),
-        np.concatenate([np.arange(rows, dtype=np.int32) for _, groups in found for rows in groups]),
+        np.concatenate([np.full(len(part), number, np.int32) for number, (part, _) in enumerate(shards)]),
+        np.concatenate([np.repeat(np.arange(len(groups), dtype=np.int32), groups) for _, groups in shards]),
+        np.concatenate([np.arange(rows, dtype=np.int32) for _, groups in shards for rows in groups]),
         tuple(table["tile_id"].to_pylist()),
         tuple(table["slide_id"].to_pylist()),
         int(areas.max(initial=0)),

@@ -21,7 +21,7 @@ DELIMITERS = ",;\t"  # of which Excel writes the second where the comma is a dec
 
 def decode_table(content: bytes, name: str) -> str:
     """Decode the text of a table in UTF-8 or UTF-16. Raises UsageError naming it when it is in another encoding."""
-    encoding = next((encoding for mark, encoding in MARKS if content.startswith(mark)), None)
+    encoding = next((encoding for bom, encoding in MARKS if content.startswith(bom)), None)
     if encoding is None:  # without a mark: a header of ASCII letters has a zero in each pair of bytes
         encoding = {(True, False): "utf-16-be", (False, True): "utf-16-le"}.get(
             (content[:1] == b"\0", content[1:2] == b"\0"), "utf-8"
@@ -64,17 +64,17 @@ def read_slide_table(text: str, setting: str, column: str) -> dict[str, tuple[in
     names = [name.strip().lower() for name in header]
     if names.count("slide_id") != 1 or names.count(column) != 1:
         raise UsageError(f"{setting}, line {number}: the header must be slide_id,{column}, not {','.join(header)}")
-    given: dict[str, tuple[int, str]] = {}
+    values: dict[str, tuple[int, str]] = {}
     for number, fields in lines[1:]:
         if len(fields) != len(names):
             raise UsageError(f"{setting}, line {number}: {len(fields)} fields where the header has {len(names)}")
         slide = unicodedata.normalize("NFC", fields[names.index("slide_id")].strip())
         if not slide:
             raise UsageError(f"{setting}, line {number}: the slide_id is empty")
-        if slide in given:
-            raise UsageError(f"{setting}, line {number}: slide {slide!r} is on line {given[slide][0]} already")
-        given[slide] = (number, fields[names.index(column)].strip())
-    return given
+        if slide in values:
+            raise UsageError(f"{setting}, line {number}: slide {slide!r} is on line {values[slide][0]} already")
+        values[slide] = (number, fields[names.index(column)].strip())
+    return values
 
 
 def read_splits(text: str) -> dict[str, Split]:

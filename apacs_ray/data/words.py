@@ -59,10 +59,10 @@ def mask_stem(stem: str) -> tuple[str, str] | None:
     Returns:
         The name, and of the words the one nearest to it, in lower case; None when it says nothing of the kind.
     """
-    found = None
+    word = None
     while match := _MASK_END.fullmatch(stem):
-        stem, found = match["stem"], match["word"]
-    return None if found is None else (stem, found.lower())
+        stem, word = match["stem"], match["word"]
+    return None if word is None else (stem, word.lower())
 
 
 @lru_cache(maxsize=1 << 14)

@@ -79,8 +79,8 @@ def cut_pairs(store: Store, pairs: Sequence[Pair], tiles: TilesSettings, data: D
             if not receipt.rows_out:
                 continue
             with output.open(receipt.path) as stream:
-                kept = open_table(stream, receipt.path).read(columns=["image", "mask"]).to_pylist()
-        made, cut = receipt.rows_out / receipt.rows_in, _cut(kept, seconds)
+                rows_out = open_table(stream, receipt.path).read(columns=["image", "mask"]).to_pylist()
+        made, cut = receipt.rows_out / receipt.rows_in, _cut(rows_out, seconds)
         break
     planned = [len(tiles_of(source, tiles)) if isinstance(source, Source) else 0 for source in sources]
     return Sample(tuple(made * count for count in planned), opening, cut)
@@ -99,15 +99,15 @@ def cut_slides(task: SlideTask, slides: Sequence[SlideFiles]) -> Sample:
 
 def cut_some(task: SlideTask, slides: Sequence[tuple[int, SlideSummary]]) -> CutTiles:
     """Cut tiles of inspected slides, from all over each."""
-    kept, seconds = [], 0.0
+    cut_rows, seconds = [], 0.0
     for number, summary in slides:
         if summary.tiles:
             places = spread(range(summary.tiles), TILES)
             rows = read_manifest(task.output, task.manifest_path(number), places)
             started = time.perf_counter()
-            kept += measure_tiles(task, summary, rows)[0]
+            cut_rows += measure_tiles(task, summary, rows)[0]
             seconds += time.perf_counter() - started
-    return _cut(kept, seconds)
+    return _cut(cut_rows, seconds)
 
 
 def _cut(rows: Sequence[dict[str, bytes]], seconds: float) -> CutTiles:

@@ -45,19 +45,19 @@ def fill(picture: Picture, outside: Mask) -> Mask:
     Returns:
         (H, W) bool, True on fill that is not in `outside`.
     """
-    found = np.zeros_like(outside)
+    filled = np.zeros_like(outside)
     beside = grown(outside, 2)
     for color in _even_colors(picture, outside):
-        alike = ~outside & ~found
+        alike = ~outside & ~filled
         for channel, level in enumerate(color):
             plane = picture[..., channel]
             alike &= (plane >= max(level - 1, 0)) & (plane <= min(level + 1, 255))
         areas = Components.of(alike, structure=None)
         large = Components.of(areas.chosen(areas.sizes >= FILL_PX), structure=None)
         straight = large.chosen(_straight(large, beside) >= STRAIGHT)
-        found |= straight
+        filled |= straight
         beside |= grown(straight, 2)
-    return found
+    return filled
 
 
 def _even_colors(picture: Picture, outside: Mask) -> list[tuple[int, int, int]]:

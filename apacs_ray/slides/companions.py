@@ -84,13 +84,13 @@ def read_heads(store: Store, entries: Iterable[Entry]) -> Heads:
             return BadInput("unreadable", f"{entry.path}: cannot be read ({error}); correct its rights, or remove it")
 
     with ThreadPoolExecutor(READERS) as readers:
-        for entry, found in zip(wanted, readers.map(read, wanted), strict=True):
-            if isinstance(found, BadInput):
-                heads.refused[entry.path] = found
-            elif isinstance(found, str):
-                heads.series[entry.path] = found
+        for entry, answer in zip(wanted, readers.map(read, wanted), strict=True):
+            if isinstance(answer, BadInput):
+                heads.refused[entry.path] = answer
+            elif isinstance(answer, str):
+                heads.series[entry.path] = answer
             else:
-                heads.named[entry.path] = found
+                heads.named[entry.path] = answer
     return heads
 
 
@@ -102,8 +102,8 @@ def _series(store: Store, entry: Entry) -> str:
         for size in HEADS:
             head += stream.read(min(size, entry.size) - len(head))
             try:
-                found = read_partial(io.BytesIO(head), stop_when=lambda tag, vr, length: tag > SERIES)
-                series = str(found.get("SeriesInstanceUID") or "").strip()
+                dataset = read_partial(io.BytesIO(head), stop_when=lambda tag, vr, length: tag > SERIES)
+                series = str(dataset.get("SeriesInstanceUID") or "").strip()
             except InvalidDicomError:
                 raise BadInput("unsupported_slide", f"{entry.path}: is no DICOM file, whatever its name says") from None
             except Exception as error:  # noqa: BLE001 - a parser on damaged bytes: whatever it raises is the file's defect
@@ -191,17 +191,17 @@ def mrxs_folders(entries: Sequence[Entry]) -> dict[str, str]:
     for folder in sorted({path for entry in entries for path in _above(entry.path)}):
         parent, _, name = folder.rpartition("/")
         folders[f"{parent}/{_same(name)}"].append(folder)
-    found: dict[str, str] = {}
+    main_of: dict[str, str] = {}
     exact = {main.rpartition(".")[0]: main for main in mains}
     for same in folders.values():
-        found |= {folder: exact[folder] for folder in same if folder in exact}
+        main_of |= {folder: exact[folder] for folder in same if folder in exact}
     for main in mains:
         base = main.rpartition(".")[0]
         parent, _, name = base.rpartition("/")
-        free = [folder for folder in folders.get(f"{parent}/{_same(name)}", ()) if folder not in found]
-        if base not in found and free:
-            found[free[0]] = main
-    return found
+        free = [folder for folder in folders.get(f"{parent}/{_same(name)}", ()) if folder not in main_of]
+        if base not in main_of and free:
+            main_of[free[0]] = main
+    return main_of
 
 
 def _above(path: str) -> list[str]:

@@ -139,10 +139,10 @@ def _checked(slide: SlideFiles, part: SlideParts, slide_regex: str | None, *, sp
     if slide_regex is None:
         return slide
     match = re.search(slide_regex, slide.stem)
-    found = match and match.group(min(match.re.groups, 1))
-    if not found:
+    slide_id = match and match.group(min(match.re.groups, 1))
+    if not slide_id:
         raise BadInput("bad_name", f"data.slide_regex ({slide_regex}) finds no slide id in {slide.stem!r}")
-    return replace(slide, slide_id=found)
+    return replace(slide, slide_id=slide_id)
 
 
 def _folders(slides: Iterable[SlideFiles]) -> tuple[str, ...]:

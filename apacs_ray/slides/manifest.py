@@ -250,8 +250,8 @@ def plan_slide(
     mpp = mpp_of(task, slide, info)
     notes = [*info.notes]
     if mpp is None:
-        ignored = ", tiles.mpp is not kept" if task.tiles.mpp else ""
-        notes.append(f"no mpp: cut at native resolution{ignored}, tissue is looked for as at {ASSUMED_MPP} um/px")
+        unused = ", tiles.mpp is not kept" if task.tiles.mpp else ""
+        notes.append(f"no mpp: cut at native resolution{unused}, tissue is looked for as at {ASSUMED_MPP} um/px")
     downsample = task.tiles.mpp / mpp if task.tiles.mpp and mpp else 1.0
     if abs(downsample - 1) < NATIVE:
         downsample = 1.0

@@ -210,15 +210,15 @@ class FovMasks:
         self._files = files
         self._max_pixels = max_pixels
         self._sizes: list[tuple[int, int]] = []
-        found: list[int] = []
+        thresholds: list[int] = []
         for number, (path, _, _) in enumerate(files):
             mask = self._opened(path)
             self._sizes.append((mask.width, mask.height))
             try:
-                found.append(rules[number] if rules else find_rule(mask, threshold).at_least)
+                thresholds.append(rules[number] if rules else find_rule(mask, threshold).at_least)
             except BadInput as defect:
                 raise BadInput(defect.code, f"{path.name}: {defect.reason}") from defect
-        self.rules = tuple(found)
+        self.rules = tuple(thresholds)
         self._cells: tuple[int, Mask] | None = None  # of the FOV that was read last
 
     def _opened(self, path: Path) -> MaskFile:

@@ -58,12 +58,12 @@ class Placing:
     def place(self, entry: Entry, where: Where) -> None:
         """Give a file to the slide it annotates or belongs to."""
         named = annotation_name(entry.path)
-        found = self._annotates(entry, named) if named else None
+        annotated = self._annotates(entry, named) if named else None
         owner = self._owners.get(entry.path) if where == "data" else None
-        if owner is not None and (found is None or len(found[0]) > 1 or is_bad_path(entry.path)):
+        if owner is not None and (annotated is None or len(annotated[0]) > 1 or is_bad_path(entry.path)):
             self._companions[self._numbers[owner]].append(entry)
-        elif named and found:
-            self._annotate(entry, where, named, *found)
+        elif named and annotated:
+            self._annotate(entry, where, named, *annotated)
         elif named and (named.says_mask or where == "masks"):
             self.strays.append(entry)
         else:

@@ -53,15 +53,15 @@ def tiles_of(
     Yields:
         Every tile in reading order, skipped ones too.
     """
-    share = MIN_TISSUE if tiles.min_tissue is None else tiles.min_tissue
+    min_tissue = MIN_TISSUE if tiles.min_tissue is None else tiles.min_tissue
     px_um2 = ((mpp or ASSUMED_MPP) * downsample) ** 2
     width, height = grid_size(info.bounds, downsample)
     for box in grid(width, height, tiles.size, tiles.stride or tiles.size, tiles.last):
         x, y = level0_point(info.bounds, box, downsample)
         wide, high = box.width * downsample, box.height * downsample
-        least = min(share, tiles.min_tissue_um2 / (box.width * box.height * px_um2))  # a share, or an area as one
-        found, skipped = tissue.judge(Box(x, y, 0, 0), wide, high, least)
-        yield TilePlan(box, Box(x, y, round(wide), round(high)), found, skipped)
+        least = min(min_tissue, tiles.min_tissue_um2 / (box.width * box.height * px_um2))  # a share, or an area as one
+        share_of_tissue, skipped = tissue.judge(Box(x, y, 0, 0), wide, high, least)
+        yield TilePlan(box, Box(x, y, round(wide), round(high)), share_of_tissue, skipped)
 
 
 def level0_point(bounds: Box, box: Box, downsample: float) -> tuple[int, int]:

@@ -125,9 +125,9 @@ def write_slide_shard(task: SlideTask, summary: SlideSummary, shard: SlideShard)
     if finished is not None:
         return finished
     rows = read_manifest(task.output, task.manifest_path(shard.slide), shard.rows)
-    kept, rejects = measure_tiles(task, summary, rows)
-    receipt = Receipt(path, len(rows), len(kept), {}, rejects)
-    write_table(task.output, pa.Table.from_pylist(kept, TILE_SCHEMA), receipt)
+    tiles, rejects = measure_tiles(task, summary, rows)
+    receipt = Receipt(path, len(rows), len(tiles), {}, rejects)
+    write_table(task.output, pa.Table.from_pylist(tiles, TILE_SCHEMA), receipt)
     return receipt
 
 
@@ -135,7 +135,7 @@ def measure_tiles(
     task: SlideTask, summary: SlideSummary, rows: Sequence[dict[str, Any]]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return rows of `TILE_SCHEMA` for manifest rows of one slide, and rejects for those that cannot be read."""
-    kept: list[dict[str, Any]] = []
+    tiles: list[dict[str, Any]] = []
     rejects: list[dict[str, Any]] = []
 
     def refuse(row: dict[str, Any], defect: BadInput) -> None:
@@ -147,13 +147,13 @@ def measure_tiles(
             for row in rows:
                 try:
                     with one_unit(f"{summary.slide.path} at {row['x']}, {row['y']}", again=True):
-                        kept.append(_measured(task, summary, slide, masks, row))
+                        tiles.append(_measured(task, summary, slide, masks, row))
                 except BadInput as defect:
                     refuse(row, defect)
     except BadInput as defect:  # it opened when it was inspected, and does not now
-        for row in rows[len(kept) + len(rejects) :]:
+        for row in rows[len(tiles) + len(rejects) :]:
             refuse(row, defect)
-    return kept, rejects
+    return tiles, rejects
 
 
 @contextlib.contextmanager

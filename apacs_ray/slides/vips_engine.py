@@ -171,8 +171,8 @@ class VipsSlide:
             where: dict[str, Any] = {"page": key[0]} | ({} if key[1] is None else {"subifd": key[1]})
             image = open_vips(self._path, **where)
             if (image.width, image.height) != (tiles.width, tiles.height):
-                found = f"{image.width} x {image.height} px"
-                raise BadInput("unreadable", f"{self._path.name}: libvips finds {found} in its header")
+                size = f"{image.width} x {image.height} px"
+                raise BadInput("unreadable", f"{self._path.name}: libvips finds {size} in its header")
             self._images[key] = image
         return self._images[key]
 

@@ -197,11 +197,11 @@ def _cytoplasm(
         normal = np.cos(angle), np.sin(angle)
         past = x * normal[0] + y * normal[1] - rng.uniform(0.62, 0.9) * traits.radius / mpp
         flap_depth, flap_edge = outline.depth(x - 2 * past * normal[0], y - 2 * past * normal[1])
-        kept = past <= 0
-        flap = kept & (flap_depth > 0)
+        flat = past <= 0
+        flap = flat & (flap_depth > 0)
         crease = np.exp(-((past * mpp / 0.8) ** 2)) * (inside | flap)
-        layer = layer * np.clip(0.5 - past, 0, 1) + kept * (_layer(traits, flap_depth, flap_edge, mpp) + 0.5 * crease)
-        inside = (inside & kept) | flap
+        layer = layer * np.clip(0.5 - past, 0, 1) + flat * (_layer(traits, flap_depth, flap_edge, mpp) + 0.5 * crease)
+        inside = (inside & flat) | flap
     return np.asarray(traits.amount * body * layer, np.float32), inside
 
 

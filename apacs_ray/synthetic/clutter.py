@@ -118,8 +118,8 @@ def _bacteria(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: 
     for step in np.linspace(-0.5, 0.5, points):
         rows = np.rint((place[:, 0] + step * length * np.sin(angle)) / mpp).astype(int) + side // 2
         columns = np.rint((place[:, 1] + step * length * np.cos(angle)) / mpp).astype(int) + side // 2
-        kept = (rows >= 0) & (rows < side) & (columns >= 0) & (columns < side)
-        np.add.at(counts, (rows[kept], columns[kept]), 1 / points)
+        inside = (rows >= 0) & (rows < side) & (columns >= 0) & (columns < side)
+        np.add.at(counts, (rows[inside], columns[inside]), 1 / points)
     rod = gaussian_filter(counts, 0.32 / mpp, mode="constant") * np.float32(2.4 / mpp)
     return _dyed(blend(look.hematoxylin, look.cyan, 0.4), np.minimum(rod, 2) * rng.uniform(0.25, 0.7))
 

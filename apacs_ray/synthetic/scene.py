@@ -58,11 +58,11 @@ def things_near(seed: int, look: Look, mpp: float, box: Box) -> list[Thing]:
     """Return every object whose stamp touches the box (level-0 px), always in the same order."""
     block = _BLOCK_UM / mpp
     wide = box.grown(ceil(_FARTHEST_UM / mpp))
-    found = []
+    things = []
     for row in range(int(wide.y // block), int((wide.y + wide.height) // block) + 1):
         for column in range(int(wide.x // block), int((wide.x + wide.width) // block) + 1):
-            found += [thing for thing in _block(seed, look, mpp, column, row) if _touches(thing, box)]
-    return found
+            things += [thing for thing in _block(seed, look, mpp, column, row) if _touches(thing, box)]
+    return things
 
 
 def _touches(thing: Thing, box: Box) -> bool:

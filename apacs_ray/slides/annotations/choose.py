@@ -85,15 +85,15 @@ def _fovs(fovs: Sequence[Candidate], chosen: Chosen) -> list[Candidate]:
     for one in fovs:
         if one.fov:
             places[one.fov.x, one.fov.y, one.fov.from_bounds].append(one)
-    kept: list[Candidate] = []
+    chosen_masks: list[Candidate] = []
     for same in places.values():
         masks = [one for one in same if not one.doubtful] or same
         chosen.previews += [one for one in same if one not in masks]
         if len({one.where for one in masks}) < len(masks):
             chosen.refused.append(_duplicates(masks))
         else:
-            kept += masks
-    return kept
+            chosen_masks += masks
+    return chosen_masks
 
 
 def _duplicates(several: Sequence[Candidate]) -> tuple[BadInput, tuple[Candidate, ...]]:

@@ -96,8 +96,8 @@ def annotation_name(path: str) -> AnnotationName | None:
 
 def _masks(bases: Iterable[str]) -> Iterator[Reading]:
     for base in bases:
-        if (found := mask_stem(base)) is not None:
-            yield Reading(*found)
+        if (name_and_word := mask_stem(base)) is not None:
+            yield Reading(*name_and_word)
 
 
 def _fovs(base: str, around: str) -> Iterator[Reading]:
@@ -122,8 +122,8 @@ def _fovs(base: str, around: str) -> Iterator[Reading]:
 
 def fov_of(path: str) -> Fov | None:
     """Return the field of view that the name of a mask gives; None when it gives none."""
-    found = annotation_name(path)
-    return next((reading.fov for reading in found.readings if reading.fov), None) if found else None
+    named = annotation_name(path)
+    return next((reading.fov for reading in named.readings if reading.fov), None) if named else None
 
 
 def fov_origin(entry: Entry, bounds: tuple[int, int] = (0, 0)) -> tuple[int, int]:
@@ -168,9 +168,9 @@ class SlideNames:
         """Return the slides of a name: in full before those without suffix, as written before another case."""
         folded = _folded(name)
         for level, known in enumerate(self._levels):
-            found = known.get(name if level < 3 else folded)
-            if found:
-                return found
+            numbers = known.get(name if level < 3 else folded)
+            if numbers:
+                return numbers
         return set()
 
     def closest(self, path: str, slides: set[int]) -> set[int]:
@@ -194,8 +194,8 @@ def _folded(name: str) -> str:
 def _shared(one: Sequence[str], other: Sequence[str]) -> int:
     """Return how many of the last folders two paths have in common, beside those of masks."""
     count = 0
-    kept = [[folder for folder in folders if not is_mask_folder(folder)] for folders in (one, other)]
-    for mine, yours in zip(reversed(kept[0]), reversed(kept[1]), strict=False):
+    plain = [[folder for folder in folders if not is_mask_folder(folder)] for folders in (one, other)]
+    for mine, yours in zip(reversed(plain[0]), reversed(plain[1]), strict=False):
         if mine != yours:
             break
         count += 1

@@ -83,7 +83,7 @@ def outlines(counts: list[int], height: int) -> list[Polygon]:
 
 
 def _rectangles(starts: Numbers, ends: Numbers, height: int) -> tuple[Numbers, Numbers, Numbers, Numbers]:
-    """Return (left, top, right, bottom) of rectangles without overlap: each run's first and last column and the rest."""
+    """Return (left, top, right, bottom) of rectangles without overlap: each run's first column, last and rest."""
     first, top = np.divmod(starts, height)
     last, bottom = np.divmod(ends, height)  # the first pixel after it
     one = first == last

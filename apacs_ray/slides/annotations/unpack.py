@@ -119,8 +119,8 @@ def decoded(content: bytes) -> str:
 
 
 def _encoding_of(content: bytes) -> str:
-    for mark, encoding in BOMS:
-        if content.startswith(mark):
+    for bom, encoding in BOMS:
+        if content.startswith(bom):
             return encoding
     zeros = [not byte for byte in content[:2]]
     if zeros == [False, True] or zeros == [True, False]:
