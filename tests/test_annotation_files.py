@@ -29,7 +29,7 @@ from support.annotation_files import (
     packed_counts,
 )
 
-from apacs_ray.data.tiles import Box
+from apacs_ray.data.grid import Box
 from apacs_ray.errors import BadInput
 from apacs_ray.slides.annotations.rasterize import PolygonMask
 from apacs_ray.slides.annotations.read import Annotations, read_annotations

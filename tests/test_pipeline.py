@@ -16,7 +16,7 @@ from PIL import Image
 from support.slide_files import write_slide, write_tiff
 from test_annotations import collection, polygon
 
-from apacs_ray.data.tiles import Box
+from apacs_ray.data.grid import Box
 from apacs_ray.models.spec import ModelSpec
 from apacs_ray.runs.lease import Lease
 from apacs_ray.slides.open import open_slide

@@ -38,8 +38,8 @@ from apacs_ray.data.folders import find_pairs
 from apacs_ray.data.image_tiles import ShardTask, Source, plan_tiles, probe_pair, write_shard
 from apacs_ray.data.images import decode_image
 from apacs_ray.data.shards import open_table, read_index, read_receipt, read_rows
-from apacs_ray.data.splits import read_splits
-from apacs_ray.data.tiles import tile_id
+from apacs_ray.data.slide_tables import read_mpps, read_splits
+from apacs_ray.data.tile_rows import tile_id
 from apacs_ray.distributed.session import RaySession, prepare_ray
 from apacs_ray.errors import ApacsError, BadInput, UsageError
 from apacs_ray.models import start
@@ -57,7 +57,6 @@ from apacs_ray.slides.cache import SlideCache
 from apacs_ray.slides.find import find_slides
 from apacs_ray.slides.manifest import read_manifest
 from apacs_ray.slides.mask_sources import ImageMask
-from apacs_ray.slides.mpps import read_mpps
 from apacs_ray.slides.open import open_slide
 from apacs_ray.slides.tiff_tiles import TiffTiles
 from apacs_ray.stages.evaluate import _rejects
