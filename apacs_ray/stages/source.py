@@ -11,13 +11,13 @@ from typing import Any, TypeVar
 from apacs_ray.config.settings import Settings
 from apacs_ray.console import say
 from apacs_ray.data.folders import FolderData, Pair, find_pairs, is_folder_layout
-from apacs_ray.data.overlap import apart, is_inside, same_place
-from apacs_ray.data.slide_table import decode_table
-from apacs_ray.data.splits import read_splits
+from apacs_ray.data.nested_stores import entries_outside, is_inside, same_folder
+from apacs_ray.data.slide_tables import read_splits, read_table_text
 from apacs_ray.errors import UsageError
 from apacs_ray.runs.provenance import fingerprint
 from apacs_ray.slides.companions import read_heads
-from apacs_ray.slides.find import PLAIN, SlideData, SlideFiles, find_slides, is_slide
+from apacs_ray.slides.find import PLAIN, find_slides, is_slide
+from apacs_ray.slides.slide_files import SlideData, SlideFiles
 from apacs_ray.storage import Entry, Store, open_store
 from apacs_ray.synthetic import slide as synthetic
 
@@ -59,7 +59,7 @@ class Source:
         """Where `data.masks` is; None where it is not given, or is the data itself."""
         uri = self.settings.data.masks
         store = open_store(uri) if uri else None
-        return None if store is None or same_place(store, self.store) else store
+        return None if store is None or same_folder(store, self.store) else store
 
     @cached_property
     def masks_listing(self) -> list[Entry]:
@@ -81,7 +81,7 @@ class Source:
         masks = self.masks_store
         if masks is None or is_inside(self.store, masks):
             return self.listing
-        return apart(self.store, self.listing, masks)
+        return entries_outside(self.store, self.listing, masks)
 
     @property
     def mask_entries(self) -> list[Entry]:
@@ -89,7 +89,7 @@ class Source:
         masks = self.masks_store
         if masks is None or not is_inside(self.store, masks):
             return self.masks_listing
-        return apart(masks, self.masks_listing, self.store)
+        return entries_outside(masks, self.masks_listing, self.store)
 
     @cached_property
     def holds_folders(self) -> bool:
@@ -221,7 +221,7 @@ def with_given_splits(units: Sequence[Unit], uri: str | None) -> list[Unit]:
     Raises:
         UsageError: naming the first slide that has no line.
     """
-    text = read_text(uri)
+    text = read_table_text(uri)
     if text is None:
         return list(units)
     splits = read_splits(text)
@@ -244,23 +244,6 @@ def require_clear(units: Sequence[Unit], names: Collection[str], setting: str) -
         if len(slides) > 1:
             several = ", ".join(slides[:4])
             raise UsageError(f"{setting}: {stem!r} may be each of {len(slides)} slides, call them {several}")
-
-
-def read_text(uri: str | None) -> str | None:
-    """Return the text of a small file at a URI, None without one.
-
-    Raises:
-        UsageError: when it is not there, may not be read or is no text.
-    """
-    if uri is None:
-        return None
-    folder, _, name = uri.rpartition("/")
-    try:
-        return decode_table(open_store(folder or ".").read_small(name), uri)
-    except FileNotFoundError as error:
-        raise UsageError(f"{uri}: no such text file") from error
-    except OSError as error:  # a folder, or it may not be read
-        raise UsageError(f"{uri}: cannot be read ({error}); give a text file that may be read") from error
 
 
 def say_found(data: FolderData | SlideData) -> None:
