@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from apacs_ray.testing.runs import SMALL, read_json, run
+from support.runs import SMALL, run
+from apacs_ray.testing.runs import read_json
 
 from apacs_ray.commands.estimate import _count
 from apacs_ray.config.settings import DataSettings, TilesSettings

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 from apacs_ray.testing.cluster import Node, RayCluster, kill_node, listening, processes
-from apacs_ray.testing.runs import SLOWLY, SMALL, SWEPT, kill_when, read_json, read_trials, run, start, wait_for
+from support.runs import SMALL, SWEPT, run, start
+from apacs_ray.testing.runs import SLOWLY, kill_when, read_json, read_trials, wait_for
 from safetensors.numpy import load_file
 
 from apacs_ray.storage import open_store

@@ -16,7 +16,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from apacs_ray.testing.runs import ROOT, run
+from support.runs import run
+from apacs_ray.testing.runs import ROOT
 from support.slide_files import picture, write_tiff
 
 from apacs_ray.data.folders import FolderData

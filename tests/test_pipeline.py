@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
-from apacs_ray.testing.runs import SLOWLY, SMALL, kill_when, read_json, run, start
+from support.runs import SMALL, run, start
+from apacs_ray.testing.runs import SLOWLY, kill_when, read_json
 from support.slide_files import write_slide, write_tiff
 from test_annotations import collection, polygon
 

@@ -24,7 +24,8 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
-from apacs_ray.testing.runs import ROOT, TILE, read_json, run
+from support.runs import TILE, run
+from apacs_ray.testing.runs import ROOT, read_json
 from apacs_ray.testing.s3_proxy import proxy
 from support.slide_files import picture, write_tiff
 from test_annotations import INFO, collection, polygon

@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from apacs_ray.testing.runs import SMALL, read_json, run, start, wait_for
+from support.runs import SMALL, run, start
+from apacs_ray.testing.runs import read_json, wait_for
 from apacs_ray.testing.s3_proxy import KINDS, Behavior, Proxy, at_random, in_turn, refusing_writes
 from torch import nn
 
