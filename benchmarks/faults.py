@@ -26,11 +26,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
 from measure import options, require, show  # noqa: E402
-from ray_cluster import RayCluster, kill_node, processes  # noqa: E402
-from runs import SLOWLY, read_trials, run, start, write_cells  # noqa: E402
+
+from apacs_ray.testing.cluster import RayCluster, kill_node, processes  # noqa: E402
+from apacs_ray.testing.runs import SLOWLY, read_trials, run, start, write_cells  # noqa: E402
 
 OPTIONS = [
     "--tiles.size", "64", "--tiles.shard", "2",

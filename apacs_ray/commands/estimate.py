@@ -26,7 +26,7 @@ from apacs_ray.estimate.lines import REPORT, Line, Seconds, Tiles, pool, sweep, 
 from apacs_ray.estimate.networks import ASSUMED_GPU, Inference, SampleTile, Times, Training, assume, measure
 from apacs_ray.models.spec import MEMBERS, ModelSpec
 from apacs_ray.runs.run import Run
-from apacs_ray.slides.find import SlideFiles
+from apacs_ray.slides.slide_files import SlideFiles
 from apacs_ray.stages.ingest_slides import make_smears, slide_task
 from apacs_ray.stages.source import Source
 from apacs_ray.stages.train_fusion import fusion_specs
@@ -134,9 +134,7 @@ def _count(
 class _Networks:
     """The stages with networks: planned as a run plans them, and measured at once in one process."""
 
-    def __init__(
-        self, settings: Settings, cluster: Cluster, tiles: Tiles, tile: SampleTile, *, assumed: bool
-    ) -> None:
+    def __init__(self, settings: Settings, cluster: Cluster, tiles: Tiles, tile: SampleTile, *, assumed: bool) -> None:
         self._settings, self._cluster, self._tiles, self._tile = settings, cluster, tiles, tile
         self.assumed = assumed
         self._member_specs = [
