@@ -24,23 +24,22 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
-from runs import ROOT, TILE, read_json, run
-from s3_proxy import proxy
-from slide_files import picture, write_tiff
+from support.slide_files import picture, write_tiff
 from test_annotations import INFO, collection, polygon
 from test_report import Page, context
 
 from apacs_ray import redact as clean
 from apacs_ray import storage
-from apacs_ray.config.command_line import default_output, parse, read_yaml
+from apacs_ray.config.command_line import default_output, parse
 from apacs_ray.config.settings import DataSettings, Settings, TilesSettings
+from apacs_ray.config.yaml import read_yaml
 from apacs_ray.console import cell, console, say
 from apacs_ray.data.folders import find_pairs
 from apacs_ray.data.image_tiles import ShardTask, Source, plan_tiles, probe_pair, write_shard
 from apacs_ray.data.images import decode_image
 from apacs_ray.data.shards import open_table, read_index, read_receipt, read_rows
-from apacs_ray.data.splits import read_splits
-from apacs_ray.data.tiles import tile_id
+from apacs_ray.data.slide_tables import read_mpps, read_splits
+from apacs_ray.data.tile_rows import tile_id
 from apacs_ray.distributed.session import RaySession, prepare_ray
 from apacs_ray.errors import ApacsError, BadInput, UsageError
 from apacs_ray.models import start
@@ -58,13 +57,14 @@ from apacs_ray.slides.cache import SlideCache
 from apacs_ray.slides.find import find_slides
 from apacs_ray.slides.manifest import read_manifest
 from apacs_ray.slides.mask_sources import ImageMask
-from apacs_ray.slides.mpps import read_mpps
 from apacs_ray.slides.open import open_slide
 from apacs_ray.slides.tiff_tiles import TiffTiles
 from apacs_ray.stages.evaluate import _rejects
 from apacs_ray.stages.pipeline import Context, Outcome, Stage, run_stage
 from apacs_ray.storage import Entry, LocalStore, S3Store, open_store
 from apacs_ray.storage.own_folder import own_folder
+from apacs_ray.testing.runs import ROOT, TILE, read_json, run
+from apacs_ray.testing.s3_proxy import proxy
 from apacs_ray.training.checkpoints import FILES, complete_checkpoints, fetch, keep_checkpoint
 from apacs_ray.training.dataset import decode_pixels
 from apacs_ray.training.history import EpochRecord

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from apacs_ray.config.settings import DataSettings
-from apacs_ray.data.splits import read_splits
+from apacs_ray.data.slide_tables import read_mpps, read_splits
 from apacs_ray.doctor.finding import Finding
 from apacs_ray.errors import ApacsError
-from apacs_ray.slides.mpps import read_mpps
 from apacs_ray.stages.source import read_text
 
 

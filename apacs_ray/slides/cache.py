@@ -1,4 +1,4 @@
-"""Slides from an object store on this node's disk: whole or not at all, bounded, shared by the node's processes.
+"""Slides of an object store on this node's disk: whole or not at all, bounded, shared by the node's processes.
 
 A slide is staged into `<cache>/<key>/`, where the key names its URI and the versions of all its files; another version
 is another slide. It is copied into a folder beside that one and renamed, so a kill leaves nothing that looks whole.
@@ -31,7 +31,7 @@ _OURS = re.compile(r"[0-9a-f]{24}(\.part-\S+)?")  # a folder of a staged slide; 
 
 
 def default_cache() -> str:
-    """A folder of this user's own: others could put slides of theirs into one that all share."""
+    """Return a folder of this user's own: others could put slides of theirs into one that all share."""
     return str(Path(tempfile.gettempdir()) / f"apacs_ray-slides-{os.getuid()}")  # `staged` makes sure that it is
 
 
@@ -44,10 +44,20 @@ class SlideCache:
 
     @contextlib.contextmanager
     def staged(self, store: Store, entries: Sequence[Entry]) -> Iterator[Path]:
-        """Where the files of a slide, or of its annotation, lie while they are in use; join it with their paths.
+        """Copy the files of a slide, or of its annotation, to this node, and keep them there while they are in use.
 
-        A local store is used where it lies. Raises BadInput (missing_file) when a file is gone, ApacsError when the
-        disk is full.
+        A local store is used where it lies.
+
+        Args:
+            store: where the files lie.
+            entries: the files.
+
+        Yields:
+            The folder that they are in; join it with their paths.
+
+        Raises:
+            BadInput: missing_file when a file is gone, bad_name.
+            ApacsError: the disk is full.
         """
         if store.is_local:
             yield Path(store.full_path())
@@ -109,7 +119,7 @@ class SlideCache:
 
 
 def _inside(path: str) -> Path:
-    """A key as a relative path that cannot leave the cache. Raises BadInput (bad_name)."""
+    """Return a key as a relative path that cannot leave the cache. Raises BadInput (bad_name)."""
     if is_bad_path(path):
         raise BadInput("bad_name", f"{path!r} is no path that can be staged")
     return Path(path)

@@ -10,14 +10,15 @@ from pathlib import Path
 
 from apacs_ray.config.settings import Settings
 from apacs_ray.console import say
-from apacs_ray.data.folders import Reject, Split
+from apacs_ray.data.rejects import Reject
 from apacs_ray.data.shards import Receipt
+from apacs_ray.data.slide_tables import read_mpps
+from apacs_ray.data.words import Split
 from apacs_ray.distributed.data import render_smears
 from apacs_ray.distributed.slides import inspect_slides, write_slide_shards
 from apacs_ray.errors import BadInput
 from apacs_ray.slides.cache import SlideCache, default_cache
 from apacs_ray.slides.manifest import SlideSummary, SlideTask
-from apacs_ray.slides.mpps import read_mpps
 from apacs_ray.slides.slide_tiles import SlideShard, plan_shards
 from apacs_ray.stages.ingest_result import UnitCounts, WrittenTiles
 from apacs_ray.stages.source import Source, read_text, require_clear

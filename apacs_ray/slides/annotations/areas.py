@@ -1,4 +1,4 @@
-"""Areas out of shapes as drawn: what has none is told, what crosses itself is made valid, negative ones are cut out."""
+"""Valid polygons out of shapes as drawn: what crosses itself is made valid, negative regions are cut out."""
 
 from __future__ import annotations
 
@@ -19,9 +19,13 @@ AT_ONCE = 4_000_000  # pairs of edges that are compared at a time
 
 
 def areas_of(geometry: BaseGeometry) -> tuple[list[Polygon], str | None]:
-    """The valid polygons of a geometry, and what is wrong with it, even where it could be repaired.
+    """Return the valid polygons of a geometry, and what is wrong with it, even where it could be repaired.
 
-    No polygon: it cannot be used.
+    Args:
+        geometry: what was drawn, px.
+
+    Returns:
+        The polygons (none: the geometry cannot be used), and the defect (None: there is none).
     """
     if geometry.is_valid:
         areas = list(_polygons(geometry))
@@ -36,9 +40,17 @@ def areas_of(geometry: BaseGeometry) -> tuple[list[Polygon], str | None]:
 
 
 def cut_out(areas: Sequence[Polygon], holes: Sequence[Polygon]) -> Iterator[tuple[list[Polygon], str | None]]:
-    """Each area without the holes: what is left of it, and why nothing is if that is a defect.
+    """Cut the holes out of each area.
 
-    Raises BadInput for files that would take hours.
+    Args:
+        areas: valid polygons, px.
+        holes: valid polygons, px: negative regions of the same layer.
+
+    Yields:
+        For each area what is left of it, and why nothing is if that is a defect.
+
+    Raises:
+        BadInput: bad_annotation; the file would take hours.
     """
     around, inside = shapely.STRtree(holes).query(areas, predicate="intersects")
     if len(around) > MOST_CUTS:
@@ -58,6 +70,7 @@ def cut_out(areas: Sequence[Polygon], holes: Sequence[Polygon]) -> Iterator[tupl
 
 
 def rings_of(area: Polygon) -> Iterator[Ring]:
+    """Yield the rings of a polygon, its outline first: (N, 2) float64, closed, px."""
     yield np.asarray(area.exterior.coords)[:, :2]
     for hole in area.interiors:
         yield np.asarray(hole.coords)[:, :2]
@@ -73,7 +86,7 @@ def _polygons(geometry: BaseGeometry) -> Iterator[Polygon]:
 
 
 def _all_rings(geometry: BaseGeometry) -> Iterator[Ring]:
-    """Of areas of any kind, also of such that have no size."""
+    """Yield the rings of areas of any kind, also of such that have no size."""
     if isinstance(geometry, Polygon):
         yield from rings_of(geometry)
     for part in getattr(geometry, "geoms", ()):
@@ -81,7 +94,7 @@ def _all_rings(geometry: BaseGeometry) -> Iterator[Ring]:
 
 
 def _meets_itself_often(geometry: BaseGeometry) -> bool:
-    """Whether more than `MOST_CROSSINGS` pairs of edges meet that are no neighbors; looks no further than that."""
+    """Tell whether more than `MOST_CROSSINGS` pairs of edges meet that are no neighbors; looks no further than that."""
     rings = list(_all_rings(geometry))
     if not rings:
         return False

@@ -1,4 +1,4 @@
-"""Of the files that are called as a slide's annotation, the one that is it, or why none is."""
+"""The choice of a slide's annotation among the files that are named after the slide, or why none is chosen."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from apacs_ray.data.folders import BAD_NAME
+from apacs_ray.data.rejects import BAD_NAME
 from apacs_ray.errors import BadInput
 from apacs_ray.slides.annotations.names import JPEG, AnnotationKind, Fov
 from apacs_ray.slides.companions import suffix_of
@@ -27,7 +27,7 @@ class Candidate:
 
 @dataclass
 class Chosen:
-    """What is used (one file, or FOVs), what is refused and why, and pictures that something else makes needless."""
+    """The files that are used (one, or FOVs), those that are refused and why, and pictures that are previews only."""
 
     used: tuple[Candidate, ...] = ()
     refused: list[tuple[BadInput, tuple[Candidate, ...]]] = field(default_factory=list)
@@ -35,10 +35,17 @@ class Chosen:
 
 
 def choose_annotation(candidates: Sequence[Candidate]) -> Chosen:
-    """The annotation among files of a slide's name.
+    """Choose the annotation of a slide among the files of its name.
 
     A picture whose name does not say that it is a mask yields to any other annotation, and a JPEG is never one. Of
     several that are meant none is used: which is right, nobody knows.
+
+    Args:
+        candidates: files that may annotate one slide.
+
+    Returns:
+        What is used, what is refused, and pictures that are previews. Codes: bad_name, bad_annotation,
+        duplicate_annotation.
     """
     chosen = Chosen()
     good: list[Candidate] = []
@@ -73,20 +80,20 @@ def choose_annotation(candidates: Sequence[Candidate]) -> Chosen:
 
 
 def _fovs(fovs: Sequence[Candidate], chosen: Chosen) -> list[Candidate]:
-    """One mask of each field of view: a picture yields to the mask of its place; of several masks none is taken."""
+    """Choose a mask of each field of view: a picture yields to the mask of its place; of several none is taken."""
     places: dict[tuple[int, int, bool], list[Candidate]] = defaultdict(list)
     for one in fovs:
         if one.fov:
             places[one.fov.x, one.fov.y, one.fov.from_bounds].append(one)
-    kept: list[Candidate] = []
+    chosen_masks: list[Candidate] = []
     for same in places.values():
         masks = [one for one in same if not one.doubtful] or same
         chosen.previews += [one for one in same if one not in masks]
         if len({one.where for one in masks}) < len(masks):
             chosen.refused.append(_duplicates(masks))
         else:
-            kept += masks
-    return kept
+            chosen_masks += masks
+    return chosen_masks
 
 
 def _duplicates(several: Sequence[Candidate]) -> tuple[BadInput, tuple[Candidate, ...]]:

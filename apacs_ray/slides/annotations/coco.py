@@ -1,4 +1,4 @@
-"""COCO's JSON of one slide, or of several of which one is it: polygons, and run lengths of masks, of any category."""
+"""COCO's JSON of one slide, or of several of which one is it: polygons and run lengths, of any category."""
 
 from __future__ import annotations
 
@@ -24,13 +24,22 @@ ENDINGS = re.compile(
 
 
 def is_coco(tree: Any) -> bool:
+    """Tell whether a JSON tree is COCO's."""
     return isinstance(tree, dict) and all(isinstance(tree.get(key), list) for key in ("images", "annotations"))
 
 
 def read_coco(tree: dict[str, Any], name: str) -> Drawing:
-    """The annotations of the image that is called like `name`, or of the only image.
+    """Return the annotations of the image that is called like `name`, or of the only image.
 
-    Coordinates are px of that image. Raises BadInput: bad_annotation.
+    Args:
+        tree: a JSON tree for which `is_coco` holds.
+        name: of the annotation file.
+
+    Returns:
+        Its shapes, in px of that image.
+
+    Raises:
+        BadInput: bad_annotation; it is not clear which image is meant, or its masks have too many runs.
     """
     images = [image for image in tree["images"] if isinstance(image, dict) and "id" in image]
     image = _image_called(images, name)
@@ -64,7 +73,7 @@ def _image_called(images: list[dict[str, Any]], name: str) -> dict[str, Any]:
 
 
 def _bare(path: str) -> str:
-    """A file's name without folders and endings, as it is compared."""
+    """Return a file's name without folders and endings, as it is compared."""
     name = unicodedata.normalize("NFC", path.replace("\\", "/").rpartition("/")[2]).strip().casefold()
     while (shorter := ENDINGS.sub("", name)) != name and shorter:
         name = shorter
@@ -72,7 +81,7 @@ def _bare(path: str) -> str:
 
 
 def _size_of(image: dict[str, Any], annotations: list[tuple[int, Any]]) -> tuple[int, int] | None:
-    """(width, height) of the picture that was annotated, if the image or the first of its masks says so."""
+    """Return (width, height) of the picture that was annotated, if the image or the first of its masks says so."""
     masks = (annotation.get("segmentation") for _, annotation in annotations if isinstance(annotation, dict))
     sizes = (mask.get("size") for mask in masks if isinstance(mask, dict))
     said = [size[::-1] for size in itertools.islice(sizes, 1) if isinstance(size, list)]

@@ -31,9 +31,18 @@ LONGEST_NAME = 10_000  # characters of a class that is itself JSON, as a table o
 
 
 def read_geojson(tree: Any) -> Drawing:
-    """A FeatureCollection, a feature, a geometry, or lists of these in any depth.
+    """Return the shapes of a FeatureCollection, a feature, a geometry, or lists of these in any depth.
 
-    QuPath shows a slide from its bounds on, so that is where coordinates begin. Raises BadInput for other JSON.
+    QuPath shows a slide from its bounds on, so that is where coordinates begin.
+
+    Args:
+        tree: a JSON tree.
+
+    Returns:
+        The shapes, px from the slide's bounds on.
+
+    Raises:
+        BadInput: bad_annotation; the JSON is of another kind.
     """
     if isinstance(tree, dict) and not _is_geojson(tree):
         keys = ", ".join(shortened(key, 30) for key in list(tree)[:6]) or "none"
@@ -70,7 +79,7 @@ def _shapes(tree: Any) -> Iterator[Shape]:
 
 
 def _geometry(item: Any) -> Polygon | GeometryCollection | str:
-    """The polygons of a feature or geometry, or why there is none."""
+    """Return the polygons of a feature or geometry, or why there is none."""
     polygons: list[Polygon] = []
     others: list[str] = []
     pending: list[Any] = [item.get("geometry") if isinstance(item, dict) and "geometry" in item else item]
@@ -98,10 +107,16 @@ def _polygon(rings: Any) -> list[Polygon]:
 
 
 def _classes_of(properties: dict[str, Any]) -> tuple[tuple[str, ...], str | None]:
-    """The names of a feature's class, and why it is no cell by itself, if so.
+    """Return the names of a feature's class, and why it is no cell by itself, if so.
 
     QuPath's derived class "A: B" is an A and a B. A star, as in Ignore* and Region*, says that the object is not to be
     measured.
+
+    Args:
+        properties: of the feature.
+
+    Returns:
+        The names, the fullest first, and the reason.
     """
     for key in CLASS_KEYS:
         names = class_names(*_names(properties.get(key)))

@@ -1,4 +1,4 @@
-"""Polygons as masks.
+"""Masks of polygons.
 
 A pixel belongs to a polygon when its center lies inside: pixel (c, r) of a tile that begins at level-0 (x, y) with
 `downsample` d has its center at (x + (c + 0.5) d, y + (r + 0.5) d). A center exactly on an edge belongs to the polygon
@@ -24,11 +24,12 @@ class PolygonMask:
     """The union of a slide's areas, tile by tile; an index finds the areas that a tile touches."""
 
     def __init__(self, annotations: Annotations) -> None:
+        """Index the areas of a slide, which are in level-0 px."""
         self._areas = annotations.areas
         self._tree = shapely.STRtree(annotations.areas)
 
     def tile(self, x: float, y: float, width: int, height: int, downsample: float) -> Mask:
-        """(height, width) bool of the tile that begins at level-0 (x, y)."""
+        """Return the (height, width) bool mask of the tile at level-0 (x, y), `downsample` level-0 px per tile px."""
         mask = np.zeros((height, width), bool)
         window = shapely.box(x, y, x + width * downsample, y + height * downsample)
         for number in self._tree.query(window):
@@ -38,7 +39,15 @@ class PolygonMask:
 
 
 def fill(mask: Mask, rings: Sequence[Ring], x: float, y: float, downsample: float) -> None:
-    """Set the pixels of `mask` (H, W) whose centers lie inside the rings by the even-odd rule."""
+    """Set the pixels of a mask whose centers lie inside the rings by the even-odd rule.
+
+    Args:
+        mask: (H, W) bool, changed in place.
+        rings: (N, 2) float64 each, closed, level-0 px.
+        x: left edge of the mask, level-0 px.
+        y: top edge of the mask, level-0 px.
+        downsample: level-0 px per mask px.
+    """
     height, width = mask.shape
     starts = np.concatenate([ring[:-1] for ring in rings])
     ends = np.concatenate([ring[1:] for ring in rings])

@@ -28,9 +28,10 @@ Origin = Literal["bounds", "level0"]
 class Shape:
     """One annotation of a file. `geometry` is what was drawn, px, unchecked, or why it is no area.
 
-    Args:
+    Attributes:
         number: its index in the file.
         classes: the names that a class filter may ask for, the fullest first.
+        geometry: see above.
         layer: regions of one layer belong together.
         negative: it is cut out of the other areas of its layer.
         left_out: why it is no cell where no class is asked for.
@@ -48,8 +49,9 @@ class Shape:
 class Drawing:
     """All shapes of a file that was understood; none: nobody drew anything.
 
-    Args:
+    Attributes:
         file_format: what the file is, for a person.
+        shapes: in the order of the file; they can be read once.
         origin: where its coordinates begin, at the slide's bounds or at level 0.
         size: (width, height) px of the picture that it was drawn on, if that is known.
     """
@@ -70,12 +72,12 @@ def require_bounded(text: str, marks: str) -> None:
 
 
 def polygon_of(shell: Any, holes: Iterable[Any] = ()) -> Polygon:
-    """The polygon of rings of positions, of which x and y count; unchecked. Raises one of `MALFORMED`."""
+    """Return the polygon of rings of positions, of which x and y count; unchecked. Raises one of `MALFORMED`."""
     return Polygon(positions(shell), [positions(hole) for hole in holes])
 
 
 def positions(points: Any) -> npt.NDArray[np.float64]:
-    """(N, 2) of a list of positions [x, y] or longer ones. Raises one of `MALFORMED`."""
+    """Return the (N, 2) float64 array of a list of positions [x, y] or longer ones. Raises one of `MALFORMED`."""
     try:
         array = np.asarray(points, np.float64)
     except ValueError:  # some positions have three numbers, others two
@@ -91,25 +93,25 @@ def positions(points: Any) -> npt.NDArray[np.float64]:
 
 
 def class_names(*names: str | None) -> tuple[str, ...]:
-    """Names without blanks around them, each once, none empty."""
+    """Return names without blanks around them, each once, none empty."""
     return tuple(dict.fromkeys(name.strip() for name in names if name and name.strip()))
 
 
 def shortened(text: object, length: int = 60) -> str:
-    """A name of the file's, short enough for a sentence."""
+    """Return a name of the file's, short enough for a sentence."""
     name = str(text)
     return name if len(name) <= length else f"{name[:length]}..."
 
 
 def counted(counts: Iterable[tuple[str, int]], most: int = 8) -> str:
-    """`name (count)`, most frequent first."""
+    """Return `name (count)` of the most frequent names, for a sentence."""
     ordered = sorted(counts, key=lambda entry: (-entry[1], entry[0]))
-    told = ", ".join(f"{shortened(name, 100)} ({count})" for name, count in ordered[:most])
-    return told + (f" and {len(ordered) - most} more" if len(ordered) > most else "")
+    named = ", ".join(f"{shortened(name, 100)} ({count})" for name, count in ordered[:most])
+    return named + (f" and {len(ordered) - most} more" if len(ordered) > most else "")
 
 
 def ellipse(left: float, top: float, right: float, bottom: float) -> Polygon:
-    """The ellipse in a box, as a polygon that departs from it by less than a tenth of a pixel."""
+    """Return the ellipse in a box, as a polygon that departs from it by less than a tenth of a pixel."""
     radii = np.array([right - left, bottom - top]) / 2
     corners = min(max(32, int(8 * float(np.abs(radii).max()) ** 0.5)), 4096)
     angles: npt.NDArray[np.float64] = 2 * np.pi * np.arange(corners) / corners

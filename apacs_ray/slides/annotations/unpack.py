@@ -36,7 +36,7 @@ ENCODINGS = re.compile(
 
 
 def unpacked(content: bytes) -> bytes:
-    """The annotation inside a gzip or zip file; others as they are. Raises BadInput: bad_annotation."""
+    """Return the annotation inside a gzip or zip file; others as they are. Raises BadInput: bad_annotation."""
     for _ in range(LEVELS):
         if len(content) > LARGEST_FILE:
             raise too_large(f"{len(content)} bytes")
@@ -55,6 +55,7 @@ def unpacked(content: bytes) -> bytes:
 
 
 def too_large(what: str) -> BadInput:
+    """Return the defect of a file that is larger than `LARGEST_FILE`."""
     return BadInput("bad_annotation", f"{what}; {LARGEST_FILE} are the limit")
 
 
@@ -63,7 +64,7 @@ class _Stream(Protocol):
 
 
 def _bounded(stream: _Stream) -> bytes:
-    """All that a packed stream holds, if that is not too much."""
+    """Return all that a packed stream holds, if that is not too much."""
     parts, size = [], 0
     while chunk := stream.read(CHUNK):
         parts.append(chunk)
@@ -94,13 +95,23 @@ def _only_member(content: bytes) -> bytes:
 
 
 def _may_annotate(path: str) -> bool:
-    """Whether a member of a zip file is meant: none that an operating system adds, or hides."""
+    """Tell whether a member of a zip file is meant: none that an operating system adds, or hides."""
     parts = path.replace("\\", "/").split("/")
     return bool(MEMBER.search(parts[-1])) and not any(part == "__MACOSX" or part.startswith(".") for part in parts)
 
 
 def decoded(content: bytes) -> str:
-    """The text of a JSON or XML file, by its byte order mark, its zero bytes or its declaration, else UTF-8."""
+    """Decode the text of a JSON or XML file, by its byte order mark, zero bytes or declaration, else as UTF-8.
+
+    Args:
+        content: the file, unpacked.
+
+    Returns:
+        Its text.
+
+    Raises:
+        BadInput: bad_annotation; it is no text in a known encoding.
+    """
     try:
         return content.decode(_encoding_of(content))
     except (UnicodeError, LookupError) as error:
@@ -108,8 +119,8 @@ def decoded(content: bytes) -> str:
 
 
 def _encoding_of(content: bytes) -> str:
-    for mark, encoding in BOMS:
-        if content.startswith(mark):
+    for bom, encoding in BOMS:
+        if content.startswith(bom):
             return encoding
     zeros = [not byte for byte in content[:2]]
     if zeros == [False, True] or zeros == [True, False]:

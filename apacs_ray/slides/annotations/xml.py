@@ -1,4 +1,4 @@
-"""XML of annotations: ASAP's, and Aperio ImageScope's, which call quite different things by the same names.
+"""XML of annotations, ASAP's and Aperio ImageScope's, which call quite different things by the same names.
 
 ASAP: ASAP_Annotations/Annotations/Annotation/Coordinates/Coordinate. ImageScope: Annotations/Annotation (a layer)
 /Regions/Region/Vertices/Vertex. Both count from level 0.
@@ -32,7 +32,17 @@ FREEHAND, RECTANGLE, ELLIPSE = "0", "1", "2"  # types of ImageScope's regions; o
 
 
 def read_xml(text: str) -> Drawing:
-    """Raises BadInput: bad_annotation (no XML, one that would expand entities, or one of another kind)."""
+    """Return the shapes of an XML file, level-0 px.
+
+    Args:
+        text: the file's.
+
+    Returns:
+        Its shapes.
+
+    Raises:
+        BadInput: bad_annotation; it is no XML, one that would expand entities, or one of another kind.
+    """
     require_bounded(text, "<=")
     try:
         root = fromstring(text, forbid_dtd=True)
@@ -77,7 +87,7 @@ def _asap_polygon(annotation: Element) -> Polygon | str:
 
 
 def _number(point: Element, name: str) -> float:
-    """A coordinate; a comma is the decimal point of some countries, nobody writes one for the thousands."""
+    """Return a coordinate; a comma is the decimal point of some countries, nobody writes one for the thousands."""
     return float(point.attrib[name].replace(",", "."))
 
 
@@ -98,7 +108,7 @@ def _imagescope_shapes(drawn: list[Element]) -> Iterator[Shape]:
 
 
 def _attributes(element: Element) -> Iterator[str | None]:
-    """What people write into the attributes of a layer or region."""
+    """Yield what people write into the attributes of a layer or region."""
     for attribute in element.iterfind("Attributes/Attribute"):
         name = attribute.get("Name", "")
         yield attribute.get("Value")
