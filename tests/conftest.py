@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
@@ -76,6 +77,19 @@ def untrained(undisturbed: Path, tmp_path: Path) -> Path:
     for folder in ("members", "heatmaps", "fusion", "evaluation"):
         shutil.rmtree(output / folder)
     return output
+
+
+@pytest.fixture
+def printed_log() -> Iterator[None]:
+    """What our modules log is printed, as in a driver."""
+    from apacs_ray.console import LOGGER, print_log
+
+    logger = logging.getLogger(LOGGER)
+    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
+    print_log()
+    yield
+    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -89,8 +89,9 @@ def test_the_line_of_folders_stays_short(capsys: pytest.CaptureFixture[str]) -> 
 
 LIST = """
 import os, sys
-from apacs_ray.console import say
+from apacs_ray.console import print_log, say
 from apacs_ray.storage import LocalStore
+print_log()
 say("ready")  # whatever is imported late is imported now: the next user may not read it
 os.setgroups([])
 os.setgid(65534)
@@ -108,7 +109,7 @@ def open_folder() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def test_folders_that_may_not_be_listed_are_told(open_folder: Path) -> None:
+def test_folders_that_may_not_be_listed_are_logged(open_folder: Path) -> None:
     if os.getuid() != 0:
         pytest.skip("only root can become a user that may not read its own files")
     if not all(path.stat().st_mode & 0o001 for path in open_folder.parents):

@@ -1,4 +1,4 @@
-"""The tables that settings name: `data.splits` and `data.mpps`."""
+"""Checks of the tables that settings name: `data.splits` and `data.mpps`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from apacs_ray.stages.source import read_text
 
 
 def check_splits(data: DataSettings) -> Iterator[Finding]:
-    """Whether `data.splits`, where it is given, is there and has a split in every line."""
+    """Check that `data.splits`, where it is given, exists and has a split in every line."""
     try:
         text = read_text(data.splits)
         if text is not None:
@@ -23,7 +23,7 @@ def check_splits(data: DataSettings) -> Iterator[Finding]:
 
 
 def check_mpps(data: DataSettings) -> Iterator[Finding]:
-    """Whether `data.mpps`, where it is given, is there and has a resolution in every line."""
+    """Check that `data.mpps`, where it is given, exists and has a resolution in every line."""
     try:
         text = read_text(data.mpps)
         if text is not None:
