@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from apacs_ray.data.tiles import TILE_SCHEMA
 
 import apacs_ray
 from apacs_ray.config.settings import Settings
-from apacs_ray.data.folders import Reject
+from apacs_ray.data.rejects import Reject
 from apacs_ray.data.shards import RECEIPT, Receipt
+from apacs_ray.data.tile_rows import TILE_SCHEMA
 from apacs_ray.distributed.data import REJECT_SCHEMA
 from apacs_ray.distributed.heatmaps import HEATMAP_SCHEMA
 from apacs_ray.evaluation.metrics import compare, summarize
