@@ -61,8 +61,8 @@ from apacs_ray.slides.manifest import read_manifest
 from apacs_ray.slides.mask_sources import ImageMask
 from apacs_ray.slides.open import open_slide
 from apacs_ray.slides.tiff_tiles import TiffTiles
-from apacs_ray.stages.evaluate import _rejects
-from apacs_ray.stages.pipeline import Context, Outcome, Stage, run_stage
+from apacs_ray.stages.evaluate import read_rejects
+from apacs_ray.stages.stage import Job, Stage, StageResult, run_stage
 from apacs_ray.storage import Entry, LocalStore, S3Store, open_store
 from apacs_ray.storage.own_folder import own_folder
 from apacs_ray.testing.runs import ROOT, TILE, read_json, run
@@ -163,22 +163,26 @@ def test_no_failure_of_a_store_tells_a_secret(planted: str, monkeypatch: pytest.
 
 
 def test_what_a_stage_dies_of_is_kept_and_told_without_secrets(planted: str, tmp_path: Path) -> None:
-    def work(*_: object) -> Outcome:
-        raise RuntimeError(f"a worker died, its environment: {dict(os.environ)}")
+    class Dies(Stage[StageResult]):
+        name, script, folder, result_type = "ingest", "ingest.py", "tiles", StageResult
+
+        def fingerprint(self, settings: Settings) -> str:
+            return "0" * 16
+
+        def work(self, job: Job, fingerprint: str) -> StageResult:
+            raise RuntimeError(f"a worker died, its environment: {dict(os.environ)}")
 
     opened = Run.open(open_store(str(tmp_path)), Settings(), None)
-    context = Context(opened, RaySession(opened))
     with pytest.raises(RuntimeError):
-        run_stage(context, Stage("ingest", "tiles", lambda _: "0" * 16, work))
+        run_stage(opened, RaySession(opened), Dies())
     opened.close()
     assert "a worker died" in read_json(tmp_path / RUN_JSON)["stages"]["ingest"]["error"]
     assert clear_of_secrets((tmp_path / RUN_JSON).read_bytes())
     code = f"""
-        from apacs_ray.commands import stages as entry
-        def dies(*_):
+        from apacs_ray.commands.shell import run_command
+        def dies():
             raise RuntimeError("at https://me:{SECRET}@host?X-Amz-Signature={TOKEN} {KEY_ID} {SECRET} \\x1b[31m")
-        entry._run = dies
-        entry.main("full.py", "", None, ["--output", {str(tmp_path)!r}])
+        run_command(dies)
     """
     command = [sys.executable, "-c", "if True:" + code]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
@@ -316,7 +320,7 @@ def test_parquet_that_ray_would_unpickle_is_refused(tmp_path: Path, gone_off: Pa
         lambda: read_index(store, "train"),
         lambda: read_rows(store, [(shard, 0, 0)], ["image"]),
         lambda: read_manifest(store, "manifest/0/000000.parquet"),
-        lambda: _rejects(store),
+        lambda: read_rejects(store),
         lambda: open_table(store.open(shard), shard),
     ]
     for read in readers:
