@@ -26,6 +26,7 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from support.runs import TILE, run
 from support.slide_files import picture, write_tiff
 from test_annotations import INFO, collection, polygon
 from test_report import Page, context
@@ -65,7 +66,7 @@ from apacs_ray.stages.evaluate import read_rejects
 from apacs_ray.stages.stage import Job, Stage, StageResult, run_stage
 from apacs_ray.storage import Entry, LocalStore, S3Store, open_store
 from apacs_ray.storage.own_folder import own_folder
-from apacs_ray.testing.runs import ROOT, TILE, read_json, run
+from apacs_ray.testing.runs import ROOT, read_json
 from apacs_ray.testing.s3_proxy import proxy
 from apacs_ray.training.checkpoints import FILES, complete_checkpoints, fetch, keep_checkpoint
 from apacs_ray.training.dataset import decode_pixels
