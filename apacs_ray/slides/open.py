@@ -13,10 +13,10 @@ from apacs_ray.slides.reader import Engine, Slide
 from apacs_ray.slides.tiff import OtherEngine, read_pyramid
 from apacs_ray.slides.vips_engine import VipsSlide
 
-LARGEST_SIDE, LARGEST_AREA = 2_000_000, 2e11  # px; of a quarter of a micron: half a meter, and 125 square centimeters
-PLAIN = {"generic-tiff", "aperio"}  # of OpenSlide's formats, what the TIFF engine reads faster and more strictly
+LARGEST_SIDE, LARGEST_AREA = 2_000_000, 2e11  # px; half a meter and 125 cm2 at 0.25 um per px
+PLAIN = {"generic-tiff", "aperio"}  # OpenSlide's names of formats that our engine reads faster and more strictly
 TIFF = {b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"}
-# TIFF to which more belongs than its tags say: tiles that overlap (BIF, Trestle), that are one JPEG stream (NDPI)
+# formats whose tags do not say all: tiles overlap (BIF, Trestle), or are one JPEG stream (NDPI)
 NEVER_PLAIN = {"ventana", "trestle", "hamamatsu"}
 
 
@@ -89,7 +89,7 @@ def _first_that_opens(path: Path, ways: list[tuple[str, Callable[[], Slide]]]) -
             reasons.append(f"{name}: {error}")
         except BadInput as defect:
             if name == "libvips" and not reasons and defect.code in ("unsupported_slide", "too_large"):
-                raise  # no engine reads such a file right
+                raise  # the other engine would read such a file wrong
             codes.append(defect.code)
             if len(ways) == 1:
                 raise

@@ -80,7 +80,7 @@ def say_found(found: FolderData | SlideData) -> None:
             folders = text[:LONGEST]
     if folders:
         say(f"ingest: folders: {folders}{f' and {more} more' if more else ''}")
-    told = found.left.told()
+    told = found.left.describe()
     if told:
         say(f"ingest: {told}")
 
