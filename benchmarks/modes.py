@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
 from measure import options, require, show  # noqa: E402
-from ray_cluster import processes  # noqa: E402
-from runs import read_json, start  # noqa: E402
 
 from apacs_ray.storage import LocalStore  # noqa: E402
 from apacs_ray.synthetic.slide import slide_specs  # noqa: E402
 from apacs_ray.synthetic.write import write_smear  # noqa: E402
+from apacs_ray.testing.cluster import processes  # noqa: E402
+from apacs_ray.testing.runs import read_json, start  # noqa: E402
 
 SETTINGS = [
     "--tiles.size", "512", "--tiles.shard", "8",

@@ -25,7 +25,7 @@ from apacs_ray.distributed.session import KEEP_MEMORY
 from apacs_ray.distributed.train import NetworkTask, TrainingTask, train
 from apacs_ray.models.spec import ModelSpec
 from apacs_ray.models.weights import build
-from apacs_ray.runs.run import source_hash
+from apacs_ray.runs.provenance import source_hash
 from apacs_ray.storage import LocalStore, Store
 from apacs_ray.training.checkpoints import complete_checkpoints
 from apacs_ray.training.config import TrainConfig

@@ -20,14 +20,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
 import boto3  # noqa: E402
 from faults import FOLDERS, OPTIONS, STAGES, SWEEP, differences  # noqa: E402
 from measure import options, require, show  # noqa: E402
 from moto.server import ThreadedMotoServer  # noqa: E402
-from runs import start, write_cells  # noqa: E402
-from s3_proxy import KINDS, Behavior, Draw, Proxy, Request, at_random, proxy  # noqa: E402
+
+from apacs_ray.testing.runs import start, write_cells  # noqa: E402
+from apacs_ray.testing.s3_proxy import KINDS, Behavior, Draw, Proxy, Request, at_random, proxy  # noqa: E402
 
 RATE = 0.05  # of each kind
 DELAY = 2.0  # s

@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from apacs_ray.commands.stages import main
+from apacs_ray.commands.pipeline import main
 
 if __name__ == "__main__":
-    main("evaluate.py", "Evaluate all models on the test tiles and write the report.", ("evaluate",))
+    main("evaluate.py")

@@ -5,11 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from apacs_ray.commands.stages import main
+from apacs_ray.commands.pipeline import main
 
 if __name__ == "__main__":
-    main(
-        "tune_fusion.py",
-        "Store the members' heatmaps and sweep the fusion's hyperparameters.",
-        ("heatmaps", "tune_fusion"),
-    )
+    main("tune_fusion.py")

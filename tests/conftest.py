@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 SHARED = ROOT.parent / "shared"
 
-from runs import SMALL, SWEPT, run, write_cells  # noqa: E402 - the path stands only now
-from s3_proxy import Behavior, Proxy, proxy  # noqa: E402
+from apacs_ray.testing.runs import SMALL, SWEPT, run, write_cells  # noqa: E402 - the path stands only now
+from apacs_ray.testing.s3_proxy import Behavior, Proxy, proxy  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import shapely
-from annotation_files import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.annotation_files import (
     FORMATS,
     SIDE,
     Rectangle,
@@ -26,8 +28,6 @@ from annotation_files import (
     imagescope,
     packed_counts,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from apacs_ray.data.grid import Box
 from apacs_ray.errors import BadInput

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from slide_files import picture, write_slide, write_tiff
+from support.slide_files import picture, write_slide, write_tiff
 
 from apacs_ray.config.settings import DataSettings, TilesSettings
 from apacs_ray.data.shards import shard_path

@@ -19,10 +19,9 @@ import boto3
 import numpy as np
 import pytest
 from ray._common.utils import get_default_ray_temp_dir
-from s3_proxy import Behavior, Proxy
 
 from apacs_ray.commands.doctor import doctor
-from apacs_ray.config import command_line as cli
+from apacs_ray.config import yaml
 from apacs_ray.config.command_line import parse
 from apacs_ray.distributed.probe import Survey, cause
 from apacs_ray.distributed.resource_plan import Nodes, cluster_of
@@ -32,6 +31,7 @@ from apacs_ray.doctor.finding import Finding, examine, shown
 from apacs_ray.doctor.stores import Stores
 from apacs_ray.errors import ApacsError, UsageError
 from apacs_ray.storage import LocalStore, open_store
+from apacs_ray.testing.s3_proxy import Behavior, Proxy
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -439,7 +439,7 @@ def test_a_sweep_that_would_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(UsageError, match="optuna"):
         doctor(given)
 
-    monkeypatch.setattr(cli, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(yaml, "REPOSITORY", tmp_path)
     monkeypatch.chdir(tmp_path)
     assert only(sweep()).state == "warning"
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from jobs import Job
-from ray_cluster import DEFAULT_PORT, RayCluster, processes
-from runs import SLOWLY, SMALL, read_json
+
+from apacs_ray.testing.cluster import DEFAULT_PORT, RayCluster, processes
+from apacs_ray.testing.jobs import Job
+from apacs_ray.testing.runs import SLOWLY, SMALL, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 

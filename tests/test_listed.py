@@ -16,14 +16,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from runs import ROOT, run
-from slide_files import picture, write_tiff
+from support.slide_files import picture, write_tiff
 
 from apacs_ray.data.folders import FolderData
 from apacs_ray.data.ignored import Ignored
 from apacs_ray.errors import UsageError
 from apacs_ray.stages.ingest_result import listed_data, listed_masks, say_found
 from apacs_ray.storage import LocalStore, Store, open_store
+from apacs_ray.testing.runs import ROOT, run
 
 
 def touch(folder: Path, *paths: str) -> None:

@@ -24,16 +24,15 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
-from runs import ROOT, TILE, read_json, run
-from s3_proxy import proxy
-from slide_files import picture, write_tiff
+from support.slide_files import picture, write_tiff
 from test_annotations import INFO, collection, polygon
 from test_report import Page, context
 
 from apacs_ray import redact as clean
 from apacs_ray import storage
-from apacs_ray.config.command_line import default_output, parse, read_yaml
+from apacs_ray.config.command_line import default_output, parse
 from apacs_ray.config.settings import DataSettings, Settings, TilesSettings
+from apacs_ray.config.yaml import read_yaml
 from apacs_ray.console import cell, console, say
 from apacs_ray.data.folders import find_pairs
 from apacs_ray.data.image_tiles import ShardTask, Source, plan_tiles, probe_pair, write_shard
@@ -48,7 +47,8 @@ from apacs_ray.models.spec import ModelSpec
 from apacs_ray.models.weights import load_model
 from apacs_ray.report.page import build_report
 from apacs_ray.runs.lease import LOCK, Lease
-from apacs_ray.runs.run import MARKER, RUN_JSON, Marker, Run
+from apacs_ray.runs.markers import MARKER, Marker
+from apacs_ray.runs.run import RUN_JSON, Run
 from apacs_ray.slides.annotations import rasterize as polygons
 from apacs_ray.slides.annotations import shapes, unpack
 from apacs_ray.slides.annotations.rasterize import fill
@@ -63,6 +63,8 @@ from apacs_ray.stages.evaluate import _rejects
 from apacs_ray.stages.pipeline import Context, Outcome, Stage, run_stage
 from apacs_ray.storage import Entry, LocalStore, S3Store, open_store
 from apacs_ray.storage.own_folder import own_folder
+from apacs_ray.testing.runs import ROOT, TILE, read_json, run
+from apacs_ray.testing.s3_proxy import proxy
 from apacs_ray.training.checkpoints import FILES, complete_checkpoints, fetch, keep_checkpoint
 from apacs_ray.training.dataset import decode_pixels
 from apacs_ray.training.history import EpochRecord

@@ -11,7 +11,7 @@ import pytest
 import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
-from slide_files import picture, write_ndpi, write_slide, write_tiff
+from support.slide_files import picture, write_ndpi, write_slide, write_tiff
 
 from apacs_ray.errors import BadInput
 from apacs_ray.slides.mpp import ome_scale, square_mpp

@@ -8,7 +8,7 @@ import numpy as np
 import openslide
 import pytest
 import tifffile
-from slide_files import picture, write_slide, write_tiff
+from support.slide_files import picture, write_slide, write_tiff
 
 from apacs_ray.config.settings import DataSettings, TilesSettings
 from apacs_ray.data.grid import Box

@@ -16,7 +16,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from ray_cluster import RayCluster, kill_node, processes
+
+from apacs_ray.testing.cluster import RayCluster, kill_node, processes
 
 SCRIPT = Path(__file__).resolve().parent.parent / "cluster" / "spot_notice.py"
 TOKEN = "token-of-the-instance"

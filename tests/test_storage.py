@@ -19,7 +19,8 @@ from apacs_ray.distributed.session import joined_machines, refuse_local
 from apacs_ray.errors import ApacsError, UsageError
 from apacs_ray.runs import lease as lease_module
 from apacs_ray.runs.lease import LOCK, Holder, Lease, LeaseHeld
-from apacs_ray.runs.run import Counts, Marker, Run
+from apacs_ray.runs.markers import Counts, Marker
+from apacs_ray.runs.run import Run
 from apacs_ray.storage import Conflict, Store, open_store
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,8 +16,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from runs import SMALL, read_json, run, start, wait_for
-from s3_proxy import KINDS, Behavior, Proxy, at_random, in_turn, refusing_writes
 from torch import nn
 
 from apacs_ray.data.shards import Receipt, read_rows, write_table
@@ -28,6 +26,8 @@ from apacs_ray.runs.lease import LOCK, Lease, LeaseHeld
 from apacs_ray.slides.cache import SlideCache
 from apacs_ray.storage import Conflict, LocalStore, Store, open_store
 from apacs_ray.storage import retry as s3_requests
+from apacs_ray.testing.runs import SMALL, read_json, run, start, wait_for
+from apacs_ray.testing.s3_proxy import KINDS, Behavior, Proxy, at_random, in_turn, refusing_writes
 from apacs_ray.training.checkpoints import complete_checkpoints, keep_checkpoint
 from apacs_ray.training.history import EpochRecord, read_history
 from apacs_ray.training.state import TrainState, save_state

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from tiff_kinds import SIDE, TILE, Kind, all_kinds, picture, write
+from support.tiff_kinds import SIDE, TILE, Kind, all_kinds, picture, write
 
 from apacs_ray.errors import BadInput
 from apacs_ray.slides.open import open_slide

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFilter
 from scipy import ndimage
-from slide_files import picture, write_slide, write_tiff
-from smear_scenes import LevelSlide, Paint, Rgb, Scene, bare, jpeg, lit, painted, score, singles, smear
+from support.slide_files import picture, write_slide, write_tiff
+from support.smear_scenes import LevelSlide, Paint, Rgb, Scene, bare, jpeg, lit, painted, score, singles, smear
 
 from apacs_ray.config.settings import TilesSettings
 from apacs_ray.data.grid import Box

@@ -17,7 +17,7 @@ import tifffile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from slide_files import picture, write_tiff
+from support.slide_files import picture, write_tiff
 
 from apacs_ray.config.settings import DataSettings, TilesSettings
 from apacs_ray.data import image_tiles as ingest

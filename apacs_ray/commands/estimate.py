@@ -12,22 +12,23 @@ from typing import TypeVar
 
 from rich.table import Table
 
-from apacs_ray.config.sweep import plan_sweep, read_sweep
+from apacs_ray.config.settings import Settings
+from apacs_ray.config.sweep import read_sweep
 from apacs_ray.console import cell, console, say
-from apacs_ray.data.folders import Pair, find_pairs
+from apacs_ray.data.folders import Pair
 from apacs_ray.distributed.measure import measured
 from apacs_ray.distributed.pool import plan_pool
-from apacs_ray.distributed.resource_plan import Cluster, NetworkPlan, TrainingPlan, plan_training
+from apacs_ray.distributed.resource_plan import Cluster, NetworkPlan, TrainingPlan, plan_sweep, plan_training
+from apacs_ray.distributed.session import RaySession
 from apacs_ray.errors import ApacsError
 from apacs_ray.estimate.cutting import PAIRS, SLIDES, cut_pairs, cut_slides, spread
 from apacs_ray.estimate.lines import REPORT, Line, Seconds, Tiles, pool, sweep, tiling, training
 from apacs_ray.estimate.networks import ASSUMED_GPU, Inference, SampleTile, Times, Training, assume, measure
 from apacs_ray.models.spec import MEMBERS, ModelSpec
+from apacs_ray.runs.run import Run
 from apacs_ray.slides.slide_files import SlideFiles
-from apacs_ray.stages.ingest import data_store, holds_folders
-from apacs_ray.stages.ingest_result import listed_data, with_given_splits
-from apacs_ray.stages.ingest_slides import make_smears, slides_to_cut
-from apacs_ray.stages.pipeline import Context
+from apacs_ray.stages.ingest_slides import make_smears, slide_task
+from apacs_ray.stages.source import Source
 from apacs_ray.stages.train_fusion import fusion_specs
 from apacs_ray.training.config import TrainConfig
 
@@ -35,16 +36,16 @@ HOUR = 3600.0
 U = TypeVar("U", Pair, SlideFiles)
 
 
-def estimate(context: Context, only: Sequence[str] | None) -> None:
-    """Say for each stage (of `only`, None: all) what it will take.
+def estimate(run: Run, ray: RaySession, names: Sequence[str]) -> None:
+    """Say for each stage of `names` what it will take.
 
     Nothing is trained, and nothing but what is made or fetched anyway is kept: synthetic smears, slides in the cache.
     """
     began = time.perf_counter()
-    context.ray.start()
-    cluster = context.ray.cluster()
-    tiles, tile, cut = _look_at_data(context, cluster)
-    networks = _Networks(context, cluster, tiles, tile)
+    ray.start()
+    cluster = ray.cluster()
+    tiles, tile, cut = _look_at_data(run, cluster, trains=set(names) != {"ingest"})
+    networks = _Networks(run.settings, cluster, tiles, tile, assumed=cluster.gpus > 0 and not ray.has_gpus())
     lines: dict[str, Callable[[], list[Line]]] = {
         "ingest": lambda: [cut],
         "train_members": lambda: [networks.members()],
@@ -53,11 +54,11 @@ def estimate(context: Context, only: Sequence[str] | None) -> None:
         "train_fusion": lambda: [networks.fusions()],
         "evaluate": lambda: [networks.evaluation()],
     }
-    shown = [line for name, work in lines.items() if only is None or name in only for line in work()]
+    shown = [line for name, work in lines.items() if name in names for line in work()]
     _show(shown)
     there = f"{cluster.cpus:.0f} CPUs" + (f" and {cluster.gpus:g} GPUs" if cluster.gpus else "")
     say(f"on {there}, from a sample of {time.perf_counter() - began:.0f} s; nodes that have to start come on top")
-    if context.settings.members.patience or context.settings.fusion.patience:
+    if run.settings.members.patience or run.settings.fusion.patience:
         say("training that no longer gets better ends earlier (members.patience, fusion.patience)")
     if networks.assumed:
         say(f"no GPU is there yet: {ASSUMED_GPU / 1e12:.0f} TFLOP/s were assumed of each, nothing was measured")
@@ -66,23 +67,22 @@ def estimate(context: Context, only: Sequence[str] | None) -> None:
 Unit = Pair | SlideFiles
 
 
-def _look_at_data(context: Context, cluster: Cluster) -> tuple[Tiles, SampleTile, Line]:
+def _look_at_data(run: Run, cluster: Cluster, *, trains: bool) -> tuple[Tiles, SampleTile, Line]:
     """How many tiles there will be, one of them, and what cutting them takes."""
-    store, settings = data_store(context), context.settings
-    if context.run.data is None:
-        make_smears(context, store)
-    entries = listed_data(context, store)
+    settings, source = run.settings, Source.of(run.store, run.data, run.settings)
+    store = source.store
+    if source.is_synthetic:
+        make_smears(settings, store)
+    elif trains:
+        source.require_training_splits()
     listed: Sequence[Unit]
     chosen: Sequence[Unit]
-    if holds_folders(store.uri, entries):
-        found = find_pairs(entries, root=store.uri, slide_regex=settings.data.slide_regex)
-        pairs = with_given_splits(found.pairs, settings.data.splits)
-        some = _chosen(pairs, PAIRS)
-        listed, chosen, cut = pairs, some, partial(cut_pairs, store, some, settings.tiles, settings.data)
+    if source.holds_folders:
+        some = _chosen(source.pairs, PAIRS)
+        listed, chosen, cut = source.pairs, some, partial(cut_pairs, store, some, settings.tiles, settings.data)
     else:
-        task, _, slides = slides_to_cut(context, store, entries, "estimate")
-        few = _chosen(slides, SLIDES)
-        listed, chosen, cut = slides, few, partial(cut_slides, task, few)
+        few = _chosen(source.slides, SLIDES)
+        listed, chosen, cut = source.slides, few, partial(cut_slides, slide_task(source, run.store, "estimate"), few)
     if not listed:
         raise ApacsError(f"{store.uri}: nothing to cut")
     sample = measured(cut, cpus=min(1.0, cluster.cpus), gpus=0)
@@ -134,10 +134,9 @@ def _count(
 class _Networks:
     """The stages with networks: planned as a run plans them, and measured at once in one process."""
 
-    def __init__(self, context: Context, cluster: Cluster, tiles: Tiles, tile: SampleTile) -> None:
-        settings = context.settings
+    def __init__(self, settings: Settings, cluster: Cluster, tiles: Tiles, tile: SampleTile, *, assumed: bool) -> None:
         self._settings, self._cluster, self._tiles, self._tile = settings, cluster, tiles, tile
-        self.assumed = cluster.gpus > 0 and not context.ray.has_gpus()
+        self.assumed = assumed
         self._member_specs = [
             ModelSpec("member", name, width=settings.members.width, dropout=settings.members.dropout)
             for name in MEMBERS

@@ -6,6 +6,8 @@ Nothing here imports torch or Ray, so `--help` answers at once.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -15,10 +17,33 @@ HeatmapInit = Literal["random", "mean", "zero"]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
+@dataclass(frozen=True)
+class Mark:
+    """What is said of a setting beside its type, in `Annotated[...]`."""
+
+    text: str
+
+
+NOT_IN_FINGERPRINT = Mark("a stage's output does not depend on it, or its fingerprint names it elsewhere")
+
+
 class Section(BaseModel):
     """A branch of the tree: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def fingerprint_inputs(self, *, exclude: Collection[str] = ()) -> dict[str, Any]:
+        """Return the fields that a stage's output depends on, dumped.
+
+        Args:
+            exclude: Fields left out beside those marked `NOT_IN_FINGERPRINT`.
+
+        Returns:
+            The fields by name, nested models as dicts.
+        """
+        fields = type(self).model_fields
+        marked = {name for name, field in fields.items() if NOT_IN_FINGERPRINT in field.metadata}
+        return self.model_dump(exclude=marked | set(exclude))
 
 
 class DataSettings(Section):
@@ -40,10 +65,12 @@ class DataSettings(Section):
         description="focal plane of a z-stack (TIFF): middle, its number from 0, or sharpest, which is chosen anew for "
         "each tile",
     )
-    cache: str | None = Field(
+    cache: Annotated[str | None, NOT_IN_FINGERPRINT] = Field(
         None, description="folder on each node for slides from object storage (default: in the temporary folder)"
     )
-    cache_gb: float = Field(50.0, gt=0, description="GiB that the cache may hold, beside the slides in use")
+    cache_gb: Annotated[float, NOT_IN_FINGERPRINT] = Field(
+        50.0, gt=0, description="GiB that the cache may hold, beside the slides in use"
+    )
     splits: str | None = Field(None, description="URI of a CSV slide_id,split (split: train, val or test)")
     slide_regex: str | None = Field(
         None,
@@ -53,7 +80,7 @@ class DataSettings(Section):
     val_fraction: Share = Field(
         0.2, gt=0, description="share of the training part that becomes val, when no val part is given"
     )
-    max_rejects: str = Field(
+    max_rejects: Annotated[str, NOT_IN_FINGERPRINT] = Field(
         "default",
         description="rejected units that a stage tolerates, a count (5) or a share (1%) of the units listed; "
         "'default' is the larger of 1% and 5",
@@ -140,7 +167,10 @@ class TilesSettings(Section):
 
 
 class TrainingSettings(Section):
-    """What training the members and training the fusion have in common."""
+    """What training the members and training the fusion have in common.
+
+    In `Settings` the fusion has the members' value of each field that is not given for it.
+    """
 
     epochs: int = Field(100, ge=1, description="passes over the training tiles")
     batch_size: int = Field(4, ge=1, description="tiles a step, over all workers")
@@ -160,7 +190,9 @@ class TrainingSettings(Section):
         "auto", description="auto: bfloat16 autocast where the device computes it fast, else float32"
     )
     patience: int = Field(15, ge=0, description="epochs without a better val Dice before training stops; 0: never")
-    workers: int = Field(0, ge=0, description="DDP workers a network; 0: as the cluster allows")
+    workers: Annotated[int, NOT_IN_FINGERPRINT] = Field(
+        0, ge=0, description="DDP workers a network; 0: as the cluster allows"
+    )
 
     @field_validator("crop")
     @classmethod
@@ -174,7 +206,7 @@ class MembersSettings(TrainingSettings):
     """The three members FCN-32, FCN-16 and FCN-8."""
 
     width: float = Field(1.0, gt=0, le=1, description="share of the published channel counts; 1.0: as published")
-    mode: Literal["auto", "parallel", "together"] = Field(
+    mode: Annotated[Literal["auto", "parallel", "together"], NOT_IN_FINGERPRINT] = Field(
         "auto",
         description="parallel: a training run for each member at the same time; together: one run steps all three on "
         "each batch; auto: together on one GPU or one CPU",
@@ -199,9 +231,11 @@ class MembersSettings(TrainingSettings):
 
 
 class FusionSettings(TrainingSettings):
-    """The fusion network on RGB and the members' heatmaps."""
+    """The fusion network on RGB and the members' heatmaps, trained as the members are where nothing else is given."""
 
-    width: float | None = Field(None, gt=0, le=1, description="as members.width (default: members.width)")
+    width: Annotated[float | None, NOT_IN_FINGERPRINT] = Field(
+        None, gt=0, le=1, description="as members.width (default: members.width)"
+    )
     head: Literal["published", "refined"] = Field(
         "refined",
         description="published: as released; refined: finer skips and a residual onto the members' mean",
@@ -213,8 +247,10 @@ class FusionSettings(TrainingSettings):
     trunk: Literal["random", "fcn32"] = Field(
         "random", description="start of the trunk: random, or that of the trained FCN-32 (of the same width)"
     )
-    from_best: bool = Field(True, description="train with the best setting of the sweep")
-    compare: bool = Field(False, description="train and evaluate the published head as well")
+    from_best: Annotated[bool, NOT_IN_FINGERPRINT] = Field(True, description="train with the best setting of the sweep")
+    compare: Annotated[bool, NOT_IN_FINGERPRINT] = Field(
+        False, description="train and evaluate the published head as well"
+    )
 
     @field_validator("members")
     @classmethod
@@ -273,6 +309,21 @@ class Settings(Section):
     fusion: FusionSettings = FusionSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     run: RunSettings = RunSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fusion_trains_as_the_members(cls, tree: Any) -> Any:
+        """Fill in, from `members`, the `TrainingSettings` that `fusion` is not given."""
+        if not isinstance(tree, dict):
+            return tree
+        members, fusion = (
+            section.model_dump(exclude_unset=True) if isinstance(section, Section) else section
+            for section in (tree.get("members", {}), tree.get("fusion", {}))
+        )
+        if not isinstance(members, dict) or not isinstance(fusion, dict):
+            return tree  # which is refused below, by name
+        inherited = {name: members[name] for name in TrainingSettings.model_fields if name in members}
+        return {**tree, "fusion": {**inherited, **fusion}}
 
     @model_validator(mode="after")
     def _trunk_fits(self) -> Settings:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import importlib.util
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from apacs_ray.config.command_line import find_config, read_yaml
-from apacs_ray.config.settings import FusionSettings
-from apacs_ray.distributed.resource_plan import Cluster, NetworkPlan, plan_trials
+from apacs_ray.config.settings import NOT_IN_FINGERPRINT, FusionSettings, Section, Settings
+from apacs_ray.config.yaml import MissingConfig, find_config, read_yaml
 from apacs_ray.errors import UsageError
 
 SWEPT = (
@@ -27,11 +27,7 @@ MUTABLE = ("learning_rate", "weight_decay", "dropout", "dice_weight", "jitter") 
 DISTRIBUTIONS = ("uniform", "loguniform", "quniform", "randint", "choice", "grid")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Distribution(_Strict):
+class Distribution(Section):
     """How one setting is drawn: `{loguniform: [1e-4, 1e-2]}`, `{choice: [a, b]}`, `{grid: [a, b]}` ..."""
 
     kind: Literal["uniform", "loguniform", "quniform", "randint", "choice", "grid"]
@@ -67,7 +63,7 @@ class Distribution(_Strict):
         return self.values[:2] if self.kind not in ("choice", "grid") else self.values
 
 
-class Scheduler(_Strict):
+class Scheduler(Section):
     """Which trials are stopped early (`async_hyperband`, that is ASHA), go on from better ones (`pbt`), or neither."""
 
     kind: Literal["async_hyperband", "pbt", "fifo"] = "fifo"
@@ -76,7 +72,7 @@ class Scheduler(_Strict):
     interval: int = Field(2, ge=1, description="pbt: epochs between looks at the population")
 
 
-class Resources(_Strict):
+class Resources(Section):
     """What one trial asks for: one process, or with `workers` a trainer of so many, each with `cpu` and `gpu`.
 
     `gpu` counts only where the cluster has GPUs.
@@ -87,15 +83,17 @@ class Resources(_Strict):
     workers: int = Field(1, ge=1, description="DDP workers of a trial; 1: a single process, which shares GPUs best")
 
 
-class Sweep(_Strict):
+class Sweep(Section):
     """One sweep, as a YAML file describes it."""
 
     trials: int = Field(ge=1)
     epochs: int = Field(ge=1, description="of a trial at most")
-    concurrency: int = Field(0, ge=0, description="trials at a time; 0: as the cluster allows")
+    concurrency: Annotated[int, NOT_IN_FINGERPRINT] = Field(
+        0, ge=0, description="trials at a time; 0: as the cluster allows"
+    )
     searcher: Literal["random", "optuna"] = "random"
     scheduler: Scheduler = Scheduler()
-    resources: Resources = Resources()
+    resources: Annotated[Resources, NOT_IN_FINGERPRINT] = Resources()
     space: dict[str, Distribution]
 
     @model_validator(mode="after")
@@ -129,22 +127,12 @@ class Sweep(_Strict):
         return space
 
 
-def plan_sweep(sweep: Sweep, cluster: Cluster, batch_size: int) -> tuple[NetworkPlan, int]:
-    """`plan_trials` of what the sweep asks for."""
-    asked = sweep.resources
-    return plan_trials(
-        cluster,
-        workers=asked.workers,
-        cpu=asked.cpu,
-        gpu=asked.gpu,
-        batch_size=batch_size,
-        trials=sweep.trials,
-        concurrency=sweep.concurrency,
-    )
-
-
 def read_sweep(name: str) -> Sweep:
-    """The sweep in a YAML file, looked up like `--config`. Raises UsageError naming file and key."""
+    """Return the sweep in a YAML file, looked up like `--config`.
+
+    Raises:
+        UsageError: There is no such file, or it is no sweep; names file and key.
+    """
     path = find_config(name)
     try:
         return Sweep.model_validate(read_yaml(path))
@@ -152,3 +140,24 @@ def read_sweep(name: str) -> Sweep:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise UsageError(f"{path}: {key}: {first['msg'].removeprefix('Value error, ')}") from error
+
+
+def require_sweep(settings: Settings) -> None:
+    """Refuse a sweep that cannot run, which would be found when the members are trained, hours later.
+
+    Raises:
+        UsageError: The settings ask for a sweep, and it is missing, impossible, or does not fit the networks' widths.
+    """
+    tune = settings.tune
+    if not settings.fusion.from_best:
+        return
+    try:
+        sweep = read_sweep(tune.config)
+    except UsageError as error:
+        if isinstance(error, MissingConfig) and not tune.model_fields_set:
+            return  # the doctor of an installed package: the sweeps stay in the repository, as the scripts do
+        raise UsageError(f"tune.config: {error}") from error
+    if "fcn32" in sweep.trunks and settings.fusion_width != settings.members.width:
+        raise UsageError(f"tune.config: {tune.config}: trunk fcn32 needs fusion.width as members.width; leave it out")
+    if sweep.searcher == "optuna" and importlib.util.find_spec("optuna") is None:
+        raise UsageError(f"tune.config: {tune.config}: searcher optuna needs the package: pip install '.[optuna]'")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from apacs_ray.distributed.session import KEEP_MEMORY
-from apacs_ray.runs.run import require_source, source_hash
+from apacs_ray.runs.provenance import require_source, source_hash
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from apacs_ray.distributed.resource_plan import Cluster
 from apacs_ray.distributed.session import KEEP_MEMORY, configure_data
-from apacs_ray.runs.run import require_source, source_hash
+from apacs_ray.runs.provenance import require_source, source_hash
 
 
 @dataclass(frozen=True)

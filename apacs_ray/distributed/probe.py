@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 from apacs_ray.distributed.resource_plan import Cluster
 from apacs_ray.errors import ApacsError
-from apacs_ray.runs.run import ROOT
+from apacs_ray.runs.provenance import ROOT
 
 LIMIT = 40.0  # s
 

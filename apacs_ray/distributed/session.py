@@ -18,7 +18,8 @@ from apacs_ray.distributed.autoscaler import startable_nodes
 from apacs_ray.distributed.metrics import Gauges
 from apacs_ray.distributed.resource_plan import Cluster, Nodes, cluster_of
 from apacs_ray.errors import ApacsError
-from apacs_ray.runs.run import ROOT, Run, require_source, source_hash
+from apacs_ray.runs.provenance import ROOT, require_source, source_hash
+from apacs_ray.runs.run import Run
 from apacs_ray.storage import is_local
 from apacs_ray.storage.own_folder import own_folder
 

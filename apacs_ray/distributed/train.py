@@ -27,7 +27,7 @@ from apacs_ray.distributed.session import KEEP_MEMORY
 from apacs_ray.distributed.training_data import ray_samples
 from apacs_ray.errors import ApacsError, StoreTroubleError, TrainingError, gpu_too_small
 from apacs_ray.models.spec import ModelSpec
-from apacs_ray.runs.run import require_source
+from apacs_ray.runs.provenance import require_source
 from apacs_ray.storage import Store
 from apacs_ray.training.checkpoints import attempts, complete_checkpoints, fetch, keep_checkpoint
 from apacs_ray.training.config import TrainConfig

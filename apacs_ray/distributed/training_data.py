@@ -17,7 +17,7 @@ import pyarrow as pa
 from apacs_ray.data.shards import Place, TileIndex
 from apacs_ray.distributed.resource_plan import NetworkPlan
 from apacs_ray.distributed.session import configure_data
-from apacs_ray.runs.run import require_source
+from apacs_ray.runs.provenance import require_source
 from apacs_ray.training.batch import Sample
 from apacs_ray.training.dataset import Feed
 from apacs_ray.training.sampler import SampleRef

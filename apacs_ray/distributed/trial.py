@@ -21,7 +21,7 @@ from apacs_ray.distributed.resource_plan import NetworkPlan
 from apacs_ray.distributed.train import NetworkTask, TrainingTask, fit
 from apacs_ray.errors import ApacsError, gpu_too_small
 from apacs_ray.models.spec import fusion_spec
-from apacs_ray.runs.run import require_source
+from apacs_ray.runs.provenance import require_source
 from apacs_ray.storage import Store
 from apacs_ray.training.config import TrainConfig
 from apacs_ray.training.dataset import Crop, Feed, Heatmaps, in_memory, one_by_one

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
 from apacs_ray.config.command_line import Command
-from apacs_ray.config.sweep import plan_sweep, read_sweep
+from apacs_ray.config.sweep import read_sweep
 from apacs_ray.distributed.probe import Survey, survey
-from apacs_ray.distributed.resource_plan import Cluster, Nodes, cluster_of, plan_training
+from apacs_ray.distributed.resource_plan import Cluster, Nodes, cluster_of, plan_sweep, plan_training
 from apacs_ray.distributed.session import refuse_local
 from apacs_ray.doctor.finding import Finding
 from apacs_ray.doctor.machine import usable_cpus

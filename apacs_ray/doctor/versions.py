@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from apacs_ray.doctor.finding import Finding
-from apacs_ray.runs.run import ROOT
+from apacs_ray.runs.provenance import ROOT
 
 OLDEST_PYTHON = (3, 11)
 INSTALL = "pip install . (in the environment that is to run it)"

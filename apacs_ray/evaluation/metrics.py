@@ -10,9 +10,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from apacs_ray.evaluation.bootstrap import interval, resample
+from apacs_ray.evaluation.per_tile import PIXELS
+from apacs_ray.evaluation.registry import METRICS
 
 ENOUGH_SLIDES = 5  # from which slides are resampled; with fewer, tiles
-PIXELS = ("tp", "fp", "tn", "fn")
 Counts = npt.NDArray[np.int64]  # (..., 4): tp, fp, tn, fn
 Ratios = npt.NDArray[np.float64]
 
@@ -33,7 +34,7 @@ def summarize(per_tile: pa.Table, models: Sequence[str], seed: int) -> dict[str,
         metrics[model] = {
             **ratios(counts[:, at].sum(axis=0)),
             **_tile_means(counts[:, at]),
-            **_shapes(table, model),
+            **_pooled_metrics(table, model),
             "per_slide": slides.figures(counts[:, at]),
             "iou_ci95": None if drawn is None else interval(iou_of(drawn[:, at])),
             "dice_ci95": None if drawn is None else interval(dice_of(drawn[:, at])),
@@ -137,15 +138,12 @@ def _tile_means(counts: Counts) -> dict[str, Any]:
     }
 
 
-def _shapes(table: pa.Table, model: str) -> dict[str, Any]:
-    """Boundary IoU and object F1, pooled over the tiles."""
-    shared, union = (int(table[f"{model}_boundary_{part}"].to_numpy().sum()) for part in ("intersection", "union"))
-    tp, fp, fn = (int(table[f"{model}_objects_{part}"].to_numpy().sum()) for part in ("tp", "fp", "fn"))
-    return {
-        "boundary_iou": shared / union if union else None,
-        "objects": {"tp": tp, "fp": fp, "fn": fn},
-        "object_f1": 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else None,
-    }
+def _pooled_metrics(table: pa.Table, model: str) -> dict[str, Any]:
+    """The other metrics, from their counts summed over the tiles."""
+    values: dict[str, Any] = {}
+    for metric in METRICS:
+        values |= metric.pool({count: int(table[f"{model}_{count}"].to_numpy().sum()) for count in metric.counts})
+    return values
 
 
 def _number(value: float) -> float | None:

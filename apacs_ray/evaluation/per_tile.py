@@ -8,15 +8,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from apacs_ray.evaluation.objects import boundary, label_objects, match_objects
 from apacs_ray.evaluation.predictions import Mask
+from apacs_ray.evaluation.registry import METRICS
 
-BOUNDARY_SHARE = 0.02  # of the tile's diagonal: width of the boundary band, as in Cheng et al. (CVPR 2021)
-COUNTS = (
-    *("tp", "fp", "tn", "fn"),
-    *("boundary_intersection", "boundary_union"),
-    *("objects_tp", "objects_fp", "objects_fn"),
-)
+PIXELS = ("tp", "fp", "tn", "fn")
 PLACE = ("tile_id", "slide_id", "x", "y", "width", "height")
 
 
@@ -26,9 +21,10 @@ def per_tile_schema(models: Sequence[str]) -> pa.Schema:
     `tp fp tn fn`: pixels. `boundary_intersection`, `boundary_union`: pixels of the two boundary bands.
     `objects_tp objects_fp objects_fn`: objects matched, found only, annotated only. `disagreement`: 0..1.
     """
+    counts = [*PIXELS, *(count for metric in METRICS for count in metric.counts)]
     columns: list[tuple[str, Any]] = []
     columns += [(name, pa.string() if name.endswith("_id") else pa.int64()) for name in PLACE]
-    columns += [(f"{model}_{count}", pa.int64()) for model in models for count in COUNTS]
+    columns += [(f"{model}_{count}", pa.int64()) for model in models for count in counts]
     return pa.schema([*columns, ("disagreement", pa.float64())])
 
 
@@ -47,17 +43,11 @@ def tile_row(
     height, width = truth.shape
     region = _region(tile, height, width, border)
     row: dict[str, Any] = {name: tile[name] for name in PLACE}
-    band = max(1, round(BOUNDARY_SHARE * float(np.hypot(height, width))))
-    true_band = boundary(truth, band)[region]
-    true_objects = label_objects(truth[region])
+    counters = [metric.counter(truth, region) for metric in METRICS]
     for model, mask in masks.items():
-        edge = boundary(mask, band)[region]
-        counted: dict[str, int] = {
-            **confusion(mask[region], truth[region]),
-            "boundary_intersection": int((edge & true_band).sum()),
-            "boundary_union": int((edge | true_band).sum()),
-            **match_objects(label_objects(mask[region]), true_objects),
-        }
+        counted = confusion(mask[region], truth[region])
+        for count in counters:
+            counted |= count(mask)
         row |= {f"{model}_{name}": value for name, value in counted.items()}
     wrong = np.logical_and.reduce([masks[model][region] != truth[region] for model in disputed])
     row["disagreement"] = float(wrong.mean()) if wrong.size else 0.0

@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import json
 from collections import defaultdict
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from apacs_ray.config.settings import Settings
 from apacs_ray.data.shards import open_table, read_index
 from apacs_ray.distributed.evaluation import EvaluateTask, draw_tiles, evaluate_tiles
 from apacs_ray.distributed.pool import plan_pool
@@ -18,9 +21,14 @@ from apacs_ray.errors import ApacsError
 from apacs_ray.evaluation.metrics import compare, dice_of, pixel_counts, summarize
 from apacs_ray.models.spec import MEMBERS
 from apacs_ray.report.page import ReportContext, TilePicture, build_report
-from apacs_ray.runs.run import Counts, environment, fingerprint, git_commit
-from apacs_ray.stages.pipeline import Context, Outcome, Stage
+from apacs_ray.runs.markers import Counts
+from apacs_ray.runs.provenance import environment, fingerprint, git_commit
+from apacs_ray.stages.ingest_result import IngestResult
+from apacs_ray.stages.stage import Committed, Job, Stage, StageResult
 from apacs_ray.stages.train_fusion import fusion_folders
+from apacs_ray.stages.train_members import member_folder
+from apacs_ray.stages.train_networks import TrainingResult
+from apacs_ray.stages.tune_fusion import SweepResult
 from apacs_ray.storage import Store
 from apacs_ray.training.history import read_history
 from apacs_ray.training.tensorboard import write_metrics
@@ -29,46 +37,131 @@ SHOWN = 3  # tiles of each kind in the report
 DISPUTED = 6
 
 
-def _fingerprint(context: Context) -> str:
-    return fingerprint(
-        stage="evaluate",
-        tiles=context.done("ingest").fingerprint,
-        members=context.done("train_members").info,
-        fusion=context.done("train_fusion").info,
-        evaluate=context.settings.evaluate.model_dump(),
-        seed=context.settings.run.seed,
-    )
+@dataclass(frozen=True)
+class EvaluateResult(StageResult):
+    """Pooled Dice of every model on the test tiles, in 0..1; None where it is 0/0."""
+
+    dice: dict[str, float | None]
 
 
-def _work(context: Context, mark: str) -> Outcome:
-    store, settings = context.run.store, context.settings
-    folders = {name: f"members/{name}" for name in MEMBERS} | fusion_folders(settings)
-    task = EvaluateTask(store, folders, settings.evaluate)
-    index = read_index(store, "test")
-    if not len(index):
-        raise ApacsError(f"{store.uri}: no annotated test tile is left; look at rejects/")
-    context.ray.start()
-    with context.bars() as shown:
-        plan = plan_pool(context.ray.cluster(), len(index.paths))
-        per_tile = evaluate_tiles(
-            task, list(index.paths), plan, lambda done: shown.show("test tiles", done, len(index))
+@dataclass(frozen=True)
+class Evaluate(Stage[EvaluateResult]):
+    """Count what every model finds in the test tiles, and write the report."""
+
+    name: ClassVar[str] = "evaluate"
+    script: ClassVar[str] = "evaluate.py"
+    folder: ClassVar[str] = "evaluation"
+    result_type: ClassVar[type[EvaluateResult]] = EvaluateResult
+
+    ingest: Committed[IngestResult]
+    members: Committed[TrainingResult]
+    sweep: Committed[SweepResult] | None
+    fusion: Committed[TrainingResult]
+
+    def fingerprint(self, settings: Settings) -> str:
+        """Return the fingerprint of the tiles, of all weights, and of how they are evaluated."""
+        return fingerprint(
+            stage=self.name,
+            tiles=self.ingest.fingerprint,
+            members=self.members.result.weights,
+            fusion=self.fusion.result.weights,
+            evaluate=settings.evaluate.fingerprint_inputs(),
+            seed=settings.run.seed,
         )
-    seed = settings.run.seed
-    metrics = summarize(per_tile, task.models, seed)
-    comparison = compare(per_tile, task.models, "fusion", seed)
-    sink = io.BytesIO()
-    pq.write_table(per_tile, sink)
-    store.write("evaluation/per_tile.parquet", sink.getvalue())
-    store.write("evaluation/metrics.json", json.dumps(metrics, indent=1).encode())
-    store.write("evaluation/comparison.json", json.dumps(comparison, indent=1).encode())
-    pictures = _pictures(task, per_tile, dict(zip(index.tile_ids, index.shard.tolist(), strict=True)), index.paths)
-    for picture in pictures:
-        store.write(f"evaluation/figures/{picture.kind}_{picture.rank}.png", picture.png)
-    page = build_report(_report(context, task, metrics, comparison, pictures))
-    store.write("evaluation/report.html", page.encode())
-    write_metrics(store, metrics)
-    dice = {model: row["dice"] for model, row in metrics.items()}
-    return Outcome(Counts(len(index), per_tile.num_rows), {"dice": dice})
+
+    def work(self, job: Job, fingerprint: str) -> EvaluateResult:
+        """Write `evaluation/`.
+
+        Raises:
+            ApacsError: when no annotated test tile is left.
+        """
+        store, settings = job.store, job.settings
+        folders = {name: member_folder(name) for name in MEMBERS} | fusion_folders(settings)
+        task = EvaluateTask(store, folders, settings.evaluate)
+        index = read_index(store, "test")
+        if not len(index):
+            raise ApacsError(f"{store.uri}: no annotated test tile is left; look at rejects/")
+        job.ray.start()
+        with job.progress() as progress:
+            plan = plan_pool(job.ray.cluster(), len(index.paths))
+            per_tile = evaluate_tiles(
+                task, list(index.paths), plan, lambda done: progress.show("test tiles", done, len(index))
+            )
+        metrics = summarize(per_tile, task.models, settings.run.seed)
+        comparison = compare(per_tile, task.models, "fusion", settings.run.seed)
+        sink = io.BytesIO()
+        pq.write_table(per_tile, sink)
+        store.write("evaluation/per_tile.parquet", sink.getvalue())
+        store.write("evaluation/metrics.json", json.dumps(metrics, indent=1).encode())
+        store.write("evaluation/comparison.json", json.dumps(comparison, indent=1).encode())
+        shard_of = dict(zip(index.tile_ids, index.shard.tolist(), strict=True))
+        pictures = _pictures(task, per_tile, shard_of, index.paths)
+        for picture in pictures:
+            store.write(f"evaluation/figures/{picture.kind}_{picture.rank}.png", picture.png)
+        page = build_report(self._report(job, folders, metrics, comparison, pictures))
+        store.write("evaluation/report.html", page.encode())
+        write_metrics(store, metrics)
+        return EvaluateResult(
+            Counts(len(index), per_tile.num_rows), {model: row["dice"] for model, row in metrics.items()}
+        )
+
+    def _report(
+        self,
+        job: Job,
+        folders: Mapping[str, str],
+        metrics: dict[str, Any],
+        comparison: dict[str, Any],
+        pictures: list[TilePicture],
+    ) -> ReportContext:
+        store = job.store
+        networks = {**self.members.result.networks, **self.fusion.result.networks}
+        devices = sorted({network.device for network in networks.values() if network.device})
+        return ReportContext(
+            title=job.run.data or "synthetic smears",
+            output=store.uri,
+            metrics=metrics,
+            comparison=comparison,
+            histories={
+                key: read_history(store.read(f"{folder}/history.csv").decode()) for key, folder in folders.items()
+            },
+            trials=store.read("tune/trials.csv").decode() if self.sweep is not None else "",
+            best=self.sweep.result.best if self.sweep is not None else {},
+            stages=dict(job.run.stages),
+            facts=ingest_facts(self.ingest.result),
+            rejects=read_rejects(store),
+            pictures=pictures,
+            settings=job.settings.model_dump(mode="json"),
+            environment={**environment(), "git": git_commit(), "device": "; ".join(devices)},
+        )
+
+
+def ingest_facts(ingest: IngestResult) -> dict[str, Any]:
+    """Return what the report says of the data, by name."""
+    facts: dict[str, Any] = {
+        "val_unit": ingest.val_unit,
+        "tiles": ingest.tiles,
+        "shards_reused": ingest.shards_reused,
+        ingest.unit: asdict(ingest.units),
+        "ignored_files": ingest.ignored_files,
+        "ignored": ingest.ignored,
+    }
+    if ingest.unit == "slides":
+        facts |= {
+            "annotations": asdict(ingest.annotations),
+            "splits_known": ingest.splits_known,
+            "engines": ingest.engines,
+            "unreadable": ingest.unreadable,
+        }
+    return facts
+
+
+def read_rejects(store: Store) -> list[dict[str, Any]]:
+    """Return all rows below `rejects/`."""
+    rows: list[dict[str, Any]] = []
+    for entry in store.list("rejects"):
+        with store.open(entry.path) as stream:
+            rows += open_table(stream, entry.path).read().to_pylist()
+    return rows
 
 
 def _pictures(
@@ -98,44 +191,3 @@ def _pictures(
         name = ids[number]
         pictures.append(TilePicture(kind, ranks[kind], name, slides[name], caption, drawn[name]))
     return pictures
-
-
-def _report(
-    context: Context,
-    task: EvaluateTask,
-    metrics: dict[str, Any],
-    comparison: dict[str, Any],
-    pictures: list[TilePicture],
-) -> ReportContext:
-    run, store = context.run, context.run.store
-    histories = {
-        key: read_history(store.read(f"{folder}/history.csv").decode()) for key, folder in task.folders.items()
-    }
-    devices = sorted({name for name in run.facts.get("device", {}).values() if name})
-    trials = store.read("tune/trials.csv").decode() if store.version("tune/trials.csv") else ""
-    return ReportContext(
-        title=run.data or "synthetic smears",
-        output=store.uri,
-        metrics=metrics,
-        comparison=comparison,
-        histories=histories,
-        trials=trials,
-        best=context.markers["tune_fusion"].info.get("best", {}) if "tune_fusion" in context.markers else {},
-        stages=dict(run.stages),
-        facts=dict(run.facts),
-        rejects=_rejects(store),
-        pictures=pictures,
-        settings=context.settings.model_dump(mode="json"),
-        environment={**environment(), "git": git_commit(), "device": "; ".join(devices)},
-    )
-
-
-def _rejects(store: Store) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for entry in store.list("rejects"):
-        with store.open(entry.path) as stream:
-            rows += open_table(stream, entry.path).read().to_pylist()
-    return rows
-
-
-EVALUATE = Stage("evaluate", "evaluation", _fingerprint, _work)

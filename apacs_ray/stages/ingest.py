@@ -7,179 +7,108 @@ from __future__ import annotations
 
 import io
 import re
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from apacs_ray.config.settings import Settings
 from apacs_ray.console import say
-from apacs_ray.data.folders import is_folder_layout
 from apacs_ray.data.rejects import Reject
-from apacs_ray.data.shards import Receipt, shard_paths
+from apacs_ray.data.shards import shard_paths
 from apacs_ray.distributed.data import REJECT_SCHEMA
 from apacs_ray.errors import ApacsError, UsageError
-from apacs_ray.runs.run import Counts, environment, fingerprint
-from apacs_ray.slides.find import PLAIN, is_slide
-from apacs_ray.stages.ingest_result import Cut, listed_data, open_store_file
-from apacs_ray.stages.pipeline import Context, Outcome, Stage
-from apacs_ray.storage import Entry, Store, open_store
-from apacs_ray.synthetic import slide as synthetic
+from apacs_ray.runs.markers import Counts
+from apacs_ray.runs.provenance import environment, fingerprint
+from apacs_ray.stages.ingest_folder import ingest_folder
+from apacs_ray.stages.ingest_result import IngestResult, UnitCounts, WrittenTiles
+from apacs_ray.stages.ingest_slides import ingest_slides, make_smears
+from apacs_ray.stages.source import Source, read_text, smears_inputs
+from apacs_ray.stages.stage import Job, Stage
+from apacs_ray.storage import Entry, Store
 
 REJECTS = re.compile(r"rejects/ingest-[0-9a-f]{8}\.parquet")
+SPLITS = ("train", "val", "test")
 # the same shard gives the same bytes with the same versions of these
 CODECS = ("pillow", "numpy", "pyarrow", "scipy", "pyvips", "openslide-bin", "shapely", "tifffile", "simplejpeg")
 
 
-def data_store(context: Context) -> Store:
-    """Where the source images are: `--data`, or the synthetic smears of this run."""
-    if context.run.data is not None:
-        return open_store(context.run.data)
-    return context.run.store.child(f"synthetic/{fingerprint(**_smears(context))[:8]}")
+@dataclass(frozen=True)
+class Ingest(Stage[IngestResult]):
+    """Cut the data into tile shards."""
 
+    name: ClassVar[str] = "ingest"
+    script: ClassVar[str] = "ingest.py"
+    folder: ClassVar[str] = "tiles"
+    result_type: ClassVar[type[IngestResult]] = IngestResult
 
-def _smears(context: Context) -> dict[str, object]:
-    """What the synthetic smears depend on."""
-    settings = context.settings
-    return {
-        "smears": settings.synthetic.model_dump(),
-        "version": synthetic.VERSION,
-        "seed": settings.run.seed,
-    }
+    source: Source
 
-
-def _fingerprint(context: Context) -> str:
-    settings = context.settings
-    if context.run.data is None:
-        source: object = _smears(context)
-    else:
-        source = _versions(context.listed(data_store(context)))
-        if not source:
-            raise UsageError(f"{context.run.data}: nothing there")
-    return fingerprint(
-        stage="ingest",
-        source=source,
-        masks=_versions(context.listed(open_store(settings.data.masks))) if settings.data.masks else None,
-        splits=open_store_file(settings.data.splits),
-        mpps=open_store_file(settings.data.mpps),
-        data=settings.data.model_dump(exclude={"max_rejects", "cache", "cache_gb"}),
-        tiles=settings.tiles.model_dump(),
-        seed=settings.run.seed,
-        codecs={name: environment()["packages"].get(name) for name in CODECS},
-    )
-
-
-def _versions(entries: Sequence[Entry]) -> list[tuple[str, int, str]]:
-    return sorted((entry.path, entry.size, entry.version) for entry in entries)
-
-
-def _work(context: Context, mark: str) -> Outcome:
-    from apacs_ray.stages.ingest_folder import cut_folder
-    from apacs_ray.stages.ingest_slides import cut_slides, make_smears
-
-    run = context.run
-    store = data_store(context)
-    if run.data is None:
-        context.ray.start()
-        make_smears(context, store)
-    entries = listed_data(context, store)
-    cut = (cut_folder if holds_folders(store.uri, entries) else cut_slides)(context, store, entries, mark)
-    receipts = cut.receipts
-    tile_rejects = [Reject(**reject) for receipt in receipts for reject in receipt.rejects]
-    skipped = Counter(cut.skipped)
-    for receipt in receipts:
-        skipped.update(receipt.skipped)
-    rows_out = sum(receipt.rows_out for receipt in receipts)
-    counts = Counts(cut.tiles, rows_out, dict(skipped), len(tile_rejects))
-    counts.reconcile("ingest")
-    _write_rejects(run.store, mark, [*cut.rejects, *cut.annotation_rejects, *tile_rejects, *cut.defects])
-    current = {receipt.path for receipt in receipts}
-    for split in ("train", "val", "test"):
-        for path in shard_paths(run.store, "tiles", split):
-            if path not in current:
-                run.store.delete(path)
-    run.facts |= {
-        "val_unit": cut.val_unit,
-        "tiles": {split: _rows(receipts, split) for split in ("train", "val", "test")},
-        "shards_reused": sum(receipt.reused for receipt in receipts),
-        **cut.facts,
-    }
-    refused = len(cut.rejects) + len(cut.annotation_rejects) + len(tile_rejects)
-    context.ray.gauges.rejects("ingest", refused)  # before they end the stage
-    if not rows_out:
-        raise ApacsError(_nothing_left(cut, len(tile_rejects), skipped, run.store))
-    _require_within_limit(cut.unit, len(cut.rejects), cut.units, context)
-    _require_within_limit("annotations", len(cut.annotation_rejects), cut.annotations, context)
-    _require_within_limit("tiles", len(tile_rejects), cut.tiles, context)
-    return Outcome(counts, {"val_unit": cut.val_unit, "rejected_units": len(cut.rejects)})
-
-
-def holds_folders(uri: str, entries: Sequence[Entry]) -> bool:
-    """Whether the data is folders of images and masks (else whole slides). Raises UsageError for both or neither."""
-    folders = is_folder_layout(entries)
-    suffixes = Counter(entry.path.rpartition(".")[2].lower() for entry in entries if is_slide(entry.path))
-    if folders:
-        slides = {suffix: count for suffix, count in suffixes.items() if suffix not in PLAIN}
-        if slides:
-            raise UsageError(
-                f"{uri}: holds folders of images and masks, and slides ({_counted(slides)}): give one of them"
-            )
-        return True
-    if not suffixes:
-        others = Counter(entry.path.rpartition(".")[2].lower() for entry in entries)
-        raise UsageError(
-            f"{uri}: neither folders whose names hold train|val|test and input|groundtruth, nor slides "
-            f"(found: {_counted(dict(others.most_common(4))) or 'nothing'})"
+    def fingerprint(self, settings: Settings) -> str:
+        """Return the fingerprint of the data's files, of how they are cut, and of the codecs."""
+        data: object = smears_inputs(settings)
+        if not self.source.is_synthetic:
+            data = _versions(self.source.listing)
+            if not data:
+                raise UsageError(f"{self.source.store.uri}: nothing there")
+        return fingerprint(
+            stage=self.name,
+            source=data,
+            masks=_versions(self.source.masks_listing),
+            splits=read_text(settings.data.splits),
+            mpps=read_text(settings.data.mpps),
+            data=settings.data.fingerprint_inputs(),
+            tiles=settings.tiles.fingerprint_inputs(),
+            seed=settings.run.seed,
+            codecs={name: environment()["packages"].get(name) for name in CODECS},
         )
-    return False
 
+    def work(self, job: Job, fingerprint: str) -> IngestResult:
+        """Write `tiles/`, `manifest/` and `rejects/`.
 
-def _counted(suffixes: dict[str, int]) -> str:
-    return ", ".join(f"{count} .{suffix}" for suffix, count in suffixes.items())
-
-
-def _rows(receipts: Sequence[Receipt], split: str) -> int:
-    return sum(receipt.rows_out for receipt in receipts if f"/split={split}/" in receipt.path)
-
-
-def _write_rejects(store: Store, mark: str, rejects: Sequence[Reject]) -> None:
-    table = pa.Table.from_pylist([asdict(reject) for reject in rejects], REJECT_SCHEMA)
-    sink = io.BytesIO()
-    pq.write_table(table, sink)
-    path = f"rejects/ingest-{mark[:8]}.parquet"
-    store.write(path, sink.getvalue())
-    for entry in list(store.list("rejects")):
-        if REJECTS.fullmatch(entry.path) and entry.path != path:
-            store.delete(entry.path)
-
-
-def _nothing_left(cut: Cut, tile_rejects: int, skipped: Counter[str], store: Store) -> str:
-    """Why no tile is left, in one line."""
-    why = [f"{len(cut.rejects)} of {cut.units} {cut.unit} rejected"]
-    if tile_rejects:
-        why.append(f"{tile_rejects} tiles rejected")
-    if skipped.total():
-        reasons = ", ".join(f"{reason} {count}" for reason, count in skipped.items() if count)
-        why.append(f"{skipped.total()} tiles skipped ({reasons})")
-    return f"ingest: no tile is left: {', '.join(why)}; the reasons are in {store.uri_of('rejects')}"
-
-
-def _require_within_limit(unit: str, rejected: int, listed: int, context: Context) -> None:
-    """Raise ApacsError when more was rejected than `data.max_rejects` allows."""
-    text = context.settings.data.max_rejects
-    limit = reject_limit(text, listed)
-    if rejected > limit:
-        raise ApacsError(
-            f"ingest: {rejected} of {listed} {unit} rejected, data.max_rejects ({text}) allows {limit}; "
-            f"the reasons are in {context.run.store.uri_of('rejects')}"
+        Raises:
+            ApacsError: when no tile is left, or more is rejected than `data.max_rejects` allows.
+        """
+        if self.source.is_synthetic:
+            job.ray.start()
+            make_smears(job.settings, self.source.store)
+        cut = ingest_folder if self.source.holds_folders else ingest_slides
+        written = cut(job, self.source, fingerprint)
+        tile_rejects, skipped = written.tile_rejects, written.all_skipped
+        rows = {split: written.rows(split) for split in SPLITS}
+        counts = Counts(written.tiles, sum(rows.values()), dict(skipped), len(tile_rejects))
+        counts.reconcile(self.name)
+        rejects = [*written.rejects, *written.annotation_rejects, *tile_rejects, *written.defects]
+        _write_rejects(job.store, fingerprint, rejects)
+        _delete_other_shards(job.store, {receipt.path for receipt in written.receipts})
+        rejected = len(written.rejects) + len(written.annotation_rejects) + len(tile_rejects)
+        job.ray.gauges.rejects(self.name, rejected)  # before they end the stage
+        if not counts.rows_out:
+            raise ApacsError(_nothing_left(written, job.store))
+        _require_within_limit(job, written.unit, len(written.rejects), written.units.listed)
+        _require_within_limit(job, "annotations", len(written.annotation_rejects), written.annotations)
+        _require_within_limit(job, "tiles", len(tile_rejects), written.tiles)
+        refused_annotations = len(written.annotation_rejects)
+        return IngestResult(
+            counts,
+            unit=written.unit,
+            units=written.units,
+            annotations=UnitCounts(written.annotations, written.annotations - refused_annotations, refused_annotations),
+            tiles=rows,
+            val_unit=written.val_unit,
+            shards_reused=sum(receipt.reused for receipt in written.receipts),
+            splits_known=written.splits_known,
+            engines=dict(written.engines),
+            ignored=dict(written.ignored),
+            ignored_files=written.ignored_files,
+            unreadable=dict(written.unreadable),
         )
-    if rejected:
-        say(f"ingest: {rejected} of {listed} {unit} rejected; the reasons are in {context.run.store.uri_of('rejects')}")
 
 
 def reject_limit(text: str, listed: int) -> int:
-    """How many of `listed` units `data.max_rejects` lets go: a count, a share, or the larger of 1 % and 5."""
+    """Return how many of `listed` units `data.max_rejects` lets go: a count, a share, or the larger of 1 % and 5."""
     if text == "default":
         return max(5, listed // 100)
     if text.endswith("%"):
@@ -187,4 +116,48 @@ def reject_limit(text: str, listed: int) -> int:
     return int(text)
 
 
-INGEST = Stage("ingest", "tiles", _fingerprint, _work)
+def _versions(entries: Sequence[Entry]) -> list[tuple[str, int, str]]:
+    return sorted((entry.path, entry.size, entry.version) for entry in entries)
+
+
+def _write_rejects(store: Store, fingerprint: str, rejects: Sequence[Reject]) -> None:
+    table = pa.Table.from_pylist([asdict(reject) for reject in rejects], REJECT_SCHEMA)
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    path = f"rejects/ingest-{fingerprint[:8]}.parquet"
+    store.write(path, sink.getvalue())
+    for entry in list(store.list("rejects")):
+        if REJECTS.fullmatch(entry.path) and entry.path != path:
+            store.delete(entry.path)
+
+
+def _delete_other_shards(store: Store, current: set[str]) -> None:
+    for split in SPLITS:
+        for path in shard_paths(store, "tiles", split):
+            if path not in current:
+                store.delete(path)
+
+
+def _nothing_left(written: WrittenTiles, store: Store) -> str:
+    """Why no tile is left, in one line."""
+    reasons = [f"{len(written.rejects)} of {written.units.listed} {written.unit} rejected"]
+    if written.tile_rejects:
+        reasons.append(f"{len(written.tile_rejects)} tiles rejected")
+    skipped = written.all_skipped
+    if skipped.total():
+        counted = ", ".join(f"{reason} {count}" for reason, count in skipped.items() if count)
+        reasons.append(f"{skipped.total()} tiles skipped ({counted})")
+    return f"ingest: no tile is left: {', '.join(reasons)}; the reasons are in {store.uri_of('rejects')}"
+
+
+def _require_within_limit(job: Job, unit: str, rejected: int, listed: int) -> None:
+    """Raise ApacsError when more was rejected than `data.max_rejects` allows."""
+    text, place = job.settings.data.max_rejects, job.store.uri_of("rejects")
+    limit = reject_limit(text, listed)
+    if rejected > limit:
+        raise ApacsError(
+            f"ingest: {rejected} of {listed} {unit} rejected, data.max_rejects ({text}) allows {limit}; "
+            f"the reasons are in {place}"
+        )
+    if rejected:
+        say(f"ingest: {rejected} of {listed} {unit} rejected; the reasons are in {place}")

@@ -2,36 +2,62 @@
 
 from __future__ import annotations
 
-from apacs_ray.config.settings import MemberName
+from dataclasses import dataclass
+from typing import ClassVar
+
+from apacs_ray.config.settings import MemberName, Settings
 from apacs_ray.models.spec import MEMBERS, ModelSpec
-from apacs_ray.runs.run import Counts, fingerprint
-from apacs_ray.stages.pipeline import Context, Outcome, Stage
+from apacs_ray.runs.markers import Counts
+from apacs_ray.runs.provenance import fingerprint
+from apacs_ray.stages.ingest_result import IngestResult
+from apacs_ray.stages.stage import Committed, Job, Stage
 from apacs_ray.stages.start import start_version, start_weights
-from apacs_ray.stages.train_networks import Network, forget_state, train_networks
+from apacs_ray.stages.train_networks import Network, TrainingResult, forget_state, train_networks
+from apacs_ray.storage import Store
 
 
-def _fingerprint(context: Context) -> str:
-    return fingerprint(
-        stage="train_members",
-        tiles=context.done("ingest").fingerprint,
-        members=context.settings.members.model_dump(exclude={"workers", "mode"}),
-        start={name: start_version(context.settings.members, name) for name in MEMBERS},
-        seed=context.settings.run.seed,
-    )
+@dataclass(frozen=True)
+class TrainMembers(Stage[TrainingResult]):
+    """Train the three members on the tiles."""
+
+    name: ClassVar[str] = "train_members"
+    script: ClassVar[str] = "train_members.py"
+    folder: ClassVar[str] = "members"
+    result_type: ClassVar[type[TrainingResult]] = TrainingResult
+
+    ingest: Committed[IngestResult]
+
+    def fingerprint(self, settings: Settings) -> str:
+        """Return the fingerprint of the tiles, the members' settings and the weights they start from."""
+        return fingerprint(
+            stage=self.name,
+            tiles=self.ingest.fingerprint,
+            members=settings.members.fingerprint_inputs(),
+            start={name: start_version(settings.members, name) for name in MEMBERS},
+            seed=settings.run.seed,
+        )
+
+    def work(self, job: Job, fingerprint: str) -> TrainingResult:
+        """Leave each member in `members/<name>`."""
+        trained = train_networks(job, _networks(job.settings), fingerprint, self.ingest.fingerprint)
+        return TrainingResult(Counts(len(trained), len(trained)), trained)
+
+    def tidy(self, store: Store, fingerprint: str) -> None:
+        """Delete the training state."""
+        forget_state(store, [member_folder(name) for name in MEMBERS])
 
 
-def member_network(context: Context, name: MemberName, folder: str) -> Network:
-    """One member as the settings describe it, its model to lie in `folder`."""
-    members = context.settings.members
+def member_folder(name: str) -> str:
+    """Return the folder of a member's model in a run."""
+    return f"members/{name}"
+
+
+def member_network(settings: Settings, name: MemberName, folder: str) -> Network:
+    """Return one member as the settings describe it, its model to lie in `folder`."""
+    members = settings.members
     spec = ModelSpec("member", name, width=members.width, dropout=members.dropout)
     return Network(name, spec, folder, members, start=lambda: start_weights(members, name))
 
 
-def _work(context: Context, mark: str) -> Outcome:
-    networks = [member_network(context, name, f"members/{name}") for name in MEMBERS]
-    facts = train_networks(context, networks, mark)
-    counts = Counts(len(networks), len(networks))
-    return Outcome(counts, facts, lambda: forget_state(context.run.store, networks, mark))
-
-
-TRAIN_MEMBERS = Stage("train_members", "members", _fingerprint, _work)
+def _networks(settings: Settings) -> list[Network]:
+    return [member_network(settings, name, member_folder(name)) for name in MEMBERS]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from apacs_ray.config.settings import MembersSettings, TrainingSettings
 from apacs_ray.console import say
@@ -14,8 +14,8 @@ from apacs_ray.distributed.resource_plan import NetworkPlan, plan_training
 from apacs_ray.distributed.train import NetworkTask, TrainingTask, read_progress, train
 from apacs_ray.errors import ApacsError
 from apacs_ray.models.spec import ModelSpec
-from apacs_ray.runs.run import source_hash
-from apacs_ray.stages.pipeline import Context
+from apacs_ray.runs.provenance import source_hash
+from apacs_ray.stages.stage import Job, StageResult
 from apacs_ray.storage import Store
 from apacs_ray.training.checkpoints import best_checkpoint, best_weights, complete_checkpoints
 from apacs_ray.training.config import TrainConfig
@@ -27,7 +27,17 @@ START = "start.safetensors"
 
 @dataclass(frozen=True)
 class Network:
-    """A network to train: its key, what it is, the folder of its model in the run, and what it learns from."""
+    """A network to train.
+
+    Attributes:
+        name: Its key.
+        spec: What it is.
+        folder: Of its model in the run.
+        settings: How it is trained.
+        heatmaps: What it learns from beside RGB.
+        indices: The tiles it learns from, by split; None: all that are there.
+        start: Gives the safetensors to begin with; None from it: as the network is built.
+    """
 
     name: str
     spec: ModelSpec
@@ -35,11 +45,46 @@ class Network:
     settings: TrainingSettings
     heatmaps: Heatmaps | None = None
     indices: dict[str, TileIndex] | None = None
-    start: Callable[[], bytes | None] = lambda: None  # safetensors to begin with; None: as the network is built
+    start: Callable[[], bytes | None] = lambda: None
+
+
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """A network whose best weights are kept.
+
+    Attributes:
+        sha256: Of `model.safetensors`.
+        epoch: Of these weights, from 0.
+        epochs: That were trained.
+        val_dice: Of these weights, in 0..1; None where it is not defined.
+        device: On which it was trained.
+    """
+
+    sha256: str
+    epoch: int
+    epochs: int
+    val_dice: float | None
+    device: str | None
+
+
+@dataclass(frozen=True)
+class TrainingResult(StageResult):
+    """Networks by name."""
+
+    networks: dict[str, TrainedNetwork]
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """The hash of each network's weights, for fingerprints of what uses them."""
+        return {name: network.sha256 for name, network in self.networks.items()}
 
 
 def read_indices(store: Store) -> dict[str, TileIndex]:
-    """The indices of the train and val tiles. Raises ApacsError when one of them is empty."""
+    """Return the indices of the train and val tiles.
+
+    Raises:
+        ApacsError: when one of them is empty.
+    """
     indices = {split: read_index(store, split) for split in ("train", "val")}
     for split, index in indices.items():
         if not len(index):
@@ -49,32 +94,45 @@ def read_indices(store: Store) -> dict[str, TileIndex]:
     return indices
 
 
-def train_networks(context: Context, networks: Sequence[Network], mark: str) -> dict[str, dict[str, Any]]:
+def train_networks(
+    job: Job, networks: Sequence[Network], fingerprint: str, training_data: str
+) -> dict[str, TrainedNetwork]:
     """Train networks and leave `model.safetensors`, `model.json` and `history.csv` of each in its folder.
 
-    Returns facts of each by name. Training state lies in `<folder>/.state-<mark>` until the stage commits.
+    Training state lies in `<folder>/.state-<fingerprint>` until the stage commits.
+
+    Args:
+        job: What the stage works with.
+        networks: In the order in which they are planned.
+        fingerprint: Of the stage.
+        training_data: Fingerprint of the tiles, for `model.json`.
+
+    Returns:
+        What became of each, by name.
     """
-    run = context.run
-    indices = read_indices(run.store)
-    waiting = [network for network in networks if run.store.version(f"{network.folder}/.done-{mark[:8]}") is None]
+    store = job.store
+    indices = read_indices(store)
+    waiting = [network for network in networks if store.version(f"{network.folder}/.done-{fingerprint[:8]}") is None]
     if waiting:
-        context.ray.start()
+        job.ray.start()
         first = waiting[0].settings
         plan = plan_training(
             [network.name for network in waiting],
-            context.ray.cluster(),
+            job.ray.cluster(),
             workers=first.workers,
             batch_size=first.batch_size,
             mode=first.mode if isinstance(first, MembersSettings) else "parallel",
         )
         say(plan.describe())
-        tasks = [_task(context, group, resources, indices, mark) for group, resources in plan.runs(waiting)]
+        tasks = [
+            _task(job, group, resources, indices, fingerprint, training_data) for group, resources in plan.runs(waiting)
+        ]
         tiles = {network.name: sum(map(len, (network.indices or indices).values())) for network in waiting}
-        with context.bars() as shown:
+        with job.progress() as progress:
             train(
                 tasks,
                 parallel=plan.mode == "parallel",
-                on_progress=lambda name, now: shown.show(
+                on_progress=lambda name, now: progress.show(
                     name,
                     now["epoch"],
                     now["epochs"],
@@ -83,34 +141,34 @@ def train_networks(context: Context, networks: Sequence[Network], mark: str) -> 
                 ),
             )
         for network in waiting:
-            _keep_best(run.store, network, _spec(context, network), mark)
-            progress = read_progress(run.store, state_folder(network, mark)) or {}
-            run.facts["device"] = {**run.facts.get("device", {}), network.name: progress.get("device")}
-    return {network.name: _facts(run.store, network) for network in networks}
-
-
-def _spec(context: Context, network: Network) -> ModelSpec:
-    return replace(network.spec, training_data=context.done("ingest").fingerprint)
+            _keep_best(store, network, replace(network.spec, training_data=training_data), fingerprint)
+    return {network.name: _trained(store, network, fingerprint) for network in networks}
 
 
 def _task(
-    context: Context, group: Sequence[Network], resources: NetworkPlan, indices: dict[str, TileIndex], mark: str
+    job: Job,
+    group: Sequence[Network],
+    resources: NetworkPlan,
+    indices: dict[str, TileIndex],
+    fingerprint: str,
+    training_data: str,
 ) -> TrainingTask:
     """One run of Ray Train for networks that see the same samples."""
-    store, seed = context.run.store, context.settings.run.seed
+    store, run = job.store, job.settings.run
     how = group[0].settings
     networks = []
     for network in group:
-        state = state_folder(network, mark)
+        state = state_folder(network, fingerprint)
         start = _write_start(store, f"{state}/{START}", network)
-        config = TrainConfig.of(network.settings, seed)
-        networks.append(NetworkTask(network.name, _spec(context, network), config, state, network.folder, start))
+        config = TrainConfig.of(network.settings, run.seed)
+        spec = replace(network.spec, training_data=training_data)
+        networks.append(NetworkTask(network.name, spec, config, state, network.folder, start))
     return TrainingTask(
         tuple(networks),
         Feed(store, group[0].heatmaps, Crop(how.crop, how.flips, how.turns)),
         group[0].indices or indices,
         resources,
-        context.settings.run.max_failures,
+        run.max_failures,
         source_hash(),
     )
 
@@ -125,27 +183,29 @@ def _write_start(store: Store, path: str, network: Network) -> str | None:
     return path
 
 
-def state_folder(network: Network, mark: str) -> str:
+def state_folder(network: Network, fingerprint: str) -> str:
     """Where a network's training state lies until its stage commits."""
-    return f"{network.folder}/.state-{mark[:8]}"
+    return f"{network.folder}/.state-{fingerprint[:8]}"
 
 
-def forget_state(store: Store, networks: Sequence[Network], mark: str) -> None:
-    """Delete training state, of this training and of earlier ones that were given up."""
-    for network in networks:
-        for entry in list(store.list(network.folder)):
-            top = entry.path.removeprefix(f"{network.folder}/").split("/")[0]
-            if top.startswith(".done-") or top.startswith(".state-"):
-                store.delete(entry.path)
-        store.delete_folder(state_folder(network, mark))
+def forget_state(store: Store, folders: Sequence[str]) -> None:
+    """Delete training state below `folders`, of this training and of earlier ones that were given up."""
+    for folder in folders:
+        tops = {entry.path.removeprefix(f"{folder}/").split("/")[0] for entry in store.list(folder)}
+        for top in tops:
+            if top.startswith(".done-"):
+                store.delete(f"{folder}/{top}")
+            elif top.startswith(".state-"):
+                store.delete_folder(f"{folder}/{top}")
 
 
-def _keep_best(store: Store, network: Network, spec: ModelSpec, mark: str) -> None:
-    checkpoints = complete_checkpoints(store, state_folder(network, mark))
-    found = best_weights(store, checkpoints)
-    if found is None:
+def _keep_best(store: Store, network: Network, spec: ModelSpec, fingerprint: str) -> None:
+    """Copy the best checkpoint's weights to the network's folder, and its history."""
+    checkpoints = complete_checkpoints(store, state_folder(network, fingerprint))
+    best_and_weights = best_weights(store, checkpoints)
+    if best_and_weights is None:
         raise ApacsError(f"{network.name}: training ended without a checkpoint that is whole")
-    best, weights = found
+    best, weights = best_and_weights
     if best != best_checkpoint(checkpoints):
         say(f"{network.name}: the best weights are damaged in the store; those of epoch {best.epoch} are taken")
     history = tuple(EpochRecord(**record) for record in checkpoints[-1].state["history"])
@@ -153,10 +213,18 @@ def _keep_best(store: Store, network: Network, spec: ModelSpec, mark: str) -> No
     store.write(f"{network.folder}/model.safetensors", weights)
     store.write(f"{network.folder}/model.json", replace(spec, metrics=metrics).to_json())
     store.write(f"{network.folder}/history.csv", history_csv(history).encode())
-    store.write(f"{network.folder}/.done-{mark[:8]}", b"")
+    store.write(f"{network.folder}/.done-{fingerprint[:8]}", b"")
 
 
-def _facts(store: Store, network: Network) -> dict[str, Any]:
+def _trained(store: Store, network: Network, fingerprint: str) -> TrainedNetwork:
     weights = store.read(f"{network.folder}/model.safetensors")
-    spec = ModelSpec.from_json(store.read(f"{network.folder}/model.json"))
-    return {"sha256": hashlib.sha256(weights).hexdigest(), **spec.metrics}
+    metrics = ModelSpec.from_json(store.read(f"{network.folder}/model.json")).metrics
+    progress = read_progress(store, state_folder(network, fingerprint)) or {}
+    val_dice = float(metrics["val_dice"])
+    return TrainedNetwork(
+        hashlib.sha256(weights).hexdigest(),
+        int(metrics["epoch"]),
+        int(metrics["epochs"]),
+        None if math.isnan(val_dice) else val_dice,
+        progress.get("device"),
+    )

@@ -8,8 +8,8 @@ import sys
 import time
 from collections.abc import Callable
 
-from ray_cluster import RAY, RayCluster
-from runs import PATIENCE, ROOT, T
+from apacs_ray.testing.cluster import RAY, RayCluster
+from apacs_ray.testing.runs import ROOT, TIMEOUT, T
 
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
@@ -35,7 +35,7 @@ class Job:
 
     def until(self, reached: Callable[[], T]) -> T:
         """Wait until `reached` says something true, and return it."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         while not (found := reached()):
             assert time.monotonic() < deadline, self.logs()[-2000:]
             time.sleep(0.2)

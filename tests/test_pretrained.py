@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from golden import weight
+from support.golden import weight
 from torch import Tensor, nn
 
 from apacs_ray.errors import ApacsError
