@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import tifffile
-from apacs_ray.data.tiles import TILE_SCHEMA
+from apacs_ray.data.tile_rows import TILE_SCHEMA
 
 from apacs_ray.config.settings import DataSettings, Settings, TilesSettings
 from apacs_ray.data.shards import Receipt, shard_path, write_table
