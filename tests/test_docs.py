@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from apacs_ray.data.tile_rows import TILE_SCHEMA
 
 import apacs_ray
 from apacs_ray.config.settings import Settings
 from apacs_ray.data.rejects import Reject
 from apacs_ray.data.shards import RECEIPT, Receipt
+from apacs_ray.data.tile_rows import TILE_SCHEMA
 from apacs_ray.distributed.data import REJECT_SCHEMA
 from apacs_ray.distributed.heatmaps import HEATMAP_SCHEMA
 from apacs_ray.evaluation.metrics import compare, summarize
@@ -29,8 +29,8 @@ from apacs_ray.models.spec import ModelSpec
 from apacs_ray.runs.lease import Holder, Lease
 from apacs_ray.runs.markers import Counts, Marker
 from apacs_ray.runs.run import Run
-from apacs_ray.slides.slide_files import SlideFiles
 from apacs_ray.slides.manifest import FOOTER, MANIFEST_SCHEMA, SlideSummary
+from apacs_ray.slides.slide_files import SlideFiles
 from apacs_ray.stages.evaluate import EvaluateResult
 from apacs_ray.stages.heatmaps import HeatmapsResult
 from apacs_ray.stages.ingest_result import IngestResult
