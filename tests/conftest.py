@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
@@ -14,7 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 SHARED = ROOT.parent / "shared"
 
-from apacs_ray.testing.runs import SMALL, SWEPT, run, write_cells  # noqa: E402 - the path stands only now
+from support.runs import SMALL, SWEPT, run  # noqa: E402 - the path stands only now
+
+from apacs_ray.testing.runs import write_cells  # noqa: E402
 from apacs_ray.testing.s3_proxy import Behavior, Proxy, proxy  # noqa: E402
 
 
@@ -76,6 +79,19 @@ def untrained(undisturbed: Path, tmp_path: Path) -> Path:
     for folder in ("members", "heatmaps", "fusion", "evaluation"):
         shutil.rmtree(output / folder)
     return output
+
+
+@pytest.fixture
+def printed_log() -> Iterator[None]:
+    """What our modules log is printed, as in a driver."""
+    from apacs_ray.console import LOGGER, print_log
+
+    logger = logging.getLogger(LOGGER)
+    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
+    print_log()
+    yield
+    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

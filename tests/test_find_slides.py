@@ -18,8 +18,7 @@ from apacs_ray.slides.annotations.names import fov_origin, stem_of
 from apacs_ray.slides.companions import Heads, read_heads
 from apacs_ray.slides.find import find_slides, is_slide
 from apacs_ray.slides.slide_files import SlideData, SlideFiles
-from apacs_ray.stages.ingest import holds_folders
-from apacs_ray.stages.ingest_result import require_clear
+from apacs_ray.stages.source import holds_folders, require_clear
 from apacs_ray.storage import Entry, LocalStore, open_store
 
 

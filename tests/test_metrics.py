@@ -202,7 +202,7 @@ def test_the_interval_is_that_of_a_plain_bootstrap() -> None:
 def test_resampling_in_small_parts_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     units = np.random.default_rng(0).integers(0, 4_000_000, (30, 3, 4))
     at_once = resample(units, 5)
-    monkeypatch.setattr(bootstrap, "CELLS", 7 * 30)
+    monkeypatch.setattr(bootstrap, "WEIGHTS_AT_ONCE", 7 * 30)
     assert np.array_equal(resample(units, 5), at_once)
     assert at_once.shape == (2000, 3, 4)
     spread = at_once[:, 0, 0].std() / (units[:, 0, 0].std() * np.sqrt(30))

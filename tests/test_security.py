@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import logging
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -24,16 +26,16 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from support.runs import TILE, run
 from support.slide_files import picture, write_tiff
 from test_annotations import INFO, collection, polygon
 from test_report import Page, context
 
-from apacs_ray import redact as clean
 from apacs_ray import storage
 from apacs_ray.config.command_line import default_output, parse
 from apacs_ray.config.settings import DataSettings, Settings, TilesSettings
 from apacs_ray.config.yaml import read_yaml
-from apacs_ray.console import cell, console, say
+from apacs_ray.console import cell, console, print_log, say
 from apacs_ray.data.folders import find_pairs
 from apacs_ray.data.image_tiles import ShardTask, Source, plan_tiles, probe_pair, write_shard
 from apacs_ray.data.images import decode_image
@@ -45,6 +47,7 @@ from apacs_ray.errors import ApacsError, BadInput, UsageError
 from apacs_ray.models import start
 from apacs_ray.models.spec import ModelSpec
 from apacs_ray.models.weights import load_model
+from apacs_ray.redact import redact
 from apacs_ray.report.page import build_report
 from apacs_ray.runs.lease import LOCK, Lease
 from apacs_ray.runs.markers import MARKER, Marker
@@ -59,11 +62,11 @@ from apacs_ray.slides.manifest import read_manifest
 from apacs_ray.slides.mask_sources import ImageMask
 from apacs_ray.slides.open import open_slide
 from apacs_ray.slides.tiff_tiles import TiffTiles
-from apacs_ray.stages.evaluate import _rejects
-from apacs_ray.stages.pipeline import Context, Outcome, Stage, run_stage
+from apacs_ray.stages.evaluate import read_rejects
+from apacs_ray.stages.stage import Job, Stage, StageResult, run_stage
 from apacs_ray.storage import Entry, LocalStore, S3Store, open_store
 from apacs_ray.storage.own_folder import own_folder
-from apacs_ray.testing.runs import ROOT, TILE, read_json, run
+from apacs_ray.testing.runs import ROOT, read_json
 from apacs_ray.testing.s3_proxy import proxy
 from apacs_ray.training.checkpoints import FILES, complete_checkpoints, fetch, keep_checkpoint
 from apacs_ray.training.dataset import decode_pixels
@@ -141,7 +144,7 @@ def messages(store: storage.Store) -> Iterator[str]:
         except ApacsError as error:
             yield str(error)
         except OSError as error:  # of pyarrow, which reads: these pass `redact` where they are told
-            yield clean.redact(str(error))
+            yield redact(str(error))
 
 
 def test_no_failure_of_a_store_tells_a_secret(planted: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,22 +164,26 @@ def test_no_failure_of_a_store_tells_a_secret(planted: str, monkeypatch: pytest.
 
 
 def test_what_a_stage_dies_of_is_kept_and_told_without_secrets(planted: str, tmp_path: Path) -> None:
-    def work(*_: object) -> Outcome:
-        raise RuntimeError(f"a worker died, its environment: {dict(os.environ)}")
+    class Dies(Stage[StageResult]):
+        name, script, folder, result_type = "ingest", "ingest.py", "tiles", StageResult
+
+        def fingerprint(self, settings: Settings) -> str:
+            return "0" * 16
+
+        def work(self, job: Job, fingerprint: str) -> StageResult:
+            raise RuntimeError(f"a worker died, its environment: {dict(os.environ)}")
 
     opened = Run.open(open_store(str(tmp_path)), Settings(), None)
-    context = Context(opened, RaySession(opened))
     with pytest.raises(RuntimeError):
-        run_stage(context, Stage("ingest", "tiles", lambda _: "0" * 16, work))
+        run_stage(opened, RaySession(opened), Dies())
     opened.close()
     assert "a worker died" in read_json(tmp_path / RUN_JSON)["stages"]["ingest"]["error"]
     assert clear_of_secrets((tmp_path / RUN_JSON).read_bytes())
     code = f"""
-        from apacs_ray.commands import stages as entry
-        def dies(*_):
+        from apacs_ray.commands.shell import run_command
+        def dies():
             raise RuntimeError("at https://me:{SECRET}@host?X-Amz-Signature={TOKEN} {KEY_ID} {SECRET} \\x1b[31m")
-        entry._run = dies
-        entry.main("full.py", "", None, ["--output", {str(tmp_path)!r}])
+        run_command(dies)
     """
     command = [sys.executable, "-c", "if True:" + code]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
@@ -245,6 +252,24 @@ def test_a_local_ray_has_a_token_of_its_own_unless_one_is_given() -> None:
         assert "RAY_AUTH_TOKEN" not in os.environ
 
 
+@pytest.mark.usefixtures("planted", "printed_log")
+def test_what_is_logged_is_printed_once_and_without_secrets(capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("apacs_ray.storage.retry")
+    print_log()  # again
+    logger.warning("\x1b[31mno answer (%s) at %s", f"{KEY_ID} {SECRET}", f"https://me:{TOKEN}@host/x?sig={TOKEN}")
+    try:
+        raise OSError(f"refused: {SECRET}")
+    except OSError:
+        logger.exception("it broke")
+    logger.debug("not for people")
+    first, second = capsys.readouterr().out.splitlines()
+    assert re.match(r"\d\d:\d\d:\d\d ", first)
+    assert first[9:] == "?[31mno answer (*** ***) at https://***@host/x?sig=***"
+    assert "it broke" in second
+    assert "OSError: refused: ***" in second
+    assert clear_of_secrets(first + second)
+
+
 # --- nothing is unpickled
 
 
@@ -296,7 +321,7 @@ def test_parquet_that_ray_would_unpickle_is_refused(tmp_path: Path, gone_off: Pa
         lambda: read_index(store, "train"),
         lambda: read_rows(store, [(shard, 0, 0)], ["image"]),
         lambda: read_manifest(store, "manifest/0/000000.parquet"),
-        lambda: _rejects(store),
+        lambda: read_rejects(store),
         lambda: open_table(store.open(shard), shard),
     ]
     for read in readers:

@@ -14,9 +14,27 @@ import unicodedata
 
 from apacs_ray.data.words import SPLITS, Split
 from apacs_ray.errors import UsageError
+from apacs_ray.storage import open_store
 
 BYTE_ORDER_MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 DELIMITERS = ",;\t"  # Excel writes semicolons where the comma is the decimal mark
+
+
+def read_table_text(uri: str | None) -> str | None:
+    """Return the text of the table at a URI, None without one.
+
+    Raises:
+        UsageError: when it is not there, may not be read or is no text.
+    """
+    if uri is None:
+        return None
+    folder, _, name = uri.rpartition("/")
+    try:
+        return decode_table(open_store(folder or ".").read_small(name), uri)
+    except FileNotFoundError as error:
+        raise UsageError(f"{uri}: no such text file") from error
+    except OSError as error:  # a folder, or it may not be read
+        raise UsageError(f"{uri}: cannot be read ({error}); give a text file that may be read") from error
 
 
 def decode_table(content: bytes, name: str) -> str:

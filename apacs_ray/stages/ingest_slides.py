@@ -12,7 +12,7 @@ from apacs_ray.config.settings import Settings
 from apacs_ray.console import say
 from apacs_ray.data.rejects import Reject
 from apacs_ray.data.shards import Receipt
-from apacs_ray.data.slide_tables import read_mpps
+from apacs_ray.data.slide_tables import read_mpps, read_table_text
 from apacs_ray.data.words import Split
 from apacs_ray.distributed.data import render_smears
 from apacs_ray.distributed.slides import inspect_slides, write_slide_shards
@@ -21,7 +21,7 @@ from apacs_ray.slides.cache import SlideCache, default_cache
 from apacs_ray.slides.manifest import SlideSummary, SlideTask
 from apacs_ray.slides.slide_tiles import SlideShard, plan_shards
 from apacs_ray.stages.ingest_result import UnitCounts, WrittenTiles
-from apacs_ray.stages.source import Source, read_text, require_clear
+from apacs_ray.stages.source import Source, require_clear
 from apacs_ray.stages.stage import Job
 from apacs_ray.storage import Store
 from apacs_ray.synthetic import slide as synthetic
@@ -95,7 +95,7 @@ def slide_task(source: Source, output: Store, fingerprint: str) -> SlideTask:
     """Return how the slides of a source are read and where their tiles go."""
     settings = source.settings
     cache = SlideCache(Path(settings.data.cache or default_cache()), round(settings.data.cache_gb * GIB))
-    mpps = read_mpps(read_text(settings.data.mpps))
+    mpps = read_mpps(read_table_text(settings.data.mpps))
     require_clear(source.slides, mpps, "data.mpps")
     return SlideTask(source.store, source.masks_store, output, settings.tiles, settings.data, cache, fingerprint, mpps)
 
