@@ -21,10 +21,16 @@ DELIMITERS = ",;\t"  # Excel writes semicolons where the comma is the decimal ma
 
 
 def read_table_text(uri: str | None) -> str | None:
-    """Return the text of the table at a URI, None without one.
+    """Read the text of the table at a URI.
+
+    Args:
+        uri: of the file, or None.
+
+    Returns:
+        The text, None without a URI.
 
     Raises:
-        UsageError: when it is not there, may not be read or is no text.
+        UsageError: it is not there, may not be read or is no text.
     """
     if uri is None:
         return None
