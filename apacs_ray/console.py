@@ -1,7 +1,8 @@
-"""What a person watching a run sees: a line a stage, progress bars on a terminal, a table at the end."""
+"""The terminal of a run: lines, log records as such lines, progress bars and the tables at the end."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,44 +15,75 @@ from rich.text import Text
 
 from apacs_ray.redact import printable, redact
 
-SAY_EVERY = 60.0  # s between lines of progress where there is no terminal
+PROGRESS_EVERY = 60.0  # s between lines of progress where there is no terminal
+LOGGER = "apacs_ray"  # above the loggers of all our modules
 console = Console(highlight=False, soft_wrap=True)
 
 
 def say(text: str) -> None:
-    """One line, as it is (no markup), less what no terminal should get."""
+    """Print one line with the time: no markup, secrets and control characters redacted."""
     console.print(f"{time.strftime('%H:%M:%S')} {printable(redact(text))}", markup=False)
 
 
+class _Lines(logging.Handler):
+    """Prints each record as `say` does, the traceback in the same line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            say(self.format(record))
+        except Exception:  # logging's own way with a record that cannot be formatted  # noqa: BLE001
+            self.handleError(record)
+
+
+def print_log() -> None:
+    """Print what our modules log from now on, redacted, as lines of this process; more calls change nothing.
+
+    The driver calls this. Worker processes do not: what they log goes to Ray's files.
+    """
+    logger = logging.getLogger(LOGGER)
+    if not any(isinstance(handler, _Lines) for handler in logger.handlers):
+        logger.addHandler(_Lines(logging.INFO))
+        logger.setLevel(logging.INFO)
+        logger.propagate = False  # a handler of the root logger would print the record again, with its secrets
+
+
 def cell(value: object) -> Text:
-    """A table's cell: a name of a file in it is no markup and steers no terminal."""
+    """Return a table's cell, in which a file's name is no markup and steers no terminal."""
     return Text(printable(redact(str(value))))
 
 
 class Bars:
-    """Named progress bars; on anything but a terminal a line for each, now and then."""
+    """Named progress bars; where there is no terminal, a line for each every `PROGRESS_EVERY` seconds."""
 
-    def __init__(self, progress: Progress, stage: str, heard: Callable[[str, int], None]) -> None:
-        self._progress, self._stage, self._heard = progress, stage, heard
+    def __init__(self, progress: Progress, stage: str, on_progress: Callable[[str, int], None]) -> None:
+        self._progress, self._stage, self._on_progress = progress, stage, on_progress
         self._tasks: dict[str, TaskID] = {}
-        self._said: dict[str, tuple[float, int]] = {}
+        self._printed: dict[str, tuple[float, int]] = {}  # when each was printed (s, monotonic), and what was done
 
     def show(self, name: str, done: int, total: int, note: str = "", *, rows: int | None = None) -> None:
-        """Move bar `name` to `done` of `total`. `rows`: what that is in tiles, where it counts something else."""
-        self._heard(name, done if rows is None else rows)
+        """Move a bar.
+
+        Args:
+            name: The bar's name; a new one makes a bar.
+            done: How far it is, in the units of `total`.
+            total: Where it ends.
+            note: A few words beside it.
+            rows: What `done` is in tiles, where the bar counts something else.
+        """
+        self._on_progress(name, done if rows is None else rows)
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task(name, total=total, note=note)
         self._progress.update(self._tasks[name], completed=done, total=total, note=note)
         now = time.monotonic()
-        said, what = self._said.setdefault(name, (now, done))
-        if self._progress.disable and now - said >= SAY_EVERY and done != what and done < total:
-            self._said[name] = (now, done)
+        printed, done_then = self._printed.setdefault(name, (now, done))
+        if self._progress.disable and now - printed >= PROGRESS_EVERY and done != done_then and done < total:
+            self._printed[name] = (now, done)
             say(f"{self._stage}: {name} {done} of {total}{f', {note}' if note else ''}")
 
 
 @contextmanager
-def bars(stage: str, heard: Callable[[str, int], None]) -> Iterator[Bars]:
-    """Progress bars of a stage while the block runs; `heard` is told the rows done of each."""
+def bars(stage: str, on_progress: Callable[[str, int], None]) -> Iterator[Bars]:
+    """Show progress bars of a stage while the block runs; `on_progress` is called with a bar's name and rows done."""
     columns = (
         TextColumn("         {task.description}"),
         BarColumn(bar_width=32),
@@ -60,11 +92,11 @@ def bars(stage: str, heard: Callable[[str, int], None]) -> Iterator[Bars]:
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        yield Bars(progress, stage, heard)
+        yield Bars(progress, stage, on_progress)
 
 
 def stage_table(stages: Mapping[str, Mapping[str, Any]]) -> None:
-    """The final summary: what each stage took and what became of its rows."""
+    """Print the final summary: the seconds of each stage and what became of its rows."""
     table = Table(title="stages", title_justify="left")
     for heading in ("stage", "state", "seconds", "rows in", "rows out", "skipped", "rejected"):
         table.add_column(heading, justify="left" if heading in ("stage", "state", "skipped") else "right")
@@ -82,14 +114,14 @@ def stage_table(stages: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def metrics_table(metrics: Mapping[str, Mapping[str, Any]]) -> None:
-    """Pooled figures of every model over the test tiles."""
+    """Print the pooled figures of every model over the test tiles, from `metrics.json`."""
     table = Table(title="test tiles", title_justify="left")
     for heading in ("model", "Dice", "95 % CI", "IoU", "accuracy", "boundary IoU"):
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for name, row in metrics.items():
         interval = row["dice_ci95"]
-        shown = f"{interval[0]:.4f} - {interval[1]:.4f}" if interval else "-"
+        span = f"{interval[0]:.4f} - {interval[1]:.4f}" if interval else "-"
         ratios = [row["dice"], row["iou"], row["accuracy"], row["boundary_iou"]]
         dice, *others = ("-" if value is None else f"{value:.4f}" for value in ratios)
-        table.add_row(name, dice, shown, *others)
+        table.add_row(name, dice, span, *others)
     console.print(table)

@@ -1,4 +1,4 @@
-"""The errors a person reads: one line that names the input, what is wrong and what to do."""
+"""The errors that a person reads: one line that names the input, what is wrong and what to do."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import re
 
 
 class ApacsError(Exception):
-    """A run cannot go on. The message is one line for a person; scripts exit with `exit_status`."""
+    """A run cannot go on. The message is one line for a person; commands exit with `exit_status`."""
 
     exit_status = 1
 
 
 class StoreTroubleError(ApacsError):
-    """A store does not answer as it should, after several attempts; later it may."""
+    """A store did not answer as it should in several attempts; later it may."""
 
 
 class RefusedError(ApacsError):
-    """A store answers, and refuses this object: no right to read it, or it lies in an archive."""
+    """A store refuses an object: there is no right to read it, or it lies in an archive."""
 
 
 class TrainingError(ApacsError):
-    """Training cannot go on, and all its workers have found so."""
+    """Training cannot go on, and all its workers have come to the same error."""
 
 
 class UsageError(ApacsError):
@@ -32,7 +32,9 @@ class UsageError(ApacsError):
 class BadInput(Exception):
     """A permanent defect of one input (file, pair, tile). The caller turns it into a reject row.
 
-    `code` is a stable snake_case word that scripts may count on; `reason` is a sentence for a person.
+    Attributes:
+        code: A stable snake_case word that scripts may rely on.
+        reason: A sentence for a person.
     """
 
     def __init__(self, code: str, reason: str) -> None:
@@ -45,16 +47,22 @@ class BadInput(Exception):
 
 
 def carried_message(error: BaseException) -> str | None:
-    """The message of an ApacsError that a worker raised; None when it raised something else.
+    """Return the message of an ApacsError that a worker raised.
 
     Ray passes a worker's exception on as text: the traceback, whose last words are the type and the message.
+
+    Args:
+        error: As Ray raised it in the driver.
+
+    Returns:
+        One line, or None when the worker raised something else.
     """
     kinds = "ApacsError|UsageError|StoreTroubleError|RefusedError"
-    found = re.findall(rf"^(?:apacs_ray\.errors\.)?(?:{kinds}): (.+)$", str(error), re.MULTILINE)
-    return found[-1] if found else None
+    messages = re.findall(rf"^(?:apacs_ray\.errors\.)?(?:{kinds}): (.+)$", str(error), re.MULTILINE)
+    return messages[-1] if messages else None
 
 
 def gpu_too_small(error: Exception, section: str) -> str:
-    """What a person is told when training ran out of GPU memory: the settings of `section` that need less."""
+    """Return the message for training that ran out of GPU memory: which settings of `section` need less."""
     advice = f"raise {section}.accumulate, or lower {section}.batch_size or .crop"
     return f"the GPU's memory is too small: {advice} ({str(error).splitlines()[0][:200]})"

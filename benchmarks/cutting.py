@@ -110,8 +110,8 @@ class Ways:
 
     def bare(self) -> Callable[[], int]:
         """Read and encode only."""
+        from apacs_ray.data.grid import Box
         from apacs_ray.data.images import encode_image
-        from apacs_ray.data.tiles import Box
         from apacs_ray.slides.open import open_slide
         from apacs_ray.slides.reader import read_box
 

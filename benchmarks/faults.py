@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from measure import options, require, show  # noqa: E402
+
 from apacs_ray.testing.cluster import RayCluster, kill_node, processes  # noqa: E402
 from apacs_ray.testing.runs import SLOWLY, read_trials, run, start, write_cells  # noqa: E402
 
@@ -36,7 +37,7 @@ OPTIONS = [
     "--tiles.size", "64", "--tiles.shard", "2",
     "--members.mode", "together", "--members.width", "0.1", "--members.epochs", "3", "--members.crop", "64",
     "--members.batch_size", "2", "--members.precision", "float32", "--members.learning_rate", "0.001",
-    "--fusion.epochs", "3", "--fusion.crop", "64", "--fusion.batch_size", "2", "--fusion.precision", "float32",
+    "--fusion.learning_rate", "0.0001",
 ]  # fmt: skip
 SWEEP = "trials: 2\nepochs: 3\nspace: {learning_rate: {loguniform: [0.001, 0.002]}}\n"
 NOTICE = 15  # s that a node has left when it is drained

@@ -32,7 +32,7 @@ from apacs_ray.synthetic.write import write_smear  # noqa: E402
 OPTIONS = [
     "--tiles.size", "128", "--tiles.shard", "4", "--members.batch_size", "2", "--members.learning_rate", "1e-3",
     "--members.width", "0.05", "--members.epochs", "5", "--members.crop", "128", "--fusion.epochs", "4",
-    "--fusion.crop", "128", "--fusion.from_best", "false",
+    "--fusion.batch_size", "4", "--fusion.learning_rate", "1e-4", "--fusion.from_best", "false",
 ]  # fmt: skip
 
 SLIDES = ["--tiles.size", "256", "--tiles.shard", "6"]

@@ -22,12 +22,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from measure import options, require, show  # noqa: E402
-from apacs_ray.testing.cluster import processes  # noqa: E402
-from apacs_ray.testing.runs import read_json, start  # noqa: E402
 
 from apacs_ray.storage import LocalStore  # noqa: E402
 from apacs_ray.synthetic.slide import slide_specs  # noqa: E402
 from apacs_ray.synthetic.write import write_smear  # noqa: E402
+from apacs_ray.testing.cluster import processes  # noqa: E402
+from apacs_ray.testing.runs import read_json, start  # noqa: E402
 
 SETTINGS = [
     "--tiles.size", "512", "--tiles.shard", "8",

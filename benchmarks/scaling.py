@@ -22,12 +22,12 @@ sys.path.insert(0, str(ROOT))
 
 from cutting import TILE, Cut, Cutting  # noqa: E402
 from measure import Elsewhere, alternate, medians, options, require, show, start_ray  # noqa: E402
-from apacs_ray.testing.cluster import RayCluster  # noqa: E402
 from tiling import write_slide  # noqa: E402
 
 from apacs_ray.config.settings import TilesSettings  # noqa: E402
 from apacs_ray.slides.manifest import SlideSummary, SlideTask  # noqa: E402
 from apacs_ray.slides.slide_tiles import SlideShard, write_slide_shard  # noqa: E402
+from apacs_ray.testing.cluster import RayCluster  # noqa: E402
 
 TIMES = 4  # the grid is gone over so often in one repetition
 

@@ -24,22 +24,23 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from apacs_ray.testing.jobs import ENDED, Job  # noqa: E402
 from measure import options, require, show  # noqa: E402
-from apacs_ray.testing.cluster import RayCluster, processes  # noqa: E402
-from apacs_ray.testing.runs import start  # noqa: E402
 
 from apacs_ray.storage import LocalStore  # noqa: E402
 from apacs_ray.synthetic.slide import slide_specs  # noqa: E402
 from apacs_ray.synthetic.write import write_smear  # noqa: E402
+from apacs_ray.testing.cluster import RayCluster, processes  # noqa: E402
+from apacs_ray.testing.jobs import ENDED, Job  # noqa: E402
+from apacs_ray.testing.runs import start  # noqa: E402
 
 SETTINGS = [
     "--tiles.size", "512", "--tiles.shard", "8",
     "--members.width", "0.1", "--members.epochs", "2", "--members.crop", "256", "--members.batch_size", "2",
-    "--fusion.epochs", "2", "--fusion.crop", "256", "--fusion.batch_size", "2", "--fusion.from_best", "false",
+    "--fusion.from_best", "false",
 ]  # fmt: skip
 SMALLEST = [
     "--tiles.size", "128", "--members.crop", "64", "--members.precision", "float32", "--members.mode", "together",
+    "--fusion.crop", "256", "--fusion.precision", "auto",
 ]  # fmt: skip
 LOOK_EVERY = 20.0  # s between questions whether a run goes on: each is a process beside it
 PARTS = {"gcs": "gcs_server", "raylet": "/raylet ", "dashboard": "dashboard/", "driver": "pipelines/full.py"}

@@ -26,6 +26,7 @@ import boto3  # noqa: E402
 from faults import FOLDERS, OPTIONS, STAGES, SWEEP, differences  # noqa: E402
 from measure import options, require, show  # noqa: E402
 from moto.server import ThreadedMotoServer  # noqa: E402
+
 from apacs_ray.testing.runs import start, write_cells  # noqa: E402
 from apacs_ray.testing.s3_proxy import KINDS, Behavior, Draw, Proxy, Request, at_random, proxy  # noqa: E402
 

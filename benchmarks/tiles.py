@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import numpy as np
 import pyarrow as pa
 
+from apacs_ray.data.grid import Box, grid
 from apacs_ray.data.images import encode_image, encode_mask
 from apacs_ray.data.shards import Receipt, shard_path, write_table
-from apacs_ray.data.tiles import TILE_SCHEMA, Box, grid
+from apacs_ray.data.tile_rows import TILE_SCHEMA
 from apacs_ray.storage import Store
 from apacs_ray.synthetic.slide import render, slide_specs
 

@@ -137,8 +137,8 @@ def _nothing(shape: tuple[int, int, int]) -> Iterator[bytes]:
 def measure(path: str, smear: Smear) -> dict[str, Any]:
     """Find the tissue of a slide and plan its default tiles."""
     from apacs_ray.config.settings import TilesSettings
-    from apacs_ray.slides.manifest import tiles_of
     from apacs_ray.slides.open import open_slide
+    from apacs_ray.slides.slide_grid import tiles_of
     from apacs_ray.slides.tissue import find_tissue
 
     before = _peak()

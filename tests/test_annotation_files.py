@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import shapely
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.annotation_files import (
     FORMATS,
     SIDE,
@@ -26,10 +28,8 @@ from support.annotation_files import (
     imagescope,
     packed_counts,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from apacs_ray.data.tiles import Box
+from apacs_ray.data.grid import Box
 from apacs_ray.errors import BadInput
 from apacs_ray.slides.annotations.rasterize import PolygonMask
 from apacs_ray.slides.annotations.read import Annotations, read_annotations

@@ -15,7 +15,7 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from apacs_ray.data.tiles import Box
+from apacs_ray.data.grid import Box
 from apacs_ray.errors import BadInput
 from apacs_ray.slides.annotations.rasterize import PolygonMask
 from apacs_ray.slides.annotations.read import Annotations, read_annotations

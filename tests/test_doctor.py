@@ -19,19 +19,19 @@ import boto3
 import numpy as np
 import pytest
 from ray._common.utils import get_default_ray_temp_dir
-from apacs_ray.testing.s3_proxy import Behavior, Proxy
 
 from apacs_ray.commands.doctor import doctor
-from apacs_ray.config import command_line as cli
+from apacs_ray.config import yaml
 from apacs_ray.config.command_line import parse
 from apacs_ray.distributed.probe import Survey, cause
 from apacs_ray.distributed.resource_plan import Nodes, cluster_of
 from apacs_ray.distributed.session import _private_sessions
 from apacs_ray.doctor import cluster, codecs, devices, folders, machine, objects, tables, versions
-from apacs_ray.doctor.finding import Finding, examine, shown
+from apacs_ray.doctor.finding import Finding, examine, redacted
 from apacs_ray.doctor.stores import Stores
 from apacs_ray.errors import ApacsError, UsageError
 from apacs_ray.storage import LocalStore, open_store
+from apacs_ray.testing.s3_proxy import Behavior, Proxy
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -54,17 +54,22 @@ def test_a_check_that_raises_or_hangs_becomes_a_failed_line() -> None:
         raise ValueError("two\nlines")
 
     first, second = examine("second", breaks)
-    assert (first.state, second.name, second.state, second.found) == ("ok", "second", "failed", "ValueError: two lines")
+    assert (first.state, second.name, second.state, second.message) == (
+        "ok",
+        "second",
+        "failed",
+        "ValueError: two lines",
+    )
     assert second.advice
-    hung = only(examine("slow", lambda: time.sleep(5) or (), limit=0.05))
+    hung = only(examine("slow", lambda: time.sleep(5) or (), timeout=0.05))
     assert hung.state == "failed"
-    assert "0.05 s" in hung.found
+    assert "0.05 s" in hung.message
 
 
 def test_no_secret_and_no_control_character_is_shown() -> None:
     text = "at http://me:pa/ss@host:9000/x with s3cr3t/key and s3cr3t%2Fkey\x1b[31m"
-    finding = shown(Finding("a", "failed", text, "s3cr3t/key"), {"s3cr3t/key", "at"})
-    assert finding.found == "at http://***@host:9000/x with *** and ***?[31m"
+    finding = redacted(Finding("a", "failed", text, "s3cr3t/key"), {"s3cr3t/key", "at"})
+    assert finding.message == "at http://***@host:9000/x with *** and ***?[31m"
     assert finding.advice == "***"
 
 
@@ -73,7 +78,7 @@ def test_no_secret_and_no_control_character_is_shown() -> None:
 
 def test_packages_that_are_missing_or_out_of_range() -> None:
     assert only(versions.check_packages()).state == "ok"
-    texts = [f.found for f in versions.check_packages(["no-such-package>=1", "numpy<1", "numpy; python_version<'3'"])]
+    texts = [f.message for f in versions.check_packages(["no-such-package>=1", "numpy<1", "numpy; python_version<'3'"])]
     assert len(texts) == 2
     assert "no-such-package is not installed" in texts[0]
     assert "numpy" in texts[1]
@@ -102,12 +107,12 @@ def test_the_torch_pair_and_the_devices(tmp_path: Path) -> None:
     import torch
 
     if not torch.cuda.is_available():
-        assert "runs on the CPU" in only(devices.check_gpus(settings, tmp_path / "none")).found
+        assert "runs on the CPU" in only(devices.check_gpus(settings, tmp_path / "none")).message
         driver = tmp_path / "version"
         driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.82.01  Wed Oct 27")
         finding = only(devices.check_gpus(settings, driver))
         assert finding.state == "warning"
-        assert "470.82.01" in finding.found
+        assert "470.82.01" in finding.message
 
 
 @pytest.mark.parametrize(
@@ -146,7 +151,7 @@ def test_the_disk_of_ray_is_where_ray_would_be(tmp_path: Path, monkeypatch: pyte
         folder.mkdir()
         monkeypatch.setenv(name, str(folder))
         assert str(machine.ray_folder()) == get_default_ray_temp_dir()
-        assert f"{folder}/ray: " in only(machine.check_disks(settings, "s3://bucket/run", None)).found
+        assert f"{folder}/ray: " in only(machine.check_disks(settings, "s3://bucket/run", None)).message
     monkeypatch.setattr(machine, "TOO_LITTLE", 1 << 60)
     assert only(machine.check_disks(settings, "s3://bucket/run", None)).state == "failed"
     monkeypatch.delenv("TMPDIR")
@@ -208,13 +213,13 @@ def test_a_read_only_folder(readable_only: Path) -> None:
 
 
 def test_local_data(tmp_path: Path) -> None:
-    assert "no such folder" in only(folders.check_data(LocalStore(str(tmp_path / "none")))).found
-    assert "no file" in only(folders.check_data(LocalStore(str(tmp_path)))).found
+    assert "no such folder" in only(folders.check_data(LocalStore(str(tmp_path / "none")))).message
+    assert "no file" in only(folders.check_data(LocalStore(str(tmp_path)))).message
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep/a [b].png").write_bytes(b"x")
     finding = only(folders.check_data(LocalStore(str(tmp_path))))
     assert finding.state == "ok"
-    assert "deep/a [b].png" in finding.found
+    assert "deep/a [b].png" in finding.message
     assert only(folders.check_data(LocalStore(str(tmp_path / "deep/a [b].png")))).state == "failed"
 
 
@@ -230,13 +235,13 @@ def test_tables_that_cannot_be_read(tmp_path: Path) -> None:
     for name in ("splits", "mpps"):
         missing = only(findings(None, name))
         assert (missing.name, missing.state) == (f"data.{name}", "failed")
-        assert "table.csv: no such text file" in missing.found
+        assert "table.csv: no such text file" in missing.message
     assert only(findings("slide_id,mpp\na,0.25\n", "mpps")).state == "ok"
-    assert only(findings("slide_id,split\na,train\nb,test\n", "splits")).found.endswith("table.csv: 2 slides")
+    assert only(findings("slide_id,split\na,train\nb,test\n", "splits")).message.endswith("table.csv: 2 slides")
     for name, line in (("split", "b,trane"), ("mpp", "b,-1")):
         wrong = only(findings(f"slide_id,{name}\na,{'train' if name == 'split' else 1}\n{line}\n", f"{name}s"))
         assert wrong.state == "failed"
-        assert "line 3" in wrong.found
+        assert "line 3" in wrong.message
 
 
 # S3
@@ -245,12 +250,12 @@ def test_tables_that_cannot_be_read(tmp_path: Path) -> None:
 def test_a_bucket_that_does_is_left_as_it_was(s3: str) -> None:
     open_store(s3).write("cells/a b.png", b"pixels")
     stores = Stores()
-    assert only(stores.check_data("data", f"{s3}/cells")).found.endswith("reads a b.png")
+    assert only(stores.check_data("data", f"{s3}/cells")).message.endswith("reads a b.png")
     assert only(stores.check_output("output", f"{s3}/runs/one")).state == "ok"
     assert only(stores.check_output("output", s3)).state == "ok"
     assert only(stores.check_clock()).state == "ok"
     assert contents(s3) == ["cells/a b.png"]
-    assert "no objects" in only(stores.check_data("data", f"{s3}/nothing")).found
+    assert "no objects" in only(stores.check_data("data", f"{s3}/nothing")).message
 
 
 def test_a_bucket_with_versions_keeps_none_of_ours(s3: str) -> None:
@@ -268,7 +273,7 @@ def test_no_such_bucket(s3: str) -> None:
         only(Stores().check_output("output", "s3://no-such-bucket/x")),
     ):
         assert finding.state == "failed"
-        assert "no bucket no-such-bucket" in finding.found
+        assert "no bucket no-such-bucket" in finding.message
 
 
 RIGHTS = {
@@ -285,14 +290,14 @@ def test_a_missing_right_is_named(s3: str, between: Proxy) -> None:
     for right, request in RIGHTS.items():
         between.behavior = Behavior(lambda *asked, request=request: "AccessDenied" if asked == request else None)
         findings = list(Stores().check_output("output", f"{s3}/run"))
-        assert right in findings[0].found
+        assert right in findings[0].message
         assert "policy" in findings[0].advice
         if request[0] == "GET":
-            assert right in only(Stores().check_data("data", f"{s3}/cells")).found
+            assert right in only(Stores().check_data("data", f"{s3}/cells")).message
         between.behavior = Behavior()
         left = sorted(entry.path for entry in store.list("run"))
         if right == "s3:DeleteObject":  # what cannot be deleted is named
-            assert [finding.found for finding in findings[1:]] == [f"{s3}/{left[0]} could not be deleted"]
+            assert [finding.message for finding in findings[1:]] == [f"{s3}/{left[0]} could not be deleted"]
         else:
             assert len(findings) == 1
             assert left == []
@@ -300,7 +305,7 @@ def test_a_missing_right_is_named(s3: str, between: Proxy) -> None:
 
 def test_every_missing_right_is_named(s3: str, between: Proxy) -> None:
     between.behavior.refuse = lambda asked, lists: "AccessDenied"
-    text = " ".join(finding.found for finding in Stores().check_output("output", f"{s3}/run"))
+    text = " ".join(finding.message for finding in Stores().check_output("output", f"{s3}/run"))
     for right in RIGHTS:
         assert f"{right} is denied" in text
 
@@ -309,7 +314,7 @@ def test_wrong_credentials(s3: str, between: Proxy) -> None:
     for code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"):
         between.behavior.refuse = lambda asked, lists, code=code: code
         finding = only(Stores().check_output("output", s3))
-        assert code in finding.found
+        assert code in finding.message
         assert "AWS_SECRET_ACCESS_KEY" in finding.advice
 
 
@@ -320,7 +325,7 @@ def test_no_credentials_and_no_profile(s3: str, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     assert "AWS_PROFILE" in only(Stores().check_data("data", s3)).advice
     monkeypatch.setenv("AWS_PROFILE", "no-such-profile")
-    assert "no-such-profile" in only(Stores().check_data("data", s3)).found
+    assert "no-such-profile" in only(Stores().check_data("data", s3)).message
 
 
 def test_a_store_that_ignores_or_refuses_conditions(s3: str, between: Proxy) -> None:
@@ -328,10 +333,10 @@ def test_a_store_that_ignores_or_refuses_conditions(s3: str, between: Proxy) -> 
         between.behavior = Behavior(forgotten={header.lower()})
         finding = only(Stores().check_output("output", f"{s3}/run"))
         assert finding.state == "failed"
-        assert header in finding.found
+        assert header in finding.message
         assert contents(s3) == []
     between.behavior = Behavior(lambda asked, lists: "NotImplemented" if asked == "PUT" else None, status=501)
-    assert "conditional write is refused" in only(Stores().check_output("output", f"{s3}/run")).found
+    assert "conditional write is refused" in only(Stores().check_output("output", f"{s3}/run")).message
 
 
 @pytest.mark.parametrize(("ahead", "state"), [(300, "warning"), (-300, "warning"), (3600, "failed")])
@@ -341,20 +346,20 @@ def test_a_clock_that_is_wrong(s3: str, between: Proxy, ahead: int, state: str) 
     list(stores.check_data("data", s3))
     finding = only(stores.check_clock())
     assert finding.state == state
-    assert ("behind" if ahead > 0 else "ahead") in finding.found
+    assert ("behind" if ahead > 0 else "ahead") in finding.message
 
 
 def test_nobody_listens_and_nobody_answers(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objects, "READ", 1.0)
+    monkeypatch.setattr(objects, "READ_TIMEOUT", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
         began = time.monotonic()
         finding = only(Stores().check_data("data", s3))
         assert time.monotonic() - began < 5
-        assert "no answer" in finding.found
+        assert "no answer" in finding.message
     finding = only(Stores().check_output("output", s3))
-    assert f"nobody answers at http://127.0.0.1:{port}" in finding.found
+    assert f"nobody answers at http://127.0.0.1:{port}" in finding.message
 
 
 def test_something_else_answers(s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -375,7 +380,7 @@ def test_something_else_answers(s3: str, monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_credentials_in_the_uri_are_not_repeated() -> None:
     finding = only(Stores().check_data("data", "s3://AKIA123:hidden/key@bucket/x"))
     assert finding.state == "failed"
-    assert "hidden" not in finding.found + finding.advice
+    assert "hidden" not in finding.message + finding.advice
 
 
 # the cluster
@@ -399,18 +404,18 @@ def test_the_plan_for_this_machine_and_for_a_cluster(monkeypatch: pytest.MonkeyP
         remote = parse(["--data", f"{s3}/cells", "--output", f"{s3}/run"], "doctor", "")
         findings = list(cluster.check_cluster(remote, lambda: two))
         assert [finding.state for finding in findings] == ["ok", "ok", "ok"]
-        assert "GPU" in findings[1].found
-        assert "20 trials, 16 at a time" in findings[2].found
+        assert "GPU" in findings[1].message
+        assert "20 trials, 16 at a time" in findings[2].message
 
         def refused() -> Survey:
             raise ApacsError("Ray did not join: version mismatch")
 
-        assert "version mismatch" in only(cluster.check_cluster(remote, refused)).found
+        assert "version mismatch" in only(cluster.check_cluster(remote, refused)).message
     nobody = only(cluster.check_cluster(here))
     assert nobody.state == "failed"
-    assert "nobody answers" in nobody.found
+    assert "nobody answers" in nobody.message
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
-    assert "job server" in only(cluster.check_cluster(here)).found
+    assert "job server" in only(cluster.check_cluster(here)).message
 
 
 def test_a_sweep_that_would_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -427,7 +432,7 @@ def test_a_sweep_that_would_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     config.write_text(f"{space}resources: {{cpu: 1, gpu: 1, workers: 4}}\n")
     too_large = only(sweep(*given))
     assert too_large.state == "failed"
-    assert "2 GPUs" in too_large.found
+    assert "2 GPUs" in too_large.message
     assert sweep(*given, "--fusion.from_best", "false") == []
 
     config.write_text(f"{space}searcher: magic\n")
@@ -439,7 +444,7 @@ def test_a_sweep_that_would_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(UsageError, match="optuna"):
         doctor(given)
 
-    monkeypatch.setattr(cli, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(yaml, "REPOSITORY", tmp_path)
     monkeypatch.chdir(tmp_path)
     assert only(sweep()).state == "warning"
 

@@ -14,9 +14,10 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from apacs_ray.errors import BadInput, UsageError
-from apacs_ray.slides.annotations.names import stem_of
+from apacs_ray.slides.annotations.names import fov_origin, stem_of
 from apacs_ray.slides.companions import Heads, read_heads
-from apacs_ray.slides.find import SlideData, SlideFiles, find_slides, fov_origin, is_slide
+from apacs_ray.slides.find import find_slides, is_slide
+from apacs_ray.slides.slide_files import SlideData, SlideFiles
 from apacs_ray.stages.ingest import holds_folders
 from apacs_ray.stages.ingest_result import require_clear
 from apacs_ray.storage import Entry, LocalStore, open_store

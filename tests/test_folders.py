@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apacs_ray.data.folders import Entry, find_pairs, is_folder_layout
+from apacs_ray.data.folders import find_pairs, is_folder_layout
 from apacs_ray.data.words import splits_of
+from apacs_ray.storage import Entry
 
 
 def listing(*paths, size=9):

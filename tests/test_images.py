@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from apacs_ray.data.images import decode_image, encode_image, encode_mask, probe_image
+from apacs_ray.data.image_header import probe_image
+from apacs_ray.data.images import decode_image, encode_image, encode_mask
 from apacs_ray.data.masks import decode_mask
 from apacs_ray.errors import BadInput
 

@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from support.runs import run
-from apacs_ray.testing.runs import ROOT
 from support.slide_files import picture, write_tiff
 
 from apacs_ray.data.folders import FolderData
@@ -25,6 +24,7 @@ from apacs_ray.data.ignored import Ignored
 from apacs_ray.errors import UsageError
 from apacs_ray.stages.ingest_result import listed_data, listed_masks, say_found
 from apacs_ray.storage import LocalStore, Store, open_store
+from apacs_ray.testing.runs import ROOT
 
 
 def touch(folder: Path, *paths: str) -> None:
@@ -90,8 +90,9 @@ def test_the_line_of_folders_stays_short(capsys: pytest.CaptureFixture[str]) -> 
 
 LIST = """
 import os, sys
-from apacs_ray.console import say
+from apacs_ray.console import print_log, say
 from apacs_ray.storage import LocalStore
+print_log()
 say("ready")  # whatever is imported late is imported now: the next user may not read it
 os.setgroups([])
 os.setgid(65534)
@@ -109,7 +110,7 @@ def open_folder() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def test_folders_that_may_not_be_listed_are_told(open_folder: Path) -> None:
+def test_folders_that_may_not_be_listed_are_logged(open_folder: Path) -> None:
     if os.getuid() != 0:
         pytest.skip("only root can become a user that may not read its own files")
     if not all(path.stat().st_mode & 0o001 for path in open_folder.parents):

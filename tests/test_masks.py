@@ -21,10 +21,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from apacs_ray.config.settings import DataSettings, TilesSettings
-from apacs_ray.data.folders import Reject, find_pairs
+from apacs_ray.data.folders import find_pairs
+from apacs_ray.data.grid import Box
 from apacs_ray.data.image_tiles import ShardTask, Source, plan_tiles, probe_pair, write_shard
 from apacs_ray.data.masks import decode_mask, probe_mask
-from apacs_ray.data.tiles import Box
+from apacs_ray.data.rejects import Reject
 from apacs_ray.errors import BadInput
 from apacs_ray.slides.mask_sources import FovMasks, ImageMask, open_masks
 from apacs_ray.slides.reader import Level, SlideInfo

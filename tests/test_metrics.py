@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from apacs_ray.data.tiles import grid, once_region
+from apacs_ray.data.grid import grid, owned_region
 from apacs_ray.errors import ApacsError
 from apacs_ray.evaluation import bootstrap
 from apacs_ray.evaluation.bootstrap import resample
@@ -81,7 +81,7 @@ def test_overlapping_tiles_count_each_source_pixel_once(stride: int, last: Any) 
     truth, mask = rng.random((2, 47, 65)) < 0.4
     sums = dict.fromkeys(PIXELS, 0)
     for box in grid(65, 47, 20, stride, last):
-        left, top, right, bottom = once_region(box.x, box.y, 65, 47, 20, stride, last)
+        left, top, right, bottom = owned_region(box.x, box.y, 65, 47, 20, stride, last)
         part = np.s_[box.y : box.y + box.height, box.x : box.x + box.width]
         once = {"once_left": left, "once_top": top, "once_right": right, "once_bottom": bottom}
         tile = whole(box.height, box.width, **once)
@@ -202,7 +202,7 @@ def test_the_interval_is_that_of_a_plain_bootstrap() -> None:
 def test_resampling_in_small_parts_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     units = np.random.default_rng(0).integers(0, 4_000_000, (30, 3, 4))
     at_once = resample(units, 5)
-    monkeypatch.setattr(bootstrap, "CELLS", 7 * 30)
+    monkeypatch.setattr(bootstrap, "WEIGHTS_AT_ONCE", 7 * 30)
     assert np.array_equal(resample(units, 5), at_once)
     assert at_once.shape == (2000, 3, 4)
     spread = at_once[:, 0, 0].std() / (units[:, 0, 0].std() * np.sqrt(30))

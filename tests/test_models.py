@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support.golden import image, published, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.golden import image, published, reference
 
 from apacs_ray.errors import ApacsError
 from apacs_ray.models.ensemble import Ensemble

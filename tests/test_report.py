@@ -22,7 +22,7 @@ from apacs_ray.evaluation.predictions import MEMBERS, MODEL_KEYS
 from apacs_ray.report.charts import VARIABLES, dice_chart, difference_chart, slide_chart, sweep_charts, training_charts
 from apacs_ray.report.overlays import COLORS, LARGEST, overlay, panel
 from apacs_ray.report.page import ReportContext, TilePicture, build_report
-from apacs_ray.report.summary import best_member, headline, kept_epoch, read_sweep_table, verdict
+from apacs_ray.report.summary import best_epoch, best_member, headline, read_sweep_table, verdict
 from apacs_ray.training.history import EpochRecord
 
 HOSTILE = "<script>alert('x')</script>\"><img src=x onerror=y> 切片 &amp;"
@@ -227,17 +227,17 @@ def test_verdicts(difference: float | None, span: list[float] | None, words: str
     assert verdict({"dice_difference": difference, "ci95": span, "significant": significant}) == words
 
 
-def test_the_kept_epoch_is_the_first_best_and_never_an_undefined_one() -> None:
-    kept = kept_epoch(history(0.2, math.nan, 0.7, 0.7, 0.1))
-    assert kept is not None
-    assert kept.epoch == 2
-    assert kept_epoch(history(math.nan)) is None
+def test_the_best_epoch_is_the_first_best_and_never_an_undefined_one() -> None:
+    best = best_epoch(history(0.2, math.nan, 0.7, 0.7, 0.1))
+    assert best is not None
+    assert best.epoch == 2
+    assert best_epoch(history(math.nan)) is None
 
 
 def test_the_sweep_is_read_best_first_without_failed_trials() -> None:
     sweep = read_sweep_table(TRIALS)
     assert [trial.name for trial in sweep.trials] == ["b", "a"]
-    assert (sweep.failed, sweep.longest, sweep.drawn) == (1, 4, ["learning_rate", "members"])
+    assert (sweep.failed, sweep.longest, sweep.sampled) == (1, 4, ["learning_rate", "members"])
     assert read_sweep_table("").trials == ()
 
 
@@ -253,7 +253,7 @@ def test_charts_are_the_same_each_time_and_their_ids_their_own() -> None:
     used = re.findall(r"url\(#([^)]*)\)", html) + re.findall(r'xlink:href="#([^"]*)"', html)
     assert used
     assert set(used) <= set(ids)
-    assert page.count("svg") == 3 + 4 + 2  # by model; networks; drawn settings
+    assert page.count("svg") == 3 + 4 + 2  # by model; networks; sampled settings
 
 
 def test_charts_take_every_color_from_the_style_sheet() -> None:
@@ -318,7 +318,7 @@ def test_training_charts_live_with_undefined_epochs() -> None:
     assert len(training_charts({"fcn8": history(math.nan)})) == 1
 
 
-def test_a_sweep_has_a_chart_for_each_drawn_setting_and_none_for_the_epochs() -> None:
+def test_a_sweep_has_a_chart_for_each_sampled_setting_and_none_for_the_epochs() -> None:
     rate, members = sweep_charts(read_sweep_table(TRIALS))
     assert "learning rate" in Page(rate).words
     assert {"members", "16+8", "32+8"} <= set(Page(members).words)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import logging
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -25,28 +27,27 @@ import tifffile
 import torch
 from PIL import Image
 from support.runs import TILE, run
-from apacs_ray.testing.runs import ROOT, read_json
-from apacs_ray.testing.s3_proxy import proxy
 from support.slide_files import picture, write_tiff
 from test_annotations import INFO, collection, polygon
 from test_report import Page, context
 
-from apacs_ray import redact as clean
 from apacs_ray import storage
-from apacs_ray.config.command_line import default_output, parse, read_yaml
+from apacs_ray.config.command_line import default_output, parse
 from apacs_ray.config.settings import DataSettings, Settings, TilesSettings
-from apacs_ray.console import cell, console, say
+from apacs_ray.config.yaml import read_yaml
+from apacs_ray.console import cell, console, print_log, say
 from apacs_ray.data.folders import find_pairs
 from apacs_ray.data.image_tiles import ShardTask, Source, plan_tiles, probe_pair, write_shard
 from apacs_ray.data.images import decode_image
 from apacs_ray.data.shards import open_table, read_index, read_receipt, read_rows
-from apacs_ray.data.splits import read_splits
-from apacs_ray.data.tiles import tile_id
+from apacs_ray.data.slide_tables import read_mpps, read_splits
+from apacs_ray.data.tile_rows import tile_id
 from apacs_ray.distributed.session import RaySession, prepare_ray
 from apacs_ray.errors import ApacsError, BadInput, UsageError
 from apacs_ray.models import start
 from apacs_ray.models.spec import ModelSpec
 from apacs_ray.models.weights import load_model
+from apacs_ray.redact import redact
 from apacs_ray.report.page import build_report
 from apacs_ray.runs.lease import LOCK, Lease
 from apacs_ray.runs.markers import MARKER, Marker
@@ -59,13 +60,14 @@ from apacs_ray.slides.cache import SlideCache
 from apacs_ray.slides.find import find_slides
 from apacs_ray.slides.manifest import read_manifest
 from apacs_ray.slides.mask_sources import ImageMask
-from apacs_ray.slides.mpps import read_mpps
 from apacs_ray.slides.open import open_slide
 from apacs_ray.slides.tiff_tiles import TiffTiles
 from apacs_ray.stages.evaluate import _rejects
 from apacs_ray.stages.pipeline import Context, Outcome, Stage, run_stage
 from apacs_ray.storage import Entry, LocalStore, S3Store, open_store
 from apacs_ray.storage.own_folder import own_folder
+from apacs_ray.testing.runs import ROOT, read_json
+from apacs_ray.testing.s3_proxy import proxy
 from apacs_ray.training.checkpoints import FILES, complete_checkpoints, fetch, keep_checkpoint
 from apacs_ray.training.dataset import decode_pixels
 from apacs_ray.training.history import EpochRecord
@@ -142,7 +144,7 @@ def messages(store: storage.Store) -> Iterator[str]:
         except ApacsError as error:
             yield str(error)
         except OSError as error:  # of pyarrow, which reads: these pass `redact` where they are told
-            yield clean.redact(str(error))
+            yield redact(str(error))
 
 
 def test_no_failure_of_a_store_tells_a_secret(planted: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,6 +246,24 @@ def test_a_local_ray_has_a_token_of_its_own_unless_one_is_given() -> None:
     with mock.patch.dict(os.environ, clear | {"RAY_AUTH_TOKEN_PATH": "/mine"}, clear=True):
         prepare_ray()
         assert "RAY_AUTH_TOKEN" not in os.environ
+
+
+@pytest.mark.usefixtures("planted", "printed_log")
+def test_what_is_logged_is_printed_once_and_without_secrets(capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("apacs_ray.storage.retry")
+    print_log()  # again
+    logger.warning("\x1b[31mno answer (%s) at %s", f"{KEY_ID} {SECRET}", f"https://me:{TOKEN}@host/x?sig={TOKEN}")
+    try:
+        raise OSError(f"refused: {SECRET}")
+    except OSError:
+        logger.exception("it broke")
+    logger.debug("not for people")
+    first, second = capsys.readouterr().out.splitlines()
+    assert re.match(r"\d\d:\d\d:\d\d ", first)
+    assert first[9:] == "?[31mno answer (*** ***) at https://***@host/x?sig=***"
+    assert "it broke" in second
+    assert "OSError: refused: ***" in second
+    assert clear_of_secrets(first + second)
 
 
 # --- nothing is unpickled

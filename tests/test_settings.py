@@ -5,13 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from yaml import safe_dump as yaml_dump
 
-from apacs_ray.config import command_line as cli
-from apacs_ray.config.command_line import default_output, parse, read_yaml
-from apacs_ray.config.settings import Settings, TrainingSettings
+from apacs_ray.config import yaml
+from apacs_ray.config.command_line import default_output, parse
+from apacs_ray.config.settings import FusionSettings, MembersSettings, Settings, TrainingSettings
 from apacs_ray.config.sweep import read_sweep
+from apacs_ray.config.yaml import read_yaml
 from apacs_ray.errors import UsageError
 from apacs_ray.stages.ingest import reject_limit
 
@@ -66,6 +69,16 @@ def test_a_bad_config_file_is_named(tmp_path: Path, text: str) -> None:
         command("--data", "x", "--config", str(config))
 
 
+def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
+    config = tmp_path / "twice.yaml"
+    config.write_text("members: {epochs: 3}\nmembers:\n  width: 0.5\n")
+    with pytest.raises(UsageError, match=r"twice\.yaml: not valid YAML: line 2: members is given twice$"):
+        command("--data", "x", "--config", str(config))
+    config.write_text("members:\n  epochs: 3\n  width: 0.5\n  epochs: 4\n")
+    with pytest.raises(UsageError, match=r"line 4: epochs is given twice$"):
+        command("--data", "x", "--config", str(config))
+
+
 def test_lists_none_and_booleans_from_the_command_line() -> None:
     settings = command("--fusion.members", "fcn8,fcn32", "--tiles.stride", "none", "--fusion.compare", "true").settings
     assert settings.fusion.members == ("fcn32", "fcn8")
@@ -109,6 +122,55 @@ def test_reject_limit(text: str, listed: int, limit: int) -> None:
 @pytest.mark.parametrize("name", [path.name for path in sorted((ROOT / "configs").iterdir())])
 def test_every_config_of_the_repository_is_valid(name: str) -> None:
     command("--data", "x", "--config", f"configs/{name}")
+
+
+# what our configs gave the fusion before it inherited from the members, all else being the default
+FUSION_BEFORE: dict[str, dict[str, Any]] = {
+    "paper": {
+        **{"width": 1.0, "epochs": 100, "batch_size": 4, "learning_rate": 1e-4, "weight_decay": 0.0},
+        **{"optimizer": "adam", "schedule": "constant", "warmup_epochs": 0, "dice_weight": 0.0, "crop": 0},
+        **{"flips": False, "turns": False, "jitter": 0.0, "dropout": 0.5, "precision": "float32", "patience": 0},
+        **{"head": "published", "members": ["fcn32", "fcn16", "fcn8"], "heatmap_init": "random", "from_best": False},
+    },
+    "real_cells": {
+        **{"epochs": 8, "batch_size": 2, "learning_rate": 5e-4, "dropout": 0.1, "crop": 300, "jitter": 0.05},
+        **{"patience": 0, "warmup_epochs": 0},  # the last by default, and the members' is 1
+    },
+    "synthetic": {
+        **{"epochs": 5, "batch_size": 1, "learning_rate": 1e-3, "dropout": 0.0, "crop": 512, "jitter": 0.02},
+        **{"patience": 0},
+    },
+}
+
+
+@pytest.mark.parametrize("data", [["--data", "x"], []], ids=["data", "synthetic data"])
+@pytest.mark.parametrize("name", FUSION_BEFORE)
+def test_our_configs_give_the_fusion_what_they_did_before_it_inherited(
+    tmp_path: Path, name: str, data: list[str]
+) -> None:
+    before = FusionSettings.model_validate(FUSION_BEFORE[name])
+    settings = command(*data, "--config", f"configs/{name}.yaml").settings
+    assert settings.fusion.model_dump() == before.model_dump()
+    # and so does a file of a user that says both, as ours did
+    tree = {**read_yaml(ROOT / f"configs/{name}.yaml"), "fusion": FUSION_BEFORE[name]}
+    (tmp_path / "mine.yaml").write_text(yaml_dump(tree))
+    assert command(*data, "--config", str(tmp_path / "mine.yaml")).settings == settings
+
+
+def test_the_fusion_trains_as_the_members_where_nothing_else_is_given(tmp_path: Path) -> None:
+    assert Settings().fusion == FusionSettings()
+    config = tmp_path / "c.yaml"
+    config.write_text("members: {epochs: 7, crop: 64, jitter: 0.3}\nfusion: {crop: 96}\n")
+    given = ["--data", "x", "--config", str(config), "--members.crop", "128", "--members.dropout", "0.2"]
+    fusion = command(*given, "--fusion.jitter", "0").settings.fusion
+    assert (fusion.epochs, fusion.crop, fusion.dropout, fusion.jitter) == (7, 96, 0.2, 0.0)
+    members = MembersSettings(epochs=7, width=0.5)
+    settings = Settings(members=members, fusion=FusionSettings(crop=64))
+    assert (settings.fusion.epochs, settings.fusion.crop, settings.fusion.width) == (7, 64, None)
+    assert Settings.model_validate(settings.model_dump()) == settings  # all of it is in the tree, as run.json has it
+    for name, value in {"epochs": "0", "crop": "3", "optimizer": "sgd"}.items():
+        with pytest.raises(UsageError, match=rf"^members\.{name}: .*{value}"):
+            command("--data", "x", f"--members.{name}", value)
 
 
 def test_the_papers_fusion_learns_as_its_members_do() -> None:
@@ -203,7 +265,7 @@ def test_the_default_sweep_is_found_from_anywhere_and_not_missed_where_nothing_c
 ) -> None:
     monkeypatch.chdir(tmp_path)
     command("--data", "x")
-    monkeypatch.setattr(cli, "REPOSITORY", tmp_path)  # `python -m apacs_ray doctor` of an installed package
+    monkeypatch.setattr(yaml, "REPOSITORY", tmp_path)  # `python -m apacs_ray doctor` of an installed package
     command("--data", "x")
     with pytest.raises(UsageError, match=r"^tune\.config: tune_configs/smoke\.yaml: no such file"):
         command("--data", "x", "--tune.config", "tune_configs/smoke.yaml")

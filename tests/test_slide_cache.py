@@ -12,7 +12,8 @@ import pytest
 
 from apacs_ray.errors import ApacsError, BadInput
 from apacs_ray.slides.cache import SlideCache, _inside
-from apacs_ray.slides.find import SlideFiles, find_slides
+from apacs_ray.slides.find import find_slides
+from apacs_ray.slides.slide_files import SlideFiles
 from apacs_ray.storage import Entry, open_store
 
 SIZE = 3 << 20

@@ -11,15 +11,16 @@ import tifffile
 from support.slide_files import picture, write_slide, write_tiff
 
 from apacs_ray.config.settings import DataSettings, TilesSettings
-from apacs_ray.data.tiles import Box
+from apacs_ray.data.grid import Box
 from apacs_ray.distributed.slides import of_one_slide, shard_rows, shards_a_task, write_rows
 from apacs_ray.errors import BadInput
 from apacs_ray.slides.cache import SlideCache
 from apacs_ray.slides.find import find_slides
-from apacs_ray.slides.manifest import SlideTask, inspect_slide, level0, qupath_point
+from apacs_ray.slides.manifest import SlideTask, inspect_slide
 from apacs_ray.slides.open import open_slide
 from apacs_ray.slides.openslide_engine import OpenSlideSlide
 from apacs_ray.slides.reader import Slide, read_box
+from apacs_ray.slides.slide_grid import level0_point, qupath_point
 from apacs_ray.slides.slide_tiles import SlideShard, write_slide_shard
 from apacs_ray.storage import open_store
 
@@ -120,7 +121,7 @@ def test_a_tile_knows_where_it_lies(downsample: float) -> None:
     """Grid -> level 0 -> QuPath, with a bounds offset: whole numbers, half a pixel off the ideal place at most."""
     bounds = Box(1536, 2048, 100_000, 100_000)
     for column in range(0, 40_000, 2000):
-        x, y = level0(bounds, Box(column, 2 * column, 2000, 2000), downsample)
+        x, y = level0_point(bounds, Box(column, 2 * column, 2000, 2000), downsample)
         assert qupath_point(x, y, bounds) == (round(column * downsample), round(2 * column * downsample))
         assert abs(x - bounds.x - column * downsample) <= 0.5
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apacs_ray.data.splits import assign_val, read_splits
+from apacs_ray.data.slide_tables import read_mpps, read_splits
+from apacs_ray.data.splits import assign_val
 from apacs_ray.errors import UsageError
-from apacs_ray.slides.mpps import read_mpps
 from apacs_ray.stages.ingest_result import open_store_file
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
 from apacs_ray.testing.cluster import RayCluster, kill_node, processes
 
 SCRIPT = Path(__file__).resolve().parent.parent / "cluster" / "spot_notice.py"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,8 +19,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from support.runs import SMALL, run, start
-from apacs_ray.testing.runs import read_json, wait_for
-from apacs_ray.testing.s3_proxy import KINDS, Behavior, Proxy, at_random, in_turn, refusing_writes
 from torch import nn
 
 from apacs_ray.data.shards import Receipt, read_rows, write_table
@@ -27,8 +27,9 @@ from apacs_ray.models.spec import MEMBERS
 from apacs_ray.runs import lease
 from apacs_ray.runs.lease import LOCK, Lease, LeaseHeld
 from apacs_ray.slides.cache import SlideCache
-from apacs_ray.storage import Conflict, LocalStore, Store, open_store
-from apacs_ray.storage import retry as s3_requests
+from apacs_ray.storage import Conflict, LocalStore, Store, open_store, retry
+from apacs_ray.testing.runs import read_json, wait_for
+from apacs_ray.testing.s3_proxy import KINDS, Behavior, Proxy, at_random, in_turn, refusing_writes
 from apacs_ray.training.checkpoints import complete_checkpoints, keep_checkpoint
 from apacs_ray.training.history import EpochRecord, read_history
 from apacs_ray.training.state import TrainState, save_state
@@ -39,8 +40,8 @@ CONTENT = np.random.default_rng(0).bytes(200_000)  # more than the last bytes th
 @pytest.fixture
 def store(between: Proxy, s3: str, monkeypatch: pytest.MonkeyPatch) -> Store:
     """A store behind the proxy, with short pauses between attempts."""
-    monkeypatch.setattr(s3_requests, "PAUSE", 0.002)
-    monkeypatch.setattr(s3_requests, "LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(retry, "PAUSE", 0.002)
+    monkeypatch.setattr(retry, "LONGEST_PAUSE", 0.05)
     monkeypatch.setattr(botocore.endpoint, "time", SimpleNamespace(sleep=lambda pause: None))  # of an upload's parts
     return open_store(f"{s3}/run")
 
@@ -171,6 +172,31 @@ def test_what_is_cut_is_never_the_whole(filled: Store, between: Proxy, tmp_path:
             assert not list(tmp_path.glob("cache-*/*/object")), name
 
 
+HEAD = b'HTTP/1.1 200 OK\r\nETag: "abc"\r\nContent-Type: x\r\nContent-Length: 1000\r\nX-Other: 1\r\n\r\n'
+
+
+@pytest.mark.parametrize("sent", [HEAD.index(b"Content-Type"), HEAD.index(b"1000") + 2, len(HEAD) - 3, len(HEAD) + 10])
+def test_an_answer_is_not_whole_wherever_it_is_cut(s3: str, monkeypatch: pytest.MonkeyPatch, sent: int) -> None:
+    """http.client takes a head that ends early for a whole one, then the body has no length to be held to."""
+
+    def serve(listener: socket.socket) -> None:
+        for _ in range(2):
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall((HEAD + bytes(1000))[:sent])
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, args=(listener,), daemon=True)
+        thread.start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        store = open_store(s3).with_timeout(0)
+        for read in (store.read, store.open):
+            with pytest.raises(StoreTroubleError, match="object: cannot read"):
+                read("object")
+        thread.join(10)
+
+
 def test_a_file_is_read_in_one_version(store: Store) -> None:
     store.write("empty", b"")
     with store.open("empty") as stream:
@@ -192,7 +218,7 @@ def test_a_tile_is_read_with_two_requests(filled: Store, between: Proxy) -> None
     assert [request.method for request in between.requests] == ["GET", "GET"]
 
 
-def test_patience_ends_and_a_refusal_needs_none(store: Store, between: Proxy, tmp_path: Path) -> None:
+def test_a_retry_ends_after_its_timeout_and_a_refusal_is_final(store: Store, between: Proxy, tmp_path: Path) -> None:
     between.behavior = Behavior(lambda method, listing: "SlowDown", status=503)
     with pytest.raises(StoreTroubleError, match=rf"^{store.uri}/object: cannot read \(.*SlowDown"):
         store.with_timeout(0.05).read("object")
@@ -235,8 +261,12 @@ def test_a_conditional_write_whose_answer_is_lost_is_known_again(store: Store, b
     assert store.read("lock") == b"two"
 
 
-def test_a_lease_outlives_lost_answers_and_tells_of_a_store_that_is_away(
-    store: Store, between: Proxy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_lease_outlives_lost_answers_and_reports_a_store_in_trouble(
+    store: Store,
+    between: Proxy,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    printed_log: None,
 ) -> None:
     monkeypatch.setattr(lease, "HEARTBEAT_EVERY", 0.02)
     monkeypatch.setattr(lease, "BEAT_TIMEOUT", 0.0)

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from apacs_ray.data.tiles import Box
+from apacs_ray.data.grid import Box
 from apacs_ray.synthetic.scene import _BLOCK_UM, _FARTHEST_UM, _block
 from apacs_ray.synthetic.slide import SlideSpec, render, render_region, slide_specs, stamps_near
 from apacs_ray.synthetic.texture import field, sensor_noise

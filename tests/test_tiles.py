@@ -8,8 +8,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from apacs_ray.data.grid import Box, grid, owned_region
 from apacs_ray.data.quality import focus, tissue_fraction
-from apacs_ray.data.tiles import TILE_SCHEMA, Box, grid, once_region, tile_id
+from apacs_ray.data.tile_rows import TILE_SCHEMA, tile_id
 
 SIDES = st.integers(1, 90)
 LAST = st.sampled_from(["keep", "shift", "drop"])
@@ -66,7 +67,7 @@ def test_the_regions_that_count_part_the_covered_pixels(settings):
     boxes = grid(*settings)
     counted = np.zeros((height, width), int)
     for box in boxes:
-        left, top, right, bottom = once_region(box.x, box.y, *settings)
+        left, top, right, bottom = owned_region(box.x, box.y, *settings)
         assert 0 <= left <= right <= box.width
         assert 0 <= top <= bottom <= box.height
         counted[box.y + top : box.y + bottom, box.x + left : box.x + right] += 1
@@ -84,13 +85,13 @@ def test_grid_by_hand():
 
 
 def test_overlaps_are_cut_in_their_middle():
-    assert once_region(10, 0, 25, 10, 10, 10, "shift") == (
+    assert owned_region(10, 0, 25, 10, 10, 10, "shift") == (
         0,
         0,
         7,
         10,
     )  # 15..20 is shared with the tile at 15
-    assert once_region(15, 0, 25, 10, 10, 10, "shift") == (2, 0, 10, 10)
+    assert owned_region(15, 0, 25, 10, 10, 10, "shift") == (2, 0, 10, 10)
 
 
 SOURCES = st.text("aZ9_./~% -é\u0301", min_size=1, max_size=6)

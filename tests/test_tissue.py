@@ -18,14 +18,15 @@ from support.slide_files import picture, write_slide, write_tiff
 from support.smear_scenes import LevelSlide, Paint, Rgb, Scene, bare, jpeg, lit, painted, score, singles, smear
 
 from apacs_ray.config.settings import TilesSettings
-from apacs_ray.data.tiles import Box
+from apacs_ray.data.grid import Box
 from apacs_ray.slides import tissue as tissue_module
-from apacs_ray.slides.manifest import TilePlan, tiles_of
 from apacs_ray.slides.open import open_slide
 from apacs_ray.slides.preview import COLORS, picture_of
 from apacs_ray.slides.reader import Level, SlideInfo
 from apacs_ray.slides.regions import closed, grown, opened
-from apacs_ray.slides.tissue import ASSUMED_MPP, OUT, Tissue, find_tissue, level_to_read, tissue_mask
+from apacs_ray.slides.slide_grid import TilePlan, tiles_of
+from apacs_ray.slides.small_picture import level_to_read
+from apacs_ray.slides.tissue import ASSUMED_MPP, OUT, Tissue, find_tissue, tissue_mask
 from apacs_ray.synthetic.mrxs import MrxsLayout, write_mrxs
 from apacs_ray.synthetic.slide import render, slide_specs
 

@@ -10,7 +10,7 @@ import pytest
 from tensorboardX.crc32c import crc32c
 
 from apacs_ray.config.settings import DataSettings, Settings
-from apacs_ray.data.folders import Reject
+from apacs_ray.data.rejects import Reject
 from apacs_ray.data.shards import Receipt
 from apacs_ray.distributed import metrics as gauges_module
 from apacs_ray.distributed.metrics import Gauges

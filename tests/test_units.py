@@ -21,8 +21,9 @@ from support.slide_files import picture, write_tiff
 
 from apacs_ray.config.settings import DataSettings, TilesSettings
 from apacs_ray.data import image_tiles as ingest
-from apacs_ray.data.folders import Reject, find_pairs
+from apacs_ray.data.folders import find_pairs
 from apacs_ray.data.image_tiles import ShardTask, Source, plan_tiles, probe_pair, write_shard
+from apacs_ray.data.rejects import Reject
 from apacs_ray.data.shards import Receipt, shard_path
 from apacs_ray.data.units import one_unit
 from apacs_ray.errors import ApacsError, BadInput, RefusedError, StoreTroubleError

@@ -10,9 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from apacs_ray.config.command_line import Command, parse
-from apacs_ray.console import console
+from apacs_ray.console import console, print_log
 from apacs_ray.doctor import cluster, codecs, devices, machine, tables, versions
-from apacs_ray.doctor.finding import Check, Finding, examine, shown
+from apacs_ray.doctor.finding import Check, Finding, examine, redacted
 from apacs_ray.doctor.stores import Stores
 from apacs_ray.redact import secrets_in
 
@@ -26,8 +26,9 @@ PAGE = 160  # characters a line, where there is no terminal that says
 def doctor(argv: Sequence[str]) -> int:
     """Check, print the table, and return the exit status. Raises UsageError."""
     command = parse(argv, "python -m apacs_ray doctor", SUMMARY)
+    print_log()
     findings, secrets = diagnose(command)
-    findings = [shown(finding, secrets) for finding in findings]
+    findings = [redacted(finding, secrets) for finding in findings]
     print_table(findings)
     failed = sum(finding.state == "failed" for finding in findings)
     warned = sum(finding.state == "warning" for finding in findings)
@@ -73,9 +74,9 @@ def print_table(findings: Sequence[Finding]) -> None:
     for heading in ("check", "state", "found"):
         table.add_column(heading, justify="left")
     for finding in findings:
-        found = Text(finding.found, overflow="fold")
+        message = Text(finding.message, overflow="fold")
         if finding.advice:
-            found.append(f"\n-> {finding.advice}")
-        table.add_row(Text(finding.name), Text(finding.state, COLORS[finding.state]), found)
+            message.append(f"\n-> {finding.advice}")
+        table.add_row(Text(finding.name), Text(finding.state, COLORS[finding.state]), message)
     known = console.is_terminal or "COLUMNS" in os.environ
     Console(width=console.width if known else PAGE).print(table)

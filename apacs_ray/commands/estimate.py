@@ -13,20 +13,20 @@ from typing import TypeVar
 from rich.table import Table
 
 from apacs_ray.config.settings import Settings
-from apacs_ray.config.sweep import plan_sweep, read_sweep
+from apacs_ray.config.sweep import read_sweep
 from apacs_ray.console import cell, console, say
 from apacs_ray.data.folders import Pair
 from apacs_ray.distributed.measure import measured
 from apacs_ray.distributed.pool import plan_pool
+from apacs_ray.distributed.resource_plan import Cluster, NetworkPlan, TrainingPlan, plan_sweep, plan_training
 from apacs_ray.distributed.session import RaySession
-from apacs_ray.distributed.resource_plan import Cluster, NetworkPlan, TrainingPlan, plan_training
 from apacs_ray.errors import ApacsError
 from apacs_ray.estimate.cutting import PAIRS, SLIDES, cut_pairs, cut_slides, spread
 from apacs_ray.estimate.lines import REPORT, Line, Seconds, Tiles, pool, sweep, tiling, training
 from apacs_ray.estimate.networks import ASSUMED_GPU, Inference, SampleTile, Times, Training, assume, measure
 from apacs_ray.models.spec import MEMBERS, ModelSpec
-from apacs_ray.slides.find import SlideFiles
 from apacs_ray.runs.run import Run
+from apacs_ray.slides.slide_files import SlideFiles
 from apacs_ray.stages.ingest_slides import make_smears, slide_task
 from apacs_ray.stages.source import Source
 from apacs_ray.stages.train_fusion import fusion_specs
@@ -134,9 +134,7 @@ def _count(
 class _Networks:
     """The stages with networks: planned as a run plans them, and measured at once in one process."""
 
-    def __init__(
-        self, settings: Settings, cluster: Cluster, tiles: Tiles, tile: SampleTile, *, assumed: bool
-    ) -> None:
+    def __init__(self, settings: Settings, cluster: Cluster, tiles: Tiles, tile: SampleTile, *, assumed: bool) -> None:
         self._settings, self._cluster, self._tiles, self._tile = settings, cluster, tiles, tile
         self.assumed = assumed
         self._member_specs = [

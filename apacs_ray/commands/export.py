@@ -27,11 +27,13 @@ def _work(argv: Sequence[str]) -> int:
     parser.add_argument("--height", type=int, default=2000, help="px of the images (default: 2000)")
     parser.add_argument("--width", type=int, default=2000, help="px of the images (default: 2000)")
     arguments = parser.parse_args(argv)
+    from apacs_ray.console import print_log
     from apacs_ray.inference.predictor import load_ensemble
     from apacs_ray.models.onnx import export_onnx
     from apacs_ray.models.spec import MEMBERS
     from apacs_ray.storage import open_store
 
+    print_log()
     folders = {name: f"members/{name}" for name in MEMBERS} | {"fusion": "fusion"}
     try:
         ensemble = load_ensemble(open_store(arguments.model), folders)

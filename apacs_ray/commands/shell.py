@@ -57,10 +57,11 @@ def opened_run(command: Command) -> Iterator[tuple[Run, RaySession]]:
     from apacs_ray.distributed.session import RaySession, prepare_ray
 
     prepare_ray()  # what the block imports may import Ray
-    from apacs_ray.console import say
+    from apacs_ray.console import print_log, say
     from apacs_ray.runs.run import Run
     from apacs_ray.storage import open_store
 
+    print_log()
     store = open_store(command.output)
     say(f"run: {store.uri} (data: {command.data or 'synthetic smears'})")
     run = Run.open(store, command.settings, command.data)

@@ -7,24 +7,21 @@ readable line that names the key and exit status 2, before anything starts.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from apacs_ray.config.settings import Settings
+from apacs_ray.config.sweep import require_sweep
+from apacs_ray.config.yaml import find_config, read_yaml
 from apacs_ray.errors import UsageError
 from apacs_ray.redact import uri_defect
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-LARGEST_YAML = 1 << 20  # bytes
 SYNTHETIC_CONFIG = "configs/synthetic.yaml"
 
 
@@ -37,39 +34,6 @@ class Command:
     settings: Settings
     dry_run: bool = False
     estimate: bool = False
-
-
-def find_config(name: str) -> Path:
-    """A settings file: `name` in the working directory, else in the repository root. Raises UsageError."""
-    for candidate in (Path(name), REPOSITORY / name):
-        if candidate.is_file():
-            return candidate
-    raise UsageError(f"{name}: no such file here or in {REPOSITORY}")
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UsageError with the file and line."""
-    try:
-        if path.stat().st_size > LARGEST_YAML:
-            raise UsageError(f"{path}: {path.stat().st_size} bytes; settings have at most {LARGEST_YAML}")
-        content = parse_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UsageError(f"{path}: expected 'key: value' lines, found a {type(content).__name__}")
-    return content
-
-
-def parse_yaml(text: str) -> Any:
-    """YAML of plain values, without aliases: a few lines of them may stand for gigabytes. Raises YAMLError."""
-    for token in yaml.scan(text, Loader=yaml.SafeLoader):
-        if isinstance(token, yaml.AliasToken):
-            raise yaml.YAMLError(f"line {token.start_mark.line + 1}: an alias (*{token.value}); write its value out")
-    return yaml.safe_load(text)
 
 
 def parse(argv: Sequence[str], program: str, summary: str) -> Command:
@@ -92,8 +56,7 @@ def parse(argv: Sequence[str], program: str, summary: str) -> Command:
     for section, tree in settings.model_dump().items():
         for key, value in tree.items():
             _require_open(f"{section}.{key}", value)
-    if settings.fusion.from_best:
-        _require_sweep(settings)
+    require_sweep(settings)
     return Command(data, output or default_output(data), settings, dry_run, estimate)
 
 
@@ -101,23 +64,6 @@ def _require_open(key: str, value: Any) -> None:
     """Raise UsageError for a URI with a secret in it: what is given here is printed and kept."""
     if isinstance(value, str) and (defect := uri_defect(value)) is not None:
         raise UsageError(f"{key}: {defect}")
-
-
-def _require_sweep(settings: Settings) -> None:
-    """Raise UsageError for a sweep that cannot run, which would be found when the members are trained, hours later."""
-    from apacs_ray.config.sweep import read_sweep  # which reads its file by this module
-
-    tune = settings.tune
-    if not tune.model_fields_set and not (REPOSITORY / tune.config).is_file():
-        return  # the doctor of an installed package: the sweeps stay in the repository, as the scripts do
-    try:
-        sweep = read_sweep(tune.config)
-    except UsageError as error:
-        raise UsageError(f"tune.config: {error}") from error
-    if "fcn32" in sweep.trunks and settings.fusion_width != settings.members.width:
-        raise UsageError(f"tune.config: {tune.config}: trunk fcn32 needs fusion.width as members.width; leave it out")
-    if sweep.searcher == "optuna" and importlib.util.find_spec("optuna") is None:
-        raise UsageError(f"tune.config: {tune.config}: searcher optuna needs the package: pip install '.[optuna]'")
 
 
 def default_output(data: str | None) -> str:

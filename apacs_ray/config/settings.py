@@ -167,7 +167,10 @@ class TilesSettings(Section):
 
 
 class TrainingSettings(Section):
-    """What training the members and training the fusion have in common."""
+    """What training the members and training the fusion have in common.
+
+    In `Settings` the fusion has the members' value of each field that is not given for it.
+    """
 
     epochs: int = Field(100, ge=1, description="passes over the training tiles")
     batch_size: int = Field(4, ge=1, description="tiles a step, over all workers")
@@ -228,7 +231,7 @@ class MembersSettings(TrainingSettings):
 
 
 class FusionSettings(TrainingSettings):
-    """The fusion network on RGB and the members' heatmaps."""
+    """The fusion network on RGB and the members' heatmaps, trained as the members are where nothing else is given."""
 
     width: Annotated[float | None, NOT_IN_FINGERPRINT] = Field(
         None, gt=0, le=1, description="as members.width (default: members.width)"
@@ -306,6 +309,21 @@ class Settings(Section):
     fusion: FusionSettings = FusionSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     run: RunSettings = RunSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fusion_trains_as_the_members(cls, tree: Any) -> Any:
+        """Fill in, from `members`, the `TrainingSettings` that `fusion` is not given."""
+        if not isinstance(tree, dict):
+            return tree
+        members, fusion = (
+            section.model_dump(exclude_unset=True) if isinstance(section, Section) else section
+            for section in (tree.get("members", {}), tree.get("fusion", {}))
+        )
+        if not isinstance(members, dict) or not isinstance(fusion, dict):
+            return tree  # which is refused below, by name
+        inherited = {name: members[name] for name in TrainingSettings.model_fields if name in members}
+        return {**tree, "fusion": {**inherited, **fusion}}
 
     @model_validator(mode="after")
     def _trunk_fits(self) -> Settings:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from apacs_ray.config.command_line import find_config, read_yaml
-from apacs_ray.config.settings import NOT_IN_FINGERPRINT, FusionSettings, Section
-from apacs_ray.distributed.resource_plan import Cluster, NetworkPlan, plan_trials
+from apacs_ray.config.settings import NOT_IN_FINGERPRINT, FusionSettings, Section, Settings
+from apacs_ray.config.yaml import MissingConfig, find_config, read_yaml
 from apacs_ray.errors import UsageError
 
 SWEPT = (
@@ -127,22 +127,12 @@ class Sweep(Section):
         return space
 
 
-def plan_sweep(sweep: Sweep, cluster: Cluster, batch_size: int) -> tuple[NetworkPlan, int]:
-    """`plan_trials` of what the sweep asks for."""
-    asked = sweep.resources
-    return plan_trials(
-        cluster,
-        workers=asked.workers,
-        cpu=asked.cpu,
-        gpu=asked.gpu,
-        batch_size=batch_size,
-        trials=sweep.trials,
-        concurrency=sweep.concurrency,
-    )
-
-
 def read_sweep(name: str) -> Sweep:
-    """The sweep in a YAML file, looked up like `--config`. Raises UsageError naming file and key."""
+    """Return the sweep in a YAML file, looked up like `--config`.
+
+    Raises:
+        UsageError: There is no such file, or it is no sweep; names file and key.
+    """
     path = find_config(name)
     try:
         return Sweep.model_validate(read_yaml(path))
@@ -150,3 +140,24 @@ def read_sweep(name: str) -> Sweep:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise UsageError(f"{path}: {key}: {first['msg'].removeprefix('Value error, ')}") from error
+
+
+def require_sweep(settings: Settings) -> None:
+    """Refuse a sweep that cannot run, which would be found when the members are trained, hours later.
+
+    Raises:
+        UsageError: The settings ask for a sweep, and it is missing, impossible, or does not fit the networks' widths.
+    """
+    tune = settings.tune
+    if not settings.fusion.from_best:
+        return
+    try:
+        sweep = read_sweep(tune.config)
+    except UsageError as error:
+        if isinstance(error, MissingConfig) and not tune.model_fields_set:
+            return  # the doctor of an installed package: the sweeps stay in the repository, as the scripts do
+        raise UsageError(f"tune.config: {error}") from error
+    if "fcn32" in sweep.trunks and settings.fusion_width != settings.members.width:
+        raise UsageError(f"tune.config: {tune.config}: trunk fcn32 needs fusion.width as members.width; leave it out")
+    if sweep.searcher == "optuna" and importlib.util.find_spec("optuna") is None:
+        raise UsageError(f"tune.config: {tune.config}: searcher optuna needs the package: pip install '.[optuna]'")

@@ -1,4 +1,4 @@
-"""The data set's folder layout: from a listing of files to pairs of image and mask. Nothing is opened here.
+"""Pairs of image and mask, found in a listing of files by the names of their folders. Nothing is opened here.
 
 A file's folders, below the data root, name its split (train, val or test) and its role (input or groundtruth)
 in any case, together (`APACS23_Train_Input/`) or apart (`train/input/`). Image and mask are joined by split
@@ -14,16 +14,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from apacs_ray.data.ignored import Ignored, hidden_part
+from apacs_ray.data.rejects import BAD_NAME, Reject
 from apacs_ray.data.words import SPLITS, Role, Split, distinct, mask_stem, roles_of, splits_of
 from apacs_ray.errors import BadInput
-from apacs_ray.redact import as_text
 from apacs_ray.storage import Entry, is_bad_path
 
-__all__ = ["SPLITS", "Entry", "FolderData", "Pair", "Reject", "Split", "find_pairs", "is_folder_layout"]
-
 SUFFIXES = ("jpg", "jpeg", "png", "tif", "tiff", "bmp")
-BAD_NAME = "its path has empty parts, '..' or characters that are no UTF-8; rename it"
-STAGE = "ingest"  # that refuses inputs
 
 
 @dataclass(frozen=True)
@@ -43,27 +39,8 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Reject:
-    """A row of rejects/: one unit with a permanent defect. `code` is a stable word, `reason` a sentence."""
-
-    uri: str
-    slide_id: str | None
-    x: int | None
-    y: int | None
-    stage: str
-    code: str
-    reason: str
-
-    @classmethod
-    def of(cls, defect: BadInput, uri: str, slide_id: str | None, x: int | None = None, y: int | None = None) -> Reject:
-        """The row for a defect that ingest met."""
-        slide_id = None if slide_id is None else as_text(slide_id)
-        return cls(as_text(uri), slide_id, x, y, STAGE, defect.code, as_text(defect.reason))
-
-
-@dataclass(frozen=True)
 class FolderData:
-    """What a listing holds. Each entry is in exactly one pair, in `rejected` or in `ignored`.
+    """The pairs of a listing. Each entry is in exactly one pair, in `rejected` or in `ignored`.
 
     The unit of rejects is what could have been a pair: all files of one split, stem and place, or one file that
     can belong to no pair. So the units listed are len(pairs) + len(rejects), and `rejected[i]` are the files
@@ -122,19 +99,26 @@ class _Refused:
 
 
 def is_folder_layout(entries: Iterable[Entry]) -> bool:
-    """Whether any file lies in a folder of this layout."""
+    """Tell whether any file lies in a folder of this layout."""
     return any(not _is_left(entry.path) and _names(entry.path) is not None for entry in entries)
 
 
 def find_pairs(entries: Iterable[Entry], *, slide_regex: str | None = None, root: str = "") -> FolderData:
-    """Join images and masks by split and stem, in the order of split, then stem.
+    """Join images and masks by split and stem.
 
-    A stem that a split holds several times is joined within each place: the folders that name neither split nor
-    role. A mask STEM_mask.png stands for STEM where no mask of that stem lies beside it.
-    `slide_regex` is searched in the stem: its first group, or without groups the whole match, is the slide
-    id. Without it each pair is its own slide; a stem that occurs in two splits is then two slides,
-    `train/STEM` and `test/STEM`, one in two places `PLACE/STEM`. `root` is the URI put before the paths that rejects
-    name. Codes: missing_mask missing_image duplicate_stem empty_file unknown_suffix ambiguous_folder bad_name.
+    A stem that a split holds several times is joined within each place: the folders that name neither split nor role. A
+    mask STEM_mask.png stands for STEM where no mask of that stem lies beside it. Without `slide_regex` each pair is its
+    own slide; a stem that occurs in two splits is then two slides, `train/STEM` and `test/STEM`, one in two places
+    `PLACE/STEM`.
+
+    Args:
+        entries: files of the data.
+        slide_regex: searched in the stem; its first group, or without groups the whole match, is the slide id.
+        root: URI put before the paths that rejects name.
+
+    Returns:
+        Pairs in the order of split, then stem, and what is no pair. Codes: missing_mask missing_image duplicate_stem
+        empty_file unknown_suffix ambiguous_folder bad_name.
     """
     placed: list[_File] = []
     hidden: list[Entry] = []
@@ -171,13 +155,13 @@ def find_pairs(entries: Iterable[Entry], *, slide_regex: str | None = None, root
 
 
 def _is_left(path: str) -> bool:
-    """Hidden files, those of systems, folder markers of object stores, and what leads out of the folder."""
+    """Tell whether a file is hidden, the system's, a folder marker of an object store, or leads out of the folder."""
     *folders, name = path.split("/")
     return hidden_part(path) is not None or not name or any(part in (".", "..") for part in (*folders, name))
 
 
 def _names(path: str) -> tuple[frozenset[Split], frozenset[Role]] | None:
-    """The splits and roles that a file's folders name (the innermost that names any counts); None outside."""
+    """Return the splits and roles that a file's folders name (the innermost that names any counts); None outside."""
     splits: frozenset[Split] = frozenset()
     roles: frozenset[Role] = frozenset()
     for folder in path.split("/")[:-1]:
@@ -187,13 +171,13 @@ def _names(path: str) -> tuple[frozenset[Split], frozenset[Role]] | None:
 
 
 def _place(entry: Entry) -> _File | None:
-    """Where a file belongs; None when it lies outside the layout. Raises BadInput where none can be told."""
+    """Return where a file belongs; None when it lies outside the layout. Raises BadInput where none can be told."""
     named = None if _is_left(entry.path) else _names(entry.path)
     if named is None:
         return None
-    for found in named:
-        if len(found) > 1:
-            raise BadInput("ambiguous_folder", f"its folder names both {' and '.join(sorted(found))}")
+    for names in named:
+        if len(names) > 1:
+            raise BadInput("ambiguous_folder", f"its folder names both {' and '.join(sorted(names))}")
     (split,), (role,) = named
     if is_bad_path(entry.path):
         raise BadInput("bad_name", BAD_NAME)
@@ -206,21 +190,21 @@ def _place(entry: Entry) -> _File | None:
 
 
 def _without_mask_words(files: Sequence[_File]) -> list[_File]:
-    """STEM_mask.png as STEM, unless an image is called so or STEM has a mask beside it."""
+    """Rename STEM_mask.png to STEM, unless an image is called so or STEM has a mask beside it."""
     images = {(file.split, file.stem) for file in files if file.role == "input"}
     masks = {(file.split, file.stem, file.place) for file in files if file.role == "groundtruth"}
-    found = []
+    renamed = []
     for file in files:
         if file.role == "groundtruth" and (file.split, file.stem) not in images:
             plain = mask_stem(file.stem)
             if plain and (file.split, plain[0]) in images and (file.split, plain[0], file.place) not in masks:
                 file = replace(file, stem=plain[0])
-        found.append(file)
-    return found
+        renamed.append(file)
+    return renamed
 
 
 def _units(files: Iterable[_File]) -> list[_Unit]:
-    """Files that could be a pair: those of one split and stem, or of one place where a role has several."""
+    """Group files that could be a pair: those of one split and stem, or of one place where a role has several."""
     named: dict[tuple[int, str], list[_File]] = defaultdict(list)
     for file in files:
         named[SPLITS.index(file.split), file.stem].append(file)
@@ -239,7 +223,7 @@ def _units(files: Iterable[_File]) -> list[_Unit]:
 
 
 def _slides(units: Sequence[_Unit], slide_regex: str | None) -> list[str | None]:
-    """The slide id of each unit; None where the expression finds none."""
+    """Return the slide id of each unit; None where the expression finds none."""
     if slide_regex is None:
         return list(distinct([unit.names for unit in units]))
     regex = re.compile(slide_regex)
@@ -248,7 +232,7 @@ def _slides(units: Sequence[_Unit], slide_regex: str | None) -> list[str | None]
 
 
 def _joined(unit: _Unit, slide_id: str | None, slide_regex: str | None) -> Pair | _Refused:
-    """The files of a unit as a pair, or why they are none."""
+    """Join the files of a unit to a pair, or return why they are none."""
     files = unit.files
     entries = tuple(file.entry for file in files)
     split, stem = files[0].split, files[0].stem
@@ -274,7 +258,7 @@ def _joined(unit: _Unit, slide_id: str | None, slide_regex: str | None) -> Pair 
 
 
 def _elsewhere(unit: _Unit) -> str:
-    """What to say of files of the other role in other places."""
+    """Return what to say of files of the other role in other places."""
     others = [file.entry.path for file in unit.apart if file.role != unit.files[0].role]
     if not others:
         return ""
@@ -285,4 +269,4 @@ def _shared(pairs: Iterable[Pair]) -> tuple[str, ...]:
     splits: dict[str, set[Split]] = defaultdict(set)
     for pair in pairs:
         splits[pair.slide_id].add(pair.split)
-    return tuple(sorted(slide for slide, found in splits.items() if len(found) > 1))
+    return tuple(sorted(slide for slide, named in splits.items() if len(named) > 1))

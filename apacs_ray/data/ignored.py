@@ -1,4 +1,4 @@
-"""Files that belong to nothing: hidden ones and those of systems, by one rule, and how the others are told of."""
+"""Files of a listing that are not used: which are hidden or the system's, and what a person is told of the others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LOCK = re.compile(r"~\$.")  # of an office program that has the file open
 
 
 def hidden_part(path: str) -> str | None:
-    """The first part of a path that is hidden or the system's, None when there is none."""
+    """Return the first part of a path that is hidden or the system's, None when there is none."""
     for part in path.split("/"):
         if part not in (".", "..") and (part.startswith(".") or part.lower() in SYSTEM or _LOCK.match(part)):
             return part
@@ -44,12 +44,12 @@ class Ignored:
         return tuple(sorted(files, key=lambda entry: entry.path))
 
     def counts(self) -> dict[str, int]:
-        """How many of each kind."""
+        """Return how many there are of each kind."""
         kinds = {"hidden": self.hidden, "previews": self.previews, "strays": self.strays, "others": self.others}
         return {kind: len(entries) for kind, entries in kinds.items() if entries}
 
     def told(self) -> str | None:
-        """What a person is told of them: counts and the first few names; None when there are none."""
+        """Return what a person is told of them: counts and the first few names; None when there are none."""
         # of what is hidden one of each place, so that each trash and snapshot is named
         hidden: dict[str | None, Entry] = {}
         for entry in self.hidden:
@@ -60,12 +60,12 @@ class Ignored:
             (self.strays, "annotation of no slide", names(self.strays)),
             (self.others, "file of another kind", names(self.others)),
         )
-        told = [f"{len(entries)} x {what} ({shown})" for entries, what, shown in kinds if entries]
-        return f"ignored {', '.join(told)}" if told else None
+        parts = [f"{len(entries)} x {what} ({examples})" for entries, what, examples in kinds if entries]
+        return f"ignored {', '.join(parts)}" if parts else None
 
 
 def names(entries: Iterable[Entry], most: int = SHOWN) -> str:
-    """The paths of the first few of some files; long ones lose their beginning."""
+    """Return the paths of the first few of some files, for a sentence; long ones lose their beginning."""
     paths = [entry.path for entry in entries]
-    shown = [path if len(path) <= LONGEST else f"...{path[3 - LONGEST :]}" for path in paths[:most]]
-    return ", ".join([*shown, "..."] if len(paths) > most else shown)
+    shortened = [path if len(path) <= LONGEST else f"...{path[3 - LONGEST :]}" for path in paths[:most]]
+    return ", ".join([*shortened, "..."] if len(paths) > most else shortened)

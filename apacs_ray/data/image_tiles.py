@@ -1,4 +1,4 @@
-"""From a listing of images and masks to tile shards: the plan (metadata only), and the writing of one shard.
+"""Tile shards of images with masks: the plan (metadata only), and the writing of one shard.
 
 The plan assigns every tile to a shard before any pixel is read. Tiles of one source lie next to each other, so that a
 shard decodes each of its sources once.
@@ -16,13 +16,16 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from apacs_ray.config.settings import DataSettings, TilesSettings
-from apacs_ray.data.folders import Pair, Reject
-from apacs_ray.data.images import decode_image, encode_image, encode_mask, probe_image
+from apacs_ray.data.folders import Pair
+from apacs_ray.data.grid import Box, grid
+from apacs_ray.data.image_header import probe_image
+from apacs_ray.data.images import decode_image
 from apacs_ray.data.masks import decode_mask, probe_mask
 from apacs_ray.data.quality import measure
+from apacs_ray.data.rejects import Reject
 from apacs_ray.data.shards import Receipt, read_receipt, shard_path, write_table
 from apacs_ray.data.splits import assign_val
-from apacs_ray.data.tiles import TILE_SCHEMA, grid, once_region, tile_id
+from apacs_ray.data.tile_rows import TILE_SCHEMA, TilePixels, TilePlace, tile_id, tile_row
 from apacs_ray.data.units import one_unit
 from apacs_ray.errors import BadInput
 from apacs_ray.storage import Entry, Store
@@ -115,7 +118,7 @@ def plan_tiles(sources: Sequence[Source], tiles: TilesSettings, data: DataSettin
 
 
 def tiles_of(source: Source, tiles: TilesSettings) -> list[dict[str, Any]]:
-    """The tiles of one source, as rows of the manifest that have no split and shard yet."""
+    """Return the tiles of one source, as rows of the manifest that have no split and shard yet."""
     pair = source.pair
     common = {
         "image": pair.image.path,
@@ -150,13 +153,13 @@ class ShardTask:
 
 
 def write_shard(task: ShardTask, plan: pa.Table) -> Receipt:
-    """Decode, cut, measure and encode the tiles of one shard, and write it; a finished shard is left as it is."""
+    """Write one shard: decode, cut, measure and encode its tiles; a finished shard is left as it is."""
     rows = plan.to_pylist()
     path = shard_path("tiles", rows[0]["split"], task.fingerprint, rows[0]["shard"])
     finished = read_receipt(task.output, path)
     if finished is not None:
         return finished
-    kept: list[dict[str, Any]] = []
+    tiles: list[dict[str, Any]] = []
     skipped: dict[str, int] = {}
     rejects: list[dict[str, Any]] = []
     pixels = _Pixels(task)
@@ -173,9 +176,9 @@ def write_shard(task: ShardTask, plan: pa.Table) -> Receipt:
         if tile is None:
             skipped["background"] = skipped.get("background", 0) + 1
         else:
-            kept.append(tile)
-    receipt = Receipt(path, len(rows), len(kept), skipped, rejects)
-    write_table(task.output, pa.Table.from_pylist(kept, TILE_SCHEMA), receipt)
+            tiles.append(tile)
+    receipt = Receipt(path, len(rows), len(tiles), skipped, rejects)
+    write_table(task.output, pa.Table.from_pylist(tiles, TILE_SCHEMA), receipt)
     return receipt
 
 
@@ -189,7 +192,7 @@ class _Pixels:
         self._decoded: tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]] | BadInput
 
     def cut(self, row: dict[str, Any]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
-        """RGB (H, W, 3) and mask (H, W) of a tile. Raises BadInput when its source is defective."""
+        """Return RGB (H, W, 3) and mask (H, W) of a tile. Raises BadInput when its source is defective."""
         if row["image"] != self._path:
             self._path = row["image"]
             try:
@@ -218,58 +221,27 @@ class _Pixels:
 def _require_size(shape: tuple[int, ...], row: dict[str, Any]) -> None:
     height, width = shape
     if (width, height) != (row["source_width"], row["source_height"]):
-        told = f"{row['source_width']} x {row['source_height']}"
-        raise BadInput("size_mismatch", f"its pixels are {width} x {height}, its header said {told}")
+        stated = f"{row['source_width']} x {row['source_height']}"
+        raise BadInput("size_mismatch", f"its pixels are {width} x {height}, its header said {stated}")
 
 
 def _measured(
     task: ShardTask, row: dict[str, Any], rgb: npt.NDArray[np.uint8], mask: npt.NDArray[np.bool_]
 ) -> dict[str, Any] | None:
-    """The row of a tile; None for one of too little tissue."""
+    """Return the row of a tile; None for one of too little tissue."""
     tissue, focus = measure(rgb)
     if tissue < (task.tiles.min_tissue or 0.0):
         return None
-    return _tile_row(task, row, rgb, mask, tissue, focus)
-
-
-def _tile_row(
-    task: ShardTask,
-    row: dict[str, Any],
-    rgb: npt.NDArray[np.uint8],
-    mask: npt.NDArray[np.bool_],
-    tissue: float,
-    focus: float,
-) -> dict[str, Any]:
-    tiles = task.tiles
-    left, top, right, bottom = once_region(
+    place = TilePlace(
+        row["tile_id"],
+        row["slide_id"],
         row["x"],
         row["y"],
+        Box(row["x"], row["y"], row["width"], row["height"]),
         row["source_width"],
         row["source_height"],
-        tiles.size,
-        tiles.stride or tiles.size,
-        tiles.last,
+        task.data.uri_of(row["image"]),
+        row["source_version"],
+        mpp=task.settings.mpp,
     )
-    return {
-        "tile_id": row["tile_id"],
-        "slide_id": row["slide_id"],
-        "x": row["x"],
-        "y": row["y"],
-        "level": 0,
-        "downsample": 1.0,
-        "mpp": task.settings.mpp,
-        "width": row["width"],
-        "height": row["height"],
-        "once_left": left,
-        "once_top": top,
-        "once_right": right,
-        "once_bottom": bottom,
-        "image": encode_image(rgb, tiles.image_format, tiles.quality, tiles.subsampling),
-        "image_format": tiles.image_format,
-        "mask": encode_mask(mask),
-        "mask_fraction": float(mask.mean()),
-        "tissue_fraction": tissue,
-        "focus": focus,
-        "source_uri": task.data.uri_of(row["image"]),
-        "source_version": row["source_version"],
-    }
+    return tile_row(place, TilePixels(rgb, mask, tissue, focus), task.tiles)

@@ -3,13 +3,12 @@
 Both layouts read masks here, so that a file means the same in each. libvips decodes PNG, JPEG and most TIFF, by region
 where the TIFF is tiled; what it lacks (BMP, the numbers of a PNG's colors, TIFF in ZSTD or LZMA, tiles of separate
 planes) Pillow decodes as a whole. Where a decoder passes over damage in silence, the streams are checked by a stricter
-one.
+one (`streams`).
 """
 
 from __future__ import annotations
 
 import io
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,20 +16,19 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 import pyvips
-import simplejpeg
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
-from apacs_ray.data.images import DAMAGE, READERS, SWAPS_SIDES, code_of
+from apacs_ray.data.grid import Box
+from apacs_ray.data.image_header import DAMAGE, READERS, SWAPS_SIDES, code_of
 from apacs_ray.data.mask_header import MAX_TILE, Palette, read_stored
 from apacs_ray.data.png import without_texts
-from apacs_ray.data.tiles import Box
+from apacs_ray.data.streams import decode_jpeg, joined_jpeg, jpeg_size, require_whole_deflate
 from apacs_ray.data.vips import open_vips, reason
 from apacs_ray.errors import BadInput
 
 Pixels = npt.NDArray[Any]  # (H, W) or (H, W, bands), as stored
 BLOCK = 1 << 24  # px that are looked at in one go
-SOI = b"\xff\xd8"
 # EXIF orientation -> the stored image transposed, then mirrored left to right, then top to bottom
 TURNS = {
     1: (False, False, False),
@@ -50,8 +48,12 @@ class MaskFile:
     def __init__(self, source: Path | bytes, max_pixels: int) -> None:
         """Open a mask from a local file or from memory; only its header is read.
 
-        Raises BadInput: empty_file, unreadable, truncated, multiple_frames, unsupported_mode, and too_large for a
-        file of more than `max_pixels` that cannot be read in parts.
+        Args:
+            source: the file.
+            max_pixels: of a file that cannot be read in parts.
+
+        Raises:
+            BadInput: empty_file, unreadable, truncated, multiple_frames, unsupported_mode, too_large.
         """
         self._source = source
         with _stream(source) as stream:
@@ -64,7 +66,7 @@ class MaskFile:
         self._image: pyvips.Image | None = None
 
     def read(self, box: Box) -> Pixels:
-        """The pixels of a box that lies inside the image. Raises BadInput (unreadable, truncated)."""
+        """Return the pixels of a box that lies inside the image. Raises BadInput (unreadable, truncated)."""
         transposed, mirrored, flipped = TURNS[self.stored.orientation]
         x = self.width - box.x - box.width if mirrored else box.x
         y = self.height - box.y - box.height if flipped else box.y
@@ -74,7 +76,7 @@ class MaskFile:
         return pixels[:: -1 if flipped else 1, :: -1 if mirrored else 1]
 
     def blocks(self) -> Iterator[Pixels]:
-        """All pixels once, some `BLOCK` at a time, in the order in which they are stored."""
+        """Yield all pixels once, some `BLOCK` at a time, in the order in which they are stored."""
         wide, high = self.stored.tile or (self.stored.width, max(1, BLOCK // self.stored.width))
         across = max(1, BLOCK // (wide * high)) * wide
         for y in range(0, self.stored.height, high):
@@ -98,18 +100,18 @@ class MaskFile:
     def _check(self, number: int, content: bytes) -> None:
         try:
             if self.stored.compression == "JPEG":
-                whole = SOI + self.stored.tables[2:-2] + content[2:]
-                height, width, *_ = simplejpeg.decode_jpeg_header(whole)
+                whole = joined_jpeg(content, self.stored.tables)
+                height, width = jpeg_size(whole)
                 if width * height > MAX_TILE:
                     raise ValueError(f"it measures {width} x {height} px")
-                simplejpeg.decode_jpeg(whole, colorspace="GRAY", strict=True)
+                decode_jpeg(whole, "GRAY")
             else:
-                _require_checksum(content)
-        except (ValueError, zlib.error) as error:
+                require_whole_deflate(content)
+        except ValueError as error:
             raise BadInput("unreadable", f"its part {number} is damaged: {error}") from error
 
     def _read(self, box: Box) -> Pixels:
-        """A box in stored px; tiles that the file leaves out are 0."""
+        """Read a box in stored px; tiles that the file leaves out are 0."""
         if self.stored.by_pillow:
             if self._array is None:
                 with _stream(self._source) as stream:
@@ -179,20 +181,8 @@ def _cropped_type(image: pyvips.Image) -> npt.DTypeLike:
     return np.dtype(types[image.format])
 
 
-def _require_checksum(content: bytes) -> None:
-    """Raise zlib.error unless a Deflate stream is whole; nothing of it is kept."""
-    stream = zlib.decompressobj()
-    while content and not stream.eof:
-        stream.decompress(content, 1 << 20)
-        content = stream.unconsumed_tail
-    if not stream.eof:
-        stream.flush()
-        if not stream.eof:
-            raise zlib.error("the stream ends too early")
-
-
 def _by_pillow(stream: BinaryIO) -> Pixels:
-    """All pixels of a file that libvips cannot read, upright; of a palette the numbers."""
+    """Read all pixels of a file that libvips cannot read, upright; of a palette the numbers."""
     magic = stream.read(8)
     stream.seek(0)
     reader = next(reader for start, reader in READERS.items() if magic.startswith(start))

@@ -1,4 +1,4 @@
-"""How a mask is stored, from its header alone, and what is refused for that."""
+"""The header of a mask file: how the mask is stored, and what is refused for that."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL.ImagePalette import ImagePalette
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from apacs_ray.data.images import DAMAGE, ORIENTATION, READERS, SWAPS_SIDES, read_header, turn_of
+from apacs_ray.data.image_header import DAMAGE, ORIENTATION, READERS, SWAPS_SIDES, read_header, turn_of
 from apacs_ray.errors import BadInput
 
 Palette = npt.NDArray[np.int64]  # (colors, 3), 0..255
@@ -43,7 +43,7 @@ class Stored:
 
 
 def read_stored(stream: BinaryIO, max_pixels: int) -> Stored:
-    """The header of a mask. Raises BadInput: as `MaskFile`."""
+    """Read the header of a mask. Raises BadInput: as `MaskFile`."""
     magic = stream.read(8)
     stream.seek(0)
     kind = next((reader for start, reader in READERS.items() if magic.startswith(start)), None)
@@ -68,7 +68,7 @@ def read_stored(stream: BinaryIO, max_pixels: int) -> Stored:
 
 
 def _table(palette: ImagePalette) -> Palette:
-    """A palette as the header gives it; to ask Pillow for its colors would read the pixels."""
+    """Return a palette as the header gives it; to ask Pillow for its colors would read the pixels."""
     order, content = palette.getdata()
     whole = len(content) // len(order) * len(order)
     colors = np.frombuffer(bytes(content[:whole]), np.uint8).reshape(-1, len(order))
@@ -129,7 +129,7 @@ def _name(member: Any) -> str:
 
 
 def _only_page(tiff: tifffile.TiffFile) -> Any:
-    """The mask's page: the first; smaller ones are its pyramid."""
+    """Return the mask's page: the first; smaller ones are its pyramid."""
     pages: Sequence[Any] = tiff.pages
     if not len(pages):
         raise BadInput("unreadable", "it holds no image")

@@ -1,4 +1,4 @@
-"""Which pixels of a mask are cells: one rule for both layouts, found from all values of a mask and never from a part.
+"""The rule by which pixels of a mask are cells: one for both layouts, found from all values of a mask.
 
 Of parts only those without cells would pass, so a mask is judged as a whole; its rule then holds for every part of it.
 """
@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from apacs_ray.data.grid import Box
 from apacs_ray.data.images import Mask
 from apacs_ray.data.mask_file import MaskFile, Pixels, require_fits
 from apacs_ray.data.mask_header import Palette
-from apacs_ray.data.tiles import Box
 from apacs_ray.errors import BadInput
 
 Values = npt.NDArray[np.int64]
@@ -31,14 +31,14 @@ class CellRule:
     at_least: int
 
     def cells(self, pixels: Pixels) -> Mask:
-        """(H, W) bool of pixels as a `MaskFile` reads them."""
+        """Return the (H, W) bool cells of pixels as a `MaskFile` reads them."""
         mask: Mask = luminance(pixels) >= self.at_least
         return mask
 
 
 @dataclass
 class Contents:
-    """What all pixels of a mask hold together."""
+    """The values of all pixels of a mask together."""
 
     deep: bool = False  # 16 bits
     colored: bool = False
@@ -75,13 +75,13 @@ class Contents:
         low, high = int(values.min()), int(values.max())
         lows = int(np.count_nonzero(values == low))
         if lows + np.count_nonzero(values == high) >= values.size:  # most parts of a mask, and quicker than to sort
-            found = {low, high}
+            different = {low, high}
         elif values.dtype in (np.uint8, np.uint16):
-            found = {low, high, *np.unique(values[~self._known[values]]).tolist()}
+            different = {low, high, *np.unique(values[~self._known[values]]).tolist()}
         else:
-            found = set(np.unique(values).tolist())
-        self._known[[value for value in found if value < len(self._known)]] = True
-        self._others |= {value for value in found if value >= len(self._known)}
+            different = set(np.unique(values).tolist())
+        self._known[[value for value in different if value < len(self._known)]] = True
+        self._others |= {value for value in different if value >= len(self._known)}
         self.zeros += 0 if low else lows
 
     @property
@@ -97,16 +97,21 @@ class Contents:
 
 
 def find_rule(mask: MaskFile, threshold: int | None, *, doubtful: bool = False) -> CellRule:
-    """The rule of a mask, after a look at all of it.
+    """Find the rule of a mask, by a look at all of it.
 
     Two values are a mask by themselves: 1 bit, {0, 1}, {0, 255}, {0, 65535}, in one or three equal channels; what JPEG
     makes of black and white; and a palette of two colors, of which the lighter is cell. Any other mask is gray:
-    `threshold` (1..255) makes values of at least that cell; without it the mask is refused. Values are compared as
+    `threshold` makes values of at least that cell; without it the mask is refused. Values are compared as
     stored, so labels of 16 and 32 bits keep all their objects; of colors it is their luminance. A mask that would be
     another one by another reading (16 bits of which 8 may be meant, the numbers of a palette's colors) is refused.
 
     Args:
+        mask: open.
+        threshold: `data.mask_threshold`, 1..255, or None.
         doubtful: the file may be a picture of the slide rather than its mask.
+
+    Returns:
+        The rule.
 
     Raises:
         BadInput: grey_mask, unsupported_mode, unreadable, truncated; no_mask for what is doubtful and no mask.
@@ -124,9 +129,18 @@ def find_rule(mask: MaskFile, threshold: int | None, *, doubtful: bool = False) 
 
 
 def decode_mask(data: bytes, max_pixels: int, threshold: int | None) -> Mask:
-    """A mask file as (H, W) bool, True where a cell is, with its EXIF orientation applied.
+    """Decode any mask file, with its EXIF orientation applied.
 
-    Raises BadInput: as `MaskFile` and `find_rule`, and too_large for more than `max_pixels`.
+    Args:
+        data: the file.
+        max_pixels: `data.max_pixels`.
+        threshold: `data.mask_threshold`, 1..255, or None.
+
+    Returns:
+        (H, W) bool, True where a cell is.
+
+    Raises:
+        BadInput: as `MaskFile` and `find_rule`, and too_large for more than `max_pixels`.
     """
     mask = _small(data, max_pixels)
     rule = find_rule(mask, threshold)
@@ -134,13 +148,13 @@ def decode_mask(data: bytes, max_pixels: int, threshold: int | None) -> Mask:
 
 
 def probe_mask(data: bytes, max_pixels: int) -> tuple[int, int]:
-    """(width, height) in px of a mask file, from its header alone. Raises BadInput: as `decode_mask`."""
+    """Return (width, height) in px of a mask file, from its header alone. Raises BadInput: as `decode_mask`."""
     mask = _small(data, max_pixels)
     return mask.width, mask.height
 
 
 def luminance(pixels: Pixels) -> Pixels:
-    """One value a pixel: gray as it is, of three channels their luminance (of equal ones their value)."""
+    """Return one value a pixel: gray as it is, of three channels their luminance (of equal ones their value)."""
     if pixels.ndim == 2:
         return pixels
     if pixels.shape[2] < 3:
@@ -158,7 +172,7 @@ def _small(data: bytes, max_pixels: int) -> MaskFile:
 
 
 def _opaque(pixels: Pixels) -> Pixels:
-    """The channels but alpha. Raises BadInput where that is not opaque."""
+    """Return the channels but alpha. Raises BadInput where that is not opaque."""
     if pixels.ndim == 2 or pixels.shape[2] == 3:
         return pixels
     alpha = pixels[..., -1]
@@ -168,7 +182,7 @@ def _opaque(pixels: Pixels) -> Pixels:
 
 
 def _integral(pixels: Pixels) -> Pixels:
-    """Values that are whole numbers from 0 on. Raises BadInput for others."""
+    """Return values that are whole numbers from 0 on. Raises BadInput for others."""
     if np.issubdtype(pixels.dtype, np.floating):
         if not (np.isfinite(pixels).all() and (pixels == np.floor(pixels)).all() and np.abs(pixels).max() < 2**53):
             raise BadInput("unsupported_mode", "the mask has fractions; save it as gray of 8 bits")
@@ -191,7 +205,7 @@ def _two_values(contents: Contents, *, lossy: bool) -> CellRule | None:
 
 
 def _two_tone(contents: Contents, palette: Palette | None) -> CellRule | None:
-    """The rule of a palette of two colors, declared or used: the lighter is cell."""
+    """Return the rule of a palette of two colors, declared or used: the lighter is cell."""
     if palette is None:
         return None
     declared = np.unique(palette, axis=0), np.unique(_unpadded(palette), axis=0)
@@ -212,14 +226,14 @@ def _lighter(colors: Palette) -> CellRule | None:
 
 
 def _first_index(palette: Palette, color: npt.NDArray[np.int64]) -> tuple[int, int]:
-    """Where a color first stands in a palette (its length: nowhere), and its luminance."""
+    """Return where a color first stands in a palette (its length: nowhere), and its luminance."""
     places = np.flatnonzero((palette == color).all(axis=1))
     value = int(luminance(color[None, None].astype(np.uint8))[0, 0])
     return (int(places[0]) if len(places) else len(palette)), value
 
 
 def _unpadded(palette: Palette) -> Palette:
-    """Without the black that fills the table of a TIFF."""
+    """Return a palette without the black that fills the table of a TIFF."""
     lit = np.flatnonzero(palette.any(axis=1))
     return palette[: lit[-1] + 1] if len(lit) else palette[:1]
 

@@ -1,4 +1,4 @@
-"""PNG files without what Pillow stumbles over: long texts, and color profiles of more than a megabyte.
+"""PNG files without what Pillow refuses in them: long texts, and color profiles of more than a megabyte.
 
 Pillow unpacks a PNG's texts as it opens it and refuses the file when one is long (ImageJ and Photoshop write such).
 Texts say nothing of the pixels, so they are left out of what Pillow sees. Nothing here unpacks more than a profile of
@@ -24,9 +24,12 @@ TO_THE_END = 1 << 62
 
 @dataclass(frozen=True)
 class Png:
-    """A PNG to be opened by Pillow: `stream` is the file without its texts.
+    """A PNG to be opened by Pillow.
 
-    `profile` is a color profile that Pillow would refuse; `bits` are the significant ones of each channel (sBIT).
+    Attributes:
+        stream: the file without its texts.
+        profile: a color profile that Pillow would refuse.
+        bits: the significant ones of each channel (sBIT).
     """
 
     stream: BinaryIO
@@ -59,7 +62,7 @@ def without_texts(stream: BinaryIO, *, whole: bool) -> Png:
 
 
 def _profile(chunk: bytes) -> bytes | None:
-    """The profile of an iCCP chunk where it is too large for Pillow, and not for us."""
+    """Return the profile of an iCCP chunk where it is too large for Pillow, and not for us."""
     start = chunk.find(b"\0") + 2
     unpacking = zlib.decompressobj()
     try:

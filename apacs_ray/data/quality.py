@@ -19,25 +19,36 @@ UNSCANNED = 8.0  # luminance 0..255: scanners fill what they did not scan with b
 
 
 def tissue_fraction(rgb: npt.NDArray[np.uint8]) -> float:
-    """Share (0..1) of a tile, (H, W, 3) uint8 sRGB, that is stained or dark, and not the black of no scan.
+    """Return the share (0..1) of a tile that is stained or dark, and not the black of no scan.
 
     It is the measure of images that are tiles already. A slide's tiles have that of the slide's tissue mask
     (`slides.tissue`), which knows the glass around them.
+
+    Args:
+        rgb: (H, W, 3) uint8 sRGB.
+
+    Returns:
+        The share.
     """
     return measure(rgb)[0]
 
 
 def focus(rgb: npt.NDArray[np.uint8] | Image.Image) -> float:
-    """Variance of the 4-neighbor Laplacian of luminance (0..255) on a tile, (H, W, 3) uint8, shrunk by 4.
+    """Return the variance of the 4-neighbor Laplacian of luminance (0..255) on a tile shrunk by 4.
 
-    Its unit is gray levels squared. It grows with sharpness and with contrast, so compare tiles of one slide;
-    on bare glass it is near 0.
+    It grows with sharpness and with contrast, so compare tiles of one slide; on bare glass it is near 0.
+
+    Args:
+        rgb: (H, W, 3) uint8 sRGB.
+
+    Returns:
+        Gray levels squared.
     """
     return _focus(_luma(*_shrunk(rgb)))
 
 
 def measure(rgb: npt.NDArray[np.uint8] | Image.Image) -> tuple[float, float]:
-    """`tissue_fraction` and `focus` of a tile, from one shrinking of it."""
+    """Return `tissue_fraction` and `focus` of a tile, from one shrinking of it."""
     red, green, blue = _shrunk(rgb)
     highest = np.maximum(np.maximum(red, green), blue)
     lowest = np.minimum(np.minimum(red, green), blue)
@@ -48,7 +59,7 @@ def measure(rgb: npt.NDArray[np.uint8] | Image.Image) -> tuple[float, float]:
 
 
 def _shrunk(rgb: npt.NDArray[np.uint8] | Image.Image) -> tuple[Floats, Floats, Floats]:
-    """Red, green and blue of the tile shrunk."""
+    """Return red, green and blue of the tile shrunk."""
     shrunk = np.asarray(as_picture(rgb).reduce(SHRINK))
     red, green, blue = (shrunk[..., channel].astype(np.float32) for channel in range(3))
     return red, green, blue

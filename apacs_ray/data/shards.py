@@ -40,7 +40,19 @@ class Receipt:
 
 
 def open_table(stream: pa.NativeFile, name: str, *, pre_buffer: bool = False) -> pq.ParquetFile:
-    """A Parquet file of plain columns. Raises ApacsError for others: Ray registers a type whose values it unpickles."""
+    """Open a Parquet file of plain columns.
+
+    Args:
+        stream: the file.
+        name: its name, for the error.
+        pre_buffer: fetch the columns that are read in one request.
+
+    Returns:
+        The open file.
+
+    Raises:
+        ApacsError: a column is of another kind. Ray registers a type whose values it unpickles.
+    """
     file = pq.ParquetFile(stream, pre_buffer=pre_buffer)
     for column in file.schema_arrow:
         if not _is_plain(column.type):
@@ -56,12 +68,12 @@ def _is_plain(kind: pa.DataType) -> bool:
 
 
 def shard_path(folder: str, split: str, fingerprint: str, number: int) -> str:
-    """`tiles/split=train/1f3a9c02-00003.parquet`."""
+    """Return the path of a shard, such as `tiles/split=train/1f3a9c02-00003.parquet`."""
     return f"{folder}/split={split}/{fingerprint[:8]}-{number:05d}.parquet"
 
 
 def read_receipt(store: Store, path: str) -> Receipt | None:
-    """The receipt of a finished shard; None when there is no such shard."""
+    """Return the receipt of a finished shard; None when there is no such shard."""
     try:
         with store.open(path) as stream:
             metadata = pq.read_metadata(stream).metadata or {}
@@ -71,7 +83,7 @@ def read_receipt(store: Store, path: str) -> Receipt | None:
 
 
 def rows_in_group(table: pa.Table) -> int:
-    """Rows of each row group of a shard but the last: fewer of large tiles, as training reads them in random order."""
+    """Return the rows of each row group of a shard but the last: fewer of large tiles, as training reads at random."""
     return max(1, min(ROW_GROUP, GROUP_BYTES * len(table) // max(1, table.nbytes)))
 
 
@@ -81,9 +93,9 @@ def write_table(store: Store, table: pa.Table, receipt: Receipt, group: int | No
     `group`: rows of a row group, where they must be those of another shard.
     """
     group = group or rows_in_group(table)
-    kept = asdict(receipt)
-    del kept["reused"]
-    table = table.replace_schema_metadata({RECEIPT: json.dumps(kept, sort_keys=True).encode()})
+    stored = asdict(receipt)
+    del stored["reused"]
+    table = table.replace_schema_metadata({RECEIPT: json.dumps(stored, sort_keys=True).encode()})
     encoded = [name for name in table.column_names if pa.types.is_binary(table.schema.field(name).type)]
     sink = io.BytesIO()
     with pq.ParquetWriter(
@@ -123,11 +135,11 @@ class TileIndex:
         return len(self.tile_ids)
 
     def place(self, row: int) -> Place:
-        """Where tile `row` of this index is stored."""
+        """Return where tile `row` of this index is stored."""
         return Place(self.paths[self.shard[row]], int(self.group[row]), int(self.row[row]), self.tile_ids[row])
 
     def groups(self) -> list[int]:
-        """Tiles in each row group, in order; the unit of the training shuffle."""
+        """Return the number of tiles in each row group, in order; the unit of the training shuffle."""
         if not len(self):
             return []
         key = self.shard.astype(np.int64) << 32 | self.group
@@ -135,10 +147,10 @@ class TileIndex:
         return [int(size) for size in np.diff(np.concatenate([[0], edges, [len(key)]]))]
 
     def select(self, keep: Sequence[bool] | np.ndarray[Any, np.dtype[np.bool_]]) -> TileIndex:
-        """The index of a part of the tiles."""
+        """Return the index of the tiles for which `keep` is True."""
         mask = np.asarray(keep, dtype=bool)
-        ids = [tile for tile, kept in zip(self.tile_ids, mask, strict=True) if kept]
-        slides = [slide for slide, kept in zip(self.slide_ids, mask, strict=True) if kept]
+        ids = [tile for tile, chosen in zip(self.tile_ids, mask, strict=True) if chosen]
+        slides = [slide for slide, chosen in zip(self.slide_ids, mask, strict=True) if chosen]
         return TileIndex(
             self.paths,
             self.shard[mask],
@@ -151,12 +163,12 @@ class TileIndex:
 
 
 def shard_paths(store: Store, folder: str, split: str) -> list[str]:
-    """The committed shards of a split, in order."""
+    """Return the paths of the committed shards of a split, in order."""
     return sorted(entry.path for entry in store.list(f"{folder}/split={split}") if _SHARD.search(entry.path))
 
 
 def read_index(store: Store, split: str, folder: str = "tiles") -> TileIndex:
-    """The index of a committed split. Tiles without a mask are left out: nothing can be learned or judged from them."""
+    """Read the index of a committed split, without tiles that have no mask: they can neither teach nor judge."""
     paths = shard_paths(store, folder, split)
     columns = ["tile_id", "slide_id", "width", "height", "mask_fraction"]
 
@@ -167,17 +179,17 @@ def read_index(store: Store, split: str, folder: str = "tiles") -> TileIndex:
             return file.read(columns=columns), groups
 
     with ThreadPoolExecutor(READERS) as pool:
-        found = list(pool.map(read, paths))
-    if not found:
+        shards = list(pool.map(read, paths))
+    if not shards:
         nothing = np.zeros(0, np.int32)
         return TileIndex((), nothing, nothing, nothing, (), (), 0)
-    table = pa.concat_tables([part for part, _ in found])
+    table = pa.concat_tables([part for part, _ in shards])
     areas = table["width"].to_numpy().astype(np.int64) * table["height"].to_numpy()
     index = TileIndex(
         tuple(paths),
-        np.concatenate([np.full(len(part), number, np.int32) for number, (part, _) in enumerate(found)]),
-        np.concatenate([np.repeat(np.arange(len(groups), dtype=np.int32), groups) for _, groups in found]),
-        np.concatenate([np.arange(rows, dtype=np.int32) for _, groups in found for rows in groups]),
+        np.concatenate([np.full(len(part), number, np.int32) for number, (part, _) in enumerate(shards)]),
+        np.concatenate([np.repeat(np.arange(len(groups), dtype=np.int32), groups) for _, groups in shards]),
+        np.concatenate([np.arange(rows, dtype=np.int32) for _, groups in shards for rows in groups]),
         tuple(table["tile_id"].to_pylist()),
         tuple(table["slide_id"].to_pylist()),
         int(areas.max(initial=0)),
@@ -186,7 +198,7 @@ def read_index(store: Store, split: str, folder: str = "tiles") -> TileIndex:
 
 
 def read_rows(store: Store, places: Iterable[tuple[str, int, int]], columns: Sequence[str]) -> list[dict[str, Any]]:
-    """The given columns of tiles at (path, row group, row), in the order asked; each row group is read once."""
+    """Read the given columns of tiles at (path, row group, row), in the order asked; each row group is read once."""
     wanted = list(places)
     groups: dict[tuple[str, int], pa.Table] = {}
     by_path: dict[str, set[int]] = {}

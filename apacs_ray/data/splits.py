@@ -1,4 +1,4 @@
-"""Which tiles train, validate and test: the table `data.splits`, and val as a part of the training part."""
+"""The choice of the tiles that validate, as a part of the training part."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
-
-from apacs_ray.data.folders import SPLITS, Split
-from apacs_ray.data.slide_table import read_slide_table
-from apacs_ray.errors import UsageError
 
 ValUnit = Literal["slide", "image", "tile"]
 COLUMNS: dict[ValUnit, str] = {"slide": "slide_id", "image": "image", "tile": "tile_id"}
@@ -19,12 +15,20 @@ MIN_UNITS = 3  # of two, the one for val would be half of all the data
 def assign_val(
     tiles: Sequence[Mapping[str, Any]], fraction: float, seed: int, *, slides_known: bool
 ) -> tuple[list[bool], ValUnit]:
-    """For each training tile whether it becomes val, and in which units that was decided.
+    """Choose which training tiles become val, and in which units.
 
-    `tiles` have `slide_id`, `image` (their source) and `tile_id`. The unit is the slide where slides are
-    known and there are at least 3; else the image where there are at least 3; else the tile. About `fraction`
-    (0..1) of the units become val: at least one, and one at least stays (so a single tile stays). The choice
-    depends on `seed` and the units' names alone: neither the order nor the size of the tiles changes it.
+    The unit is the slide where slides are known and there are at least 3; else the image where there are at least 3;
+    else the tile. At least one unit becomes val, and one at least stays (so a single tile stays). The choice depends on
+    `seed` and the units' names alone: neither the order nor the size of the tiles changes it.
+
+    Args:
+        tiles: each with `slide_id`, `image` (its source) and `tile_id`.
+        fraction: about this share (0..1) of the units becomes val.
+        seed: of the choice.
+        slides_known: `slide_id` names slides, rather than images.
+
+    Returns:
+        For each tile whether it becomes val, and the unit.
     """
     unit = _unit(tiles, slides_known)
     names = [str(tile[COLUMNS[unit]]) for tile in tiles]
@@ -43,18 +47,5 @@ def _unit(tiles: Sequence[Mapping[str, Any]], slides_known: bool) -> ValUnit:
 
 
 def _rank(seed: int, name: str) -> bytes:
-    """A unit's place in the seeded permutation; a unit more or less leaves the others in order."""
+    """Return a unit's place in the seeded permutation; a unit more or less leaves the others in order."""
     return hashlib.sha256(f"{seed}\0{name}".encode("utf-8", "surrogatepass")).digest()
-
-
-def read_splits(text: str) -> dict[str, Split]:
-    """Slide id -> split, of the CSV text of `data.splits` (slide_id,split). Raises UsageError naming the line."""
-    splits: dict[str, Split] = {}
-    for slide, (number, value) in read_slide_table(text, "data.splits", "split").items():
-        split = value.lower()
-        if split not in SPLITS:
-            raise UsageError(
-                f"data.splits, line {number}: split {split!r} of slide {slide!r} is not train, val or test"
-            )
-        splits[slide] = split
-    return splits

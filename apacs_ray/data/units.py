@@ -1,4 +1,4 @@
-"""One input among many: whatever reading it raises is that input's reject, and never the end of the run.
+"""The reading of one input among many: whatever it raises is that input's reject, and never the end of the run.
 
 What is no input's fault passes: trouble of the store, which was retried already, and of this machine.
 """
@@ -26,11 +26,23 @@ _log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def one_unit(name: str, *, again: bool = False) -> Iterator[None]:
-    """Read the input `name` inside. Raises BadInput for whatever goes wrong with it.
+    """Read the input `name` inside; whatever goes wrong with it becomes BadInput.
 
-    With `again` it was read before in this run: that the store refuses it now is no defect of it, and passes.
     Codes beside the input's own: no_permission, missing_file, unreadable, and internal for a defect of our own code,
     whose traceback goes to the log.
+
+    Args:
+        name: of the input, for sentences.
+        again: it was read before in this run: that the store refuses it now is no defect of it, and passes.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        BadInput: the input is defective.
+        ApacsError: the store is in trouble.
+        RefusedError: with `again`, the store refuses the input.
+        OSError: this machine is in trouble.
     """
     try:
         yield

@@ -16,10 +16,19 @@ pyvips.cache_set_max(0)  # the cache answers by path: a file replaced under its 
 
 
 def open_vips(source: Path | bytes, **options: Any) -> pyvips.Image:
-    """An image for random access, of a local file or from memory; `options` are the loader's (page, subifd).
+    """Open an image for random access, of a local file or from memory.
 
     libtiff's decoding errors are warnings to libvips, so warnings fail here; they do so when the pixels are read.
-    Raises BadInput (unreadable).
+
+    Args:
+        source: the file.
+        **options: the loader's (page, subifd).
+
+    Returns:
+        The image.
+
+    Raises:
+        BadInput: unreadable.
     """
     options |= {"access": "random", "fail_on": "warning"}
     try:
@@ -32,6 +41,6 @@ def open_vips(source: Path | bytes, **options: Any) -> pyvips.Image:
 
 
 def reason(error: pyvips.Error) -> str:
-    """libvips' own words in one line."""
+    """Return libvips' own words in one line."""
     lines = [line.strip() for line in str(error.detail or error.message).splitlines() if line.strip()]
     return "; ".join(dict.fromkeys(lines))[:300] or "libvips cannot read it"

@@ -32,7 +32,7 @@ _MASK_FOLDER = re.compile(r"(?:masks?|annotations?|ground[ _-]*truths?|(?<![^\W\
 
 @lru_cache(maxsize=1 << 14)
 def splits_of(folder: str) -> frozenset[Split]:
-    """The splits that the name of a folder names."""
+    """Return the splits that the name of a folder names."""
     camel = _CAMEL.sub(" ", folder)
     words = {word.lower() for text in (camel, _ACRONYM.sub(" ", camel)) for word in _LETTERS.findall(text)}
     return frozenset(cast(Split, name) for word in words if _KNOWN.fullmatch(word) for name in _SPLIT.findall(word))
@@ -40,35 +40,46 @@ def splits_of(folder: str) -> frozenset[Split]:
 
 @lru_cache(maxsize=1 << 14)
 def roles_of(folder: str) -> frozenset[Role]:
-    """The roles that the name of a folder names."""
+    """Return the roles that the name of a folder names."""
     words = _CAMEL.sub(" ", folder).lower()
     return frozenset("input" if role == "input" else "groundtruth" for role in _ROLE.findall(words))
 
 
 def innermost_splits(folders: Sequence[str]) -> frozenset[Split]:
-    """What the innermost of a path's folders that names any split names; empty when none does."""
+    """Return the splits that the innermost of a path's folders that names any names; empty when none does."""
     return next((found for folder in reversed(folders) if (found := splits_of(folder))), frozenset())
 
 
 def mask_stem(stem: str) -> tuple[str, str] | None:
-    """`NAME_mask` as (NAME, mask): the name without the words that say that it is a mask, and the word nearest to it.
+    """Return `NAME_mask` as (NAME, mask): the name without the words that say that it is a mask, and their first.
 
-    None when it says nothing of the kind.
+    Args:
+        stem: a file name without its suffix.
+
+    Returns:
+        The name, and of the words the one nearest to it, in lower case; None when it says nothing of the kind.
     """
-    found = None
+    word = None
     while match := _MASK_END.fullmatch(stem):
-        stem, found = match["stem"], match["word"]
-    return None if found is None else (stem, found.lower())
+        stem, word = match["stem"], match["word"]
+    return None if word is None else (stem, word.lower())
 
 
 @lru_cache(maxsize=1 << 14)
 def is_mask_folder(folder: str) -> bool:
-    """Whether the name of a folder says that masks or annotations are in it."""
+    """Tell whether the name of a folder says that masks or annotations are in it."""
     return _MASK_FOLDER.search(_CAMEL.sub(" ", folder)) is not None
 
 
 def distinct(choices: Sequence[Sequence[str]]) -> list[str]:
-    """For each unit the first of its names that is no other's; `choices` go from short to long, the last is its own."""
+    """Choose for each unit the first of its names that is no other's.
+
+    Args:
+        choices: of each unit its names from short to long; the last is its own.
+
+    Returns:
+        A name for each unit, each once.
+    """
     chosen: dict[int, str] = {}
     taken: set[str] = set()
     for level in range(max(map(len, choices), default=0)):

@@ -8,11 +8,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from apacs_ray.data.folders import Entry, Pair, Reject
+from apacs_ray.data.folders import Pair
 from apacs_ray.data.image_tiles import ShardTask, Source, probe_pair, write_shard
+from apacs_ray.data.rejects import Reject
 from apacs_ray.data.shards import Receipt
 from apacs_ray.distributed.session import map_blocks
-from apacs_ray.storage import Store
+from apacs_ray.storage import Entry, Store
 from apacs_ray.synthetic.slide import SlideSpec
 from apacs_ray.synthetic.write import write_smear
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
+from apacs_ray.config.sweep import Sweep
 from apacs_ray.errors import ApacsError
 
 COST: Mapping[str, float] = {"fcn32": 1.0, "fcn16": 7.0, "fcn8": 7.0, "fusion": 1.0, "fusion_published": 1.0}
@@ -173,6 +174,20 @@ def plan_trials(
         raise ApacsError(f"tune.config: a trial asks for {asked}; the cluster's {cluster.gpus:g} GPUs hold {places}")
     at_once = max(1, min(places // workers, trials, concurrency or trials))
     return NetworkPlan("fusion", workers, cpu, gpu, max(1, int(cpu)), 0), at_once
+
+
+def plan_sweep(sweep: Sweep, cluster: Cluster, batch_size: int) -> tuple[NetworkPlan, int]:
+    """Return `plan_trials` of what the sweep asks for."""
+    asked = sweep.resources
+    return plan_trials(
+        cluster,
+        workers=asked.workers,
+        cpu=asked.cpu,
+        gpu=asked.gpu,
+        batch_size=batch_size,
+        trials=sweep.trials,
+        concurrency=sweep.concurrency,
+    )
 
 
 def _on_gpus(

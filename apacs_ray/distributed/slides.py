@@ -12,8 +12,8 @@ import pyarrow as pa
 from apacs_ray.data.shards import Receipt
 from apacs_ray.distributed.data import receipts_of
 from apacs_ray.distributed.session import joined_cluster, joined_machines, map_blocks
-from apacs_ray.slides.find import SlideFiles
 from apacs_ray.slides.manifest import SlideSummary, SlideTask, inspect_slide
+from apacs_ray.slides.slide_files import SlideFiles
 from apacs_ray.slides.slide_tiles import SlideShard, write_slide_shard
 
 

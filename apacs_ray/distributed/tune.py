@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from ray.tune import Callback
 
-from apacs_ray.config.sweep import MUTABLE, Distribution, Sweep, plan_sweep
+from apacs_ray.config.sweep import MUTABLE, Distribution, Sweep
 from apacs_ray.console import say
 from apacs_ray.distributed.credentials import forward_no_keys, ray_filesystem
-from apacs_ray.distributed.resource_plan import Cluster
+from apacs_ray.distributed.resource_plan import Cluster, plan_sweep
 from apacs_ray.distributed.trial import TRIAL_CURVES, TrialTask, plain_setting, run_trial
 from apacs_ray.redact import redact
 from apacs_ray.training.tensorboard import CURVES

@@ -1,4 +1,4 @@
-"""What an error of S3 means, in one line, and what to do about it."""
+"""Errors of S3 in words: what each means, in one line, and what to do about it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ UNREACHABLE = (HTTPClientError, ConnectionError)
 
 
 def denied(error: ClientError) -> bool:
-    """Whether the credentials are good and the right to do this is missing."""
+    """Return whether the credentials are good and the right to do this is missing."""
     answer = error.response
     code = answer["Error"].get("Code", "")
     return code in ("AccessDenied", "AllAccessDisabled", "403") or (
@@ -55,13 +55,13 @@ def denied(error: ClientError) -> bool:
 
 
 def explain(name: str, store: S3Store, error: Exception) -> Finding:
-    """The failed line of an error from boto3."""
-    found, advice = _answer(store, error) if isinstance(error, ClientError) else _no_answer(store, error)
-    return Finding(name, "failed", f"{store.uri}: {found}", advice)
+    """Return the failed line of an error from boto3."""
+    message, advice = _answer(store, error) if isinstance(error, ClientError) else _no_answer(store, error)
+    return Finding(name, "failed", f"{store.uri}: {message}", advice)
 
 
 def explain_setup(name: str, error: Exception) -> Finding:
-    """The failed line of a store that could not even be set up: its URI, or the credentials."""
+    """Return the failed line of a store that could not be set up: its URI is wrong, or the credentials."""
     advice = KEYS if isinstance(error, BotoCoreError) or "credentials" in str(error) else "correct the URI"
     return Finding(name, "failed", message_of(error), advice)
 

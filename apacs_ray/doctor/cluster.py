@@ -1,4 +1,4 @@
-"""What there is to train on, and the plans that follow from it: of the members, and of the sweep's trials."""
+"""The machines to train on, and the plans that follow from them: of the members, and of the sweep's trials."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
 from apacs_ray.config.command_line import Command
-from apacs_ray.config.sweep import plan_sweep, read_sweep
+from apacs_ray.config.sweep import read_sweep
 from apacs_ray.distributed.probe import Survey, survey
-from apacs_ray.distributed.resource_plan import Cluster, Nodes, cluster_of, plan_training
+from apacs_ray.distributed.resource_plan import Cluster, Nodes, cluster_of, plan_sweep, plan_training
 from apacs_ray.distributed.session import refuse_local
 from apacs_ray.doctor.finding import Finding
 from apacs_ray.doctor.machine import usable_cpus
 from apacs_ray.errors import ApacsError, UsageError
 from apacs_ray.models.spec import MEMBERS
 
-CONNECT = 3.0  # s
-START = "unset RAY_ADDRESS to run on this machine, or start the cluster (ray start --head) and give its address"
+CONNECT_TIMEOUT = 3.0  # s
+ADVICE = "unset RAY_ADDRESS to run on this machine, or start the cluster (ray start --head) and give its address"
 
 
 def check_cluster(command: Command, look: Callable[[], Survey] = survey) -> Iterator[Finding]:
-    """The plans on the cluster at `RAY_ADDRESS`, else on this machine, where Ray is not started."""
+    """Check the plans on the cluster at `RAY_ADDRESS`, else on this machine, where Ray is not started."""
     address = os.environ.get("RAY_ADDRESS", "")
     if not address or address == "local":
         cluster = _this_machine()
@@ -31,22 +31,22 @@ def check_cluster(command: Command, look: Callable[[], Survey] = survey) -> Iter
         return
     problem = _unreachable(address)
     if problem:
-        yield Finding("cluster", "failed", f"RAY_ADDRESS {address}: {problem}", START)
+        yield Finding("cluster", "failed", f"RAY_ADDRESS {address}: {problem}", ADVICE)
         return
     try:
-        found = look()
+        probed = look()
     except ApacsError as error:
         advice = "set RAY_AUTH_MODE=token and the cluster's RAY_AUTH_TOKEN here; run the same Ray and Python there"
         yield Finding("cluster", "failed", f"RAY_ADDRESS {address}: {error}", advice)
         return
-    machines = f"{found.machines} machine{'s' * (found.machines != 1)}"
-    yield Finding("cluster", "ok", f"RAY_ADDRESS {address}: {machines}, {_resources(found.cluster)}")
+    machines = f"{probed.machines} machine{'s' * (probed.machines != 1)}"
+    yield Finding("cluster", "ok", f"RAY_ADDRESS {address}: {machines}, {_resources(probed.cluster)}")
     for uri, option in ((command.output, "--output"), (command.data, "--data")):
         try:
-            refuse_local(found.machines, uri, option)
+            refuse_local(probed.machines, uri, option)
         except ApacsError as error:
             yield Finding("cluster", "failed", str(error), "copy it to S3: aws s3 sync; and give its URI")
-    yield from _plans(command, found.cluster)
+    yield from _plans(command, probed.cluster)
 
 
 def _this_machine() -> Cluster:
@@ -65,14 +65,14 @@ def _plans(command: Command, cluster: Cluster) -> Iterator[Finding]:
 def _members(command: Command, cluster: Cluster) -> Finding:
     members = command.settings.members
     plan = plan_training(MEMBERS, cluster, workers=members.workers, batch_size=members.batch_size, mode=members.mode)
-    asked = sum(network.workers * network.gpus for network in plan.networks)
-    if asked > cluster.gpus + 1e-6:
+    gpus = sum(network.workers * network.gpus for network in plan.networks)
+    if gpus > cluster.gpus + 1e-6:
         return Finding("plan", "failed", f"{plan.describe()}: more GPUs than there are", "lower --members.workers")
     return Finding("plan", "ok", plan.describe())
 
 
 def _sweep(command: Command, cluster: Cluster) -> Finding:
-    """Whether the trials of the sweep fit. That its file can be read is known since the options were."""
+    """Check that the trials of the sweep fit. That its file can be read is known since the options were parsed."""
     config = command.settings.tune.config
     try:
         sweep = read_sweep(config)
@@ -91,7 +91,7 @@ def _resources(cluster: Cluster) -> str:
 
 
 def _unreachable(address: str) -> str | None:
-    """Why nothing can be joined at an address with host and port; None where Ray itself has to find out."""
+    """Return why nothing can be joined at an address with host and port; None where Ray itself has to find out."""
     if address.startswith(("http://", "https://")):
         return "the address of the job server, which takes jobs (ray job submit); a driver cannot join there"
     parts = urlsplit(address if "://" in address else f"ray://{address}")
@@ -102,7 +102,7 @@ def _unreachable(address: str) -> str | None:
     if host is None or port is None:
         return None
     try:
-        socket.create_connection((host, port), timeout=CONNECT).close()
+        socket.create_connection((host, port), timeout=CONNECT_TIMEOUT).close()
     except OSError as error:
         return f"nobody answers ({error.strerror or error})"
     return None

@@ -1,4 +1,4 @@
-"""Codecs and slide readers: a small picture goes through each of them and must come back."""
+"""Checks of codecs and slide readers: a small picture is encoded and decoded by each of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ADVICE = "reinstall what reads it: pip install --force-reinstall '{}'"
 
 
 def picture() -> Rgb:
-    """A smooth picture, (SIDE, SIDE, 3), different in each channel and direction."""
+    """Make a smooth picture, (SIDE, SIDE, 3) uint8, different in each channel and direction."""
     ramp = np.linspace(20, 235, SIDE).round().astype(np.uint8)
     return np.stack(
         [np.tile(ramp, (SIDE, 1)), np.tile(ramp[:, None], (1, SIDE)), np.full((SIDE, SIDE), 128)], axis=2
@@ -29,19 +29,19 @@ def picture() -> Rgb:
 
 
 def compare(name: str, back: Rgb, loss: float, package: str) -> Finding:
-    """Whether the picture came back within `loss` gray values on average."""
+    """Check that the decoded picture `back` differs by at most `loss` gray values on average."""
     rgb = picture()
     if back.shape != rgb.shape:
         return Finding(name, "failed", f"the picture came back as {back.shape}", ADVICE.format(package))
     difference = float(np.abs(back.astype(int) - rgb).mean())
     if difference > loss:
-        found = f"the picture came back {difference:.1f} gray values off"
-        return Finding(name, "failed", found, ADVICE.format(package))
+        message = f"the picture came back {difference:.1f} gray values off"
+        return Finding(name, "failed", message, ADVICE.format(package))
     return Finding(name, "ok", "encodes and decodes")
 
 
 def check_pillow() -> Iterator[Finding]:
-    """JPEG, PNG and WebP, as tiles are stored."""
+    """Check JPEG, PNG and WebP, as tiles are stored."""
     from PIL import Image, features
 
     from apacs_ray.data.images import encode_image
@@ -63,7 +63,7 @@ def check_pillow() -> Iterator[Finding]:
 
 
 def check_simplejpeg() -> Iterator[Finding]:
-    """libjpeg-turbo, which decodes the JPEG tiles of slides."""
+    """Check libjpeg-turbo, which decodes the JPEG tiles of slides."""
     import simplejpeg
 
     content = simplejpeg.encode_jpeg(picture(), quality=95, colorsubsampling="444")
@@ -71,7 +71,7 @@ def check_simplejpeg() -> Iterator[Finding]:
 
 
 def check_vips() -> Iterator[Finding]:
-    """libvips: JPEG in memory, and a TIFF pyramid through the engine that reads slides."""
+    """Check libvips: JPEG in memory, and a TIFF pyramid through the engine that reads slides."""
     import pyvips
 
     from apacs_ray.slides.open import open_slide
@@ -90,7 +90,7 @@ def check_vips() -> Iterator[Finding]:
 
 
 def check_openslide() -> Iterator[Finding]:
-    """OpenSlide: a MIRAX slide."""
+    """Check OpenSlide: a MIRAX slide."""
     from apacs_ray.slides.open import open_slide
     from apacs_ray.synthetic.write import write_as_mrxs
 

@@ -1,4 +1,4 @@
-"""GPUs, their driver, and what the CPU computes."""
+"""Checks of GPUs, their driver, and the precision that the CPU computes fast."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ GIB = 1 << 30
 
 
 def check_gpus(settings: Settings, driver_file: Path = DRIVER) -> Iterator[Finding]:
-    """A line a GPU, or why there is none; each one computes something."""
+    """Check that each GPU computes, a line each; without one, say why a run uses the CPU."""
     import torch
 
-    with warnings.catch_warnings(record=True) as said:  # torch puts an unusable driver into a warning
+    with warnings.catch_warnings(record=True) as caught:  # torch puts an unusable driver into a warning
         warnings.simplefilter("always")
         usable = torch.cuda.is_available()
     if not usable:
-        yield _no_gpu([" ".join(str(warning.message).split()) for warning in said], driver_file)
+        yield _no_gpu([" ".join(str(warning.message).split()) for warning in caught], driver_file)
         return
     for number in range(torch.cuda.device_count()):
         yield _gpu(torch.device("cuda", number), settings, driver_file)
 
 
-def _no_gpu(said: list[str], driver_file: Path) -> Finding:
+def _no_gpu(warnings_of_torch: list[str], driver_file: Path) -> Finding:
     import torch
 
     built = torch.version.cuda or torch.version.hip
@@ -42,7 +42,7 @@ def _no_gpu(said: list[str], driver_file: Path) -> Finding:
     if built is None:
         advice = "install torch and torchvision built for CUDA (pytorch.org names the index)"
         return Finding("GPU", "warning", f"NVIDIA driver {driver}, but torch is built for the CPU: runs there", advice)
-    reason = "; ".join(said) or "torch finds no device"
+    reason = "; ".join(warnings_of_torch) or "torch finds no device"
     advice = (
         f"use a driver for CUDA {built} or torch built for an older CUDA; in a container, pass the GPUs (--gpus all)"
     )
@@ -69,29 +69,29 @@ def _gpu(device: object, settings: Settings, driver_file: Path) -> Finding:
         except RuntimeError as error:
             advice = "nvidia-smi shows what holds the GPU; torch's build must know this GPU's compute capability"
             return Finding(name, "failed", f"{properties.name} does not compute: {message_of(error)}", advice)
-    found = (
+    message = (
         f"{properties.name}, {free / GIB:.0f} of {properties.total_memory / GIB:.0f} GiB free, compute capability "
         f"{properties.major}.{properties.minor}, driver {driver_version(driver_file) or 'unknown'}, "
         f"torch for CUDA {torch.version.cuda or torch.version.hip}, "
         f"{'bfloat16' if bfloat16 else 'no bfloat16'}"
     )
     if not bfloat16 and settings.members.precision == "bfloat16":
-        return Finding(name, "warning", found, "bfloat16 is slow here: --members.precision float32")
-    return Finding(name, "ok", found)
+        return Finding(name, "warning", message, "bfloat16 is slow here: --members.precision float32")
+    return Finding(name, "ok", message)
 
 
 def driver_version(file: Path = DRIVER) -> str | None:
-    """Version of the NVIDIA kernel driver, None without one."""
+    """Return the version of the NVIDIA kernel driver, None without one."""
     try:
         text = file.read_text(errors="replace")
     except OSError:
         return None
-    found = re.search(r"\b\d+\.\d+(?:\.\d+)*\b", text)
-    return found.group(0) if found else "of unknown version"
+    version = re.search(r"\b\d+\.\d+(?:\.\d+)*\b", text)
+    return version.group(0) if version else "of unknown version"
 
 
 def check_cpu(settings: Settings) -> Iterator[Finding]:
-    """The CPU, and whether training on it would use bfloat16."""
+    """Check whether training on the CPU would use bfloat16, and name it."""
     import torch
 
     from apacs_ray.training.loop import describe_device, resolve_precision
@@ -99,8 +99,8 @@ def check_cpu(settings: Settings) -> Iterator[Finding]:
     device = torch.device("cpu")
     amx, avx = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
     units = [name for name, there in (("AMX", amx), ("AVX512-BF16", avx)) if there]
-    found = f"{describe_device(device)}; " + (f"bfloat16 by {' and '.join(units)}" if units else "no bfloat16")
+    message = f"{describe_device(device)}; " + (f"bfloat16 by {' and '.join(units)}" if units else "no bfloat16")
     if settings.members.precision == "bfloat16" and not resolve_precision("auto", device):
-        yield Finding("CPU", "warning", found, "bfloat16 is emulated and slow here: --members.precision auto")
+        yield Finding("CPU", "warning", message, "bfloat16 is emulated and slow here: --members.precision auto")
     else:
-        yield Finding("CPU", "ok", found)
+        yield Finding("CPU", "ok", message)

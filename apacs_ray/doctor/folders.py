@@ -1,4 +1,4 @@
-"""Local data and output: the same operations as a run's, on one small file that does not stay."""
+"""Checks of local data and output by the operations of a run, on one small file that is removed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from apacs_ray.doctor.machine import existing_parent
 from apacs_ray.errors import ApacsError
 from apacs_ray.storage import Conflict, LocalStore
 
-FIRST = 1024  # bytes read of the first file
-NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # what link(2) says where there are none
+FIRST_BYTES = 1024  # read of the first file
+NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # of link(2) on a disk without hard links
 CONTENT = b"written by apacs_ray doctor; may be deleted\n"
 
 
 def check_data(store: LocalStore, name: str = "data") -> Iterator[Finding]:
-    """Whether the folder can be listed and its first file read."""
+    """Check that the folder can be listed and its first file read."""
     folder = Path(store.root)
     try:
         if not folder.exists():
@@ -34,21 +34,21 @@ def check_data(store: LocalStore, name: str = "data") -> Iterator[Finding]:
             yield Finding(name, "failed", f"{folder}: no file that can be listed", "put the images or slides there")
             return
         with store.open(first.path) as file:
-            file.read(FIRST)
+            file.read(FIRST_BYTES)
     except PermissionError as error:
-        found = f"{error.filename or folder}: this user (uid {os.geteuid()}) may not read it"
-        yield Finding(name, "failed", found, f"as its owner: chmod -R a+rX '{folder}'")
+        message = f"{error.filename or folder}: this user (uid {os.geteuid()}) may not read it"
+        yield Finding(name, "failed", message, f"as its owner: chmod -R a+rX '{folder}'")
         return
     yield Finding(name, "ok", f"{folder}: lists, and reads {first.path}")
 
 
 def check_output(store: LocalStore, name: str = "output") -> Iterator[Finding]:
-    """Whether a run can create, replace, list, read and delete files there, and lock. Nothing is left behind."""
+    """Check that a run can create, replace, list, read, delete and lock files there. Nothing is left behind."""
     folder = Path(store.root)
     if folder.exists() and not folder.is_dir():
         yield Finding(name, "failed", f"{folder} is a file", "give --output a folder")
         return
-    made = _missing(folder)
+    missing = _missing(folder)
     path = f".doctor-{secrets.token_hex(8)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -56,21 +56,21 @@ def check_output(store: LocalStore, name: str = "output") -> Iterator[Finding]:
     except (OSError, ApacsError) as error:
         reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
         place = existing_parent(folder)
-        found = f"{folder}: cannot be written in ({reason}; uid {os.geteuid()})"
-        yield Finding(name, "failed", found, f"chown or chmod u+rwx '{place}', or choose another --output")
+        message = f"{folder}: cannot be written in ({reason}; uid {os.geteuid()})"
+        yield Finding(name, "failed", message, f"chown or chmod u+rwx '{place}', or choose another --output")
         return
     finally:
-        _remove(folder, path, made)
+        _remove(folder, path, missing)
     if problem:
         advice = "choose an --output on a local or NFS 4 disk: the run's lock needs hard links and file locks"
         yield Finding(name, "failed", f"{folder}: {problem}", advice)
     else:
-        new = " (it would be made)" if made else ""
+        new = " (it would be made)" if missing else ""
         yield Finding(name, "ok", f"{folder}: creates, replaces, lists, reads and deletes{new}")
 
 
 def _use(store: LocalStore, path: str) -> str | None:
-    """Do what a run and its lock do; what did not work, in words."""
+    """Do what a run and its lock do; return what did not work in words, None when all did."""
     try:
         version = store.create(path, CONTENT)
     except OSError as error:
@@ -92,7 +92,7 @@ def _use(store: LocalStore, path: str) -> str | None:
 
 
 def _missing(folder: Path) -> list[Path]:
-    """The folders that making `folder` would make, innermost first."""
+    """Return the folders that do not exist yet, from `folder` upwards."""
     place = existing_parent(folder)
     return [part for part in (folder, *folder.parents) if place in part.parents]
 

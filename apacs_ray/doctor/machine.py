@@ -1,4 +1,4 @@
-"""This machine: shared memory, disks, open files, and the CPUs that a container leaves."""
+"""Checks of this machine: shared memory, disks, open files; the CPUs and the memory that a container leaves."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RAY_RAISES_TO = 65536
 
 
 def check_shared_memory(path: Path = SHARED_MEMORY) -> Iterator[Finding]:
-    """Whether Ray's object store fits into shared memory; else it lies on disk."""
+    """Check that Ray's object store fits into shared memory; else it lies on disk."""
     if not path.is_dir():
         yield Finding(
             "shared memory", "warning", f"no {path}", "Ray's objects go to disk, which is slow: mount a tmpfs"
@@ -36,18 +36,18 @@ def check_shared_memory(path: Path = SHARED_MEMORY) -> Iterator[Finding]:
     free = status.f_bavail * status.f_frsize
     bound = min(STORE_MOST, max(STORE_BEYOND_SHARED_MEMORY, 0.95 * free))
     wanted = min(STORE_SHARE * available_memory(), bound)
-    found = f"{path}: {_size(free)} free, Ray's object store takes {_size(wanted)}"
+    message = f"{path}: {_size(free)} free, Ray's object store takes {_size(wanted)}"
     if free >= wanted:
-        yield Finding("shared memory", "ok", found)
+        yield Finding("shared memory", "ok", message)
         return
     advice = (
         f"docker run --shm-size={wanted * 1.1 / GIB:.1f}g (or --ipc=host), Kubernetes: an emptyDir of medium Memory"
     )
-    yield Finding("shared memory", "warning", f"{found}: it would lie on disk, and NCCL may fail", advice)
+    yield Finding("shared memory", "warning", f"{message}: it would lie on disk, and NCCL may fail", advice)
 
 
 def check_disks(settings: Settings, output: str, data: str | None) -> Iterator[Finding]:
-    """Free space where the run writes on this machine."""
+    """Check the free space where the run writes on this machine."""
     if is_local(output):
         yield check_disk("disk: output", Path(open_store(output).full_path()), 0, "choose another --output")
     yield check_disk("disk: Ray", ray_folder(), 0, "set RAY_TMPDIR to a folder on a larger disk")
@@ -60,7 +60,7 @@ def check_disks(settings: Settings, output: str, data: str | None) -> Iterator[F
 
 
 def ray_folder() -> Path:
-    """Where Ray would keep what it logs and spills: as Ray has it where a variable says, else as a run tells it."""
+    """Return where Ray would write logs and spilled objects: where a variable says, else where a run puts it."""
     for name in ("RAY_TMPDIR", "TMPDIR"):
         if name in os.environ:
             return Path(os.environ[name]) / "ray"
@@ -68,33 +68,33 @@ def ray_folder() -> Path:
 
 
 def check_disk(name: str, folder: Path, wanted: int, advice: str) -> Finding:
-    """Whether the disk of `folder`, which need not exist yet, is neither full nor smaller than `wanted` bytes."""
+    """Check that the disk of `folder`, which need not exist yet, is not full and has room for `wanted` bytes."""
     place = existing_parent(folder)
     usage = shutil.disk_usage(place)
     taken = 1 - usage.free / usage.total if usage.total else 1.0
-    held = LocalStore(str(folder)).list() if wanted and folder.is_dir() else ()
-    room = usage.free + sum(entry.size for entry in held)  # what the cache holds already needs no room any more
-    found = f"{folder}: {_size(usage.free)} free of {_size(usage.total)}"
+    cached = LocalStore(str(folder)).list() if wanted and folder.is_dir() else ()
+    room = usage.free + sum(entry.size for entry in cached)  # what the cache holds already needs no room any more
+    message = f"{folder}: {_size(usage.free)} free of {_size(usage.total)}"
     if not os.access(place, os.W_OK | os.X_OK, effective_ids=True):
         return Finding(name, "failed", f"{folder}: this user may not write in {place}", advice)
     if usage.free < TOO_LITTLE:
-        return Finding(name, "failed", found, f"make room, or {advice}")
+        return Finding(name, "failed", message, f"make room, or {advice}")
     if taken > FULLEST:
         return Finding(
             name,
             "warning",
-            f"{found}: {taken:.0%} full, and Ray spills nothing above {FULLEST:.0%}",
+            f"{message}: {taken:.0%} full, and Ray spills nothing above {FULLEST:.0%}",
             f"make room, or {advice}",
         )
     if room < wanted:
-        return Finding(name, "warning", f"{found}, data.cache_gb allows {_size(wanted)}", advice)
+        return Finding(name, "warning", f"{message}, data.cache_gb allows {_size(wanted)}", advice)
     if usage.free < SCARCE:
-        return Finding(name, "warning", f"{found}: little for whole slides", f"make room, or {advice}")
-    return Finding(name, "ok", found)
+        return Finding(name, "warning", f"{message}: little for whole slides", f"make room, or {advice}")
+    return Finding(name, "ok", message)
 
 
 def existing_parent(folder: Path) -> Path:
-    """`folder` itself, or the first folder above it that exists."""
+    """Return `folder` itself, or the first folder above it that exists."""
     for place in (folder, *folder.parents):
         if place.is_dir():
             return place
@@ -102,20 +102,20 @@ def existing_parent(folder: Path) -> Path:
 
 
 def check_open_files() -> Iterator[Finding]:
-    """Whether a process may open as many files as Ray wants. Ray raises its limit itself as far as the hard one."""
+    """Check that a process may open as many files as Ray wants. Ray raises its limit itself up to the hard one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = RAY_RAISES_TO if hard == resource.RLIM_INFINITY else min(hard, RAY_RAISES_TO)
-    reached = RAY_RAISES_TO if soft == resource.RLIM_INFINITY else max(soft, most)
-    found = f"{reached} at once (ulimit -n: {_limit(soft)}, hard: {_limit(hard)})"
-    if reached < FEWEST_FILES:
+    raised = RAY_RAISES_TO if hard == resource.RLIM_INFINITY else min(hard, RAY_RAISES_TO)
+    limit = RAY_RAISES_TO if soft == resource.RLIM_INFINITY else max(soft, raised)
+    message = f"{limit} at once (ulimit -n: {_limit(soft)}, hard: {_limit(hard)})"
+    if limit < FEWEST_FILES:
         advice = f"ulimit -n {RAY_RAISES_TO} as root or in limits.conf; docker run --ulimit nofile={RAY_RAISES_TO}"
-        yield Finding("open files", "warning", f"{found}: Ray wants {FEWEST_FILES}, connections may fail", advice)
+        yield Finding("open files", "warning", f"{message}: Ray wants {FEWEST_FILES}, connections may fail", advice)
     else:
-        yield Finding("open files", "ok", found)
+        yield Finding("open files", "ok", message)
 
 
 def usable_cpus(groups: Path = Path("/sys/fs/cgroup")) -> float:
-    """CPUs as Ray counts them: of the machine, or what the container's quota leaves."""
+    """Count CPUs as Ray does: those of the machine, or what the container's quota leaves."""
     cpus = float(os.cpu_count() or 1)
     quota, period = _words(groups / "cpu.max"), ["100000"]
     if len(quota) == 2:
@@ -128,7 +128,7 @@ def usable_cpus(groups: Path = Path("/sys/fs/cgroup")) -> float:
 
 
 def available_memory(groups: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/proc/meminfo")) -> int:
-    """Bytes that this machine, or the container's limit, still gives."""
+    """Return the bytes of memory that this machine, or the container's limit, still gives."""
     lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
     free = int(lines["MemAvailable"].split()[0]) * 1024
     for limit, used in (

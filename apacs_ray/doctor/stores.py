@@ -1,4 +1,4 @@
-"""Data and output, wherever they are: which checks they get, and what is remembered of their stores."""
+"""Checks of data and output wherever they are, with the buckets that were asked."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from apacs_ray.storage import LocalStore, S3Store, open_store
 
 @dataclass
 class Stores:
-    """The buckets that were asked: for their clocks, and for the secrets that must not be printed."""
+    """The buckets that were asked, with their clocks and the secrets that must not be printed."""
 
     buckets: list[objects.Bucket] = field(default_factory=list)
 
     def check_data(self, name: str, uri: str | None) -> Iterable[Finding]:
-        """Whether it can be listed and read."""
+        """Check that the data at `uri` can be listed and read."""
         if uri is None:
             return [Finding(name, "ok", "none given: synthetic smears")] if name == "data" else []
         store = self._open(name, uri)
@@ -31,18 +31,18 @@ class Stores:
         return [store] if isinstance(store, Finding) else objects.check_data(store)
 
     def check_output(self, name: str, uri: str) -> Iterable[Finding]:
-        """Whether a run could write there."""
+        """Check that a run could write at `uri`."""
         store = self._open(name, uri)
         if isinstance(store, LocalStore):
             return folders.check_output(store, name)
         return [store] if isinstance(store, Finding) else objects.check_output(store)
 
     def check_clock(self) -> Iterable[Finding]:
-        """This machine's clock against theirs."""
+        """Compare this machine's clock with those of the buckets."""
         return objects.check_clock(self.buckets)
 
     def secrets(self) -> set[str]:
-        """What opens these stores."""
+        """Return the keys and tokens that open the buckets."""
         keys = [(bucket.store.access.secret_key, bucket.store.access.session_token) for bucket in self.buckets]
         return {key for pair in keys for key in pair if key}
 

@@ -1,21 +1,20 @@
-"""The tables that settings name: `data.splits` and `data.mpps`."""
+"""Checks of the tables that settings name: `data.splits` and `data.mpps`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from apacs_ray.config.settings import DataSettings
-from apacs_ray.data.splits import read_splits
+from apacs_ray.data.slide_tables import read_mpps, read_splits
 from apacs_ray.doctor.finding import Finding
 from apacs_ray.errors import ApacsError
-from apacs_ray.slides.mpps import read_mpps
-from apacs_ray.stages.ingest_result import open_store_file
+from apacs_ray.stages.source import read_text
 
 
 def check_splits(data: DataSettings) -> Iterator[Finding]:
-    """Whether `data.splits`, where it is given, is there and has a split in every line."""
+    """Check that `data.splits`, where it is given, exists and has a split in every line."""
     try:
-        text = open_store_file(data.splits)
+        text = read_text(data.splits)
         if text is not None:
             slides = len(read_splits(text))
             yield Finding("data.splits", "ok", f"{data.splits}: {slides} slide{'s' * (slides != 1)}")
@@ -24,9 +23,9 @@ def check_splits(data: DataSettings) -> Iterator[Finding]:
 
 
 def check_mpps(data: DataSettings) -> Iterator[Finding]:
-    """Whether `data.mpps`, where it is given, is there and has a resolution in every line."""
+    """Check that `data.mpps`, where it is given, exists and has a resolution in every line."""
     try:
-        text = open_store_file(data.mpps)
+        text = read_text(data.mpps)
         if text is not None:
             slides = len(read_mpps(text))
             yield Finding("data.mpps", "ok", f"{data.mpps}: {slides} slide{'s' * (slides != 1)}")

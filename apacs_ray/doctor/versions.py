@@ -1,4 +1,4 @@
-"""Python and the packages that `pyproject.toml` asks for."""
+"""Checks of Python and of the packages that `pyproject.toml` asks for."""
 
 from __future__ import annotations
 
@@ -16,18 +16,25 @@ INSTALL = "pip install . (in the environment that is to run it)"
 
 
 def check_python() -> Iterator[Finding]:
-    """Whether this Python is new enough."""
-    found = ".".join(str(part) for part in sys.version_info[:3])
+    """Check that this Python is new enough."""
+    version = ".".join(str(part) for part in sys.version_info[:3])
     if sys.version_info[:2] < OLDEST_PYTHON:
-        yield Finding("Python", "failed", f"{found} is too old", "use Python 3.11 or newer")
+        yield Finding("Python", "failed", f"{version} is too old", "use Python 3.11 or newer")
     else:
-        yield Finding("Python", "ok", f"{found} ({sys.executable})")
+        yield Finding("Python", "ok", f"{version} ({sys.executable})")
 
 
 def requirements(root: Path = ROOT) -> list[str]:
-    """What the package depends on: of the checkout, else of the installed distribution.
+    """Read the package's dependencies from the checkout, else from the installed distribution.
 
-    Raises PackageNotFoundError where there is neither, as in a copy of the folder `apacs_ray` alone.
+    Args:
+        root: Of the checkout.
+
+    Returns:
+        Requirements such as `numpy>=2.0`.
+
+    Raises:
+        PackageNotFoundError: There is neither, as in a copy of the folder `apacs_ray` alone.
     """
     project = root / "pyproject.toml"
     if project.is_file():
@@ -36,12 +43,12 @@ def requirements(root: Path = ROOT) -> list[str]:
 
 
 def check_packages(wanted: Sequence[str] | None = None) -> Iterator[Finding]:
-    """Whether every dependency, with those of its extras, is installed in the range that is asked for."""
+    """Check that every dependency, with those of its extras, is installed in the range that is asked for."""
     try:
         wanted = requirements() if wanted is None else wanted
     except importlib.metadata.PackageNotFoundError:
-        found = f"apacs_ray is not installed and there is no {ROOT / 'pyproject.toml'}: what it needs is not known"
-        yield Finding("packages", "warning", found, "copy pyproject.toml beside the folder apacs_ray")
+        message = f"apacs_ray is not installed and there is no {ROOT / 'pyproject.toml'}: what it needs is not known"
+        yield Finding("packages", "warning", message, "copy pyproject.toml beside the folder apacs_ray")
         return
     wrong = [problem for text in wanted for problem in _problems(text)]
     for problem in wrong:
@@ -73,7 +80,7 @@ def _problems(text: str, extra: str = "", asker: str = "") -> Iterator[str]:
 
 
 def check_torch() -> Iterator[Finding]:
-    """Whether torch and torchvision were built for each other: else the import fails, or an operator is missing."""
+    """Check that torch and torchvision were built for each other: else an import or an operator fails."""
     import torch
 
     try:
@@ -81,7 +88,7 @@ def check_torch() -> Iterator[Finding]:
 
         torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
     except (ImportError, RuntimeError, AttributeError) as error:
-        found = f"torch {torch.__version__} and torchvision do not fit: {' '.join(str(error).split())}"
-        yield Finding("torch", "failed", found, "install both together: pip install --upgrade torch torchvision")
+        message = f"torch {torch.__version__} and torchvision do not fit: {' '.join(str(error).split())}"
+        yield Finding("torch", "failed", message, "install both together: pip install --upgrade torch torchvision")
         return
     yield Finding("torch", "ok", f"torch {torch.__version__} and torchvision {torchvision.__version__} work together")

@@ -1,4 +1,4 @@
-"""A few pairs or slides, cut as ingest would cut them: what the rest will come to. No Ray here, and nothing is kept."""
+"""A few pairs or slides, cut as ingest would cut them, to know what the rest will come to. No Ray, nothing is kept."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from apacs_ray.data.folders import Pair
 from apacs_ray.data.image_tiles import ShardTask, Source, plan_tiles, probe_pair, tiles_of, write_shard
 from apacs_ray.data.shards import open_table
 from apacs_ray.estimate.networks import SampleTile
-from apacs_ray.slides.find import SlideFiles
 from apacs_ray.slides.manifest import SlideSummary, SlideTask, inspect_slide, read_manifest
+from apacs_ray.slides.slide_files import SlideFiles
 from apacs_ray.slides.slide_tiles import measure_tiles
 from apacs_ray.storage import LocalStore, Store
 
@@ -40,7 +40,13 @@ class CutTiles:
 
 @dataclass(frozen=True)
 class Sample:
-    """What a few units of the data came to: the tiles that each will give, and s for all before the first was cut."""
+    """A few units of the data, cut.
+
+    Attributes:
+        tiles: that each unit will give.
+        opening: seconds for all, before the first was cut.
+        cut: tiles of them.
+    """
 
     tiles: tuple[float, ...]
     opening: float
@@ -48,7 +54,7 @@ class Sample:
 
 
 def spread(units: Sequence[T], count: int) -> list[T]:
-    """At most `count` units, from the first to the last in equal steps."""
+    """Return at most `count` units, from the first to the last in equal steps."""
     count = min(count, len(units))
     return [units[number * len(units) // count] for number in range(count)]
 
@@ -73,8 +79,8 @@ def cut_pairs(store: Store, pairs: Sequence[Pair], tiles: TilesSettings, data: D
             if not receipt.rows_out:
                 continue
             with output.open(receipt.path) as stream:
-                kept = open_table(stream, receipt.path).read(columns=["image", "mask"]).to_pylist()
-        made, cut = receipt.rows_out / receipt.rows_in, _cut(kept, seconds)
+                rows_out = open_table(stream, receipt.path).read(columns=["image", "mask"]).to_pylist()
+        made, cut = receipt.rows_out / receipt.rows_in, _cut(rows_out, seconds)
         break
     planned = [len(tiles_of(source, tiles)) if isinstance(source, Source) else 0 for source in sources]
     return Sample(tuple(made * count for count in planned), opening, cut)
@@ -93,15 +99,15 @@ def cut_slides(task: SlideTask, slides: Sequence[SlideFiles]) -> Sample:
 
 def cut_some(task: SlideTask, slides: Sequence[tuple[int, SlideSummary]]) -> CutTiles:
     """Cut tiles of inspected slides, from all over each."""
-    kept, seconds = [], 0.0
+    cut_rows, seconds = [], 0.0
     for number, summary in slides:
         if summary.tiles:
             places = spread(range(summary.tiles), TILES)
             rows = read_manifest(task.output, task.manifest_path(number), places)
             started = time.perf_counter()
-            kept += measure_tiles(task, summary, rows)[0]
+            cut_rows += measure_tiles(task, summary, rows)[0]
             seconds += time.perf_counter() - started
-    return _cut(kept, seconds)
+    return _cut(cut_rows, seconds)
 
 
 def _cut(rows: Sequence[dict[str, bytes]], seconds: float) -> CutTiles:

@@ -15,9 +15,15 @@ EIGHT = np.ones((3, 3), bool)
 
 
 def label_objects(mask: Mask) -> Labels:
-    """Label image (H, W), 0 for background: the 8-connected components of at least `SMALLEST_OBJECT` px.
+    """Number the 8-connected components of at least `SMALLEST_OBJECT` px.
 
     Cells that touch or overlap are one object, as in the annotations of the paper.
+
+    Args:
+        mask: (H, W) bool.
+
+    Returns:
+        (H, W) int32, 0 for background and for smaller components; the other numbers may have gaps.
     """
     labels = np.asarray(ndimage.label(mask, EIGHT)[0], np.int32)
     small = np.bincount(labels.ravel()) < SMALLEST_OBJECT
@@ -27,37 +33,52 @@ def label_objects(mask: Mask) -> Labels:
     return labels
 
 
-def match_objects(found: Labels, true: Labels) -> dict[str, int]:
-    """Objects of two label images (H, W) matched one to one at IoU >= 0.5.
+def match_objects(predicted: Labels, true: Labels) -> dict[str, int]:
+    """Match the objects of two label images one to one at IoU >= 0.5.
 
     Above one half an object has one partner at most. At exactly one half it may have two (the halves of it);
     the one labeled first is taken, and no other choice would match more.
+
+    Args:
+        predicted: (H, W) int32, 0 for background.
+        true: The annotated objects, likewise.
+
+    Returns:
+        `objects_tp` (matched), `objects_fp` (predicted only) and `objects_fn` (annotated only).
     """
-    found_areas, true_areas = np.bincount(found.ravel(), minlength=1), np.bincount(true.ravel(), minlength=1)
+    predicted_areas = np.bincount(predicted.ravel(), minlength=1)
+    true_areas = np.bincount(true.ravel(), minlength=1)
     columns = len(true_areas)
-    pairs = np.bincount(found.ravel().astype(np.int64) * columns + true.ravel())
+    pairs = np.bincount(predicted.ravel().astype(np.int64) * columns + true.ravel())
     rows, others = np.divmod(np.flatnonzero(pairs), columns)
     overlaps = pairs[pairs > 0]
-    union = found_areas[rows] + true_areas[others] - overlaps
+    union = predicted_areas[rows] + true_areas[others] - overlaps
     partners = (rows > 0) & (others > 0) & (overlaps >= MATCH_IOU * union)
-    taken_rows: set[int] = set()
-    taken_others: set[int] = set()
+    matched_rows: set[int] = set()
+    matched_others: set[int] = set()
     for row, other in zip(rows[partners].tolist(), others[partners].tolist(), strict=True):
-        if row not in taken_rows and other not in taken_others:
-            taken_rows.add(row)
-            taken_others.add(other)
-    matched = len(taken_rows)
+        if row not in matched_rows and other not in matched_others:
+            matched_rows.add(row)
+            matched_others.add(other)
+    matched = len(matched_rows)
     return {
         "objects_tp": matched,
-        "objects_fp": int((found_areas[1:] > 0).sum()) - matched,
+        "objects_fp": int((predicted_areas[1:] > 0).sum()) - matched,
         "objects_fn": int((true_areas[1:] > 0).sum()) - matched,
     }
 
 
 def boundary(mask: Mask, band: int) -> Mask:
-    """Pixels of the mask (H, W) within `band` px (chessboard) of its outline; the tile's edge is no outline.
+    """Return the pixels of a mask near its outline, as in boundary IoU (Cheng et al., CVPR 2021).
 
-    What `band` erosions by a 3 x 3 square take away, as in boundary IoU (Cheng et al., CVPR 2021).
+    They are what `band` erosions by a 3 x 3 square take away; the tile's edge is no outline.
+
+    Args:
+        mask: (H, W) bool.
+        band: Largest distance from the outline, px (chessboard).
+
+    Returns:
+        (H, W) bool.
     """
     if mask.all():
         return np.zeros_like(mask)

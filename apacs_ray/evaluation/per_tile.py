@@ -1,4 +1,4 @@
-"""One tile, all models: integer counts only, so that results add up in any order."""
+"""Counts of one tile for all models: integers only, so that results add up in any order."""
 
 from __future__ import annotations
 
@@ -8,56 +8,59 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from apacs_ray.evaluation.objects import boundary, label_objects, match_objects
 from apacs_ray.evaluation.predictions import Mask
+from apacs_ray.evaluation.registry import METRICS
 
-BOUNDARY_SHARE = 0.02  # of the tile's diagonal: width of the boundary band, as in Cheng et al. (CVPR 2021)
-COUNTS = (
-    *("tp", "fp", "tn", "fn"),
-    *("boundary_intersection", "boundary_union"),
-    *("objects_tp", "objects_fp", "objects_fn"),
-)
+PIXELS = ("tp", "fp", "tn", "fn")
 PLACE = ("tile_id", "slide_id", "x", "y", "width", "height")
 
 
 def per_tile_schema(models: Sequence[str]) -> pa.Schema:
-    """Columns of `per_tile.parquet`: the tile, `<model>_<count>` for every model, and `disagreement`.
+    """Return the columns of `per_tile.parquet`: the tile, `<model>_<count>` for every model, and `disagreement`.
 
-    `tp fp tn fn`: pixels. `boundary_intersection`, `boundary_union`: pixels of the two boundary bands.
-    `objects_tp objects_fp objects_fn`: objects matched, found only, annotated only. `disagreement`: 0..1.
+    Args:
+        models: Their names, in the order of the columns.
+
+    Returns:
+        The schema. Counts are int64: `tp fp tn fn` in pixels; `boundary_intersection` and `boundary_union` in pixels
+        of the two boundary bands; `objects_tp objects_fp objects_fn` in objects matched, predicted only, annotated
+        only. `disagreement` is float64, 0..1.
     """
+    counts = [*PIXELS, *(count for metric in METRICS for count in metric.counts)]
     columns: list[tuple[str, Any]] = []
     columns += [(name, pa.string() if name.endswith("_id") else pa.int64()) for name in PLACE]
-    columns += [(f"{model}_{count}", pa.int64()) for model in models for count in COUNTS]
+    columns += [(f"{model}_{count}", pa.int64()) for model in models for count in counts]
     return pa.schema([*columns, ("disagreement", pa.float64())])
 
 
 def tile_row(
     tile: Mapping[str, Any], masks: Mapping[str, Mask], truth: Mask, *, border: int, disputed: Sequence[str]
 ) -> dict[str, Any]:
-    """The row of one tile.
+    """Count one tile.
 
-    `masks` and `truth` are (H, W). `tile` holds `PLACE` and `once_left|top|right|bottom`: the box, in tile
-    px, of the pixels that only this tile counts. They are counted less `border` px at the tile's edge.
-    Objects are those within that region; a boundary band (2 % of the tile's diagonal wide) is drawn in the
-    whole tile, so that a cut through a cell is no outline. `disagreement` is the share of the region's pixels
-    that all `disputed` models call differently from the annotation: candidates for another look, as in the
-    paper's technical validation.
+    Pixels and objects are counted in the owned region, less `border` px at the tile's edge. A boundary band (2 % of
+    the tile's diagonal wide) is drawn in the whole tile, so that a cut through a cell is no outline.
+
+    Args:
+        tile: A tile row with `PLACE` and `once_left|top|right|bottom`: its owned region, the box (tile px) of the
+            pixels that only this tile counts.
+        masks: Model -> (H, W) bool, predicted.
+        truth: (H, W) bool, annotated.
+        border: Px at the tile's edge that are not counted.
+        disputed: The models of `disagreement`.
+
+    Returns:
+        A row of `per_tile_schema`. `disagreement` is the share of the region's pixels that all `disputed` models call
+        differently from the annotation: candidates for another look, as in the paper's technical validation.
     """
     height, width = truth.shape
     region = _region(tile, height, width, border)
     row: dict[str, Any] = {name: tile[name] for name in PLACE}
-    band = max(1, round(BOUNDARY_SHARE * float(np.hypot(height, width))))
-    true_band = boundary(truth, band)[region]
-    true_objects = label_objects(truth[region])
+    counters = [metric.counter(truth, region) for metric in METRICS]
     for model, mask in masks.items():
-        edge = boundary(mask, band)[region]
-        counted: dict[str, int] = {
-            **confusion(mask[region], truth[region]),
-            "boundary_intersection": int((edge & true_band).sum()),
-            "boundary_union": int((edge | true_band).sum()),
-            **match_objects(label_objects(mask[region]), true_objects),
-        }
+        counted = confusion(mask[region], truth[region])
+        for count in counters:
+            counted |= count(mask)
         row |= {f"{model}_{name}": value for name, value in counted.items()}
     wrong = np.logical_and.reduce([masks[model][region] != truth[region] for model in disputed])
     row["disagreement"] = float(wrong.mean()) if wrong.size else 0.0
@@ -71,6 +74,6 @@ def _region(tile: Mapping[str, Any], height: int, width: int, border: int) -> tu
 
 
 def confusion(mask: Mask, truth: Mask) -> dict[str, int]:
-    """Pixels that are cell in both (tp), in `mask` only (fp), in neither (tn), in `truth` only (fn)."""
-    both, found, true = int((mask & truth).sum()), int(mask.sum()), int(truth.sum())
-    return {"tp": both, "fp": found - both, "tn": truth.size - found - true + both, "fn": true - both}
+    """Count the pixels that are cell in both (tp), in `mask` only (fp), in neither (tn), in `truth` only (fn)."""
+    both, predicted, true = int((mask & truth).sum()), int(mask.sum()), int(truth.sum())
+    return {"tp": both, "fp": predicted - both, "tn": truth.size - predicted - true + both, "fn": true - both}

@@ -1,4 +1,4 @@
-"""What every model says of a tile: the networks, two plain ways of combining them, and Otsu as a floor."""
+"""Masks of every model for one tile: the networks, two plain ways of combining them, and Otsu as a floor."""
 
 from __future__ import annotations
 
@@ -15,12 +15,20 @@ MODEL_KEYS = ("fcn32", "fcn16", "fcn8", "majority", "mean", "fusion", "fusion_pu
 
 
 def predictions(logits: Mapping[str, npt.NDArray[np.float32]], rgb: npt.NDArray[np.uint8]) -> dict[str, Mask]:
-    """Masks (H, W) of every model, in the order of `MODEL_KEYS`.
+    """Threshold the networks' logits, and combine those of the members.
 
-    A network's pixel is cell where its logit >= 0 (probability 0.5). `majority`: at least 2 of the 3
-    thresholded members; `mean`: mean probability >= 0.5; `otsu`: Otsu's threshold on the green channel, dark
-    is cell. `logits` are (H, W), of all three members and of any fusions; `rgb` is (H, W, 3), 0..255. Raises
-    ApacsError for a logit that is no finite number, which would pass for background or cell.
+    A network's pixel is cell where its logit >= 0 (probability 0.5). `majority`: at least 2 of the 3 thresholded
+    members; `mean`: mean probability >= 0.5; `otsu`: Otsu's threshold on the green channel, dark is cell.
+
+    Args:
+        logits: Network -> (H, W) float32, of all three members and of any fusions.
+        rgb: (H, W, 3) uint8.
+
+    Returns:
+        Model -> (H, W) bool, in the order of `MODEL_KEYS`.
+
+    Raises:
+        ApacsError: A logit is no finite number; it would pass for background or cell.
     """
     for name, output in logits.items():
         if not np.isfinite(output).all():
@@ -33,15 +41,28 @@ def predictions(logits: Mapping[str, npt.NDArray[np.float32]], rgb: npt.NDArray[
 
 
 def sigmoid(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Probability 0..1 of each logit, without overflow."""
+    """Return the probability 0..1 of each logit, without overflow.
+
+    scipy's `expit` differs in the last bit for a third of all logits, which changes a heatmap's pixel now and then.
+
+    Args:
+        logits: Of any shape, float32.
+
+    Returns:
+        float32 of the same shape.
+    """
     tail = np.exp(-np.abs(logits))
     return np.where(logits >= 0, 1 / (1 + tail), tail / (1 + tail)).astype(np.float32)
 
 
 def otsu(green: npt.NDArray[np.uint8]) -> Mask:
-    """Otsu (1979): the threshold of the largest variance between classes; darker pixels are cell.
+    """Split a channel by Otsu's threshold (1979), that of the largest variance between classes.
 
-    A constant tile has no cell.
+    Args:
+        green: (H, W) uint8.
+
+    Returns:
+        (H, W) bool: darker pixels are cell; a constant tile has none.
     """
     histogram = np.bincount(green.ravel(), minlength=256).astype(np.float64)
     below = np.cumsum(histogram)

@@ -1,0 +1,1 @@
+"""`report.html`: its charts, pictures of tiles, words and page."""

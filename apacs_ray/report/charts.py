@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from apacs_ray.report.summary import NAMES, PAPER, Sweep, kept_epoch
+from apacs_ray.report.summary import NAMES, PAPER, Sweep, best_epoch
 from apacs_ray.training.history import EpochRecord
 
 # the variables of report.css with their values in light mode; a chart names the variable, so dark mode applies to it
@@ -44,7 +44,7 @@ Rows = Mapping[str, Mapping[str, Any]]
 
 
 def dice_chart(metrics: Rows) -> Markup:
-    """Pooled Dice of every model with its interval; the paper's figure as a hollow diamond."""
+    """Draw the pooled Dice of every model with its interval; the paper's figure is a hollow diamond."""
     rows = {name: row for name, row in metrics.items() if row["dice"] is not None}
 
     def paint(axes: Axes) -> None:
@@ -59,7 +59,7 @@ def dice_chart(metrics: Rows) -> Markup:
 
 
 def difference_chart(comparison: Rows) -> Markup:
-    """Dice of the fusion less that of each other model, with its interval; left of 0 the other is better."""
+    """Draw the Dice of the fusion less that of each other model, with its interval; left of 0 the other is better."""
     rows = {name: row for name, row in comparison.items() if row["ci95"] and row["dice_difference"] is not None}
     bounds = [bound for name, row in rows.items() if name != FLOOR or len(rows) == 1 for bound in row["ci95"]]
 
@@ -83,17 +83,17 @@ def difference_chart(comparison: Rows) -> Markup:
 
 
 def slide_chart(metrics: Rows) -> Markup:
-    """A row a model, a dot a slide: its Dice. The bar is the median."""
+    """Draw the Dice of each slide: a row a model, a dot a slide; the bar is the median."""
     slides = {name: row["per_slide"].values() for name, row in metrics.items()}
     dice = {name: sorted(row["dice"] for row in rows if row["dice"] is not None) for name, rows in slides.items()}
     dice = {name: values for name, values in dice.items() if values}
 
     def paint(axes: Axes) -> None:
         for place, (name, values) in enumerate(dice.items()):
-            shown = _thinned(values)
-            heights = [place + 0.13 * (order % 3 - 1) for order in range(len(shown))]
+            drawn = _thinned(values)
+            heights = [place + 0.13 * (order % 3 - 1) for order in range(len(drawn))]
             color = _color(name)
-            axes.plot(shown, heights, "o", markersize=5, color=color, alpha=0.55, markeredgewidth=0, clip_on=False)
+            axes.plot(drawn, heights, "o", markersize=5, color=color, alpha=0.55, markeredgewidth=0, clip_on=False)
             axes.plot([median(values)] * 2, [place - 0.33, place + 0.33], color=INK, linewidth=2)
         _name_rows(axes, {name: f"{median(values):.4f}" for name, values in dice.items()})
         axes.set_xlim(_floor(axes.dataLim.x0), 1)
@@ -102,7 +102,7 @@ def slide_chart(metrics: Rows) -> Markup:
 
 
 def training_charts(histories: Mapping[str, Sequence[EpochRecord]]) -> list[Markup]:
-    """A panel a network: train and val Dice by epoch, on one scale for all."""
+    """Draw train and val Dice by epoch, a panel a network, on one scale for all."""
     values = [value for history in histories.values() for r in history for value in (r.train_dice, r.val_dice)]
     lowest = _floor(min((value for value in values if math.isfinite(value)), default=0.0))
 
@@ -112,10 +112,10 @@ def training_charts(histories: Mapping[str, Sequence[EpochRecord]]) -> list[Mark
             # a dot too, for an epoch between two undefined ones is no line
             axes.plot(epochs, [r.train_dice for r in history], ".--", color=TRAIN, linewidth=1.6, markersize=3)
             axes.plot(epochs, [r.val_dice for r in history], ".-", color=VAL, linewidth=1.6, markersize=3)
-            kept = kept_epoch(history)
-            if kept is not None:
-                axes.plot(kept.epoch + 1, kept.val_dice, "o", color=FUSION, clip_on=False)
-                axes.set_title(f"{kept.val_dice:.4f}", loc="right", fontsize=10)
+            best = best_epoch(history)
+            if best is not None:
+                axes.plot(best.epoch + 1, best.val_dice, "o", color=FUSION, clip_on=False)
+                axes.set_title(f"{best.val_dice:.4f}", loc="right", fontsize=10)
             axes.set_title(NAMES.get(name, name), loc="left", fontsize=10)
             axes.set_xlabel("epoch")
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
@@ -127,7 +127,7 @@ def training_charts(histories: Mapping[str, Sequence[EpochRecord]]) -> list[Mark
 
 
 def sweep_charts(sweep: Sweep) -> list[Markup]:
-    """A panel a drawn setting: val Dice of every trial against it; trials stopped early are hollow."""
+    """Draw the val Dice of the trials against each sampled setting, a panel each; trials stopped early are hollow."""
 
     def panel(name: str) -> Markup:
         values = [trial.setting[name] for trial in sweep.trials]
@@ -159,16 +159,16 @@ def sweep_charts(sweep: Sweep) -> list[Markup]:
 
         return _svg(f"Val Dice of the trials by {name}", PANEL, paint)
 
-    return [panel(name) for name in sweep.drawn]
+    return [panel(name) for name in sweep.sampled]
 
 
 def _by_model(label: str, rows: Mapping[str, Any], paint: Callable[[Axes], None]) -> Markup:
-    """A chart with a row a model; none without rows."""
+    """Draw a chart with a row a model; empty without rows."""
     return _svg(label, (WIDTH, 0.4 + ROW * len(rows)), paint) if rows else Markup()
 
 
 def _name_rows(axes: Axes, figures: Mapping[str, str]) -> None:
-    """The models' names to the left, from top to bottom, and a figure of each to the right."""
+    """Write the models' names to the left, from top to bottom, and a figure of each to the right."""
     axes.set_yticks(range(len(figures)), [NAMES.get(name, name) for name in figures], color=INK)
     axes.set_ylim(len(figures) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
@@ -183,7 +183,7 @@ def _interval(axes: Axes, place: int, value: float, span: Sequence[float] | None
 
 
 def _svg(label: str, size: tuple[float, float], paint: Callable[[Axes], None]) -> Markup:
-    """The chart that `paint` draws, `size` in inches. `label` is read out instead of it and keeps its ids its own."""
+    """Return the chart that `paint` draws, `size` in inches. Screen readers read `label`, which also seeds the ids."""
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": label}):
         figure = Figure(figsize=size, layout="constrained")
         paint(figure.add_subplot())
@@ -202,19 +202,19 @@ def _color(model: str) -> str:
 
 
 def _floor(value: float) -> float:
-    """The next tenth below, where an axis of Dice starts."""
+    """Return the next tenth below, where an axis of Dice starts."""
     return max(0, math.ceil(value * 10) - 1) / 10
 
 
 def _thinned(values: list[float]) -> list[float]:
-    """Evenly spaced ranks, the ends among them, where there are too many to draw."""
+    """Return values of evenly spaced ranks, the ends among them, where there are too many to draw."""
     if len(values) <= SLIDES_DRAWN:
         return values
-    return [values[round(at * (len(values) - 1) / (SLIDES_DRAWN - 1))] for at in range(SLIDES_DRAWN)]
+    return [values[round(rank * (len(values) - 1) / (SLIDES_DRAWN - 1))] for rank in range(SLIDES_DRAWN)]
 
 
 def _spread_over_decades(values: Sequence[float]) -> bool:
-    """Whether a linear axis would crowd most of the values at its low end."""
+    """Return whether a linear axis would crowd most of the values at its low end."""
     low, high = min(values), max(values)
     return low > 0 and high > 20 * low and median(values) < low + (high - low) / 4
 

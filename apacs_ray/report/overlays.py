@@ -24,15 +24,23 @@ JPEG_QUALITY = 88
 
 
 def overlay(rgb: Rgb, truth: Mask, mask: Mask) -> Rgb:
-    """The tile (H, W, 3) grayed, with TP, FP and FN tinted and their outlines drawn in full color."""
+    """Return the tile (H, W, 3) grayed, with TP, FP and FN tinted and their outlines drawn in full color."""
     return _painted(rgb, {kind: part.astype(np.float32) for kind, part in _kinds(truth, mask).items()})
 
 
 def panel(rgb: Rgb, truth: Mask, mask: Mask) -> bytes:
-    """The tile and its overlay as one PNG, each at most `LARGEST` px a side.
+    """Encode a tile and its overlay as one picture.
 
-    The pictures lie above each other, or beside each other where the tile is tall. Masks are shrunk as
-    shares, and outlines drawn after that, so that they show in a picture of a large tile too.
+    The two lie above each other, or beside each other where the tile is tall. Masks are shrunk as shares, and outlines
+    drawn after that, so that they show in a picture of a large tile too.
+
+    Args:
+        rgb: (H, W, 3) uint8.
+        truth: (H, W) bool, annotated.
+        mask: (H, W) bool, predicted.
+
+    Returns:
+        A PNG, in which each of the two is at most `LARGEST` px a side.
     """
     size = _fitting(rgb.shape[1], rgb.shape[0])
     small = np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.LANCZOS))
@@ -48,7 +56,7 @@ def panel(rgb: Rgb, truth: Mask, mask: Mask) -> bytes:
 
 
 def data_uri(png: bytes) -> str:
-    """A picture for a page that needs no other file, as JPEG: a photograph's PNG would be five times larger."""
+    """Return a picture as a data URI, as JPEG: a photograph's PNG would be five times larger."""
     with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
         jpeg = _encoded(image.convert("RGB"), "jpeg", quality=JPEG_QUALITY, subsampling="4:4:4")
     return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
@@ -59,7 +67,7 @@ def _kinds(truth: Mask, mask: Mask) -> dict[str, Mask]:
 
 
 def _painted(rgb: Rgb, shares: dict[str, Shares]) -> Rgb:
-    """`shares`: for each kind how much of a pixel is of that kind, (H, W) 0..1."""
+    """Paint `shares`: for each kind the share of a pixel that is of that kind, (H, W) 0..1."""
     color = rgb.astype(np.float32)
     gray = (color @ np.array([0.299, 0.587, 0.114], np.float32))[:, :, None]
     picture = (1 - GRAYED) * color + GRAYED * gray
@@ -76,7 +84,7 @@ def _painted(rgb: Rgb, shares: dict[str, Shares]) -> Rgb:
 
 
 def _fitting(width: int, height: int) -> tuple[int, int]:
-    """The size in which a tile is shown; small tiles keep theirs."""
+    """Return the size (width, height) in which a tile is shown; small tiles keep theirs."""
     factor = min(1.0, LARGEST / max(width, height))
     return max(1, round(width * factor)), max(1, round(height * factor))
 

@@ -1,4 +1,4 @@
-"""`report.html`: one file that needs nothing else, worth looking at. Every name in it is escaped."""
+"""`report.html`, one file that needs no other: what it shows, and its rendering. Every name in it is escaped."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from apacs_ray.report import charts
 from apacs_ray.report.overlays import COLORS, data_uri
-from apacs_ray.report.summary import NAMES, PAPER, best_member, headline, kept_epoch, read_sweep_table, verdict
+from apacs_ray.report.summary import NAMES, PAPER, best_epoch, best_member, headline, read_sweep_table, verdict
 from apacs_ray.training.history import EpochRecord
 
 REJECTS_SHOWN = 20
@@ -32,7 +32,16 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class TilePicture:
-    """A tile and its overlay. `kind`: best, median, worst or disagree; `rank` counts from 1 within it."""
+    """A tile and its overlay.
+
+    Attributes:
+        kind: best, median, worst or disagree.
+        rank: Counts from 1 within the kind.
+        tile_id: Of the tile row.
+        slide_id: Of the tile row.
+        caption: The words below it.
+        png: Tile and overlay, as `overlays.panel` encodes them.
+    """
 
     kind: str
     rank: int
@@ -44,10 +53,22 @@ class TilePicture:
 
 @dataclass(frozen=True)
 class ReportContext:
-    """Everything the report shows.
+    """All that the report shows.
 
-    `metrics` and `comparison` are those of `evaluation.metrics`, `stages` and `facts` those of `run.json`,
-    `trials` is the text of `tune/trials.csv` (empty without a sweep), `best` its winner, `rejects` all rows.
+    Attributes:
+        title: The data's name.
+        output: The run's URI.
+        metrics: Model -> figures, of `evaluation.metrics.summarize`.
+        comparison: Other model -> its difference from the fusion, of `evaluation.metrics.compare`.
+        histories: Network -> its epochs.
+        trials: The text of `tune/trials.csv`, empty without a sweep.
+        best: The settings of the best trial, empty without a sweep.
+        stages: Stage -> its entry in `run.json`.
+        facts: What `run.json` says of the run.
+        rejects: All rows.
+        pictures: Tiles with overlays.
+        settings: Section -> key -> value.
+        environment: Versions and machine of the run.
     """
 
     title: str
@@ -66,7 +87,7 @@ class ReportContext:
 
 
 def build_report(context: ReportContext) -> str:
-    """The page as HTML text."""
+    """Render the page as HTML text."""
     environment = Environment(
         loader=PackageLoader("apacs_ray.report"),
         autoescape=True,
@@ -94,7 +115,7 @@ def build_report(context: ReportContext) -> str:
         paper=PAPER,
         best_member=best_member(context.histories),
         verdicts={name: verdict(row) for name, row in context.comparison.items()},
-        kept={name: kept_epoch(history) for name, history in context.histories.items()},
+        best_epochs={name: best_epoch(history) for name, history in context.histories.items()},
         sweep=sweep,
         top_trials=sweep.trials[:TRIALS_SHOWN],
         kinds=KINDS,
@@ -125,7 +146,7 @@ class _StageRow:
 
 
 def _stage_rows(stages: Mapping[str, Mapping[str, Any]]) -> list[_StageRow]:
-    """Stages with their counts. The one that writes this page is still at work: what it recorded is older."""
+    """Return the stages with their counts. The one that writes this page still runs: what it recorded is older."""
     longest = max((stage.get("seconds") or 0.0 for stage in stages.values()), default=0.0) or 1.0
     rows = []
     for name, stage in stages.items():
@@ -150,15 +171,15 @@ def _stage_rows(stages: Mapping[str, Mapping[str, Any]]) -> list[_StageRow]:
 
 
 def _environment_rows(context: ReportContext) -> list[tuple[str, str]]:
-    """What the run knows of itself, a line each."""
-    known = {name.replace("_", " "): value for name, value in context.facts.items() if name != "device"}
+    """Return the run's facts and environment, a name and a text each."""
+    facts = {name.replace("_", " "): value for name, value in context.facts.items() if name != "device"}
     rows = []
-    for name, value in (known | dict(context.environment)).items():
+    for name, value in (facts | dict(context.environment)).items():
         if name == "packages":
             rows.append((name, ", ".join(f"{key} {version}" for key, version in value.items() if version)))
         elif name == "unreadable":
-            lost = ", ".join(f"{slide} ({share} of them read)" for slide, share in value.items())
-            rows.append(("slides with unreadable tiles", lost or "–"))
+            slides = ", ".join(f"{slide} ({share} of them read)" for slide, share in value.items())
+            rows.append(("slides with unreadable tiles", slides or "–"))
         elif isinstance(value, Mapping):
             rows.append((name, ", ".join(f"{count} {kind}" for kind, count in value.items()) or "–"))
         elif value not in (None, ""):
@@ -167,15 +188,15 @@ def _environment_rows(context: ReportContext) -> list[tuple[str, str]]:
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """`section.key` and value of every setting, as they are typed on the command line."""
+    """Return `section.key` and value of every setting, as they are typed on the command line."""
     rows: list[tuple[str, str]] = []
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        rows += _flat(value, f"{name}.") if isinstance(value, Mapping) else [(name, _shown(value))]
+        rows += _flat(value, f"{name}.") if isinstance(value, Mapping) else [(name, _typed(value))]
     return rows
 
 
-def _shown(value: Any) -> str:
+def _typed(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if value is None:
@@ -184,7 +205,7 @@ def _shown(value: Any) -> str:
 
 
 def _rounded(value: str) -> str:
-    """A drawn setting, numbers with 3 digits."""
+    """Return a sampled setting, numbers with 3 digits."""
     try:
         return f"{float(value):.3g}"
     except ValueError:

@@ -1,4 +1,4 @@
-"""What the report says in words, and the figures it derives: the paper's, kept epochs, trials, the verdict."""
+"""The report's words, and the figures behind them: the paper's, best epochs, the sweep's trials, verdicts."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ NAMES = {
     "fusion_published": "fusion, published head",
     "otsu": "Otsu, green channel",
 }
-NOT_DRAWN = ("trial_id", "val_dice", "epochs", "seconds", "error")  # columns of trials.csv that no trial draws
+NOT_SAMPLED = ("trial_id", "val_dice", "epochs", "seconds", "error")  # columns of trials.csv that are no setting
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A trial that ended well; `setting` is what was drawn, as written in `trials.csv`."""
+    """A trial that ended well; `setting` holds the sampled settings as written in `trials.csv`."""
 
     name: str
     val_dice: float
@@ -45,14 +45,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The trials of `trials.csv`, best first, and how many failed."""
+    """The trials of `trials.csv`, best first, and the number that failed."""
 
     trials: tuple[Trial, ...]
     failed: int
 
     @property
-    def drawn(self) -> list[str]:
-        """Settings that differ between trials."""
+    def sampled(self) -> list[str]:
+        """Names of the settings that differ between trials."""
         names = self.trials[0].setting if self.trials else {}
         return [name for name in names if len({trial.setting[name] for trial in self.trials}) > 1]
 
@@ -63,7 +63,7 @@ class Sweep:
 
 
 def read_sweep_table(trials_csv: str) -> Sweep:
-    """The sweep as `tune/trials.csv` holds it; empty text is no sweep."""
+    """Read the text of `tune/trials.csv`; empty text is a sweep without trials."""
     rows = list(csv.DictReader(io.StringIO(trials_csv)))
     ended = [row for row in rows if row["val_dice"] and not row["error"] and math.isfinite(float(row["val_dice"]))]
     trials = [
@@ -72,7 +72,7 @@ def read_sweep_table(trials_csv: str) -> Sweep:
             float(row["val_dice"]),
             int(row["epochs"]),
             float(row["seconds"]),
-            {name: value for name, value in row.items() if name not in NOT_DRAWN},
+            {name: value for name, value in row.items() if name not in NOT_SAMPLED},
         )
         for row in ended
     ]
@@ -80,21 +80,21 @@ def read_sweep_table(trials_csv: str) -> Sweep:
     return Sweep(tuple(trials), len(rows) - len(trials))
 
 
-def kept_epoch(history: Sequence[EpochRecord]) -> EpochRecord | None:
-    """The epoch whose weights are kept: best validation Dice, the first of equals. None without any."""
-    known = [record for record in history if math.isfinite(record.val_dice)]
-    return max(known, key=score, default=None)
+def best_epoch(history: Sequence[EpochRecord]) -> EpochRecord | None:
+    """Return the epoch whose weights a run keeps: best validation Dice, the first of equals. None without any."""
+    defined = [record for record in history if math.isfinite(record.val_dice)]
+    return max(defined, key=score, default=None)
 
 
 def best_member(histories: Mapping[str, Sequence[EpochRecord]]) -> str | None:
-    """The member that was best on validation, which is how one would choose a single network."""
-    kept = {name: kept_epoch(histories[name]) for name in MEMBERS if name in histories}
-    dice = {name: record.val_dice for name, record in kept.items() if record is not None}
+    """Return the member that was best on validation, which is how one would choose a single network."""
+    best = {name: best_epoch(histories[name]) for name in MEMBERS if name in histories}
+    dice = {name: record.val_dice for name, record in best.items() if record is not None}
     return max(dice, key=dice.__getitem__, default=None)
 
 
 def verdict(row: Mapping[str, Any]) -> str:
-    """One comparison in words."""
+    """Put one comparison of `evaluation.metrics.compare` in words."""
     if row["dice_difference"] is None or row["ci95"] is None:
         return "cannot be compared"
     if not row["significant"]:
@@ -107,13 +107,13 @@ def headline(
     comparison: Mapping[str, Mapping[str, Any]],
     histories: Mapping[str, Sequence[EpochRecord]],
 ) -> str:
-    """The result in two or three sentences."""
+    """Put the result in two or three sentences."""
     fusion = metrics["fusion"]
     if fusion["dice"] is None:
         return "The test tiles hold no cell, annotated or found, so Dice and IoU are undefined."
     span = fusion["dice_ci95"]
-    shown = f" (95 % interval {span[0]:.3f} to {span[1]:.3f})" if span else ""
-    words = [f"The fusion reaches a pooled Dice of {fusion['dice']:.3f}{shown} on tiles that no selection has seen."]
+    interval = f" (95 % interval {span[0]:.3f} to {span[1]:.3f})" if span else ""
+    words = [f"The fusion reaches a pooled Dice of {fusion['dice']:.3f}{interval} on tiles that no selection has seen."]
     member = best_member(histories)
     row = comparison.get(member) if member else None
     if member and row and row["dice_difference"] is not None:

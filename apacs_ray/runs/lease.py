@@ -1,15 +1,16 @@
-"""`run.lock`: one writer a run.
+"""`run.lock`, which allows one writer a run.
 
-The lock is created exclusively (a local link, or `If-None-Match: *` on S3) and carries its owner and a heartbeat. A
-second start says who holds it. A dead process on the same machine frees it at once; a silent owner elsewhere loses it
-after `STALE_AFTER` seconds. Every change is conditional on the version last seen, so two that take over at the same
-moment cannot both win, and an owner that was declared dead is told so before it commits.
+The lock is created exclusively (a local link, or `If-None-Match: *` on S3) and holds its owner and a heartbeat. A
+second start is refused and names the owner. A dead process on the same machine loses the lock at once; an owner
+elsewhere without a heartbeat loses it after `STALE_AFTER` seconds. Every change is conditional on the version last
+seen: of two that take over at the same moment one fails, and an owner that was declared dead cannot commit.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import threading
@@ -18,27 +19,36 @@ import uuid
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from apacs_ray.console import say
 from apacs_ray.errors import ApacsError, StoreTroubleError
 from apacs_ray.storage import Conflict, Store
 
 LOCK = "run.lock"
 HEARTBEAT_EVERY = 10.0  # s
 STALE_AFTER = 60.0  # s
-BEAT_TIMEOUT = 5.0  # s that a heartbeat waits for a store in trouble: the next one tries again
+BEAT_TIMEOUT = 5.0  # s for which a heartbeat is tried again in a store in trouble: the next one follows
 ORPHANS_END_WITHIN = 60.0  # s, for the Ray processes of a driver that was killed
+_log = logging.getLogger(__name__)
 
 
 class LeaseHeld(ApacsError):
-    """Somebody else is writing this run."""
+    """Another process writes this run."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a run, as written in the lock.
+    """The process that holds a run, as written in the lock.
 
-    `start_ticks` tells its process from a later one of the same `pid`, which counts in `pid_namespace` only. Both are
-    None where there is no Linux, and in locks of earlier versions: such an owner is known by its heartbeat alone.
+    Attributes:
+        owner: Random, the lease's identity.
+        host: Name of its machine.
+        boot: Id of that machine's last boot.
+        pid: Of the process, valid in `pid_namespace` only.
+        started: Unix time, s.
+        heartbeat: Unix time of the last one, s.
+        ray_session: Folder of the Ray that the process started; None before, and on a cluster that it joined.
+        pid_namespace: As Linux names it; None elsewhere and in locks of earlier versions: the heartbeat alone counts.
+        start_ticks: Clock ticks between boot and start, which tell the process from a later one of the same `pid`;
+            None as `pid_namespace`.
     """
 
     owner: str
@@ -53,7 +63,7 @@ class Holder:
 
     @classmethod
     def myself(cls) -> Holder:
-        """This process, from now on."""
+        """Return this process as a holder, from now on."""
         now, pid = time.time(), os.getpid()
         return cls(
             owner=uuid.uuid4().hex,
@@ -67,13 +77,14 @@ class Holder:
         )
 
     def is_dead_here(self) -> bool:
-        """True when the owner ran on this machine, where its pid is one of ours, and its process is gone."""
+        """Return whether the owner ran on this machine, where its pid is one of ours, and its process is gone."""
         if self.pid_namespace is None or self.start_ticks is None:
             return False
         here = (socket.gethostname(), _boot_id(), _pid_namespace())
         return (self.host, self.boot, self.pid_namespace) == here and _start_ticks(self.pid) != self.start_ticks
 
     def describe(self) -> str:
+        """Return process, host and start in words."""
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.started))
         return f"process {self.pid} on {self.host} since {since}"
 
@@ -94,15 +105,25 @@ class Lease:
 
     @classmethod
     def acquire(cls, store: Store) -> Lease:
-        """Take the run at `store`. Raises LeaseHeld naming the holder."""
+        """Take the run at `store`.
+
+        Args:
+            store: The run's output.
+
+        Returns:
+            The lease, whose heartbeat has begun.
+
+        Raises:
+            LeaseHeld: Another process holds the run; the message names it.
+        """
         mine = Holder.myself()
         try:
             return cls(store, mine, store.create(LOCK, _encode(mine)))
         except Conflict:
-            found = _look(store)
-        if found is None:  # released in between
+            held = _look(store)
+        if held is None:  # released in between
             return cls.acquire(store)
-        other, version = found
+        other, version = held
         if not other.is_dead_here() and not _silent(store, other, version):
             raise LeaseHeld(f"{store.uri}: held by {other.describe()}; wait until it ends, or choose another --output")
         if other.is_dead_here() and other.ray_session:
@@ -113,7 +134,7 @@ class Lease:
             raise LeaseHeld(f"{store.uri}: another start took this run over at the same moment") from error
 
     def note_ray_session(self, path: str) -> None:
-        """Write down the Ray session this run started, so that a successor can wait for its processes to end."""
+        """Write the Ray session that this run started into the lock: a successor waits for its processes to end."""
         self._renew(replace(self._holder, ray_session=path), self._store)
 
     def check(self) -> None:
@@ -121,16 +142,16 @@ class Lease:
         if self._lost is None:
             with self._mutex:
                 try:
-                    found = json.loads(self._store.read(LOCK))
+                    lock = json.loads(self._store.read(LOCK))
                 except FileNotFoundError:
-                    found = {}
-                if found.get("owner") != self.owner:
+                    lock = {}
+                if lock.get("owner") != self.owner:
                     self._lost = "the lock names another owner"
         if self._lost is not None:
             raise ApacsError(f"{self._store.uri}: this run was taken over ({self._lost}); nothing was committed")
 
     def shorten_timeout(self) -> None:
-        """From now on do not wait for a store in trouble as long as a commit would."""
+        """Wait for a store in trouble from now on only as long as a heartbeat does, not as long as a commit."""
         self._store = self._store.with_timeout(BEAT_TIMEOUT)
 
     def release(self) -> None:
@@ -138,7 +159,7 @@ class Lease:
         self._stop.set()
         self._thread.join()
         self.shorten_timeout()
-        with contextlib.suppress(StoreTroubleError):  # the lock of a process that has ended gives way
+        with contextlib.suppress(StoreTroubleError):  # the next run takes the lock of a process that has ended
             if self._lost is None and self._store.version(LOCK) == self._version:
                 self._store.delete(LOCK)
 
@@ -150,10 +171,11 @@ class Lease:
             except (ApacsError, OSError) as error:  # `check` decides before anything is committed
                 if since is None:
                     since = time.monotonic()
-                    say(f"the run waits for its store: {error}")
+                    _log.warning("the run waits for its store: %s", error)
             else:
                 if since is not None:
-                    say(f"the store takes writes again, after {time.monotonic() - since:.0f} s; the run goes on")
+                    waited = time.monotonic() - since
+                    _log.info("the store takes writes again, after %.0f s; the run goes on", waited)
                     since = None
 
     def _renew(self, holder: Holder, store: Store) -> None:
@@ -163,16 +185,16 @@ class Lease:
                 self._version = store.replace(LOCK, _encode(holder), self._version)
                 self._holder = holder
             except Conflict:
-                found = _look(store)
-                if found is not None and found[0].owner == self.owner:
-                    self._version = found[1]  # our own write of a beat that seemed to fail
+                held = _look(store)
+                if held is not None and held[0].owner == self.owner:
+                    self._version = held[1]  # our own write, of a heartbeat that seemed to fail
                     return
                 self._lost = "its heartbeat found another owner's lock"
                 self._stop.set()
 
 
 def _look(store: Store) -> tuple[Holder, str] | None:
-    """Who holds the run and the lock's version; None when nobody does. The content may be newer, never older."""
+    """Return the holder and the lock's version, None without a lock. The content may be newer, never older."""
     version = store.version(LOCK)
     try:
         return None if version is None else (_decode(store.read(LOCK)), version)
@@ -181,7 +203,7 @@ def _look(store: Store) -> tuple[Holder, str] | None:
 
 
 def _silent(store: Store, other: Holder, version: str) -> bool:
-    """Whether a lock that looks old really has no heartbeat (clocks of two machines may differ)."""
+    """Return whether a lock that looks old really has no heartbeat (clocks of two machines may differ)."""
     if time.time() - other.heartbeat < STALE_AFTER:
         return False
     time.sleep(2 * HEARTBEAT_EVERY)
@@ -209,7 +231,7 @@ def _boot_id() -> str:
 
 
 def _pid_namespace() -> str | None:
-    """In which pids are counted: containers on their host's network share its name and boot, but not its pids."""
+    """Return the namespace in which pids count: containers on their host's network share name and boot, not pids."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -217,7 +239,7 @@ def _pid_namespace() -> str | None:
 
 
 def _start_ticks(pid: int) -> int | None:
-    """Clock ticks between the boot and the start of a process, by field 22 of its stat; None when it is gone."""
+    """Return the clock ticks between boot and start of a process (field 22 of its stat); None when it is gone."""
     try:
         content = Path(f"/proc/{pid}/stat").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
@@ -236,7 +258,7 @@ def _await_orphans(ray_session: str) -> None:
 
 
 def _processes_naming(text: str) -> list[int]:
-    found = []
+    pids = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
@@ -244,5 +266,5 @@ def _processes_naming(text: str) -> list[int]:
             except (FileNotFoundError, ProcessLookupError, PermissionError):
                 continue
             if text.encode() in command:
-                found.append(int(folder.name))
-    return found
+                pids.append(int(folder.name))
+    return pids

@@ -99,7 +99,7 @@ class Run:
         self.store.write(RUN_JSON, json.dumps(record, indent=1).encode())
 
     def shorten_timeout(self) -> None:
-        """Wait for a store in trouble no longer than a heartbeat does: a stage failed, and this run is on its way out."""
+        """Wait for a store in trouble no longer than a heartbeat does: a stage failed, and this run ends."""
         self.store = self.store.with_timeout(BEAT_TIMEOUT)
         self.lease.shorten_timeout()
 

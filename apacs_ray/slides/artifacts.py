@@ -45,23 +45,23 @@ def fill(picture: Picture, outside: Mask) -> Mask:
     Returns:
         (H, W) bool, True on fill that is not in `outside`.
     """
-    found = np.zeros_like(outside)
+    filled = np.zeros_like(outside)
     beside = grown(outside, 2)
     for color in _even_colors(picture, outside):
-        alike = ~outside & ~found
+        alike = ~outside & ~filled
         for channel, level in enumerate(color):
             plane = picture[..., channel]
             alike &= (plane >= max(level - 1, 0)) & (plane <= min(level + 1, 255))
         areas = Components.of(alike, structure=None)
         large = Components.of(areas.chosen(areas.sizes >= FILL_PX), structure=None)
         straight = large.chosen(_straight(large, beside) >= STRAIGHT)
-        found |= straight
+        filled |= straight
         beside |= grown(straight, 2)
-    return found
+    return filled
 
 
 def _even_colors(picture: Picture, outside: Mask) -> list[tuple[int, int, int]]:
-    """The commonest colors of blocks of 5 x 5 px that are of one color, brightest first."""
+    """Return the commonest colors of blocks of 5 x 5 px that are of one color, brightest first."""
     color = picture[..., 0].astype(np.int32) << 16 | picture[..., 1].astype(np.int32) << 8 | picture[..., 2]
     if min(color.shape) < 5:
         return []
@@ -78,7 +78,7 @@ def _even_colors(picture: Picture, outside: Mask) -> list[tuple[int, int, int]]:
 
 
 def _straight(areas: Components, beside: Mask) -> npt.NDArray[np.float64]:
-    """The share of each area's outline that is straight, along rows or columns; not counted at what is `beside`."""
+    """Return the share of each area's outline that is straight, along rows or columns, except where it is `beside`."""
     total = np.zeros(areas.count + 1)
     straight = np.zeros(areas.count + 1)
     for labels, hidden in ((areas.labels, beside), (areas.labels.T, beside.T)):
@@ -91,7 +91,7 @@ def _straight(areas: Components, beside: Mask) -> npt.NDArray[np.float64]:
 
 
 def _runs(edge: Mask, length: int) -> Mask:
-    """The parts of an edge that run on for `length` px along a row."""
+    """Return the parts of an edge that run on for `length` px along a row."""
     if edge.shape[1] < length:
         return np.zeros_like(edge)
     run = edge[:, : edge.shape[1] - length + 1].copy()
@@ -104,7 +104,17 @@ def _runs(edge: Mask, length: int) -> Mask:
 
 
 def even_things(picture: Picture, stain: Stain, known: Mask, um: float) -> Mask:
-    """Find ink, bubble rims, hair, blood: what is opaque, and of one density over more than any cell. Returns (H, W) bool."""
+    """Find what is opaque, and of one density over more than any cell: ink, bubble rims, hair, blood.
+
+    Args:
+        picture: (H, W, 3) uint8 sRGB.
+        stain: of the picture.
+        known: (H, W) bool, True where the slide was scanned.
+        um: um per px.
+
+    Returns:
+        (H, W) bool.
+    """
     even = known & (np.maximum(stain.most, stain.wide_most) > OPAQUE)
     for channel in range(3):
         density = DENSITY[picture[..., channel]]
@@ -116,7 +126,7 @@ def even_things(picture: Picture, stain: Stain, known: Mask, um: float) -> Mask:
 
 
 def _of_four(choose: np.ufunc, plane: Densities) -> Densities:
-    """The highest or lowest of every px and its neighbors on the left, above, and between."""
+    """Return the highest or lowest of every px and its neighbors on the left, above, and between."""
     out = plane.copy()
     out[:, 1:] = choose(plane[:, 1:], plane[:, :-1])
     rows = out.copy()
@@ -125,7 +135,16 @@ def _of_four(choose: np.ufunc, plane: Densities) -> Densities:
 
 
 def ink(stain: Stain, known: Mask, um: float) -> Mask:
-    """Find wide areas more vivid or darker than cells are, even or not. Returns (H, W) bool."""
+    """Find wide areas more vivid or darker than cells are, even or not.
+
+    Args:
+        stain: of the picture.
+        known: (H, W) bool, True where the slide was scanned.
+        um: um per px.
+
+    Returns:
+        (H, W) bool.
+    """
     strong = known & ((stain.wide_most - stain.wide_least > VIVID) | (stain.wide_least > DARK))
     areas = Components.of(opened(strong, round(INK_CORE / um)), structure=None)
     return grown(areas.chosen(areas.sizes * um * um >= INK_AREA), round(INK_EDGE / um))
@@ -172,7 +191,17 @@ def gray_lines(mask: Mask, stain: Stain, um: float) -> Mask:
 
 
 def without_specks(mask: Mask, stain: Stain, threshold: int, um: float) -> Mask:
-    """Return the mask less what is too small for a cell or too faint for anything, and less dust, which is small and gray."""
+    """Take specks out of a mask: what is too small for a cell or too faint for anything, and dust, small and gray.
+
+    Args:
+        mask: (H, W) bool, tissue as found so far.
+        stain: of the picture.
+        threshold: least density of tissue, thousandths.
+        um: um per px.
+
+    Returns:
+        (H, W) bool, what is left of `mask`.
+    """
     things = Components.of(mask)
     places = np.flatnonzero(mask)
     owner, most = things.labels.ravel()[places], stain.most.ravel()[places]

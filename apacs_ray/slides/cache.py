@@ -119,7 +119,7 @@ class SlideCache:
 
 
 def _inside(path: str) -> Path:
-    """A key as a relative path that cannot leave the cache. Raises BadInput (bad_name)."""
+    """Return a key as a relative path that cannot leave the cache. Raises BadInput (bad_name)."""
     if is_bad_path(path):
         raise BadInput("bad_name", f"{path!r} is no path that can be staged")
     return Path(path)

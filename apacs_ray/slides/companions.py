@@ -33,7 +33,13 @@ _NAMED = re.compile(
 
 @dataclass(frozen=True)
 class Heads:
-    """What files say, by path: the series of DICOM, the companions of VMS and VMU, and the defects of those not readable."""
+    """What the heads of files say, by path.
+
+    Attributes:
+        series: of DICOM files, their SeriesInstanceUID.
+        named: of VMS and VMU, the names of their companions.
+        refused: why a file cannot be read.
+    """
 
     series: dict[str, str] = field(default_factory=dict)
     named: dict[str, frozenset[str]] = field(default_factory=dict)
@@ -78,26 +84,26 @@ def read_heads(store: Store, entries: Iterable[Entry]) -> Heads:
             return BadInput("unreadable", f"{entry.path}: cannot be read ({error}); correct its rights, or remove it")
 
     with ThreadPoolExecutor(READERS) as readers:
-        for entry, found in zip(wanted, readers.map(read, wanted), strict=True):
-            if isinstance(found, BadInput):
-                heads.refused[entry.path] = found
-            elif isinstance(found, str):
-                heads.series[entry.path] = found
+        for entry, answer in zip(wanted, readers.map(read, wanted), strict=True):
+            if isinstance(answer, BadInput):
+                heads.refused[entry.path] = answer
+            elif isinstance(answer, str):
+                heads.series[entry.path] = answer
             else:
-                heads.named[entry.path] = found
+                heads.named[entry.path] = answer
     return heads
 
 
 def _series(store: Store, entry: Entry) -> str:
-    """The SeriesInstanceUID of a DICOM file. Raises BadInput where there is none."""
+    """Return the SeriesInstanceUID of a DICOM file. Raises BadInput where there is none."""
     reason = "it ends before it"
     with store.open(entry.path) as stream:
         head = b""
         for size in HEADS:
             head += stream.read(min(size, entry.size) - len(head))
             try:
-                found = read_partial(io.BytesIO(head), stop_when=lambda tag, vr, length: tag > SERIES)
-                series = str(found.get("SeriesInstanceUID") or "").strip()
+                dataset = read_partial(io.BytesIO(head), stop_when=lambda tag, vr, length: tag > SERIES)
+                series = str(dataset.get("SeriesInstanceUID") or "").strip()
             except InvalidDicomError:
                 raise BadInput("unsupported_slide", f"{entry.path}: is no DICOM file, whatever its name says") from None
             except Exception as error:  # noqa: BLE001 - a parser on damaged bytes: whatever it raises is the file's defect
@@ -110,7 +116,7 @@ def _series(store: Store, entry: Entry) -> str:
 
 
 def _names(store: Store, entry: Entry) -> frozenset[str]:
-    """The file names in a VMS or VMU, as `_same` compares them."""
+    """Return the file names in a VMS or VMU, as `_same` compares them."""
     with store.open(entry.path) as stream:
         content = stream.read(min(entry.size, LARGEST_INDEX))
     try:
@@ -177,10 +183,7 @@ def find_parts(slides: Sequence[Entry], others: Sequence[Entry], heads: Heads) -
 
 
 def mrxs_folders(entries: Sequence[Entry]) -> dict[str, str]:
-    """Return the folders of MRXS slides' data, and the .mrxs of each.
-
-    A folder has the slide's name, in the same case where there are several.
-    """
+    """Return folder -> the .mrxs whose data it holds: the folder of its name, in the same case where several are."""
     mains = [entry.path for entry in entries if suffix_of(entry.path) == "mrxs"]
     if not mains:
         return {}
@@ -188,21 +191,21 @@ def mrxs_folders(entries: Sequence[Entry]) -> dict[str, str]:
     for folder in sorted({path for entry in entries for path in _above(entry.path)}):
         parent, _, name = folder.rpartition("/")
         folders[f"{parent}/{_same(name)}"].append(folder)
-    found: dict[str, str] = {}
+    main_of: dict[str, str] = {}
     exact = {main.rpartition(".")[0]: main for main in mains}
     for same in folders.values():
-        found |= {folder: exact[folder] for folder in same if folder in exact}
+        main_of |= {folder: exact[folder] for folder in same if folder in exact}
     for main in mains:
         base = main.rpartition(".")[0]
         parent, _, name = base.rpartition("/")
-        free = [folder for folder in folders.get(f"{parent}/{_same(name)}", ()) if folder not in found]
-        if base not in found and free:
-            found[free[0]] = main
-    return found
+        free = [folder for folder in folders.get(f"{parent}/{_same(name)}", ()) if folder not in main_of]
+        if base not in main_of and free:
+            main_of[free[0]] = main
+    return main_of
 
 
 def _above(path: str) -> list[str]:
-    """The folders that a file lies in, the innermost first."""
+    """Return the folders that a file lies in, the innermost first."""
     parts = path.split("/")[:-1]
     return ["/".join(parts[:depth]) for depth in range(len(parts), 0, -1)]
 

@@ -33,19 +33,26 @@ class Glass:
     wide: Densities
 
     def rows(self, top: int, bottom: int) -> Glass:
-        """The glass below rows `top` (a multiple of `BLOCK`) to `bottom` of the picture."""
+        """Return the glass below rows `top` (a multiple of `BLOCK`) to `bottom` of the picture."""
         part = slice(top // BLOCK, -(-bottom // BLOCK))
         return Glass(self.near[part], self.wide[part])
 
     def columns(self, width: int) -> Glass:
-        """The glass below the first `width` columns, a multiple of `BLOCK`."""
+        """Return the glass below the first `width` columns, a multiple of `BLOCK`."""
         return Glass(self.near[:, : width // BLOCK], self.wide[:, : width // BLOCK])
 
 
 def block_minima(picture: npt.NDArray[np.uint8], known: Mask) -> Densities:
-    """(H / BLOCK, W / BLOCK, 3): the brightest 2 x 2 px of every block, UNKNOWN where none is known.
+    """Return the density of the brightest 2 x 2 px of every block.
 
-    `picture` (H, W, 3) has sides that are multiples of `BLOCK`. Means of 2 x 2 px: a minimum follows noise.
+    Means of 2 x 2 px, because a minimum follows noise.
+
+    Args:
+        picture: (H, W, 3) uint8; its sides are multiples of `BLOCK`.
+        known: (H, W) bool, True where the slide was scanned.
+
+    Returns:
+        (H / BLOCK, W / BLOCK, 3) int16, thousandths of density; UNKNOWN where nothing is known.
     """
     height, width = known.shape
     hidden = ~known
@@ -61,7 +68,7 @@ def block_minima(picture: npt.NDArray[np.uint8], known: Mask) -> Densities:
 
 
 def glass_of(minima: Densities, um: float) -> Glass:
-    """Glass from the block minima of a whole picture of `um` um per px."""
+    """Return the glass of a whole picture of `um` um per px, from its `block_minima`."""
     known = minima[..., 0] < UNKNOWN
     lamp = _lamp(minima, known)
     flat = np.where(known[..., None], minima - lamp, UNKNOWN)
@@ -74,11 +81,14 @@ def glass_of(minima: Densities, um: float) -> Glass:
 
 
 def _lamp(minima: Densities, known: Mask) -> Densities:
-    """The slow change of the light over a whole picture: a quadratic surface through its glass.
+    """Return the slow change of the light over a whole picture: a quadratic surface through its glass.
 
     An opening follows a slope, but not up to the edge of the picture, where half of what is around is not there.
     The surface grows from the brightest blocks over all that continue it; what it does not come to know is not
     extrapolated beyond their range.
+
+    Returns:
+        As `minima`, thousandths of density.
     """
     lamp = np.zeros_like(minima)
     if known.sum() < LAMP_BLOCKS:
@@ -107,9 +117,12 @@ def _lamp(minima: Densities, known: Mask) -> Densities:
 
 
 def _opening(minima: Densities, width: float) -> Densities:
-    """A gray opening by squares of `width` blocks: what is narrower than that is not in it.
+    """Return a gray opening by squares of `width` blocks: what is narrower than that is not in it.
 
-    What is unknown takes no part, and a window of which too little is known is passed over. NONE where all are.
+    What is unknown takes no part, and a window of which too little is known is passed over.
+
+    Returns:
+        As `minima`; NONE where all windows are passed over.
     """
     side = max(1, round(width) | 1)
     known = ndimage.uniform_filter((minima[..., 0] < UNKNOWN).astype(np.float32), side, mode="constant")
@@ -124,8 +137,14 @@ def _opening(minima: Densities, width: float) -> Densities:
 
 @dataclass(frozen=True)
 class Stain:
-    """How much denser px are than the glass, thousandths: the channel that absorbs `most` and `least` beside the
-    glass near by; and both beside the glass of the wide surroundings."""
+    """How much denser px are than the glass, thousandths, (H, W) int16 each.
+
+    Attributes:
+        most: of the channel that absorbs most, beside the glass near by.
+        least: of the channel that absorbs least, beside the glass near by.
+        wide_most: as `most`, beside the glass of the wide surroundings.
+        wide_least: as `least`, beside the glass of the wide surroundings.
+    """
 
     most: Densities
     least: Densities
@@ -133,13 +152,13 @@ class Stain:
     wide_least: Densities
 
     def cut(self, height: int, width: int) -> Stain:
-        """The first `height` rows and `width` columns."""
+        """Return the first `height` rows and `width` columns."""
         part = slice(height), slice(width)
         return Stain(self.most[part], self.least[part], self.wide_most[part], self.wide_least[part])
 
 
 def stain_of(picture: npt.NDArray[np.uint8], glass: Glass) -> Stain:
-    """Stain of a picture (H, W, 3) whose sides are multiples of `BLOCK`."""
+    """Return the stain of a picture (H, W, 3) uint8 whose sides are multiples of `BLOCK`."""
     densities = [DENSITY[picture[..., channel]] for channel in range(3)]
     near = [_beyond(density, glass.near[..., channel]) for channel, density in enumerate(densities)]
     wide = [_beyond(density, glass.wide[..., channel]) for channel, density in enumerate(densities)]

@@ -1,4 +1,4 @@
-"""The mask of a tile, whatever annotates its slide: polygons, one image of the whole slide, or masks of single FOVs.
+"""The masks of a slide's tiles, whatever annotates it: polygons, one image of the whole slide, or masks of single FOVs.
 
 Coordinates are the slide's level-0 px. Images follow the rule of polygons: a tile's pixel takes the value of the mask
 pixel that holds its center.
@@ -13,9 +13,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from apacs_ray.data.grid import Box
 from apacs_ray.data.mask_file import MaskFile, require_fits
 from apacs_ray.data.masks import CellRule, find_rule
-from apacs_ray.data.tiles import Box
 from apacs_ray.errors import BadInput
 from apacs_ray.slides.annotations.names import AnnotationKind
 from apacs_ray.slides.annotations.rasterize import PolygonMask
@@ -25,22 +25,39 @@ from apacs_ray.slides.reader import SlideInfo
 
 Mask = npt.NDArray[np.bool_]
 MAX_PIXELS = 400_000_000
-NO_MASK = {"no_mask", "grey_mask", "size_mismatch", "unsupported_mode", "multiple_frames"}  # says a doubtful image
+NO_MASK = "no_mask"  # of a picture beside a slide that is none of its masks: nothing is wrong with it
+PICTURE_CODES = {NO_MASK, "grey_mask", "size_mismatch", "unsupported_mode", "multiple_frames"}  # of a doubtful image
 SLACK = 2  # px that a mask image may lack or have over after its size was rounded
 
 
 class MaskSource(Protocol):
-    """The annotation of one slide. `defects` are its parts that are no area.
+    """The annotation of one slide.
 
-    `rules` say which values of its images are cells, one number an image (none for polygons): they were found by a look
-    at all pixels, and spare the next one who opens the same files that look.
+    Attributes:
+        defects: its parts that are no area.
+        rules: which values of its images are cells, one number an image (none for polygons). They were found by a look
+            at all pixels, and spare the next one who opens the same files that look.
     """
 
     defects: Sequence[str]
     rules: tuple[int, ...]
 
     def tile(self, x: float, y: float, width: int, height: int, downsample: float) -> Mask | None:
-        """(height, width) bool, True on cells; None where nobody annotated. Raises BadInput where it is damaged."""
+        """Return the mask of a tile.
+
+        Args:
+            x: left edge, level-0 px.
+            y: top edge, level-0 px.
+            width: tile px.
+            height: tile px.
+            downsample: level-0 px per tile px.
+
+        Returns:
+            (height, width) bool, True on cells; None where nobody annotated.
+
+        Raises:
+            BadInput: unreadable_region, size_mismatch; a mask image is damaged there.
+        """
         ...
 
 
@@ -55,10 +72,23 @@ def open_masks(
     doubtful: bool = False,
     rules: Sequence[int] = (),
 ) -> MaskSource:
-    """The annotation of a slide from local files, each with the level-0 (x, y) its name gives (0, 0 where none).
+    """Open the annotation of a slide from local files.
 
-    A `doubtful` image is a mask only when it looks like one, else BadInput (no_mask). `rules` are those that the same
-    files had before; without them all pixels of mask images are read to find them. Raises BadInput.
+    Args:
+        kind: of the annotation.
+        files: each with the level-0 (x, y) its name gives (0, 0 where none).
+        info: what the slide says of itself.
+        classes: annotations of these classes are cells; empty: all.
+        threshold: `data.mask_threshold`, 1..255; None: gray masks are refused.
+        max_pixels: of an image that cannot be read in parts.
+        doubtful: an image is a mask only when it looks like one.
+        rules: those that the same files had before; without them all pixels of mask images are read to find them.
+
+    Returns:
+        The masks.
+
+    Raises:
+        BadInput: no_mask for what is doubtful and no mask; bad_annotation, and the codes of mask files, for defects.
     """
     path = files[0][0]
     if kind == "image":
@@ -100,6 +130,11 @@ class ImageMask:
         doubtful: bool = False,
         rules: Sequence[int] = (),
     ) -> None:
+        """Open the image and find the rule by which its pixels are cells. The arguments are those of `open_masks`.
+
+        Raises:
+            BadInput: as `open_masks`.
+        """
         self.defects: Sequence[str] = ()
         self._name = path.name
         try:
@@ -107,14 +142,14 @@ class ImageMask:
             self._left, self._top, self._factor = self._place(info)
             self._rule = CellRule(rules[0]) if rules else find_rule(self._mask, threshold, doubtful=doubtful)
         except BadInput as defect:
-            if doubtful and defect.code in NO_MASK:
+            if doubtful and defect.code in PICTURE_CODES:
                 advice = "it was not taken for the slide's mask; if it is, name it ..._mask"
-                raise BadInput("no_mask", f"{path.name}: {advice} ({defect.reason})") from defect
+                raise BadInput(NO_MASK, f"{path.name}: {advice} ({defect.reason})") from defect
             raise BadInput(defect.code, f"{path.name}: {defect.reason}") from defect
         self.rules: tuple[int, ...] = (self._rule.at_least,)
 
     def _place(self, info: SlideInfo) -> tuple[int, int, int]:
-        """Level-0 px where it begins, and level-0 px per mask px."""
+        """Return the level-0 px where it begins, and level-0 px per mask px."""
         whole, bounds = (0, 0, info.width, info.height), info.bounds
         width, height = self._mask.width, self._mask.height
         for x, y, wide, high in (whole, (bounds.x, bounds.y, bounds.width, bounds.height)):
@@ -128,6 +163,14 @@ class ImageMask:
         )
 
     def tile(self, x: float, y: float, width: int, height: int, downsample: float) -> Mask:
+        """Return the mask of a tile, as `MaskSource.tile`; nothing outside of the image is a cell.
+
+        Returns:
+            (height, width) bool.
+
+        Raises:
+            BadInput: unreadable_region.
+        """
         columns = np.floor((x + (np.arange(width) + 0.5) * downsample - self._left) / self._factor).astype(np.int64)
         rows = np.floor((y + (np.arange(height) + 0.5) * downsample - self._top) / self._factor).astype(np.int64)
         left, top = max(int(columns[0]), 0), max(int(rows[0]), 0)
@@ -158,19 +201,24 @@ class FovMasks:
         max_pixels: int,
         rules: Sequence[int] = (),
     ) -> None:
+        """Open every mask and find its rule. The arguments are those of `open_masks`.
+
+        Raises:
+            BadInput: as `open_masks`.
+        """
         self.defects: Sequence[str] = ()
         self._files = files
         self._max_pixels = max_pixels
         self._sizes: list[tuple[int, int]] = []
-        found: list[int] = []
+        thresholds: list[int] = []
         for number, (path, _, _) in enumerate(files):
             mask = self._opened(path)
             self._sizes.append((mask.width, mask.height))
             try:
-                found.append(rules[number] if rules else find_rule(mask, threshold).at_least)
+                thresholds.append(rules[number] if rules else find_rule(mask, threshold).at_least)
             except BadInput as defect:
                 raise BadInput(defect.code, f"{path.name}: {defect.reason}") from defect
-        self.rules = tuple(found)
+        self.rules = tuple(thresholds)
         self._cells: tuple[int, Mask] | None = None  # of the FOV that was read last
 
     def _opened(self, path: Path) -> MaskFile:
@@ -182,6 +230,7 @@ class FovMasks:
         return mask
 
     def tile(self, x: float, y: float, width: int, height: int, downsample: float) -> Mask | None:
+        """Return the mask of a tile, as `MaskSource.tile`; None where FOVs do not cover it wholly."""
         columns = np.floor(x + (np.arange(width) + 0.5) * downsample).astype(np.int64)
         rows = np.floor(y + (np.arange(height) + 0.5) * downsample).astype(np.int64)
         mask, covered = np.zeros((2, height, width), bool)

@@ -19,9 +19,15 @@ Scale = tuple[float | None, float | None]  # um per px across and down, None whe
 
 
 def square_mpp(scale: Scale) -> tuple[float | None, str | None]:
-    """The um per px of both directions, else None and why it is not known (None: nothing was said).
+    """Return the um per px of both directions, if they are known and alike.
 
     A direction that is not said is taken to be like the other.
+
+    Args:
+        scale: what the slide says.
+
+    Returns:
+        um per px, else None and why it is not known (None: nothing was said).
     """
     across, down = (value if value is not None and _is_sensible(value) else None for value in scale)
     if across is None or down is None:
@@ -36,9 +42,16 @@ def _is_sensible(mpp: float) -> bool:
 
 
 def tiff_scale(page: Any, words: str) -> Scale:
-    """What a TIFF says of its full level: `words`, the description of its first page, else the page's resolution.
+    """Return what a TIFF says of the scale of its full level: its description, else the page's resolution.
 
-    `page` is tifffile's page of that level. Aperio's resolution tags are meaningless, so only its words count.
+    Aperio's resolution tags are meaningless, so only its words count.
+
+    Args:
+        page: tifffile's page of that level.
+        words: the description of the file's first page.
+
+    Returns:
+        um per px, across and down.
     """
     if (aperio := APERIO_MPP.search(page.description or words)) is not None:
         value = float(aperio.group(1).replace(",", "."))
@@ -59,7 +72,16 @@ def _per_px(resolution: tuple[int, int] | None, unit: float) -> float | None:
 
 
 def ome_scale(text: str, width: int, height: int) -> Scale:
-    """PhysicalSizeX and Y in um of the image of this size in an OME-XML text; (None, None) where it says none."""
+    """Return PhysicalSizeX and Y in um of the image of this size in an OME-XML text.
+
+    Args:
+        text: the OME-XML.
+        width: of the image, px.
+        height: of the image, px.
+
+    Returns:
+        um per px, across and down; (None, None) where it says none.
+    """
     try:
         root = fromstring(text, forbid_dtd=True)
     except (ParseError, DefusedXmlException, ValueError):

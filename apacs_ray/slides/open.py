@@ -1,9 +1,14 @@
-"""Which engine reads a slide: the TIFF engine what is plain TIFF, OpenSlide what the scanners' vendors invented."""
+"""Open a slide with the engine that reads it right: the TIFF engine what is plain TIFF, OpenSlide the vendors' formats.
+
+`READERS` lists the engines.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import openslide
 
@@ -18,6 +23,61 @@ PLAIN = {"generic-tiff", "aperio"}  # of OpenSlide's formats, what the TIFF engi
 TIFF = {b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"}
 # TIFF to which more belongs than its tags say: tiles that overlap (BIF, Trestle), that are one JPEG stream (NDPI)
 NEVER_PLAIN = {"ventana", "trestle", "hamamatsu"}
+Order = Literal["first", "second", "never"]
+
+
+@dataclass(frozen=True)
+class FileFormat:
+    """What a file's content says: its first 4 bytes, and which of OpenSlide's formats it has (None: none of them)."""
+
+    path: Path
+    magic: bytes
+    vendor: str | None
+
+    @property
+    def is_tiff(self) -> bool:
+        return self.magic in TIFF
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether no vendor adds to the format what its own tags do not say."""
+        return self.vendor is None or self.vendor in PLAIN
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One way to read slides.
+
+    Attributes:
+        engine: What `data.engine` calls it.
+        name: What refusals call it.
+        order: Whether it is asked for a file first, only when another reader has refused it, or never.
+        open: Open the file at a path; of a z-stack, the focal plane that is given. Raises BadInput for a defect, and
+            OtherEngine for a sound file that this reader does not know.
+    """
+
+    engine: str
+    name: str
+    order: Callable[[FileFormat], Order]
+    open: Callable[[Path, str], Slide]
+
+
+def _order_of_vips(file: FileFormat) -> Order:
+    if not file.is_tiff or file.vendor in NEVER_PLAIN:
+        return "never"
+    return "first" if file.is_plain else "second"
+
+
+def _order_of_openslide(file: FileFormat) -> Order:
+    return "second" if file.is_tiff and file.is_plain else "first"
+
+
+# Of readers with the same order the one listed first is asked first. Which files are slides at all, their suffix says
+# (`find.SUFFIXES`).
+READERS = [
+    Reader("vips", "libvips", _order_of_vips, lambda path, plane: VipsSlide(path, read_pyramid(path, plane))),
+    Reader("openslide", "OpenSlide", _order_of_openslide, lambda path, plane: OpenSlideSlide(path)),
+]
 
 
 def open_slide(path: Path, engine: Engine = "auto", plane: str = "middle") -> Slide:
@@ -40,26 +100,20 @@ def _opened(path: Path, engine: Engine, plane: str) -> Slide:
         raise BadInput("missing_file", f"{path.name}: no such file")
     if path.stat().st_size == 0:
         raise BadInput("empty_file", f"{path.name} has no bytes")
-    vendor = openslide.OpenSlide.detect_format(str(path))
-    plain = vendor is None or vendor in PLAIN
-    by_vips, by_openslide = lambda: VipsSlide(path, read_pyramid(path, plane)), lambda: OpenSlideSlide(path)
-    ways: list[tuple[str, Callable[[], Slide]]] = [("libvips", by_vips), ("OpenSlide", by_openslide)]
-    if not _is_tiff(path) or vendor in NEVER_PLAIN:
-        ways = ways[1:]
-        if engine == "vips":
+    file = FileFormat(path, _magic(path), openslide.OpenSlide.detect_format(str(path)))
+    readers = [reader for order in ("first", "second") for reader in READERS if reader.order(file) == order]
+    if engine != "auto":
+        readers = [reader for reader in readers if reader.engine == engine]
+        if not readers:
             raise BadInput("unsupported_slide", f"{path.name}: no plain TIFF (data.engine auto may read it)")
-    elif engine != "auto":
-        if plain and engine == "openslide":
+        if engine == "openslide" and file.is_tiff and file.is_plain:
             _require_plain_is_right(path, plane)
-        ways = [way for way in ways if way[0] == {"vips": "libvips", "openslide": "OpenSlide"}[engine]]
-    elif not plain:
-        ways.reverse()
-    return _first_that_opens(path, ways)
+    return _first_that_opens(path, plane, readers)
 
 
-def _is_tiff(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) in TIFF
+def _magic(path: Path) -> bytes:
+    with path.open("rb") as stream:
+        return stream.read(4)
 
 
 def _require_plain_is_right(path: Path, plane: str) -> None:
@@ -70,21 +124,21 @@ def _require_plain_is_right(path: Path, plane: str) -> None:
         return
 
 
-def _first_that_opens(path: Path, ways: list[tuple[str, Callable[[], Slide]]]) -> Slide:
+def _first_that_opens(path: Path, plane: str, readers: Sequence[Reader]) -> Slide:
     reasons: list[str] = []
     codes: list[str] = []
-    for name, way in ways:
+    for reader in readers:
         try:
-            return way()
+            return reader.open(path, plane)
         except OtherEngine as error:
             codes.append("unsupported_slide")
-            reasons.append(f"{name}: {error}")
+            reasons.append(f"{reader.name}: {error}")
         except BadInput as defect:
-            if name == "libvips" and not reasons and defect.code in ("unsupported_slide", "too_large"):
+            if reader.engine == "vips" and not reasons and defect.code in ("unsupported_slide", "too_large"):
                 raise  # no engine reads such a file right
             codes.append(defect.code)
-            if len(ways) == 1:
+            if len(readers) == 1:
                 raise
-            reasons.append(f"{name}: {defect.reason.removeprefix(f'{path.name}: ')}")
+            reasons.append(f"{reader.name}: {defect.reason.removeprefix(f'{path.name}: ')}")
     code = next((code for code in codes if code != "unsupported_slide"), codes[0])
     raise BadInput(code, f"{path.name}: {'; '.join(reasons)}")

@@ -1,4 +1,4 @@
-"""OpenSlide: MRXS, NDPI, SCN, VMS, BIF, DICOM, JPEG 2000 in SVS, and what else the TIFF engine does not decode."""
+"""The engine that reads slides by OpenSlide: MRXS, NDPI, SCN, VMS, BIF, DICOM, JPEG 2000 in SVS, and others."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import openslide
 from openslide import lowlevel
 from PIL import Image
 
+from apacs_ray.data.grid import Box
 from apacs_ray.data.images import as_picture
-from apacs_ray.data.tiles import Box
 from apacs_ray.errors import BadInput
 from apacs_ray.slides.mpp import square_mpp
 from apacs_ray.slides.reader import WHITE, Level, Mask, Rgb, SlideInfo, level_downsample
@@ -27,10 +27,14 @@ MIRAX = ".mrxs"
 
 
 class OpenSlideSlide:
-    """A slide in OpenSlide, which refuses everything after its first error: so a failed read reopens and tries once
-    more, and a region that fails again is damaged."""
+    """A slide that OpenSlide reads.
+
+    OpenSlide refuses everything after its first error: so a failed read reopens and tries once more, and a region that
+    fails again is damaged.
+    """
 
     def __init__(self, path: Path) -> None:
+        """Open the slide. Raises BadInput: missing_file, unsupported_slide, unreadable."""
         self._path = path
         self._resources = contextlib.ExitStack()
         self._argb = np.empty((0, 0), np.uint32)
@@ -44,12 +48,15 @@ class OpenSlideSlide:
             raise
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> Rgb:
+        """Return a region as an array, as `Slide.read`."""
         return np.asarray(self.read_image(level, x, y, width, height))
 
     def read_image(self, level: int, x: int, y: int, width: int, height: int) -> Image.Image:
+        """Return a region as a picture, as `Slide.read_image`."""
         return self._read_twice(level, x, y, width, height)[0]
 
     def read_known(self, level: int, x: int, y: int, width: int, height: int) -> tuple[Rgb, Mask]:
+        """Return a region and what of it the slide holds, as `KnowsHoles.read_known`."""
         picture, known = self._read_twice(level, x, y, width, height)
         return np.asarray(picture), np.ones((height, width), bool) if known is None else known
 
@@ -69,6 +76,7 @@ class OpenSlideSlide:
             raise BadInput("unreadable_region", f"{self._path.name}: {error}") from error
 
     def close(self) -> None:
+        """Close the slide and remove links that were made for it."""
         self._slide.close()
         self._resources.close()
 
@@ -82,9 +90,10 @@ class OpenSlideSlide:
             raise BadInput(code, f"{self._path.name}: {error}") from error
 
     def _read(self, level: int, x: int, y: int, width: int, height: int) -> tuple[Image.Image, Mask | None]:
-        """The picture, and where the slide holds it (None: everywhere); (x, y) in level-0 px.
+        """Read a region by OpenSlide's C function into an array, which is premultiplied ARGB; (x, y) in level-0 px.
 
-        By OpenSlide's C function into an array: premultiplied ARGB.
+        Returns:
+            The picture, and where the slide holds it (None: everywhere).
         """
         if self._argb.shape != (height, width):  # kept: new memory is cleared by the system, page by page
             self._argb = np.empty((height, width), np.uint32)
@@ -106,7 +115,14 @@ def _is_mirax(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _mirax_names(path: Path) -> Iterator[Path]:
-    """A MIRAX slide under the names that OpenSlide looks for: NAME.mrxs and NAME/, in this case. Raises BadInput."""
+    """Link a MIRAX slide under the names that OpenSlide looks for, NAME.mrxs and NAME/ in this case.
+
+    Yields:
+        The path to open.
+
+    Raises:
+        BadInput: missing_file.
+    """
     beside = sorted(path.parent.iterdir(), key=lambda one: one.name != path.stem)  # the exact name first
     folder = next((one for one in beside if one.name.lower() == path.stem.lower() and one.is_dir()), None)
     if folder is None:
@@ -130,7 +146,7 @@ def _mirax_names(path: Path) -> Iterator[Path]:
 
 
 def _data_files(slidedat: Path) -> list[str]:
-    """The files of pixels that a `Slidedat.ini` names; none where it cannot be read, which OpenSlide then says."""
+    """Return the files of pixels that a `Slidedat.ini` names; none where OpenSlide will say that it is unreadable."""
     ini = configparser.ConfigParser(strict=False, interpolation=None)
     try:
         ini.read_string(slidedat.read_text("utf-8-sig"))

@@ -1,4 +1,4 @@
-"""The picture of a planned slide: which tiles are kept, which are not, and why."""
+"""The preview of a slide: which tiles are kept, which are not, and why."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from apacs_ray.data.tiles import Box
-from apacs_ray.slides.tissue import ARTIFACT, OUT, Picture, SkipReason, Tissue
+from apacs_ray.data.grid import Box
+from apacs_ray.slides.small_picture import Picture
+from apacs_ray.slides.tissue import ARTIFACT, OUT, SkipReason, Tissue
 
 SMALLEST, LARGEST = 640, 1600  # px, the longer side
 COLORS: dict[SkipReason | None, tuple[int, int, int]] = {  # told apart in gray as well
@@ -29,9 +30,17 @@ LEGEND = 22  # px
 
 
 def picture_of(tissue: Tissue, bounds: Box, tiles: Sequence[tuple[Box, SkipReason | None]]) -> bytes:
-    """A slide small, as PNG, with every tile (level-0 px) framed in the color of what became of it.
+    """Draw the preview of a slide, with every tile framed in the color of what became of it.
 
     Glass is grayed, artifacts are orange, what was not scanned is striped; a line below says how many tiles are what.
+
+    Args:
+        tissue: of the slide.
+        bounds: what was scanned, level-0 px.
+        tiles: level-0 px of each, and why it is skipped (None: it is kept).
+
+    Returns:
+        A PNG.
     """
     picture = Image.fromarray(_shaded(tissue))
     longest = max(picture.size)

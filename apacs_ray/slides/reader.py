@@ -1,4 +1,4 @@
-"""What a whole slide is, whichever engine reads it.
+"""What a whole slide is to its readers, whichever engine reads it.
 
 Pixels are 8-bit RGB as stored, without color management; what a slide does not hold is its background color.
 `slides.open` chooses the engine.
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from apacs_ray.data.tiles import Box
+from apacs_ray.data.grid import Box
 
 Rgb = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
@@ -33,9 +33,15 @@ class Level:
 
 @dataclass(frozen=True)
 class SlideInfo:
-    """What a slide says of itself. `bounds` is the part that was scanned, level-0 px; `mpp` um per level-0 px.
+    """What a slide says of itself.
 
-    `notes` are what a person should know of how it is read.
+    Attributes:
+        engine: that reads it.
+        levels: of the pyramid, the largest first.
+        mpp: um per level-0 px, None where unknown.
+        bounds: the part that was scanned, level-0 px.
+        background: RGB of what the slide does not hold, 0..255.
+        notes: what a person should know of how it is read.
     """
 
     engine: str
@@ -47,14 +53,16 @@ class SlideInfo:
 
     @property
     def width(self) -> int:
+        """Of level 0, px."""
         return self.levels[0].width
 
     @property
     def height(self) -> int:
+        """Of level 0, px."""
         return self.levels[0].height
 
     def level_for(self, downsample: float) -> int:
-        """The smallest level that still holds every pixel wanted at `downsample`."""
+        """Return the number of the smallest level that still holds every pixel wanted at `downsample`."""
         fitting = [number for number, level in enumerate(self.levels) if level.downsample <= downsample * 1.001]
         return max(fitting, key=lambda number: self.levels[number].downsample, default=0)
 
@@ -65,17 +73,30 @@ class Slide(Protocol):
     info: SlideInfo
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> Rgb:
-        """(height, width, 3) uint8 from level `level`, all in that level's px; outside is background.
+        """Return a region of a level; outside of the level is background.
 
-        Raises BadInput (unreadable_region) when the file is damaged there; reading elsewhere goes on.
+        Args:
+            level: its number.
+            x: left edge, px of that level.
+            y: top edge, px of that level.
+            width: px of that level.
+            height: px of that level.
+
+        Returns:
+            (height, width, 3) uint8 RGB.
+
+        Raises:
+            BadInput: unreadable_region; the file is damaged there. Reading elsewhere goes on.
         """
         ...
 
     def read_image(self, level: int, x: int, y: int, width: int, height: int) -> Image.Image:
-        """The same as a picture of Pillow's (RGB), without a copy where the engine has one."""
+        """Return the same as a picture of Pillow's (RGB), without a copy where the engine has one."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Close the slide's files."""
+        ...
 
 
 @runtime_checkable
@@ -83,14 +104,21 @@ class KnowsHoles(Protocol):
     """A slide that can tell what it holds from what it fills in: what was not scanned is unknown, not bright."""
 
     def read_known(self, level: int, x: int, y: int, width: int, height: int) -> tuple[Rgb, Mask]:
-        """As `Slide.read`, and (height, width) bool: True where the slide holds the pixel."""
+        """Return the region as `Slide.read`, and (height, width) bool: True where the slide holds the pixel."""
         ...
 
 
 def level_downsample(full: tuple[int, int], level: tuple[int, int]) -> float:
-    """Level-0 px per px of a level, from the sides of both: the integer that the sides were cut from, if one fits.
+    """Return the level-0 px per px of a level: the integer that its sides were cut from, if one fits.
 
     Sides are cut to whole px, up or down, so a short side says little: 507 px halved four times are 31, not 31.69.
+
+    Args:
+        full: (width, height) of level 0, px.
+        level: (width, height) of the level, px.
+
+    Returns:
+        Level-0 px per px.
     """
     pairs = list(zip(full, level, strict=True))
     least = max(whole / (part + 1) for whole, part in pairs)
@@ -103,11 +131,21 @@ def level_downsample(full: tuple[int, int], level: tuple[int, int]) -> float:
 
 
 def read_box(slide: Slide, box: Box, downsample: float, width: int, height: int) -> Image.Image:
-    """The RGB picture of a tile that begins at level-0 px (box.x, box.y) and has `downsample` level-0 px a pixel.
+    """Read a tile at any scale.
 
-    The nearest finer level is read. Where it is not at this scale already, it is resampled by Pillow's Lanczos
-    filter with its support widened to the scale (so nothing aliases), on the exact, fractional source rectangle, and
-    with the pixels around the tile, so that neighboring tiles fit.
+    The nearest finer level is read. Where it is not at this scale already, it is resampled by Pillow's Lanczos filter
+    with its support widened to the scale (so nothing aliases), on the exact, fractional source rectangle, and with the
+    pixels around the tile, so that neighboring tiles fit.
+
+    Args:
+        slide: open.
+        box: of which `x` and `y` count: where the tile begins, level-0 px.
+        downsample: level-0 px per tile px.
+        width: tile px.
+        height: tile px.
+
+    Returns:
+        The tile as an RGB picture.
     """
     info = slide.info
     number = info.level_for(downsample)
@@ -126,7 +164,7 @@ def read_box(slide: Slide, box: Box, downsample: float, width: int, height: int)
 
 
 def filled(info: SlideInfo, width: int, height: int) -> Rgb:
-    """(height, width, 3) of the slide's background color."""
+    """Return (height, width, 3) uint8 of the slide's background color."""
     rgb = np.empty((height, width, 3), np.uint8)
     rgb[:] = info.background
     return rgb

@@ -17,7 +17,7 @@ EIGHT = np.ones((3, 3), bool)  # neighbors by side or corner
 
 
 def grown(mask: Mask, reach: int) -> Mask:
-    """The mask and everything within `reach` px of it, along rows and columns (a square of 2 * reach + 1)."""
+    """Grow a mask by everything within `reach` px of it, along rows and columns (a square of 2 * reach + 1)."""
     for axis in (0, 1):
         done = 0
         while done < reach and mask.shape[axis] > 1:
@@ -36,7 +36,7 @@ def _ends(axis: int, step: int) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
 
 
 def opened(mask: Mask, side: int) -> Mask:
-    """What of the mask a square of `side` px fits into, whole; outside the picture nothing fits."""
+    """Return what of the mask a square of `side` px fits into, whole; outside the picture nothing fits."""
     height, width = mask.shape
     if side > min(height, width):
         return np.zeros_like(mask)
@@ -64,7 +64,7 @@ def opened(mask: Mask, side: int) -> Mask:
 
 
 def closed(mask: Mask) -> Mask:
-    """The mask with gaps of one px filled, along rows and columns; nothing is filled at the picture's edge."""
+    """Return the mask with gaps of one px filled, along rows and columns; nothing is filled at the picture's edge."""
     cross = mask.copy()
     for axis in (0, 1):
         before, after = _ends(axis, 1)
@@ -96,21 +96,22 @@ class Components:
 
     @property
     def count(self) -> int:
+        """Number of components."""
         return len(self.sizes) - 1
 
     def spans(self) -> npt.NDArray[np.intp]:
-        """The longer side of each component's bounding box, px."""
+        """Return the longer side of each component's bounding box, px."""
         spans = np.zeros(self.count + 1, np.intp)
         for number, place in enumerate(ndimage.find_objects(self.labels), 1):
             spans[number] = max(part.stop - part.start for part in place)
         return spans
 
     def counts(self, mask: Mask) -> npt.NDArray[np.intp]:
-        """Px of each component that are in `mask`."""
+        """Return how many px of each component are in `mask`."""
         return np.bincount(self.labels[mask], minlength=self.count + 1)
 
     def chosen(self, wanted: Mask) -> Mask:
-        """The px of the components for which `wanted` (count + 1) says so."""
+        """Return the px of the components for which `wanted` (count + 1) says so, (H, W) bool."""
         wanted[0] = False
         if not wanted.any():
             return np.zeros(self.labels.shape, bool)

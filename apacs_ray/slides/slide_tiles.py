@@ -1,4 +1,4 @@
-"""Which shard holds which tiles of which slide, and the writing of one shard.
+"""Shards of slides' tiles: which shard holds which tiles of which slide, and the writing of one shard.
 
 A shard holds tiles of one slide, neighbors in reading order, so that one task opens one slide once; a large slide is
 many shards and keeps all workers busy, and many small slides do so as well.
@@ -11,22 +11,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-from PIL import Image
 
-from apacs_ray.data.folders import Reject, Split
-from apacs_ray.data.images import encode_image, encode_mask
+from apacs_ray.data.grid import Box
 from apacs_ray.data.quality import focus
+from apacs_ray.data.rejects import Reject
 from apacs_ray.data.shards import Receipt, read_receipt, shard_path, write_table
 from apacs_ray.data.splits import assign_val
-from apacs_ray.data.tiles import TILE_SCHEMA, Box, once_region
+from apacs_ray.data.tile_rows import TILE_SCHEMA, TilePixels, TilePlace, tile_row
 from apacs_ray.data.units import one_unit
+from apacs_ray.data.words import Split
 from apacs_ray.errors import BadInput
 from apacs_ray.slides.manifest import SlideSummary, SlideTask, opened, opened_masks, read_manifest
 from apacs_ray.slides.mask_sources import MaskSource
-from apacs_ray.slides.reader import Slide, SlideInfo, read_box
+from apacs_ray.slides.reader import Slide, read_box
 
 
 @dataclass(frozen=True)
@@ -42,9 +40,18 @@ class SlideShard:
 def plan_shards(
     task: SlideTask, slides: Sequence[tuple[int, SlideSummary]], splits: Sequence[Split], seed: int
 ) -> tuple[list[SlideShard], str]:
-    """Shards of all slides, by split and then slide, and in which units val was chosen ('given' when it was).
+    """Assign the tiles of all slides to shards.
 
     Whole slides become val where at least three train; where fewer do, the tiles of those few slides are drawn.
+
+    Args:
+        task: how slides are cut.
+        slides: the number and summary of each.
+        splits: of each slide.
+        seed: of the choice of val.
+
+    Returns:
+        Shards by split and then slide, and in which units val was chosen ('given' when it was).
     """
     unit = "given"
     parts: dict[Split, list[tuple[int, list[int]]]] = {"train": [], "val": [], "test": []}
@@ -72,7 +79,7 @@ def plan_shards(
 def _draw_val(
     task: SlideTask, training: Sequence[tuple[int, SlideSummary]], seed: int
 ) -> tuple[dict[int, set[int]], str]:
-    """Manifest rows of each training slide that become val."""
+    """Return the manifest rows of each training slide that become val."""
     # slides without annotation teach nothing, so they cannot judge either
     known = [(number, summary) for number, summary in training if summary.tiles and summary.annotated]
     fraction = task.settings.val_fraction
@@ -101,26 +108,34 @@ def _draw_val(
 
 
 def write_slide_shard(task: SlideTask, summary: SlideSummary, shard: SlideShard) -> Receipt:
-    """Read, measure and encode the tiles of one shard, and write it; a finished shard is left as it is.
+    """Write one shard: read, measure and encode its tiles; a finished shard is left as it is.
 
     A region that cannot be read is the reject of that tile; a slide that no longer opens rejects its tiles.
+
+    Args:
+        task: how slides are cut.
+        summary: of the slide.
+        shard: to write.
+
+    Returns:
+        The receipt: what became of its rows.
     """
     path = shard_path("tiles", shard.split, task.fingerprint, shard.number)
     finished = read_receipt(task.output, path)
     if finished is not None:
         return finished
     rows = read_manifest(task.output, task.manifest_path(shard.slide), shard.rows)
-    kept, rejects = measure_tiles(task, summary, rows)
-    receipt = Receipt(path, len(rows), len(kept), {}, rejects)
-    write_table(task.output, pa.Table.from_pylist(kept, TILE_SCHEMA), receipt)
+    tiles, rejects = measure_tiles(task, summary, rows)
+    receipt = Receipt(path, len(rows), len(tiles), {}, rejects)
+    write_table(task.output, pa.Table.from_pylist(tiles, TILE_SCHEMA), receipt)
     return receipt
 
 
 def measure_tiles(
     task: SlideTask, summary: SlideSummary, rows: Sequence[dict[str, Any]]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of `TILE_SCHEMA` for manifest rows of one slide, and rejects for those that cannot be read."""
-    kept: list[dict[str, Any]] = []
+    """Return rows of `TILE_SCHEMA` for manifest rows of one slide, and rejects for those that cannot be read."""
+    tiles: list[dict[str, Any]] = []
     rejects: list[dict[str, Any]] = []
 
     def refuse(row: dict[str, Any], defect: BadInput) -> None:
@@ -132,13 +147,13 @@ def measure_tiles(
             for row in rows:
                 try:
                     with one_unit(f"{summary.slide.path} at {row['x']}, {row['y']}", again=True):
-                        kept.append(_measured(task, summary, slide, masks, row))
+                        tiles.append(_measured(task, summary, slide, masks, row))
                 except BadInput as defect:
                     refuse(row, defect)
     except BadInput as defect:  # it opened when it was inspected, and does not now
-        for row in rows[len(kept) + len(rejects) :]:
+        for row in rows[len(tiles) + len(rejects) :]:
             refuse(row, defect)
-    return kept, rejects
+    return tiles, rejects
 
 
 @contextlib.contextmanager
@@ -154,48 +169,23 @@ def _opened_both(task: SlideTask, summary: SlideSummary) -> Iterator[tuple[Slide
 def _measured(
     task: SlideTask, summary: SlideSummary, slide: Slide, masks: MaskSource | None, row: dict[str, Any]
 ) -> dict[str, Any]:
-    """The row of a tile, read now."""
+    """Read a tile and return its row."""
     box = Box(row["x"], row["y"], row["width"], row["height"])
     picture = read_box(slide, box, summary.downsample, box.width, box.height)
     mask = None if masks is None else masks.tile(box.x, box.y, box.width, box.height, summary.downsample)
-    return _tile_row(task, summary, slide.info, row, picture, mask)
-
-
-def _tile_row(
-    task: SlideTask,
-    summary: SlideSummary,
-    info: SlideInfo,
-    row: dict[str, Any],
-    picture: Image.Image,
-    mask: npt.NDArray[np.bool_] | None,
-) -> dict[str, Any]:
-    tiles = task.tiles
-    once = once_region(
-        row["column"],
-        row["row"],
+    place = TilePlace(
+        row["tile_id"],
+        summary.slide.slide_id,
+        row["x"],
+        row["y"],
+        Box(row["column"], row["row"], row["width"], row["height"]),
         summary.grid_width,
         summary.grid_height,
-        tiles.size,
-        tiles.stride or tiles.size,
-        tiles.last,
+        task.data.uri_of(summary.slide.path),
+        summary.slide.version,
+        level=slide.info.level_for(summary.downsample),
+        downsample=summary.downsample,
+        mpp=None if summary.mpp is None else summary.mpp * summary.downsample,
     )
-    return {
-        "tile_id": row["tile_id"],
-        "slide_id": summary.slide.slide_id,
-        "x": row["x"],
-        "y": row["y"],
-        "level": info.level_for(summary.downsample),
-        "downsample": summary.downsample,
-        "mpp": None if summary.mpp is None else summary.mpp * summary.downsample,
-        "width": row["width"],
-        "height": row["height"],
-        **dict(zip(("once_left", "once_top", "once_right", "once_bottom"), once, strict=True)),
-        "image": encode_image(picture, tiles.image_format, tiles.quality, tiles.subsampling),
-        "image_format": tiles.image_format,
-        "mask": None if mask is None else encode_mask(mask),
-        "mask_fraction": None if mask is None else float(mask.mean()),
-        "tissue_fraction": row["tissue_fraction"],  # the measure that decided, not another one of the tile
-        "focus": focus(picture),
-        "source_uri": task.data.uri_of(summary.slide.path),
-        "source_version": summary.slide.version,
-    }
+    # the measure that decided, not another one of the tile
+    return tile_row(place, TilePixels(picture, mask, row["tissue_fraction"], focus(picture)), task.tiles)

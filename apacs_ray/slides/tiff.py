@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tifffile
 
-from apacs_ray.data.images import DAMAGE
+from apacs_ray.data.image_header import DAMAGE
 from apacs_ray.errors import BadInput
 from apacs_ray.slides.mpp import square_mpp, tiff_scale
 from apacs_ray.slides.tiff_tiles import STRICT, Alpha, TiffTiles
@@ -39,11 +39,21 @@ class Pyramid:
 
 
 def read_pyramid(path: Path, plane: str = "middle") -> Pyramid:
-    """The largest image of a TIFF. Raises OtherEngine, and BadInput (unsupported_slide, too_large) for what no engine
-    here reads right.
+    """Read the directory of a TIFF: its largest image, and how that is stored.
 
     Whether the file is whole shows when it is read; a directory that cannot be parsed is left to OpenSlide, which then
     says what is wrong.
+
+    Args:
+        path: of a local file.
+        plane: as in `open_slide`.
+
+    Returns:
+        The image's levels and focal planes.
+
+    Raises:
+        OtherEngine: OpenSlide may read it.
+        BadInput: unsupported_slide, too_large, unreadable; no engine here reads it right.
     """
     try:
         with tifffile.TiffFile(path) as tiff:
@@ -98,7 +108,7 @@ def _require_readable(page: Any, name: str) -> None:
 
 
 def _extents(level: Any, name: str) -> tuple[int, int]:
-    """How many focal planes and how many pages of one channel each a level has. Raises BadInput for other axes."""
+    """Return how many focal planes a level has, and pages of one channel each. Raises BadInput for other axes."""
     planes = channels = 1
     for axis, length in zip(level.axes, level.shape, strict=True):
         if axis in PLANES:
@@ -129,7 +139,7 @@ def _wanted(planes: int, plane: str, name: str) -> tuple[Sequence[int], str | No
 
 
 def _parts(level: Any, plane: int, planes: int, channels: int) -> Parts:
-    """The images of one plane of a level; pages lie in the order of the axes."""
+    """Return the images of one plane of a level; pages lie in the order of the axes."""
     lengths = [(axis, length) for axis, length in zip(level.axes, level.shape, strict=True) if axis in PLANES + "C"]
     if channels == 1:
         lengths = [(axis, length) for axis, length in lengths if axis != "C"]
@@ -144,7 +154,7 @@ def _parts(level: Any, plane: int, planes: int, channels: int) -> Parts:
 
 
 def _tiles(page: Any, key: Any) -> TiffTiles:
-    """How an image's tiles are encoded; `key` has the tags that pages of one kind share. Raises OtherEngine."""
+    """Return how an image's tiles are encoded; `key` has the tags that pages of one kind share. Raises OtherEngine."""
     compression = key.compression.name
     planar = key.planarconfig == 2 and key.samplesperpixel > 1
     predictor = int(key.predictor or 1)
@@ -194,12 +204,12 @@ def _tiles(page: Any, key: Any) -> TiffTiles:
 
 
 def _is_subsampled_raw(key: Any) -> bool:
-    """YCbCr that is not JPEG's: its samples do not lie px by px."""
+    """Tell whether it is YCbCr, but not JPEG's: its samples do not lie px by px."""
     return bool(key.photometric.name == "YCBCR" and key.compression.name != "JPEG")
 
 
 def _alpha(key: Any) -> Alpha:
-    """Whether the sample after the colors is an alpha: only when the file says so."""
+    """Return what kind of alpha the sample after the colors is: any only when the file says so."""
     extra = [int(kind) for kind in np.atleast_1d(key.extrasamples or ())]
     if not extra:
         return ""

@@ -1,29 +1,25 @@
 """The encoded tiles (or strips) of one TIFF image, decoded strictly: damage is an error, never a picture.
 
-libtiff and libvips pass over damage within a JPEG stream without a word, and over a wrong checksum of Deflate. So
-JPEG is decoded by libjpeg-turbo itself (which is faster, too), Deflate by zlib, and PackBits here, where the length
-says whether a stream is whole. What has no checksum cannot be judged by any decoder.
+`data.streams` decodes the streams. What has no checksum cannot be judged by any decoder.
 """
 
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import simplejpeg
 
-from apacs_ray.data.tiles import Box
+from apacs_ray.data.grid import Box
+from apacs_ray.data.streams import decode_jpeg, inflate, joined_jpeg, jpeg_size, unpack_bits
 
 Pixels = npt.NDArray[np.uint8]
 Alpha = Literal["", "straight", "associated"]
 
 STRICT = {"NONE", "JPEG", "ADOBE_DEFLATE", "DEFLATE", "PACKBITS"}  # decoded here
-SOI = b"\xff\xd8"
 ADOBE_RGB, ADOBE_YCC = (b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([kind]) for kind in (0, 1))
 
 
@@ -63,16 +59,16 @@ class TiffTiles:
         return -(-self.height // self.tile_height)
 
     def places(self, column: int, row: int) -> list[int]:
-        """Where in `offsets` the tile is: one place, or one for each plane."""
+        """Return where in `offsets` the tile is: one place, or one for each plane."""
         place = row * self.across + column
         return [plane * self.across * self.down + place for plane in range(self.samples if self.planar else 1)]
 
     def is_sparse(self, column: int, row: int) -> bool:
-        """Whether the file says that it holds nothing there."""
+        """Tell whether the file says that it holds nothing there."""
         return all(self.sizes[place] == 0 for place in self.places(column, row))
 
     def holes(self, x: int, y: int, width: int, height: int) -> Iterator[Box]:
-        """The sparse tiles that a rectangle touches, px of this image."""
+        """Yield the sparse tiles that a rectangle touches, px of this image."""
         if self.sizes.all():
             return
         for row in range(max(y // self.tile_height, 0), min(-(-(y + height) // self.tile_height), self.down)):
@@ -81,26 +77,26 @@ class TiffTiles:
                     yield Box(column * self.tile_width, row * self.tile_height, self.tile_width, self.tile_height)
 
     def read(self, file: int, column: int, row: int) -> Pixels:
-        """(height, width, samples) of a tile, of an open file. Raises ValueError when its stream is damaged."""
+        """Decode a tile of an open file: (height, width, samples) uint8. Raises ValueError when it is damaged."""
         planes = [self._decode(_bytes_at(file, self.offsets[p], self.sizes[p]), row) for p in self.places(column, row)]
         return planes[0] if len(planes) == 1 else np.concatenate(planes, axis=2)
 
     def header_fits(self, file: int, column: int, row: int) -> bool:
-        """Whether a JPEG tile begins as a JPEG stream of the tile's size; other streams say nothing of themselves."""
+        """Tell whether a JPEG tile begins as a JPEG stream of the tile's size; other streams say nothing: True."""
         if self.compression != "JPEG":
             return True
         for place in self.places(column, row):
             try:
                 stream = self._whole(_bytes_at(file, self.offsets[place], self.sizes[place]))
-                height, width, *_ = simplejpeg.decode_jpeg_header(stream)
+                fits = jpeg_size(stream) == (self._rows(row), self.tile_width)
             except ValueError:
                 return False
-            if (height, width) != (self._rows(row), self.tile_width):
+            if not fits:
                 return False
         return True
 
     def _rows(self, row: int) -> int:
-        """Height of a tile; of the last strip what is left."""
+        """Return the height of a tile; of the last strip what is left."""
         return min(self.tile_height, self.height - row * self.tile_height) if self.strips else self.tile_height
 
     def _decode(self, stream: bytes, row: int) -> Pixels:
@@ -109,23 +105,21 @@ class TiffTiles:
         if self.compression == "JPEG":
             return self._jpeg(stream, height, width, depth)
         size = height * width * depth
-        content = {"NONE": _plain, "PACKBITS": unpack_bits}.get(self.compression, _inflate)(stream, size)
+        content = {"NONE": _plain, "PACKBITS": unpack_bits}.get(self.compression, inflate)(stream, size)
         pixels = np.frombuffer(content, np.uint8).reshape(height, width, depth)
         return np.add.accumulate(pixels, axis=1, dtype=np.uint8) if self.predictor == 2 else pixels
 
     def _jpeg(self, stream: bytes, height: int, width: int, depth: int) -> Pixels:
         whole = self._whole(stream)
-        found = simplejpeg.decode_jpeg_header(whole)
-        if found[:2] != (height, width):  # before memory is taken for what it says it is
-            raise ValueError(f"it measures {found[1]} x {found[0]} px")
-        colorspace = "RGB" if depth == 3 else "GRAY"
-        pixels: Pixels = simplejpeg.decode_jpeg(whole, colorspace=colorspace, strict=True)
-        return pixels
+        size = jpeg_size(whole)
+        if size != (height, width):  # before memory is taken for what it says it is
+            raise ValueError(f"it measures {size[1]} x {size[0]} px")
+        return decode_jpeg(whole, "RGB" if depth == 3 else "GRAY")
 
     def _whole(self, stream: bytes) -> bytes:
-        """The tables and the color space of an abbreviated stream stand in the TIFF's tags."""
+        """Return a tile's JPEG stream with its tables and color space, which stand in the TIFF's tags."""
         adobe = b"" if self.samples == 1 or self.planar else ADOBE_YCC if self.photometric == "YCBCR" else ADOBE_RGB
-        return SOI + adobe + self.tables[2:-2] + stream[2:]
+        return joined_jpeg(stream, self.tables, adobe)
 
 
 def _bytes_at(file: int, offset: int, size: int) -> bytes:
@@ -138,34 +132,3 @@ def _plain(stream: bytes, size: int) -> bytes:
     if len(stream) < size:
         raise ValueError(f"{len(stream)} of {size} bytes")
     return stream[:size]
-
-
-def _inflate(stream: bytes, size: int) -> bytes:
-    """Deflate, to its end: the checksum stands there."""
-    inflater = zlib.decompressobj()
-    try:
-        content = inflater.decompress(stream, 2 * size + 64)
-    except zlib.error as error:
-        raise ValueError(str(error)) from error
-    if not inflater.eof or len(content) < size:
-        raise ValueError(f"its Deflate stream does not end as it should ({len(content)} of {size} bytes)")
-    return content[:size]
-
-
-def unpack_bits(stream: bytes, size: int) -> bytes:
-    """PackBits: runs (257 - n, a byte) and literals (n - 1, n bytes). Raises ValueError unless `size` bytes come."""
-    content = bytearray()
-    place = 0
-    while place < len(stream) and len(content) < size:
-        head = stream[place]
-        if head < 128:
-            content += stream[place + 1 : place + 2 + head]
-            place += 2 + head
-        elif head > 128:
-            content += stream[place + 1 : place + 2] * (257 - head)
-            place += 2
-        else:  # nothing, by the specification
-            place += 1
-    if len(content) != size or place > len(stream):
-        raise ValueError(f"its PackBits stream gives {len(content)} of {size} bytes")
-    return bytes(content)

@@ -1,4 +1,4 @@
-"""Where a slide holds cells: tissue found on a small picture of it, as in the paper from its intensity.
+"""Tissue: where a slide holds cells, found on a small picture of it, as in the paper from its intensity.
 
 Tissue is what is denser than the glass beside it, in the channel that absorbs most: faintly so where glass lies within
 a fifth of a millimeter (cells however pale; lamp, tint and vignette cancel), clearly so where it lies within a
@@ -14,40 +14,36 @@ from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from apacs_ray.data.tiles import Box
-from apacs_ray.errors import BadInput
+from apacs_ray.data.grid import Box
 from apacs_ray.slides import artifacts
 from apacs_ray.slides.glass import BLOCK, Glass, block_minima, glass_of, stain_of
-from apacs_ray.slides.reader import KnowsHoles, Slide
+from apacs_ray.slides.reader import Slide
 from apacs_ray.slides.regions import Mask, closed, grown
+from apacs_ray.slides.small_picture import UM_PER_PIXEL, Picture, level_to_read, read_small
 
-Picture = npt.NDArray[np.uint8]
 Excluded = npt.NDArray[np.uint8]
 SkipReason = Literal["background", "artifact", "unscanned"]
 Array = TypeVar("Array", Picture, Mask)
-UM_PER_PIXEL = 8.0  # a cell is a few px, and 200 000 x 100 000 px of 0.25 um are 20 Mpx
-COARSEST = 1.4  # of that scale: a level coarser than this is not taken in place of a finer one
 ASSUMED_MPP = 0.25  # of a slide that does not say: a cell is then small or large, and found all the same
 FAINTEST, FAINT_AT_MOST, DEVIATIONS = 20, 50, 4.5  # threshold, thousandths of density; robust deviations of the glass
 CLEAR = 110  # thousandths of density beyond the glass of the wide surroundings
 BAND = 1 << 22  # px that are worked on at a time
 HALO = 64  # px more on both sides: longer than the shortest line (40)
 SAMPLES = 1 << 18
-STRIP = 4096  # px, side of the squares in which a level is read
-SMALLEST = 128  # px, side of the smallest that are tried where something is damaged
-MOST_LOST = 2000  # of these
-UNREAD = 128  # gray, in the picture
 OUT, ARTIFACT = np.uint8(1), np.uint8(2)  # why px take no part
 
 
 @dataclass(frozen=True)
 class Tissue:
-    """The tissue mask of a slide and the picture it was found on; `downsample` is level-0 px per px of both.
+    """The tissue mask of a slide and the picture it was found on.
 
-    `excluded` (H, W) uint8 says what is no smear: OUT where nothing was scanned, ARTIFACT where ink, a line or the
-    like was taken out. None: nothing is.
+    Attributes:
+        mask: (H, W) bool, True on tissue.
+        picture: (H, W, 3) uint8 RGB.
+        downsample: level-0 px per px of both.
+        excluded: (H, W) uint8, what is no smear: OUT where nothing was scanned, ARTIFACT where ink, a line or the like
+            was taken out. None: nothing is.
     """
 
     mask: Mask
@@ -56,13 +52,21 @@ class Tissue:
     excluded: Excluded | None = None
 
     def fraction(self, box: Box, width: float, height: float) -> float:
-        """Share (0..1) of the rectangle at (box.x, box.y), `width` x `height` level-0 px, that is tissue."""
+        """Return the share (0..1) of the rectangle at (box.x, box.y), `width` x `height` level-0 px, that is tissue."""
         return self._share(self.mask[self._place(box, width, height)])
 
     def judge(self, box: Box, width: float, height: float, least: float) -> tuple[float, SkipReason | None]:
-        """`fraction` of a tile, and the reason for which it is skipped where that is less than `least`, else None.
+        """Decide whether a tile is kept.
 
-        unscanned: half of it or more; artifact: it would be kept if nothing had been taken out of it.
+        Args:
+            box: of which `x` and `y` count: where the tile begins, level-0 px.
+            width: level-0 px.
+            height: level-0 px.
+            least: share of tissue (0..1) with which it is kept.
+
+        Returns:
+            `fraction` of the tile, and why it is skipped (None: it is kept). unscanned: half of it or more; artifact:
+            it would be kept if nothing had been taken out of it; else background.
         """
         tissue = self.fraction(box, width, height)
         if tissue >= least:
@@ -86,9 +90,17 @@ class Tissue:
 
 
 def find_tissue(slide: Slide, mpp: float | None = None) -> Tissue:
-    """Tissue of a slide, looked for at about 8 um per px. Raises BadInput when that level cannot be read.
+    """Find the tissue of a slide, at about 8 um per px.
 
-    `mpp` (um per level-0 px) counts where it is given, else the slide's own, else `ASSUMED_MPP`.
+    Args:
+        slide: open.
+        mpp: um per level-0 px; it counts where it is given, else the slide's own, else `ASSUMED_MPP`.
+
+    Returns:
+        The tissue mask. What cannot be read may be cells: its tiles are cut, and then rejected by name.
+
+    Raises:
+        BadInput: the level cannot be read, or too much of it.
     """
     mpp = mpp or slide.info.mpp or ASSUMED_MPP
     number, shrink = level_to_read(slide, mpp)
@@ -101,23 +113,31 @@ def find_tissue(slide: Slide, mpp: float | None = None) -> Tissue:
     return Tissue(mask, small.picture, downsample, excluded)
 
 
-def level_to_read(slide: Slide, mpp: float) -> tuple[int, int]:
-    """The coarsest level that still shows cells, and by how much it is shrunk further.
-
-    A level that is somewhat too coarse is taken as it is: the next finer one may be the whole slide.
-    """
-    wanted = UM_PER_PIXEL / mpp
-    number = slide.info.level_for(max(wanted * COARSEST, 1.0))
-    return number, max(1, round(wanted / slide.info.levels[number].downsample))
-
-
 def tissue_mask(picture: Picture, um: float = UM_PER_PIXEL, outside: Mask | None = None) -> Mask:
-    """(H, W) bool of a small picture of a slide, (H, W, 3) uint8, of `um` um per px; `outside` was not scanned."""
+    """Return the (H, W) bool tissue of a small picture.
+
+    Args:
+        picture: (H, W, 3) uint8 sRGB.
+        um: um per px.
+        outside: (H, W) bool, True where nothing was scanned; None: nowhere.
+
+    Returns:
+        True on tissue.
+    """
     return split_picture(picture, um, outside)[0]
 
 
 def split_picture(picture: Picture, um: float, outside: Mask | None = None) -> tuple[Mask, Excluded]:
-    """The tissue of a picture, and what of it takes no part (see `Tissue`)."""
+    """Return the tissue of a small picture, and what of it takes no part.
+
+    Args:
+        picture: (H, W, 3) uint8 sRGB.
+        um: um per px.
+        outside: (H, W) bool, True where nothing was scanned; None: nowhere.
+
+    Returns:
+        (H, W) bool, True on tissue, and (H, W) uint8 as `Tissue.excluded`.
+    """
     height, width = picture.shape[:2]
     excluded = np.zeros((height, width), np.uint8)
     minima = []
@@ -138,8 +158,14 @@ def split_picture(picture: Picture, um: float, outside: Mask | None = None) -> t
 
 @dataclass(frozen=True)
 class Band:
-    """Rows of a picture that are worked on at once: `rows` of it, with more around them in `wide`, of which they are
-    `inner`; `span` are the first row of `wide` and the one after its last."""
+    """Rows of a picture that are worked on at once, with more rows around them.
+
+    Attributes:
+        rows: of the picture.
+        wide: the same with more around them.
+        inner: `rows` within `wide`.
+        span: the first row of `wide` and the one after its last.
+    """
 
     rows: slice
     wide: slice
@@ -148,7 +174,7 @@ class Band:
 
 
 def bands(height: int, width: int) -> Iterator[Band]:
-    """The bands of a picture, of about `BAND` px each."""
+    """Yield the bands of a picture, of about `BAND` px each."""
     step = max(2 * HALO, BAND // width // BLOCK * BLOCK)
     for top in range(0, height, step):
         bottom = min(top + step, height)
@@ -157,7 +183,7 @@ def bands(height: int, width: int) -> Iterator[Band]:
 
 
 def _hidden(picture: Picture, outside: Mask | None) -> Mask:
-    """What no scanner saw, with the px around it, which are a mixture of both."""
+    """Return what no scanner saw, with the px around it, which are a mixture of both."""
     black = np.ones(picture.shape[:2], bool)
     for channel in range(3):
         black &= picture[..., channel] <= artifacts.BLACK
@@ -173,7 +199,7 @@ def _whole_blocks(part: Array) -> Array:
 
 
 def faintest_stain(picture: Picture, known: Mask, glass: Glass) -> int:
-    """The least density that is no noise of this slide's glass, thousandths."""
+    """Return the least density that is no noise of this slide's glass, thousandths."""
     height, width = (side // BLOCK * BLOCK for side in known.shape)
     step = max(1, round((height * width / SAMPLES) ** 0.5)) * BLOCK  # whole blocks, so that the glass is at hand
     levels = []
@@ -190,7 +216,7 @@ def faintest_stain(picture: Picture, known: Mask, glass: Glass) -> int:
 
 
 def _tissue_of(picture: Picture, known: Mask, glass: Glass, threshold: int, um: float) -> tuple[Mask, Mask]:
-    """The tissue of a band, and the artifacts that were taken out."""
+    """Return the tissue of a band, and the artifacts that were taken out."""
     height, width = known.shape
     stain = stain_of(_whole_blocks(picture), glass).cut(height, width)
     stained = ((stain.most > threshold) | (stain.wide_most > CLEAR)) & known
@@ -198,83 +224,3 @@ def _tissue_of(picture: Picture, known: Mask, glass: Glass, threshold: int, um: 
     mask = closed(stained & ~artifact) & known
     lines = artifacts.gray_lines(mask, stain, um) | artifacts.fringes(mask, artifact, um)
     return artifacts.without_specks(mask & ~lines, stain, threshold, um), artifact | (lines & known)
-
-
-@dataclass(frozen=True)
-class SmallPicture:
-    """A level averaged over squares of its px, what of it was not scanned, and what cannot be read."""
-
-    picture: Picture
-    outside: Mask
-    damaged: Mask
-
-
-def read_small(slide: Slide, number: int, shrink: int) -> SmallPicture:
-    """A whole level, averaged over `shrink` x `shrink` px, read in parts, so that memory stays flat.
-
-    Raises BadInput when no part of it can be read, or too many parts cannot.
-    """
-    level = slide.info.levels[number]
-    height, width = -(-level.height // shrink), -(-level.width // shrink)
-    picture = np.full((height, width, 3), UNREAD, np.uint8)
-    outside, damaged = np.zeros((2, height, width), bool)
-    for box, part in _parts(slide, number, shrink):
-        rows = slice(box.y // shrink, (box.y + box.height - 1) // shrink + 1)
-        place = rows, slice(box.x // shrink, (box.x + box.width - 1) // shrink + 1)
-        if part is None:
-            damaged[place] = True
-            continue
-        rgb, known = part
-        picture[place] = np.asarray(Image.fromarray(rgb).reduce(shrink))
-        if not known.all():
-            outside[place] = np.asarray(Image.fromarray((~known).astype(np.uint8) * 255).reduce(shrink)) > 0
-    return SmallPicture(picture, outside, damaged)
-
-
-def _parts(slide: Slide, number: int, shrink: int) -> Iterator[tuple[Box, tuple[Picture, Mask] | None]]:
-    """A level in squares of `STRIP` px; around damage in smaller ones, the smallest of which are None."""
-    level = slide.info.levels[number]
-    strip = max(1, STRIP // shrink) * shrink
-    squares = [
-        Box(left, top, min(strip, level.width - left), min(strip, level.height - top))
-        for top in range(0, level.height, strip)
-        for left in range(0, level.width, strip)
-    ]
-    squares.reverse()
-    lost, read = 0, False
-    while squares:
-        box = squares.pop()
-        try:
-            part = _read(slide, number, box)
-        except BadInput as defect:
-            smaller = _quarters(box, shrink)
-            if smaller:
-                squares += smaller
-                continue
-            lost += 1
-            if lost > MOST_LOST or (not squares and not read):
-                raise BadInput(defect.code, f"most of it cannot be read: {defect.reason}") from defect
-            yield box, None
-        else:
-            read = True
-            yield box, part
-
-
-def _read(slide: Slide, number: int, box: Box) -> tuple[Picture, Mask]:
-    """Part of a level, and what of it the slide holds: all, where it cannot tell."""
-    place = box.x, box.y, box.width, box.height
-    if isinstance(slide, KnowsHoles):
-        return slide.read_known(number, *place)
-    return slide.read(number, *place), np.ones((box.height, box.width), bool)
-
-
-def _quarters(box: Box, shrink: int) -> list[Box]:
-    """The square in smaller ones, which begin at multiples of `shrink`; none where it is small already."""
-    half = max(box.width, box.height) // 2 // shrink * shrink
-    if half < SMALLEST:
-        return []
-    return [
-        Box(box.x + x, box.y + y, min(half, box.width - x), min(half, box.height - y))
-        for y in range(0, box.height, half)
-        for x in range(0, box.width, half)
-    ]

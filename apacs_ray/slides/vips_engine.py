@@ -1,4 +1,7 @@
-"""TIFF slides (generic, BigTIFF, OME with SubIFDs, Aperio's): tiles decoded strictly here, LZW and WebP by libvips."""
+"""The engine that reads plain TIFF slides (generic, BigTIFF, OME with SubIFDs, Aperio's), LZW and WebP by libvips.
+
+All other tiles are decoded strictly by `tiff_tiles`.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,9 @@ import numpy as np
 import pyvips
 from PIL import Image
 
+from apacs_ray.data.grid import Box
 from apacs_ray.data.images import as_picture
 from apacs_ray.data.quality import focus
-from apacs_ray.data.tiles import Box
 from apacs_ray.data.vips import open_vips, reason
 from apacs_ray.errors import BadInput
 from apacs_ray.slides.reader import Level, Mask, Rgb, SlideInfo, filled, level_downsample
@@ -23,9 +26,15 @@ PROBED = 3  # tiles whose JPEG headers are looked at before the file is believed
 
 
 class VipsSlide:
-    """A TIFF. Raises OtherEngine when its tiles are not what its tags say (as an NDPI's are not)."""
+    """A slide that is plain TIFF."""
 
     def __init__(self, path: Path, pyramid: Pyramid) -> None:
+        """Open the slide whose directory is `pyramid`.
+
+        Raises:
+            OtherEngine: its tiles are not what its tags say (as an NDPI's are not).
+            BadInput: unreadable.
+        """
         self._path = path
         self._planes = pyramid.planes
         tiles = [parts[0] for parts in pyramid.planes[0]]
@@ -52,12 +61,14 @@ class VipsSlide:
             raise OtherEngine("its tiles are no JPEG streams of a tile's size")
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> Rgb:
+        """Return a region as an array, as `Slide.read`."""
         wanted = Box(x, y, width, height)
         if len(self._planes) == 1:
             return self._level(self._planes[0][level], wanted)
         return max((self._level(plane[level], wanted) for plane in self._planes), key=focus)
 
     def read_known(self, level: int, x: int, y: int, width: int, height: int) -> tuple[Rgb, Mask]:
+        """Return a region and what of it the slide holds, as `KnowsHoles.read_known`."""
         tiles = self._planes[0][level][0]
         known = np.zeros((height, width), bool)
         known[max(-y, 0) : max(tiles.height - y, 0), max(-x, 0) : max(tiles.width - x, 0)] = True
@@ -67,9 +78,11 @@ class VipsSlide:
         return self.read(level, x, y, width, height), known
 
     def read_image(self, level: int, x: int, y: int, width: int, height: int) -> Image.Image:
+        """Return a region as a picture, as `Slide.read_image`."""
         return as_picture(self.read(level, x, y, width, height))
 
     def close(self) -> None:
+        """Close the slide's files."""
         self._images.clear()
         self._file.close()
 
@@ -79,7 +92,7 @@ class VipsSlide:
         return np.stack([self._region(part, wanted)[..., 0] for part in parts], axis=2)
 
     def _region(self, tiles: TiffTiles, wanted: Box) -> Rgb:
-        """`wanted` of an image, from the tiles below it; what lies outside, or is not in the file, is background."""
+        """Read `wanted` of an image from the tiles below it; what lies outside or is not in the file is background."""
         left, top = max(wanted.x, 0), max(wanted.y, 0)
         right, bottom = min(wanted.x + wanted.width, tiles.width), min(wanted.y + wanted.height, tiles.height)
         if right <= left or bottom <= top:
@@ -92,7 +105,7 @@ class VipsSlide:
         return whole
 
     def _pieces(self, tiles: TiffTiles, inside: Box) -> Iterator[tuple[Box, Rgb | None]]:
-        """Rectangles that cover `inside`, with their colors; None where the file holds nothing."""
+        """Yield rectangles that cover `inside`, with their colors; None where the file holds nothing."""
         right, bottom = inside.x + inside.width, inside.y + inside.height
         columns = range(inside.x // tiles.tile_width, -(-right // tiles.tile_width))
         rows = range(inside.y // tiles.tile_height, -(-bottom // tiles.tile_height))
@@ -123,7 +136,7 @@ class VipsSlide:
             raise BadInput("unreadable_region", f"{where}: {error}") from error
 
     def _colors(self, tiles: TiffTiles, pixels: Pixels) -> Rgb:
-        """Samples as stored -> RGB, (or (h, w, 1) gray, which spreads over the channels)."""
+        """Convert samples as stored to RGB (or (h, w, 1) gray, which spreads over the channels)."""
         colors = 3 if tiles.samples >= 3 else 1
         rgb = pixels[..., :colors]
         if tiles.palette is not None:
@@ -158,8 +171,8 @@ class VipsSlide:
             where: dict[str, Any] = {"page": key[0]} | ({} if key[1] is None else {"subifd": key[1]})
             image = open_vips(self._path, **where)
             if (image.width, image.height) != (tiles.width, tiles.height):
-                found = f"{image.width} x {image.height} px"
-                raise BadInput("unreadable", f"{self._path.name}: libvips finds {found} in its header")
+                size = f"{image.width} x {image.height} px"
+                raise BadInput("unreadable", f"{self._path.name}: libvips finds {size} in its header")
             self._images[key] = image
         return self._images[key]
 
@@ -169,7 +182,7 @@ def _empty(box: Box) -> Rgb:
 
 
 def _some(tiles: TiffTiles) -> Iterator[tuple[int, int]]:
-    """A few tiles, spread over the image: (column, row)."""
+    """Yield a few tiles, spread over the image: (column, row)."""
     count = tiles.across * tiles.down
     for number in sorted({count * part // (PROBED + 1) for part in range(1, PROBED + 1)}):
         yield number % tiles.across, number // tiles.across

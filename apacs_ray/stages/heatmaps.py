@@ -45,7 +45,7 @@ class StoreHeatmaps(Stage[HeatmapsResult]):
     members: Committed[TrainingResult]
 
     def fingerprint(self, settings: Settings) -> str:
-        """Return the fingerprint of the tiles and the members' weights; with folds, of how their members are trained."""
+        """Return the fingerprint of the tiles and the members; with folds, of how their members are trained."""
         folds = settings.heatmaps.folds
         return fingerprint(
             stage=self.name,
@@ -81,9 +81,7 @@ class StoreHeatmaps(Stage[HeatmapsResult]):
         planned = sum(self.ingest.result.tiles[split] for split in SPLITS)
         with job.progress() as progress:
             plan = plan_pool(job.ray.cluster(), len(paths))
-            rows_in, rows_out = write_heatmaps(
-                task, paths, plan, lambda done: progress.show("heatmaps", done, planned)
-            )
+            rows_in, rows_out = write_heatmaps(task, paths, plan, lambda done: progress.show("heatmaps", done, planned))
         current = {task.heatmaps.path(path) for path in paths}
         for split in SPLITS:
             for path in shard_paths(store, "heatmaps", split):
@@ -103,9 +101,7 @@ class StoreHeatmaps(Stage[HeatmapsResult]):
         train = indices["train"]
         others = {**indices, "train": train.select([fold_of[tile] != fold for tile in train.tile_ids])}
         folders: dict[str, str] = {name: f"heatmaps/folds/{fold}/{name}" for name in MEMBERS}
-        networks = [
-            replace(member_network(job.settings, name, folders[name]), indices=others) for name in MEMBERS
-        ]
+        networks = [replace(member_network(job.settings, name, folders[name]), indices=others) for name in MEMBERS]
         train_networks(job, networks, fingerprint, self.ingest.fingerprint)
         for network in networks:
             job.store.delete_folder(state_folder(network, fingerprint))

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from apacs_ray.config.settings import Settings
 from apacs_ray.console import say
-from apacs_ray.data.folders import Reject
+from apacs_ray.data.rejects import Reject
 from apacs_ray.data.shards import shard_paths
 from apacs_ray.distributed.data import REJECT_SCHEMA
 from apacs_ray.errors import ApacsError, UsageError

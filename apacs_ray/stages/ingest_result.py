@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from apacs_ray.data.folders import Reject
+from apacs_ray.data.rejects import Reject
 from apacs_ray.data.shards import Receipt
 from apacs_ray.stages.stage import StageResult
 

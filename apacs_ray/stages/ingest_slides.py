@@ -10,14 +10,15 @@ from pathlib import Path
 
 from apacs_ray.config.settings import Settings
 from apacs_ray.console import say
-from apacs_ray.data.folders import Reject, Split
+from apacs_ray.data.rejects import Reject
 from apacs_ray.data.shards import Receipt
+from apacs_ray.data.slide_tables import read_mpps
+from apacs_ray.data.words import Split
 from apacs_ray.distributed.data import render_smears
 from apacs_ray.distributed.slides import inspect_slides, write_slide_shards
 from apacs_ray.errors import BadInput
 from apacs_ray.slides.cache import SlideCache, default_cache
 from apacs_ray.slides.manifest import SlideSummary, SlideTask
-from apacs_ray.slides.mpps import read_mpps
 from apacs_ray.slides.slide_tiles import SlideShard, plan_shards
 from apacs_ray.stages.ingest_result import UnitCounts, WrittenTiles
 from apacs_ray.stages.source import Source, read_text, require_clear
@@ -61,7 +62,8 @@ class InspectedSlides:
     @property
     def rejects(self) -> list[Reject]:
         """Slides that were refused."""
-        return [*self.source.slide_data.slide_rejects, *(summary.reject for summary in self.summaries if summary.reject is not None)]
+        late = [summary.reject for summary in self.summaries]
+        return [*self.source.slide_data.slide_rejects, *(reject for reject in late if reject is not None)]
 
     @property
     def annotation_rejects(self) -> list[Reject]:
@@ -72,7 +74,8 @@ class InspectedSlides:
     @property
     def annotations(self) -> int:
         """How many annotations there are, refused ones included."""
-        return len(self.source.slide_data.annotation_rejects) + sum(slide.kind is not None for slide in self.source.slides)
+        rejected = len(self.source.slide_data.annotation_rejects)
+        return rejected + sum(slide.kind is not None for slide in self.source.slides)
 
     @property
     def skipped(self) -> Counter[str]:
@@ -94,9 +97,7 @@ def slide_task(source: Source, output: Store, fingerprint: str) -> SlideTask:
     cache = SlideCache(Path(settings.data.cache or default_cache()), round(settings.data.cache_gb * GIB))
     mpps = read_mpps(read_text(settings.data.mpps))
     require_clear(source.slides, mpps, "data.mpps")
-    return SlideTask(
-        source.store, source.masks_store, output, settings.tiles, settings.data, cache, fingerprint, mpps
-    )
+    return SlideTask(source.store, source.masks_store, output, settings.tiles, settings.data, cache, fingerprint, mpps)
 
 
 def look_at_slides(job: Job, source: Source, fingerprint: str) -> InspectedSlides:

@@ -11,13 +11,13 @@ from typing import Any, TypeVar
 from apacs_ray.config.settings import Settings
 from apacs_ray.console import say
 from apacs_ray.data.folders import FolderData, Pair, find_pairs, is_folder_layout
-from apacs_ray.data.overlap import apart, is_inside, same_place
-from apacs_ray.data.slide_table import decode_table
-from apacs_ray.data.splits import read_splits
+from apacs_ray.data.nested_stores import entries_outside, is_inside, same_folder
+from apacs_ray.data.slide_tables import decode_table, read_splits
 from apacs_ray.errors import UsageError
 from apacs_ray.runs.provenance import fingerprint
 from apacs_ray.slides.companions import read_heads
-from apacs_ray.slides.find import PLAIN, SlideData, SlideFiles, find_slides, is_slide
+from apacs_ray.slides.find import PLAIN, find_slides, is_slide
+from apacs_ray.slides.slide_files import SlideData, SlideFiles
 from apacs_ray.storage import Entry, Store, open_store
 from apacs_ray.synthetic import slide as synthetic
 
@@ -59,7 +59,7 @@ class Source:
         """Where `data.masks` is; None where it is not given, or is the data itself."""
         uri = self.settings.data.masks
         store = open_store(uri) if uri else None
-        return None if store is None or same_place(store, self.store) else store
+        return None if store is None or same_folder(store, self.store) else store
 
     @cached_property
     def masks_listing(self) -> list[Entry]:
@@ -81,7 +81,7 @@ class Source:
         masks = self.masks_store
         if masks is None or is_inside(self.store, masks):
             return self.listing
-        return apart(self.store, self.listing, masks)
+        return entries_outside(self.store, self.listing, masks)
 
     @property
     def mask_entries(self) -> list[Entry]:
@@ -89,7 +89,7 @@ class Source:
         masks = self.masks_store
         if masks is None or not is_inside(self.store, masks):
             return self.masks_listing
-        return apart(masks, self.masks_listing, self.store)
+        return entries_outside(masks, self.masks_listing, self.store)
 
     @cached_property
     def holds_folders(self) -> bool:

@@ -87,7 +87,7 @@ class Stage(ABC, Generic[R]):
     def work(self, job: Job, fingerprint: str) -> R:
         """Make the output in `folder`, and say what it is. Nothing counts before the stage is committed."""
 
-    def tidy(self, store: Store, fingerprint: str) -> None:  # noqa: B027 - most stages leave nothing to remove
+    def tidy(self, store: Store, fingerprint: str) -> None:
         """Remove what only the work needed. Called once the commit stands."""
 
 

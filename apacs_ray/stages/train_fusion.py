@@ -75,7 +75,7 @@ def overlay(settings: FusionSettings, best: dict[str, Any]) -> FusionSettings:
 
 
 def fusion_folders(settings: Settings) -> dict[str, str]:
-    """Return the folders of a run's fusions by key: `fusion`, and with `fusion.compare` the published head's as well."""
+    """Return the folders of a run's fusions by key: `fusion`, with `fusion.compare` `fusion_published` as well."""
     return FOLDERS if settings.fusion.compare else {"fusion": FOLDERS["fusion"]}
 
 

@@ -125,8 +125,7 @@ def train_networks(
         )
         say(plan.describe())
         tasks = [
-            _task(job, group, resources, indices, fingerprint, training_data)
-            for group, resources in plan.runs(waiting)
+            _task(job, group, resources, indices, fingerprint, training_data) for group, resources in plan.runs(waiting)
         ]
         tiles = {network.name: sum(map(len, (network.indices or indices).values())) for network in waiting}
         with job.progress() as progress:

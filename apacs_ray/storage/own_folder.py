@@ -12,9 +12,18 @@ from apacs_ray.errors import ApacsError
 
 
 def own_folder(path: str | Path) -> Path:
-    """Make the folder, for this user alone, or take it as it is when it is that already. Raises ApacsError.
+    """Make a folder for this user alone, or take one that already is.
 
     Another user may have made it, or a link of its name, to read what is put there or to put in what is then read.
+
+    Args:
+        path: Of the folder; those above it are made too.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ApacsError: It is a link, belongs to another user, or others may write there.
     """
     folder = Path(path)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -25,7 +34,7 @@ def own_folder(path: str | Path) -> Path:
 
 
 def open_own_file(path: Path) -> BinaryIO:
-    """Open a file to lock it, make it if need be. Raises ApacsError for a link: it leads elsewhere."""
+    """Open a file to lock it; make it where there is none. Raises ApacsError for a link, which leads elsewhere."""
     try:
         return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+b")
     except OSError as error:

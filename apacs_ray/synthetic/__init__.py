@@ -1,0 +1,1 @@
+"""Synthetic Pap smears with exact masks, and slides of them."""

@@ -22,9 +22,12 @@ _ANGLES = 1024
 
 @dataclass(frozen=True)
 class Stamp:
-    """One object around its center pixel: `density` float32 (3, S, S), S odd; masks bool (S, S) or None.
+    """The drawing of one object around its center pixel.
 
-    `cell` is the outline of cytoplasm and nucleus together, before any blur; clutter has no masks.
+    Attributes:
+        density: (3, S, S) float32, S odd: optical density of R, G, B.
+        cell: (S, S) bool, the outline of cytoplasm and nucleus together, before any blur; None for clutter.
+        nucleus: (S, S) bool, that of the nucleus; None for clutter.
     """
 
     density: Floats
@@ -53,7 +56,7 @@ class CellTraits:
 
 
 def cell_radius(kind: CellKind, rng: np.random.Generator) -> float:
-    """A nominal radius in um: that of the circle with about the cell's area."""
+    """Draw a nominal radius in um: that of the circle with about the cell's area."""
     low, high = {
         "superficial": (20, 33),
         "intermediate": (20, 33),
@@ -65,7 +68,19 @@ def cell_radius(kind: CellKind, rng: np.random.Generator) -> float:
 
 
 def cell_stamp(kind: CellKind, radius: float, reach: int, seed: int, look: Look, mpp: float) -> Stamp:
-    """Draw a cell of `radius` um into a stamp of 2 * reach + 1 px; all else about it follows from `seed`."""
+    """Draw a cell.
+
+    Args:
+        kind: of the cell.
+        radius: nominal, um.
+        reach: the stamp has 2 * reach + 1 px a side.
+        seed: from which all else about it follows.
+        look: of its slide.
+        mpp: um per px.
+
+    Returns:
+        The stamp.
+    """
     rng = np.random.Generator(np.random.PCG64(seed))
     traits = _traits(kind, radius, look, rng)
     y, x = _axes(reach, rng)
@@ -152,7 +167,7 @@ class _Outline:
         return _Outline(radii.astype(np.float32), turn, float(rng.uniform(1.0, 1.18)))
 
     def depth(self, x: Floats, y: Floats) -> tuple[Floats, Floats]:
-        """How far inside the outline along the radius, px (negative outside); and the radius there, px."""
+        """Return how far inside the outline along the radius, px (negative outside); and the radius there, px."""
         along = (x * self.turn[0] + y * self.turn[1]) / self.stretch
         across = (y * self.turn[0] - x * self.turn[1]) * self.stretch
         edge = self.radii[_direction(along, across)]
@@ -168,7 +183,7 @@ def _cytoplasm(
     textures: Atlas,
     mpp: float,
 ) -> tuple[Floats, Bools]:
-    """Amount of stain (S, S) of the cytoplasm, folded where the traits say so, and its exact support."""
+    """Draw the amount of stain (S, S) of the cytoplasm, folded where the traits say so, and its exact support."""
     depth, edge = outline.depth(x, y)
     grain, mottle = rng.uniform(0.06, 0.17), rng.uniform(0.05, 0.15)
     body = 1 + grain * textures.cut("grain", rng, depth.shape) + mottle * textures.cut("mottle", rng, depth.shape)
@@ -182,16 +197,16 @@ def _cytoplasm(
         normal = np.cos(angle), np.sin(angle)
         past = x * normal[0] + y * normal[1] - rng.uniform(0.62, 0.9) * traits.radius / mpp
         flap_depth, flap_edge = outline.depth(x - 2 * past * normal[0], y - 2 * past * normal[1])
-        kept = past <= 0
-        flap = kept & (flap_depth > 0)
+        flat = past <= 0
+        flap = flat & (flap_depth > 0)
         crease = np.exp(-((past * mpp / 0.8) ** 2)) * (inside | flap)
-        layer = layer * np.clip(0.5 - past, 0, 1) + kept * (_layer(traits, flap_depth, flap_edge, mpp) + 0.5 * crease)
-        inside = (inside & kept) | flap
+        layer = layer * np.clip(0.5 - past, 0, 1) + flat * (_layer(traits, flap_depth, flap_edge, mpp) + 0.5 * crease)
+        inside = (inside & flat) | flap
     return np.asarray(traits.amount * body * layer, np.float32), inside
 
 
 def _layer(traits: CellTraits, depth: Floats, edge: Floats, mpp: float) -> Floats:
-    """Relative thickness of one layer of cytoplasm: thin towards the edge, with a slightly darker rim."""
+    """Return the relative thickness of one layer of cytoplasm: thin towards the edge, with a slightly darker rim."""
     height = np.clip(depth / edge, 0, 1)  # 0 at the edge, 1 in the center
     profile = 0.72 + 0.5 * height * (2 - height)
     rim = traits.rim * np.exp(-((depth * mpp / 1.1) ** 2))
@@ -201,7 +216,7 @@ def _layer(traits: CellTraits, depth: Floats, edge: Floats, mpp: float) -> Float
 def _nucleus_place(
     traits: CellTraits, rng: np.random.Generator, x: Floats, y: Floats, mpp: float
 ) -> tuple[Bools, Floats]:
-    """The nucleus' support, and how far inside it a pixel lies (px, negative outside)."""
+    """Draw the nucleus' support, and how far inside it a pixel lies (px, negative outside)."""
     if not traits.nucleus:
         return np.zeros(np.broadcast_shapes(x.shape, y.shape), bool), np.full((1, 1), -1e3, np.float32)
     room = 0.18 * traits.radius / mpp
@@ -216,7 +231,7 @@ def _nucleus_place(
 
 
 def _chromatin(traits: CellTraits, depth: Floats, textures: Atlas, rng: np.random.Generator, mpp: float) -> Floats:
-    """Amount of hematoxylin (S, S)."""
+    """Draw the amount of hematoxylin (S, S)."""
     coarse = 0.22 if traits.irregular > 0.05 else 0.13
     texture = 1 + coarse * textures.cut("grain", rng, depth.shape) + coarse * textures.cut("mottle", rng, depth.shape)
     hollow = 1 - 0.35 * traits.vesicular * np.clip(depth * mpp / 1.2, 0, 1)
@@ -224,7 +239,7 @@ def _chromatin(traits: CellTraits, depth: Floats, textures: Atlas, rng: np.rando
 
 
 def _polygon(corners: npt.NDArray[np.float64], distances: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Distance of a polygon's edge in each of `_ANGLES` directions; the corners' angles ascend."""
+    """Return the distance of a polygon's edge in each of `_ANGLES` directions; the corners' angles ascend."""
     theta = np.arange(_ANGLES) * (2 * np.pi / _ANGLES)
     side = np.searchsorted(corners, theta, side="right") - 1  # -1: the side that closes the polygon
     start, end = side % len(corners), (side + 1) % len(corners)
@@ -235,7 +250,7 @@ def _polygon(corners: npt.NDArray[np.float64], distances: npt.NDArray[np.float64
 
 
 def _ripple(rng: np.random.Generator, waves: tuple[int, int], amplitude: float) -> npt.NDArray[np.float64]:
-    """A random periodic curve over `_ANGLES` directions, of so many waves a turn; more waves are lower."""
+    """Return a random periodic curve over `_ANGLES` directions, of so many waves a turn; more waves are lower."""
     theta = np.arange(_ANGLES) * (2 * np.pi / _ANGLES)
     numbers = np.arange(*waves)
     phases = rng.uniform(0, 2 * np.pi, len(numbers))
@@ -244,13 +259,13 @@ def _ripple(rng: np.random.Generator, waves: tuple[int, int], amplitude: float) 
 
 
 def _axes(reach: int, rng: np.random.Generator) -> tuple[Floats, Floats]:
-    """y (S, 1) and x (1, S) of the stamp's pixels; the center lies anywhere inside the middle pixel."""
+    """Return y (S, 1) and x (1, S) of the stamp's pixels; the center lies anywhere inside the middle pixel."""
     steps = np.arange(-reach, reach + 1, dtype=np.float32)
     dy, dx = rng.uniform(-0.5, 0.5, 2).astype(np.float32)
     return (steps - dy)[:, None], (steps - dx)[None, :]
 
 
 def _direction(x: npt.NDArray[np.floating], y: npt.NDArray[np.floating]) -> npt.NDArray[np.intp]:
-    """The index of each pixel's direction in a table of `_ANGLES` radii."""
+    """Return the index of each pixel's direction in a table of `_ANGLES` radii."""
     turn = np.arctan2(y, x) * np.float32(_ANGLES / (2 * np.pi))
     return np.asarray(np.rint(turn), np.intp) % _ANGLES

@@ -1,4 +1,4 @@
-"""What else lies on a smear: neutrophils, mucus, debris, blood, bacteria, precipitate, dust. None is cell."""
+"""Objects of a synthetic smear that are no cells: neutrophils, mucus, debris, blood, bacteria, precipitate, dust."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BLACK: RGB = (1.0, 1.05, 1.1)
 
 
 def clutter_radius(kind: ClutterKind, rng: np.random.Generator) -> float:
-    """How far an object reaches from its center, um."""
+    """Draw how far an object reaches from its center, um."""
     low, high = {
         "neutrophil": (6.5, 6.5),
         "mucus": (60, 170),
@@ -35,7 +35,7 @@ def clutter_radius(kind: ClutterKind, rng: np.random.Generator) -> float:
 
 
 def clutter_stamp(kind: ClutterKind, radius: float, reach: int, seed: int, look: Look, mpp: float) -> Stamp:
-    """Draw an object of `radius` um into a stamp of 2 * reach + 1 px; all else follows from `seed`."""
+    """Draw an object that is no cell. The arguments are those of `cells.cell_stamp`."""
     rng = np.random.Generator(np.random.PCG64(seed))
     steps = np.arange(-reach, reach + 1, dtype=np.float32) * np.float32(mpp)
     shift = rng.uniform(-0.5 * mpp, 0.5 * mpp, 2).astype(np.float32)
@@ -44,7 +44,7 @@ def clutter_stamp(kind: ClutterKind, radius: float, reach: int, seed: int, look:
 
 
 def _neutrophil(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: np.random.Generator) -> Floats:
-    """2 to 4 dark lobes in a row that bends, in cytoplasm that hardly shows."""
+    """Draw 2 to 4 dark lobes in a row that bends, in cytoplasm that hardly shows."""
     lobes = int(rng.integers(2, 5))
     angle, bend = rng.uniform(0, 2 * np.pi), rng.choice([-1, 1]) * rng.uniform(0.5, 1.5)
     places = np.zeros((lobes, 2))
@@ -64,7 +64,7 @@ def _neutrophil(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng
 
 
 def _mucus(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: np.random.Generator) -> Floats:
-    """A pale bent strand of fibers that tapers to both ends."""
+    """Draw a pale bent strand of fibers that tapers to both ends."""
     angle = rng.uniform(0, np.pi)
     along = (x * np.cos(angle) + y * np.sin(angle)) / radius
     across = y * np.cos(angle) - x * np.sin(angle)
@@ -86,7 +86,7 @@ def _mucus(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: np.
 
 
 def _debris(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: np.random.Generator) -> Floats:
-    """Degenerate material: ragged, granular, in the cells' own colors but without outline or nucleus."""
+    """Draw degenerate material: ragged, granular, in the cells' own colors but without outline or nucleus."""
     textures = atlas(mpp)
     shape = np.broadcast_shapes(x.shape, y.shape)
     fall = 1 - np.hypot(x * rng.uniform(0.9, 1.5), y * rng.uniform(0.9, 1.5)) / radius
@@ -99,7 +99,7 @@ def _debris(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: np
 
 
 def _blood(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: np.random.Generator) -> Floats:
-    """An erythrocyte: a small orange-pink disc, paler in the middle."""
+    """Draw an erythrocyte: a small orange-pink disc, paler in the middle."""
     distance = np.hypot(x * rng.uniform(0.9, 1.1), y) / (0.85 * radius)
     disc = np.clip((1 - distance) * radius / mpp + 0.5, 0, 1) * (0.65 + 0.5 * np.clip(distance, 0, 1) ** 2)
     dye = jittered(blend(look.eosin, look.orange, float(rng.uniform(0.2, 0.7))), rng)
@@ -107,7 +107,7 @@ def _blood(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: np.
 
 
 def _bacteria(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: np.random.Generator) -> Floats:
-    """A cloud of rods, each 2 to 4 um."""
+    """Draw a cloud of rods, each 2 to 4 um."""
     side = x.shape[1]
     counts = np.zeros((side, side), np.float32)
     rods = int(rng.uniform(8, 60) * (radius / 25) ** 2) + 3
@@ -118,14 +118,14 @@ def _bacteria(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: 
     for step in np.linspace(-0.5, 0.5, points):
         rows = np.rint((place[:, 0] + step * length * np.sin(angle)) / mpp).astype(int) + side // 2
         columns = np.rint((place[:, 1] + step * length * np.cos(angle)) / mpp).astype(int) + side // 2
-        kept = (rows >= 0) & (rows < side) & (columns >= 0) & (columns < side)
-        np.add.at(counts, (rows[kept], columns[kept]), 1 / points)
+        inside = (rows >= 0) & (rows < side) & (columns >= 0) & (columns < side)
+        np.add.at(counts, (rows[inside], columns[inside]), 1 / points)
     rod = gaussian_filter(counts, 0.32 / mpp, mode="constant") * np.float32(2.4 / mpp)
     return _dyed(blend(look.hematoxylin, look.cyan, 0.4), np.minimum(rod, 2) * rng.uniform(0.25, 0.7))
 
 
 def _precipitate(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: np.random.Generator) -> Floats:
-    """Crystals of stain: a few nearly black grains."""
+    """Draw crystals of stain: a few nearly black grains."""
     grains = np.zeros(np.broadcast_shapes(x.shape, y.shape), np.float32)
     for _ in range(int(rng.integers(2, 9))):
         place, size = np.clip(rng.normal(0, 0.4, 2), -0.75, 0.75) * radius, rng.uniform(0.4, 1.5)
@@ -135,7 +135,7 @@ def _precipitate(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rn
 
 
 def _dust(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: np.random.Generator) -> Floats:
-    """A speck or a fiber on the cover glass, out of focus."""
+    """Draw a speck or a fiber on the cover glass, out of focus."""
     angle, bend = rng.uniform(0, np.pi), rng.uniform(-0.4, 0.4)
     along = (x * np.cos(angle) + y * np.sin(angle)) / radius
     across = y * np.cos(angle) - x * np.sin(angle) - bend * radius * along**2
@@ -147,7 +147,7 @@ def _dust(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: np.r
 
 
 def _bubble(radius: float, x: Floats, y: Floats, look: Look, mpp: float, rng: np.random.Generator) -> Floats:
-    """Air under the cover glass: a dark refracting ring with a bright line inside it."""
+    """Draw air under the cover glass: a dark refracting ring with a bright line inside it."""
     distance = np.hypot(x, y) - 0.8 * radius
     ring = np.exp(-((distance / 1.6) ** 2)) - 0.3 * np.exp(-(((distance + 3.2) / 1.6) ** 2))
     return _dyed(_BLACK, ring * (distance < 0.18 * radius) * rng.uniform(0.4, 0.9))

@@ -1,4 +1,4 @@
-"""Write a MIRAX slide (`NAME.mrxs` and the folder `NAME/`), as OpenSlide documents the format and reads it.
+"""A writer of MIRAX slides (`NAME.mrxs` and the folder `NAME/`), as OpenSlide documents the format and reads it.
 
 The slide is a grid of square images without overlap. Every further level joins 2 x 2 images of the level before and
 halves them. Images that hold nothing are left out of the index: there a reader finds a transparent region, and where
@@ -54,9 +54,14 @@ class MrxsLayout:
 
 
 def write_mrxs(path: Path, layout: MrxsLayout, source: Source) -> None:
-    """Write `path` (ends in .mrxs) and its folder. Memory is flat: a few images of each level at a time.
+    """Write a slide, and its folder. Memory is flat: a few images of each level at a time.
 
     The last column and row are filled with the background color, so the slide as read measures whole images.
+
+    Args:
+        path: ends in .mrxs.
+        layout: how it is stored.
+        source: gives the pixels of any part of level 0.
     """
     folder = path.with_suffix("")
     folder.mkdir(parents=True)
@@ -88,7 +93,7 @@ class _Writer:
         self.entries = [[] for _ in range(self.layout.levels)]
 
     def image(self, level: int, column: int, row: int) -> Rgb | None:
-        """The image of `level` whose first level-0 image is (column, row); None where there is nothing."""
+        """Return the image of `level` whose first level-0 image is (column, row); None where there is nothing."""
         layout = self.layout
         if column >= layout.across or row >= layout.down:
             return None
@@ -152,7 +157,7 @@ class _Writer:
 
 
 def _index(layout: MrxsLayout, entries: list[list[tuple[int, int, int, int]]]) -> bytes:
-    """`Index.dat`: version, slide id, then pointers to one chain of pages a level. All numbers are 32-bit, little."""
+    """Return `Index.dat`: version, slide id, pointers to one chain of pages a level. Numbers are 32-bit, little."""
     sink = io.BytesIO()
     sink.write(VERSION + layout.slide_id.encode())
     roots = sink.tell()
@@ -182,7 +187,7 @@ def _patch(sink: io.BytesIO, at: int, value: int) -> None:
 
 
 def _slidedat(layout: MrxsLayout, files: int) -> str:
-    """`Slidedat.ini`, with what a reader needs."""
+    """Return `Slidedat.ini`, with what a reader needs."""
     red, green, blue = layout.fill
     lines = [
         "[GENERAL]",
@@ -226,7 +231,7 @@ def _slidedat(layout: MrxsLayout, files: int) -> str:
 
 
 def _preview(layout: MrxsLayout, image: Rgb | None) -> bytes:
-    """The `.mrxs` file itself: a JPEG picture."""
+    """Return the `.mrxs` file itself: a JPEG picture."""
     if image is None:
         image = np.full((layout.image, layout.image, 3), layout.fill, np.uint8)
     return encode_image(image, "jpeg", 80, "4:2:0")

@@ -1,4 +1,4 @@
-"""What lies where on a synthetic smear: objects by block, so that any region of a slide knows its own."""
+"""The scene of a synthetic smear: objects by block, so that any region of a slide knows its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import cast
 
 import numpy as np
 
-from apacs_ray.data.tiles import Box
+from apacs_ray.data.grid import Box
 from apacs_ray.synthetic.cells import REACH, SOFT_UM, CellKind, Stamp, cell_radius, cell_stamp
 from apacs_ray.synthetic.clutter import ClutterKind, clutter_radius, clutter_stamp
 from apacs_ray.synthetic.stain import Look
@@ -55,14 +55,14 @@ class Thing:
 
 
 def things_near(seed: int, look: Look, mpp: float, box: Box) -> list[Thing]:
-    """Every object whose stamp touches the box, always in the same order."""
+    """Return every object whose stamp touches the box (level-0 px), always in the same order."""
     block = _BLOCK_UM / mpp
     wide = box.grown(ceil(_FARTHEST_UM / mpp))
-    found = []
+    things = []
     for row in range(int(wide.y // block), int((wide.y + wide.height) // block) + 1):
         for column in range(int(wide.x // block), int((wide.x + wide.width) // block) + 1):
-            found += [thing for thing in _block(seed, look, mpp, column, row) if _touches(thing, box)]
-    return found
+            things += [thing for thing in _block(seed, look, mpp, column, row) if _touches(thing, box)]
+    return things
 
 
 def _touches(thing: Thing, box: Box) -> bool:
@@ -73,7 +73,7 @@ def _touches(thing: Thing, box: Box) -> bool:
 
 
 def _block(seed: int, look: Look, mpp: float, column: int, row: int) -> list[Thing]:
-    """The objects of one block: cells in groups, then what lies on them."""
+    """Return the objects of one block: cells in groups, then what lies on them."""
     rng = place_rng(seed, _OBJECTS, column, row)
     things: list[Thing] = []
     for _ in range(rng.poisson(5.2 * look.crowding)):
@@ -97,7 +97,7 @@ def _block(seed: int, look: Look, mpp: float, column: int, row: int) -> list[Thi
 
 
 def _group(rng: np.random.Generator, look: Look, mpp: float, at: tuple[float, float]) -> list[Thing]:
-    """Cells that touch and overlap: mostly one to four, sometimes a sheet of a dozen."""
+    """Return cells that touch and overlap: mostly one to four, sometimes a sheet of a dozen."""
     size = int(rng.choice((1, 2, 3, 4, 7, 11), p=(0.52, 0.2, 0.12, 0.08, 0.06, 0.02)))
     main: CellKind = "superficial" if rng.random() < look.eosinophilic else "intermediate"
     if rng.random() < 0.07:
@@ -142,7 +142,7 @@ def _thing(
 
 
 def _somewhere(rng: np.random.Generator, column: int, row: int) -> tuple[float, float]:
-    """A place (um) in the block."""
+    """Return a place (um) in the block."""
     x, y = rng.random(2)
     return float((column + x) * _BLOCK_UM), float((row + y) * _BLOCK_UM)
 

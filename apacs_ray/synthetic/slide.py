@@ -1,10 +1,9 @@
 """Synthetic Pap smears with exact cell masks: the data of a run that is given none, and of the tests.
 
-A smear is a list of objects (`synthetic_scene`) that absorb light: squamous cells (`synthetic_cells`) and
-what else lies on a slide (`synthetic_clutter`). Optical densities add up (Beer-Lambert), so overlaps are
-darker; the light that is left is blurred by a focus that varies over the slide, and the sensor adds noise.
-All randomness belongs to a place, so a region drawn alone equals the same part of the whole slide to the
-last bit.
+A smear is a list of objects (`scene`) that absorb light: squamous cells (`cells`) and what else lies on a slide
+(`clutter`). Optical densities add up (Beer-Lambert), so overlaps are darker; the light that is left is blurred by a
+focus that varies over the slide, and the sensor adds noise. All randomness belongs to a place, so a region drawn alone
+equals the same part of the whole slide to the last bit.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.ndimage import gaussian_filter
 
-from apacs_ray.data.tiles import Box
+from apacs_ray.data.grid import Box
 from apacs_ray.synthetic.cells import Stamp
 from apacs_ray.synthetic.scene import Thing, things_near
 from apacs_ray.synthetic.stain import Look, blend, look_of
@@ -50,9 +49,20 @@ class SlideSpec:
 def slide_specs(
     seed: int, width: int, height: int, *, train: int = 3, test: int = 2, mpp: float = 0.5
 ) -> list[SlideSpec]:
-    """Slides `smear-01`, ... of one set, the training slides first; each with a stain of its own.
+    """Return the slides `smear-01`, ... of one set, the training slides first; each with a stain of its own.
 
-    `seed` is not negative; `width` and `height` are px. The same arguments give the same slides.
+    The same arguments give the same slides.
+
+    Args:
+        seed: not negative.
+        width: px.
+        height: px.
+        train: training slides.
+        test: test slides.
+        mpp: um per px.
+
+    Returns:
+        Everything that the slides follow from.
     """
     states = np.random.SeedSequence(seed).generate_state(train + test, np.uint64)
     return [
@@ -70,16 +80,26 @@ def slide_specs(
 
 
 def render(spec: SlideSpec) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
-    """The whole slide: RGB (H, W, 3) of 0..255, and the mask (H, W), True on an epithelial cell."""
+    """Render a whole slide: RGB (H, W, 3) uint8 of 0..255, and the mask (H, W) bool, True on an epithelial cell."""
     return render_region(spec, 0, 0, spec.width, spec.height)
 
 
 def render_region(
     spec: SlideSpec, x: int, y: int, width: int, height: int
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
-    """A part of the slide, equal to that part of `render(spec)`; time and memory follow the region's size.
+    """Render a part of a slide, equal to that part of `render(spec)`; time and memory follow the region's size.
 
     The mask is the union of the cells' outlines (cytoplasm and nucleus) before any blur.
+
+    Args:
+        spec: of the slide.
+        x: left edge, px.
+        y: top edge, px.
+        width: px.
+        height: px.
+
+    Returns:
+        As `render`.
     """
     box = Box(x, y, width, height)
     margin = ceil(_TRUNCATE * _SOFT_UM / spec.mpp) + 1
@@ -91,13 +111,13 @@ def render_region(
 
 
 def stamps_near(spec: SlideSpec, box: Box) -> Iterator[tuple[Thing, Stamp]]:
-    """Every object that touches the box with its drawing, in the order in which they are added up."""
+    """Yield every object that touches the box with its drawing, in the order in which they are added up."""
     for thing in things_near(spec.seed, spec.look, spec.mpp, box):
         yield thing, thing.stamp(spec.look, spec.mpp)
 
 
 def _absorption(spec: SlideSpec, box: Box) -> tuple[Floats, npt.NDArray[np.bool_]]:
-    """Optical density (3, H, W) of the film of mucus and all objects, and the cells' mask (H, W)."""
+    """Return the optical density (3, H, W) of the film of mucus and all objects, and the cells' mask (H, W)."""
     film = np.asarray(blend(spec.look.cyan, spec.look.hematoxylin, 0.25), np.float32)
     density = film[:, None, None] * _film(spec, box)
     mask = np.zeros((box.height, box.width), bool)
@@ -111,7 +131,7 @@ def _absorption(spec: SlideSpec, box: Box) -> tuple[Floats, npt.NDArray[np.bool_
 
 
 def _film(spec: SlideSpec, box: Box) -> Floats:
-    """Amount of a thin lacy film of mucus and serum that lies over parts of the slide."""
+    """Return the amount of a thin lacy film of mucus and serum that lies over parts of the slide."""
     octaves = ((190.0, 0.6), (60.0, 0.35), (18.0, 0.3), (6.0, 0.22))
     film = sum(
         weight * field(spec.seed, _FILM + octave, box, spacing / spec.mpp)
@@ -121,7 +141,7 @@ def _film(spec: SlideSpec, box: Box) -> Floats:
 
 
 def _focused(spec: SlideSpec, light: Floats, box: Box, inner: tuple[slice, slice]) -> Floats:
-    """The light (3, H, W) through optics whose focus varies: from soft to sharp to sharpened."""
+    """Return the light (3, H, W) through optics whose focus varies: from soft to sharp to sharpened."""
     sharp = gaussian_filter(light, (0, *[_SHARP_UM / spec.mpp] * 2), truncate=_TRUNCATE)[:, *inner]
     soft = gaussian_filter(light, (0, *[_SOFT_UM / spec.mpp] * 2), truncate=_TRUNCATE)[:, *inner]
     focus = field(spec.seed, _FOCUS, box, 240 / spec.mpp)
@@ -130,7 +150,7 @@ def _focused(spec: SlideSpec, light: Floats, box: Box, inner: tuple[slice, slice
 
 
 def _exposed(spec: SlideSpec, light: Floats, box: Box) -> npt.NDArray[np.uint8]:
-    """Gray levels (H, W, 3): unevenly lit glass behind the objects, and noise that planes partly share."""
+    """Return gray levels (H, W, 3): unevenly lit glass behind the objects, and noise that planes partly share."""
     lamp = (
         1
         + 0.028 * field(spec.seed, _LIGHT, box, 620 / spec.mpp)

@@ -1,4 +1,4 @@
-"""How a slide was stained and scanned. Colors are optical densities: amounts add (Beer-Lambert)."""
+"""The look of a slide: how it was stained and scanned. Colors are optical densities: amounts add (Beer-Lambert)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Look:
 
 
 def look_of(seed: int, index: int) -> Look:
-    """The look of the index-th slide of a set: traits spread evenly over a set, so that no two are alike."""
+    """Return the look of the index-th slide of a set: traits spread evenly over a set, so that no two are alike."""
     start = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, 7]))).random(12)
 
     def trait(number: int, low: float, high: float) -> float:
@@ -54,11 +54,11 @@ def look_of(seed: int, index: int) -> Look:
 
 
 def blend(a: RGB, b: RGB, share: float) -> RGB:
-    """The dye between two: `share` 0 is a, 1 is b."""
+    """Return the dye between two: `share` 0 is a, 1 is b."""
     return (a[0] + (b[0] - a[0]) * share, a[1] + (b[1] - a[1]) * share, a[2] + (b[2] - a[2]) * share)
 
 
 def jittered(dye: RGB, rng: np.random.Generator, spread: float = 0.08) -> RGB:
-    """The dye as one cell took it up: every channel times about 1 +- spread."""
+    """Return the dye as one cell took it up: every channel times about 1 +- spread."""
     r, g, b = dye * np.exp(spread * rng.standard_normal(3))
     return float(r), float(g), float(b)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.ndimage import gaussian_filter
 
-from apacs_ray.data.tiles import Box
+from apacs_ray.data.grid import Box
 
 Floats = npt.NDArray[np.float32]
 
@@ -20,16 +20,25 @@ _SPLINE_STD = 0.48  # of a cubic B-spline through lattice values of unit varianc
 
 
 def place_rng(seed: int, stream: int, column: int, row: int) -> np.random.Generator:
-    """The generator (PCG64) of one block of a slide for one purpose (`stream`)."""
+    """Return the generator (PCG64) of one block of a slide for one purpose (`stream`)."""
     sequence = np.random.SeedSequence([seed, stream, column + _ORIGIN, row + _ORIGIN])
     return np.random.Generator(np.random.PCG64(sequence))
 
 
 def field(seed: int, stream: int, box: Box, spacing: float) -> Floats:
-    """Smooth random field (box.height, box.width): mean 0, deviation about 1, features of `spacing` px.
+    """Return a smooth random field: mean 0, deviation about 1, features of `spacing` px.
 
     A cubic B-spline over a lattice of hashed values. Only elementwise sums, no matrix product: its order of
     summation (and so the last bit) would depend on the shape of the box.
+
+    Args:
+        seed: of the slide.
+        stream: the purpose; fields of different streams are independent.
+        box: level-0 px.
+        spacing: px of the lattice.
+
+    Returns:
+        (box.height, box.width) float32.
     """
     columns, across = _spline(box.x, box.width, spacing)
     rows, down = _spline(box.y, box.height, spacing)
@@ -41,12 +50,12 @@ def field(seed: int, stream: int, box: Box, spacing: float) -> Floats:
 
 
 def field_at(seed: int, stream: int, x: float, y: float, spacing: float) -> float:
-    """`field` at one place."""
+    """Return `field` at one place."""
     return float(field(seed, stream, Box(int(x), int(y), 1, 1), spacing)[0, 0])
 
 
 def sensor_noise(seed: int, stream: int, box: Box) -> Floats:
-    """Unit normal noise (4, box.height, box.width), independent between pixels and planes."""
+    """Return unit normal noise (4, box.height, box.width) float32, independent between pixels and planes."""
     noise = np.empty((4, box.height, box.width), np.float32)
     for row in range(box.y // _NOISE_BLOCK, -(-(box.y + box.height) // _NOISE_BLOCK)):
         for column in range(box.x // _NOISE_BLOCK, -(-(box.x + box.width) // _NOISE_BLOCK)):
@@ -65,7 +74,7 @@ def paste(canvas: Floats, block: Floats, x: int, y: int) -> None:
 def overlap(
     canvas: tuple[int, ...], stamp: tuple[int, ...], x: int, y: int
 ) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-    """Where a stamp (h, w) at (x, y) meets a canvas (H, W): slices of the canvas and of the stamp."""
+    """Return where a stamp (h, w) at (x, y) meets a canvas (H, W): slices of the canvas and of the stamp."""
     top, left = max(0, y), max(0, x)
     bottom, right = max(top, min(canvas[0], y + stamp[0])), max(left, min(canvas[1], x + stamp[1]))
     return (
@@ -84,7 +93,7 @@ class Atlas:
     wrinkle: Floats
 
     def cut(self, name: str, rng: np.random.Generator, shape: tuple[int, ...]) -> Floats:
-        """A piece of one texture of any shape, from a random place."""
+        """Return a piece of one texture of any shape, from a random place."""
         texture: Floats = getattr(self, name)
         side = texture.shape[0]
         y, x = (int(place) for place in rng.integers(0, side, 2))
@@ -96,7 +105,7 @@ class Atlas:
 
 @lru_cache(maxsize=4)
 def atlas(mpp: float) -> Atlas:
-    """The textures at a scale (um per px), the same for all slides; stamps differ by where they cut."""
+    """Return the textures at a scale (um per px), the same for all slides; stamps differ by where they cut."""
     side = round(_ATLAS_UM / mpp)
     rng = np.random.Generator(np.random.PCG64(20230423))
 
@@ -115,7 +124,7 @@ def atlas(mpp: float) -> Atlas:
 
 
 def _spline(start: int, length: int, spacing: float) -> tuple[npt.NDArray[np.int64], list[Floats]]:
-    """First lattice index of each pixel, and the weights of its 4 lattice values."""
+    """Return the first lattice index of each pixel, and the weights of its 4 lattice values."""
     place = np.arange(start, start + length) / spacing
     first = np.floor(place).astype(np.int64)
     t = (place - first).astype(np.float32)
@@ -129,7 +138,7 @@ def _spline(start: int, length: int, spacing: float) -> tuple[npt.NDArray[np.int
 
 
 def _lattice(seed: int, stream: int, column: int, row: int, width: int, height: int) -> Floats:
-    """Lattice values (height, width), uniform: a hash (splitmix64's finalizer) of seed and place."""
+    """Return uniform lattice values (height, width): a hash (splitmix64's finalizer) of seed and place."""
     columns = np.arange(column, column + width, dtype=np.int64).astype(np.uint64)
     rows = np.arange(row, row + height, dtype=np.int64).astype(np.uint64)
     key = np.array([seed & (2**64 - 1)], np.uint64) + np.array([stream], np.uint64) * np.uint64(0x9E3779B97F4A7C15)

@@ -23,6 +23,11 @@ def write_smear(store: Store, spec: SlideSpec, number: int) -> None:
     """Render a slide as `<split>/<id>.mrxs` or `.tif` and its mask as `<id>_mask.png`, 1-bit.
 
     What is there already is complete (writes are atomic, the slide's own file comes last) and deterministic.
+
+    Args:
+        store: of the smears.
+        spec: of the slide.
+        number: of the slide: even ones are MIRAX, odd ones TIFF.
     """
     name = f"{spec.slide_id}{'.mrxs' if number % 2 == 0 else '.tif'}"
     if store.version(f"{spec.split}/{name}") is not None:
@@ -41,14 +46,14 @@ def write_smear(store: Store, spec: SlideSpec, number: int) -> None:
 
 
 def write_as_mrxs(path: Path, rgb: np.ndarray[Any, np.dtype[np.uint8]], mpp: float) -> None:
-    """An array (H, W, 3) as a MIRAX slide; its sides should be multiples of `IMAGE`, or it is filled up with white."""
+    """Write an array (H, W, 3) as a MIRAX slide; sides that are no multiples of `IMAGE` are filled up with white."""
     height, width = rgb.shape[:2]
     layout = MrxsLayout(width, height, LEVELS, mpp, image=IMAGE, quality=QUALITY)
     write_mrxs(path, layout, lambda x, y, w, h: rgb[y : y + h, x : x + w])
 
 
 def write_as_tiff(path: Path, rgb: np.ndarray[Any, np.dtype[np.uint8]], mpp: float) -> None:
-    """An array (H, W, 3) as a pyramidal TIFF of JPEG tiles that says its resolution."""
+    """Write an array (H, W, 3) as a pyramidal TIFF of JPEG tiles that says its resolution."""
     pyvips.Image.new_from_array(rgb).copy(xres=1000 / mpp, yres=1000 / mpp, interpretation="srgb").tiffsave(
         str(path), tile=True, pyramid=True, compression="jpeg", Q=QUALITY, tile_width=IMAGE, tile_height=IMAGE,
         resunit="cm",

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from apacs_ray.testing.cluster import RAY, RayCluster
-from apacs_ray.testing.runs import TIMEOUT, ROOT, T
+from apacs_ray.testing.runs import ROOT, TIMEOUT, T
 
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 

@@ -18,7 +18,7 @@ SMALL = [
     "--tiles.size", str(TILE), "--tiles.shard", "4",
     "--members.mode", "together", "--members.width", "0.02", "--members.epochs", "3", "--members.crop", "48",
     "--members.precision", "float32", "--members.learning_rate", "0.002",
-    "--fusion.epochs", "2", "--fusion.crop", "56", "--fusion.precision", "float32", "--fusion.from_best", "false",
+    "--fusion.epochs", "2", "--fusion.crop", "56", "--fusion.learning_rate", "0.0001", "--fusion.from_best", "false",
 ]  # fmt: skip
 SWEPT = ["--fusion.from_best", "true", "--tune.config"]  # the path of a sweep follows
 

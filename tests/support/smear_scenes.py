@@ -12,9 +12,9 @@ from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter
 
 from apacs_ray.config.settings import TilesSettings
-from apacs_ray.data.tiles import Box
-from apacs_ray.slides.manifest import tiles_of
+from apacs_ray.data.grid import Box
 from apacs_ray.slides.reader import Level, SlideInfo
+from apacs_ray.slides.slide_grid import tiles_of
 from apacs_ray.slides.tissue import find_tissue
 from apacs_ray.synthetic.cells import REACH, SOFT_UM, CellKind, Stamp, cell_radius, cell_stamp
 from apacs_ray.synthetic.scene import things_near

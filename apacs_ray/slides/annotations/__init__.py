@@ -1,0 +1,1 @@
+"""Annotations of slides: the formats that are read, and polygons as masks."""

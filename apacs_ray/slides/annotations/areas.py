@@ -86,7 +86,7 @@ def _polygons(geometry: BaseGeometry) -> Iterator[Polygon]:
 
 
 def _all_rings(geometry: BaseGeometry) -> Iterator[Ring]:
-    """Of areas of any kind, also of such that have no size."""
+    """Yield the rings of areas of any kind, also of such that have no size."""
     if isinstance(geometry, Polygon):
         yield from rings_of(geometry)
     for part in getattr(geometry, "geoms", ()):
@@ -94,7 +94,7 @@ def _all_rings(geometry: BaseGeometry) -> Iterator[Ring]:
 
 
 def _meets_itself_often(geometry: BaseGeometry) -> bool:
-    """Whether more than `MOST_CROSSINGS` pairs of edges meet that are no neighbors; looks no further than that."""
+    """Tell whether more than `MOST_CROSSINGS` pairs of edges meet that are no neighbors; looks no further than that."""
     rings = list(_all_rings(geometry))
     if not rings:
         return False

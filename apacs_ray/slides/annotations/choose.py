@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from apacs_ray.data.folders import BAD_NAME
+from apacs_ray.data.rejects import BAD_NAME
 from apacs_ray.errors import BadInput
 from apacs_ray.slides.annotations.names import JPEG, AnnotationKind, Fov
 from apacs_ray.slides.companions import suffix_of
@@ -27,7 +27,7 @@ class Candidate:
 
 @dataclass
 class Chosen:
-    """The files that are used (one, or FOVs), those that are refused and why, and pictures that others make needless."""
+    """The files that are used (one, or FOVs), those that are refused and why, and pictures that are previews only."""
 
     used: tuple[Candidate, ...] = ()
     refused: list[tuple[BadInput, tuple[Candidate, ...]]] = field(default_factory=list)
@@ -80,20 +80,20 @@ def choose_annotation(candidates: Sequence[Candidate]) -> Chosen:
 
 
 def _fovs(fovs: Sequence[Candidate], chosen: Chosen) -> list[Candidate]:
-    """One mask of each field of view: a picture yields to the mask of its place; of several masks none is taken."""
+    """Choose a mask of each field of view: a picture yields to the mask of its place; of several none is taken."""
     places: dict[tuple[int, int, bool], list[Candidate]] = defaultdict(list)
     for one in fovs:
         if one.fov:
             places[one.fov.x, one.fov.y, one.fov.from_bounds].append(one)
-    kept: list[Candidate] = []
+    chosen_masks: list[Candidate] = []
     for same in places.values():
         masks = [one for one in same if not one.doubtful] or same
         chosen.previews += [one for one in same if one not in masks]
         if len({one.where for one in masks}) < len(masks):
             chosen.refused.append(_duplicates(masks))
         else:
-            kept += masks
-    return kept
+            chosen_masks += masks
+    return chosen_masks
 
 
 def _duplicates(several: Sequence[Candidate]) -> tuple[BadInput, tuple[Candidate, ...]]:

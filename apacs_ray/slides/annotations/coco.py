@@ -73,7 +73,7 @@ def _image_called(images: list[dict[str, Any]], name: str) -> dict[str, Any]:
 
 
 def _bare(path: str) -> str:
-    """A file's name without folders and endings, as it is compared."""
+    """Return a file's name without folders and endings, as it is compared."""
     name = unicodedata.normalize("NFC", path.replace("\\", "/").rpartition("/")[2]).strip().casefold()
     while (shorter := ENDINGS.sub("", name)) != name and shorter:
         name = shorter
@@ -81,7 +81,7 @@ def _bare(path: str) -> str:
 
 
 def _size_of(image: dict[str, Any], annotations: list[tuple[int, Any]]) -> tuple[int, int] | None:
-    """(width, height) of the picture that was annotated, if the image or the first of its masks says so."""
+    """Return (width, height) of the picture that was annotated, if the image or the first of its masks says so."""
     masks = (annotation.get("segmentation") for _, annotation in annotations if isinstance(annotation, dict))
     sizes = (mask.get("size") for mask in masks if isinstance(mask, dict))
     said = [size[::-1] for size in itertools.islice(sizes, 1) if isinstance(size, list)]

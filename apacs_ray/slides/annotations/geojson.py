@@ -79,7 +79,7 @@ def _shapes(tree: Any) -> Iterator[Shape]:
 
 
 def _geometry(item: Any) -> Polygon | GeometryCollection | str:
-    """The polygons of a feature or geometry, or why there is none."""
+    """Return the polygons of a feature or geometry, or why there is none."""
     polygons: list[Polygon] = []
     others: list[str] = []
     pending: list[Any] = [item.get("geometry") if isinstance(item, dict) and "geometry" in item else item]
@@ -107,10 +107,16 @@ def _polygon(rings: Any) -> list[Polygon]:
 
 
 def _classes_of(properties: dict[str, Any]) -> tuple[tuple[str, ...], str | None]:
-    """The names of a feature's class, and why it is no cell by itself, if so.
+    """Return the names of a feature's class, and why it is no cell by itself, if so.
 
     QuPath's derived class "A: B" is an A and a B. A star, as in Ignore* and Region*, says that the object is not to be
     measured.
+
+    Args:
+        properties: of the feature.
+
+    Returns:
+        The names, the fullest first, and the reason.
     """
     for key in CLASS_KEYS:
         names = class_names(*_names(properties.get(key)))

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from apacs_ray.data.words import is_mask_folder, mask_stem
+from apacs_ray.storage import Entry
 
 AnnotationKind = Literal["geojson", "xml", "image", "fovs"]
 JPEG = ("jpg", "jpeg")  # of lossy pixels
@@ -95,12 +96,12 @@ def annotation_name(path: str) -> AnnotationName | None:
 
 def _masks(bases: Iterable[str]) -> Iterator[Reading]:
     for base in bases:
-        if (found := mask_stem(base)) is not None:
-            yield Reading(*found)
+        if (name_and_word := mask_stem(base)) is not None:
+            yield Reading(*name_and_word)
 
 
 def _fovs(base: str, around: str) -> Iterator[Reading]:
-    """A name that ends with a place, before or after the words that say that it is a mask."""
+    """Yield a name that ends with a place, before or after the words that say that it is a mask."""
     stem, word = mask_stem(base) or (base, "")
     tile, place = _TILE.fullmatch(stem.strip()), _FOV.fullmatch(stem)
     try:
@@ -121,8 +122,27 @@ def _fovs(base: str, around: str) -> Iterator[Reading]:
 
 def fov_of(path: str) -> Fov | None:
     """Return the field of view that the name of a mask gives; None when it gives none."""
-    found = annotation_name(path)
-    return next((reading.fov for reading in found.readings if reading.fov), None) if found else None
+    named = annotation_name(path)
+    return next((reading.fov for reading in named.readings if reading.fov), None) if named else None
+
+
+def fov_origin(entry: Entry, bounds: tuple[int, int] = (0, 0)) -> tuple[int, int]:
+    """Return the level-0 (x, y) that the name of an FOV's mask gives.
+
+    Args:
+        entry: the mask's file.
+        bounds: level-0 (x, y) of the slide's bounds, from which QuPath counts.
+
+    Returns:
+        Level-0 px.
+
+    Raises:
+        ValueError: the name gives no field of view.
+    """
+    fov = fov_of(entry.path)
+    if fov is None:
+        raise ValueError(entry.path)
+    return (fov.x + bounds[0], fov.y + bounds[1]) if fov.from_bounds else (fov.x, fov.y)
 
 
 class SlideNames:
@@ -145,19 +165,16 @@ class SlideNames:
                     self._levels[level + 3][_folded(name)].add(number)
 
     def meant(self, name: str) -> set[int]:
-        """Return the numbers of the slides of a name.
-
-        A name in full counts before one without suffix, and as written before in another case.
-        """
+        """Return the slides of a name: in full before those without suffix, as written before another case."""
         folded = _folded(name)
         for level, known in enumerate(self._levels):
-            found = known.get(name if level < 3 else folded)
-            if found:
-                return found
+            numbers = known.get(name if level < 3 else folded)
+            if numbers:
+                return numbers
         return set()
 
     def closest(self, path: str, slides: set[int]) -> set[int]:
-        """Return those of some slides that lie nearest to a file: in its folder, or in one whose last parts are the same."""
+        """Return those of some slides that lie nearest to a file: in its folder, or one with the same last parts."""
         if len(slides) < 2:
             return slides
         folders = tuple(path.split("/")[:-1])
@@ -170,15 +187,15 @@ class SlideNames:
 
 
 def _folded(name: str) -> str:
-    """A name without regard to case and stray spaces."""
+    """Return a name without regard to case and stray spaces."""
     return _AROUND.sub(r"\1", _SPACES.sub(" ", name).strip()).casefold()
 
 
 def _shared(one: Sequence[str], other: Sequence[str]) -> int:
-    """How many of the last folders two paths have in common, beside those of masks."""
+    """Return how many of the last folders two paths have in common, beside those of masks."""
     count = 0
-    kept = [[folder for folder in folders if not is_mask_folder(folder)] for folders in (one, other)]
-    for mine, yours in zip(reversed(kept[0]), reversed(kept[1]), strict=False):
+    plain = [[folder for folder in folders if not is_mask_folder(folder)] for folders in (one, other)]
+    for mine, yours in zip(reversed(plain[0]), reversed(plain[1]), strict=False):
         if mine != yours:
             break
         count += 1

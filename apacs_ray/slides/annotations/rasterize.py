@@ -29,7 +29,7 @@ class PolygonMask:
         self._tree = shapely.STRtree(annotations.areas)
 
     def tile(self, x: float, y: float, width: int, height: int, downsample: float) -> Mask:
-        """Return the (height, width) bool mask of the tile that begins at level-0 (x, y), of `downsample` level-0 px a px."""
+        """Return the (height, width) bool mask of the tile at level-0 (x, y), `downsample` level-0 px per tile px."""
         mask = np.zeros((height, width), bool)
         window = shapely.box(x, y, x + width * downsample, y + height * downsample)
         for number in self._tree.query(window):

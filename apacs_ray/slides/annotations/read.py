@@ -94,7 +94,7 @@ class Annotations:
 
 
 def _place(size: tuple[int, int], info: SlideInfo) -> tuple[float, float, float]:
-    """Where a picture of the slide begins, level-0 px, and level-0 px per px of it."""
+    """Return where a picture of the slide begins, level-0 px, and level-0 px per px of it."""
     bounds = info.bounds
     for x, y, width, height in ((0, 0, info.width, info.height), (bounds.x, bounds.y, bounds.width, bounds.height)):
         exact = max(width / size[0], height / size[1])
@@ -144,7 +144,7 @@ def _drawing(text: str, name: str) -> Drawing:
     return read_coco(tree, name) if is_coco(tree) else read_geojson(tree)
 
 
-class _Found:
+class _Collected:
     """What is gathered while the shapes of a file are checked."""
 
     def __init__(self) -> None:
@@ -174,7 +174,7 @@ class _Found:
             self._defects.append(Defect(number, reason))
 
     def cut(self) -> list[Polygon]:
-        """The areas without the negative regions of their layers."""
+        """Return the areas without the negative regions of their layers."""
         left: list[Polygon] = []
         for layer, drawn in self.areas.items():
             areas = [area for _, area in drawn]
@@ -198,26 +198,26 @@ class _Found:
 
 
 def _checked(drawing: Drawing, classes: Sequence[str]) -> Annotations:
-    wanted, there = {name.strip() for name in classes}, Counter[str]()
-    found, total, kept = _Found(), 0, 0
+    wanted, class_counts = {name.strip() for name in classes}, Counter[str]()
+    collected, total, wanted_count = _Collected(), 0, 0
     for shape in drawing.shapes:
         total += 1
-        there.update(shape.classes or ("no class",))
+        class_counts.update(shape.classes or ("no class",))
         if wanted and wanted.isdisjoint(shape.classes):
             continue
-        kept += 1
-        found.take(replace(shape, geometry=shape.left_out) if shape.left_out and not wanted else shape)
-    if total and not kept:
+        wanted_count += 1
+        collected.take(replace(shape, geometry=shape.left_out) if shape.left_out and not wanted else shape)
+    if total and not wanted_count:
         raise BadInput(
             "bad_annotation",
             f"none of its {total} annotations is of class {' or '.join(sorted(wanted))} (data.mask_classes); it has "
-            f"{counted(there.items())}",
+            f"{counted(class_counts.items())}",
         )
-    areas = found.cut()
+    areas = collected.cut()
     if total and not areas:
         raise BadInput(
             "bad_annotation",
-            f"{drawing.file_format} of which no annotation can be drawn: {counted(found.reasons.items(), 3)}",
+            f"{drawing.file_format} of which no annotation can be drawn: {counted(collected.reasons.items(), 3)}",
         )
     if areas:
         left, top, right, bottom = shapely.total_bounds(areas)
@@ -226,4 +226,4 @@ def _checked(drawing: Drawing, classes: Sequence[str]) -> Annotations:
                 "bad_annotation",
                 "all areas lie within one pixel: coordinates must be in px, not in shares of the slide",
             )
-    return Annotations(tuple(areas), found.defects(), found.repaired, drawing.origin, drawing.size)
+    return Annotations(tuple(areas), collected.defects(), collected.repaired, drawing.origin, drawing.size)

@@ -83,7 +83,7 @@ def outlines(counts: list[int], height: int) -> list[Polygon]:
 
 
 def _rectangles(starts: Numbers, ends: Numbers, height: int) -> tuple[Numbers, Numbers, Numbers, Numbers]:
-    """(left, top, right, bottom) of rectangles without overlap: of each run, its first and last column and the rest."""
+    """Return (left, top, right, bottom) of rectangles without overlap: each run's first column, last and rest."""
     first, top = np.divmod(starts, height)
     last, bottom = np.divmod(ends, height)  # the first pixel after it
     one = first == last
@@ -103,10 +103,13 @@ def _rectangles(starts: Numbers, ends: Numbers, height: int) -> tuple[Numbers, N
 
 
 def _rings(left: Numbers, top: Numbers, right: Numbers, bottom: Numbers) -> Iterator[tuple[Numbers, bool]]:
-    """Closed rings around the union of rectangles that do not overlap, each with whether it is a hole.
+    """Yield closed rings around the union of rectangles that do not overlap, each with whether it is a hole.
 
     Where an odd number of rectangles has a corner, the outline turns. Where two have it that lie across from each
     other, two turns meet. Turns in the order of their columns are joined by twos, and in the order of their rows.
+
+    Yields:
+        (N, 2) int64 px, and whether it is a hole.
     """
     x = np.concatenate([left, right, right, left])
     y = np.concatenate([top, top, bottom, bottom])
@@ -127,7 +130,7 @@ def _rings(left: Numbers, top: Numbers, right: Numbers, bottom: Numbers) -> Iter
 
 
 def _partners(order: Numbers) -> list[int]:
-    """Each turn's other end, where neighbors in `order` are joined by twos."""
+    """Return each turn's other end, where neighbors in `order` are joined by twos."""
     partner = np.empty_like(order)
     partner[order[::2]], partner[order[1::2]] = order[1::2], order[::2]
     joined: list[int] = partner.tolist()
@@ -137,9 +140,12 @@ def _partners(order: Numbers) -> list[int]:
 def _walks(
     places: Numbers, upright: list[int], level: list[int], meeting: npt.NDArray[np.bool_], outer: npt.NDArray[np.bool_]
 ) -> Iterator[tuple[Numbers, bool]]:
-    """Along the joints, from the leftmost turn of each way downwards; a way that comes through a place twice is two.
+    """Walk along the joints, from the leftmost turn of each way downwards; a way through a place twice is two.
 
     `places` are in the order of their columns. A way begins at an `outer` corner of the foreground, or at a hole's.
+
+    Yields:
+        (N, 2) int64 px, and whether it is a hole.
     """
     done = [False] * len(places)
     meets, keys = meeting.tolist(), [tuple(place) for place in places.tolist()]
@@ -163,7 +169,7 @@ def _walks(
 
 
 def _ring(open_ring: Numbers, of_hole: bool) -> tuple[Numbers, bool]:
-    """The ring closed, and whether it is a hole: one that runs against its way, or with the way of a hole."""
+    """Close a ring, and tell whether it is a hole: one that runs against its way, or with the way of a hole."""
     ring = np.concatenate([open_ring, open_ring[:1]])
     x, y = ring[:, 0] - ring[0, 0], ring[:, 1] - ring[0, 1]
     against = int((x[:-1] * y[1:] - x[1:] * y[:-1]).sum()) > 0
@@ -171,7 +177,7 @@ def _ring(open_ring: Numbers, of_hole: bool) -> tuple[Numbers, bool]:
 
 
 def _with_holes(shells: list[Numbers], holes: list[Numbers]) -> list[Polygon]:
-    """Each hole in the smallest shell around it."""
+    """Put each hole in the smallest shell around it."""
     polygons = [Polygon(shell) for shell in shells]
     if not holes:
         return polygons

@@ -106,8 +106,8 @@ def shortened(text: object, length: int = 60) -> str:
 def counted(counts: Iterable[tuple[str, int]], most: int = 8) -> str:
     """Return `name (count)` of the most frequent names, for a sentence."""
     ordered = sorted(counts, key=lambda entry: (-entry[1], entry[0]))
-    told = ", ".join(f"{shortened(name, 100)} ({count})" for name, count in ordered[:most])
-    return told + (f" and {len(ordered) - most} more" if len(ordered) > most else "")
+    named = ", ".join(f"{shortened(name, 100)} ({count})" for name, count in ordered[:most])
+    return named + (f" and {len(ordered) - most} more" if len(ordered) > most else "")
 
 
 def ellipse(left: float, top: float, right: float, bottom: float) -> Polygon:

@@ -64,7 +64,7 @@ class _Stream(Protocol):
 
 
 def _bounded(stream: _Stream) -> bytes:
-    """All that a packed stream holds, if that is not too much."""
+    """Return all that a packed stream holds, if that is not too much."""
     parts, size = [], 0
     while chunk := stream.read(CHUNK):
         parts.append(chunk)
@@ -95,7 +95,7 @@ def _only_member(content: bytes) -> bytes:
 
 
 def _may_annotate(path: str) -> bool:
-    """Whether a member of a zip file is meant: none that an operating system adds, or hides."""
+    """Tell whether a member of a zip file is meant: none that an operating system adds, or hides."""
     parts = path.replace("\\", "/").split("/")
     return bool(MEMBER.search(parts[-1])) and not any(part == "__MACOSX" or part.startswith(".") for part in parts)
 
@@ -119,8 +119,8 @@ def decoded(content: bytes) -> str:
 
 
 def _encoding_of(content: bytes) -> str:
-    for mark, encoding in BOMS:
-        if content.startswith(mark):
+    for bom, encoding in BOMS:
+        if content.startswith(bom):
             return encoding
     zeros = [not byte for byte in content[:2]]
     if zeros == [False, True] or zeros == [True, False]:

@@ -87,7 +87,7 @@ def _asap_polygon(annotation: Element) -> Polygon | str:
 
 
 def _number(point: Element, name: str) -> float:
-    """A coordinate; a comma is the decimal point of some countries, nobody writes one for the thousands."""
+    """Return a coordinate; a comma is the decimal point of some countries, nobody writes one for the thousands."""
     return float(point.attrib[name].replace(",", "."))
 
 
@@ -108,7 +108,7 @@ def _imagescope_shapes(drawn: list[Element]) -> Iterator[Shape]:
 
 
 def _attributes(element: Element) -> Iterator[str | None]:
-    """What people write into the attributes of a layer or region."""
+    """Yield what people write into the attributes of a layer or region."""
     for attribute in element.iterfind("Attributes/Attribute"):
         name = attribute.get("Name", "")
         yield attribute.get("Value")

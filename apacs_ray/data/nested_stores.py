@@ -1,4 +1,4 @@
-"""Files have one role: what lies in two stores is listed in one of them."""
+"""Stores that lie within one another, as `data.masks` within `--data`: each file is listed in one of them."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Sequence
 from apacs_ray.storage import Entry, LocalStore, S3Store, Store
 
 
-def same_place(one: Store, other: Store) -> bool:
-    """Whether two stores are the same folder, however they are written."""
+def same_folder(one: Store, other: Store) -> bool:
+    """Tell whether two stores are the same folder, however they are written."""
     return _place(one) == _place(other)
 
 
 def is_inside(inner: Store, outer: Store) -> bool:
-    """Whether a store lies below another."""
+    """Tell whether a store lies below another."""
     (kind, place), (other, above) = _place(inner), _place(outer)
     return kind == other and place != above and _within(place, above)
 
 
-def apart(store: Store, entries: Sequence[Entry], other: Store) -> list[Entry]:
-    """The entries of `store` that do not lie in `other` as well; links of folders are followed."""
+def entries_outside(store: Store, entries: Sequence[Entry], other: Store) -> list[Entry]:
+    """Return the entries of `store` that do not lie in `other` as well; links of folders are followed."""
     kind, above = _place(other)
     folders = {entry.path.rpartition("/")[0] for entry in entries}
     places = {folder: _place(store.child(folder) if folder else store) for folder in folders}
@@ -33,7 +33,7 @@ def _within(place: str, above: str) -> bool:
 
 
 def _place(store: Store) -> tuple[str, str]:
-    """A bucket, or '' for this machine, and the folder there."""
+    """Return a bucket, or '' for this machine, and the folder there."""
     if isinstance(store, LocalStore):
         return "", os.path.realpath(store.root)
     assert isinstance(store, S3Store)

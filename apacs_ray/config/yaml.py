@@ -1,0 +1,76 @@
+"""YAML files of settings and sweeps: where they are looked up, and how they are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from apacs_ray.errors import UsageError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LARGEST_YAML = 1 << 20  # bytes
+
+
+class MissingConfig(UsageError):
+    """A YAML file that is nowhere."""
+
+
+def find_config(name: str) -> Path:
+    """Return the path of a YAML file: `name` in the working directory, else in the repository root.
+
+    Raises:
+        MissingConfig: It is in neither.
+    """
+    for candidate in (Path(name), REPOSITORY / name):
+        if candidate.is_file():
+            return candidate
+    raise MissingConfig(f"{name}: no such file here or in {REPOSITORY}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file.
+
+    Raises:
+        UsageError: The file cannot be read, is too large, or holds no mapping of plain values; in one line with the
+            file's name and the line in it.
+    """
+    try:
+        if path.stat().st_size > LARGEST_YAML:
+            raise UsageError(f"{path}: {path.stat().st_size} bytes; settings have at most {LARGEST_YAML}")
+        content = parse_yaml(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: expected 'key: value' lines, found a {type(content).__name__}")
+    return content
+
+
+def parse_yaml(text: str) -> Any:
+    """Return the plain values in `text`, which has no aliases: a few lines of them may stand for gigabytes.
+
+    Raises:
+        yaml.YAMLError: `text` is not YAML, has an alias or another type of value, or gives a key twice.
+    """
+    for token in yaml.scan(text, Loader=yaml.SafeLoader):
+        if isinstance(token, yaml.AliasToken):
+            raise yaml.YAMLError(f"line {token.start_mark.line + 1}: an alias (*{token.value}); write its value out")
+    return yaml.load(text, Loader=_Loader)  # a SafeLoader
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which by itself lets the last of equal keys win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in keys:
+                    raise yaml.YAMLError(f"line {key.start_mark.line + 1}: {key.value} is given twice")
+                keys.add(key.value)
+        return super().construct_mapping(node, deep)

@@ -1,0 +1,30 @@
+"""The row that a refused input gets in `rejects/`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from apacs_ray.errors import BadInput
+from apacs_ray.redact import as_text
+
+BAD_NAME = "its path has empty parts, '..' or characters that are no UTF-8; rename it"
+STAGE = "ingest"  # that refuses inputs
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A row of rejects/: one unit with a permanent defect. `code` is a stable word, `reason` a sentence."""
+
+    uri: str
+    slide_id: str | None
+    x: int | None
+    y: int | None
+    stage: str
+    code: str
+    reason: str
+
+    @classmethod
+    def of(cls, defect: BadInput, uri: str, slide_id: str | None, x: int | None = None, y: int | None = None) -> Reject:
+        """Return the row for a defect that ingest met."""
+        slide_id = None if slide_id is None else as_text(slide_id)
+        return cls(as_text(uri), slide_id, x, y, STAGE, defect.code, as_text(defect.reason))

@@ -1,0 +1,226 @@
+"""The documents say what the code does: columns and keys of `docs/outputs.md`; paths and settings that they name."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from apacs_ray.data.tiles import TILE_SCHEMA
+
+import apacs_ray
+from apacs_ray.config.settings import Settings
+from apacs_ray.data.folders import Reject
+from apacs_ray.data.shards import RECEIPT, Receipt
+from apacs_ray.distributed.data import REJECT_SCHEMA
+from apacs_ray.distributed.heatmaps import HEATMAP_SCHEMA
+from apacs_ray.evaluation.metrics import compare, summarize
+from apacs_ray.evaluation.per_tile import per_tile_schema, tile_row
+from apacs_ray.evaluation.predictions import MODEL_KEYS
+from apacs_ray.models.spec import ModelSpec
+from apacs_ray.runs.lease import Holder, Lease
+from apacs_ray.runs.markers import Counts, Marker
+from apacs_ray.runs.run import Run
+from apacs_ray.slides.find import SlideFiles
+from apacs_ray.slides.manifest import FOOTER, MANIFEST_SCHEMA, SlideSummary
+from apacs_ray.stages.evaluate import EvaluateResult
+from apacs_ray.stages.heatmaps import HeatmapsResult
+from apacs_ray.stages.ingest_result import IngestResult
+from apacs_ray.stages.train_networks import TrainedNetwork, TrainingResult
+from apacs_ray.stages.tune_fusion import SweepResult, trials_csv
+from apacs_ray.storage import LocalStore
+from apacs_ray.training.history import history_csv
+
+ROOT = Path(__file__).resolve().parent.parent
+OUTPUTS = (ROOT / "docs/outputs.md").read_text()
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("cluster/*.md"), *ROOT.glob("benchmarks/*.md")]
+)
+
+
+def section(heading: str) -> str:
+    """What stands below a heading of docs/outputs.md, up to the next one."""
+    _, found, rest = OUTPUTS.partition(f"\n{heading}\n")
+    assert found, f"docs/outputs.md has no {heading!r}"
+    return re.split(r"\n#+ ", rest)[0]
+
+
+def tables(heading: str) -> list[list[list[str]]]:
+    """The tables of a section: rows of cells, without their heads."""
+    blocks = re.findall(r"(?:^\|.*\n?)+", section(heading), re.M)
+    return [
+        [[cell.strip(" `") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in block.splitlines()[2:]]
+        for block in blocks
+    ]
+
+
+def names(heading: str, number: int = 0) -> list[str]:
+    return [row[0] for row in tables(heading)[number]]
+
+
+def fields(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+SHARD = "split=SPLIT/FINGERPRINT-NUMBER.parquet"
+
+
+@pytest.mark.parametrize(
+    ("heading", "schema"),
+    [
+        (f"## tiles/{SHARD}", TILE_SCHEMA),
+        (f"## heatmaps/{SHARD}", HEATMAP_SCHEMA),
+        ("## manifest/FINGERPRINT/NUMBER.parquet", MANIFEST_SCHEMA),
+        ("## rejects/ingest-FINGERPRINT.parquet", REJECT_SCHEMA),
+        ("## evaluation/per_tile.parquet", per_tile_schema(["MODEL"])),
+    ],
+)
+def test_columns_are_those_of_the_schema(heading: str, schema: pa.Schema) -> None:
+    assert [(name, kind) for name, kind, _ in tables(heading)[0]] == [(field.name, str(field.type)) for field in schema]
+
+
+def test_what_may_be_null_in_a_tile_is_said() -> None:
+    said = {name for name, _, meaning in tables(f"## tiles/{SHARD}")[0] if "null" in meaning}
+    assert said == {field.name for field in TILE_SCHEMA if field.nullable}
+
+
+@pytest.mark.parametrize(
+    ("heading", "number", "expected"),
+    [
+        ("## run.lock", 0, fields(Holder)),
+        ("## _committed.json", 0, fields(Marker)),
+        ("### Result of ingest", 0, [name for name in fields(IngestResult) if name != "counts"]),
+        ("### Result of train_members and train_fusion", 0, fields(TrainedNetwork)),
+        (
+            "### Result of the other stages",
+            0,
+            [
+                name
+                for kind in (HeatmapsResult, SweepResult, EvaluateResult)
+                for name in fields(kind)
+                if name != "counts"
+            ],
+        ),
+        ("## manifest/FINGERPRINT/NUMBER.parquet", 1, fields(SlideSummary)),
+        ("## members/NAME/model.json", 0, fields(ModelSpec)),
+        ("## members/NAME/history.csv", 0, history_csv(()).strip().split(",")),
+        ("## tune/trials.csv", 0, trials_csv([]).strip().split(",")),
+    ],
+)
+def test_keys_are_those_of_the_code(heading: str, number: int, expected: list[str]) -> None:
+    assert sorted(names(heading, number)) == sorted(expected)
+
+
+def test_keys_within_a_cell_are_those_of_the_code() -> None:
+    committed = section("## _committed.json")
+    for name in fields(Counts):
+        assert f"`{name}`" in committed
+    assert fields(TrainingResult) == ["counts", "networks"]
+    manifest = section("## manifest/FINGERPRINT/NUMBER.parquet")
+    for name in fields(SlideFiles):
+        assert f"`{name}`" in manifest
+    receipt = section(f"## tiles/{SHARD}")
+    for name in fields(Receipt):
+        assert name == "reused" or f"`{name}`" in receipt  # of this process, not stored
+    assert RECEIPT.decode() in receipt
+    assert FOOTER.decode() in manifest
+    assert fields(Reject) == REJECT_SCHEMA.names
+
+
+def test_run_json(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    run = Run(store, Settings(), None, Lease.acquire(store))
+    try:
+        run.write_record()
+    finally:
+        run.close()
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert names("## run.json") == list(record)
+
+
+def test_metrics_and_comparison() -> None:
+    mask = np.zeros((40, 40), bool)
+    mask[5:20, 5:20] = True
+    place = {"tile_id": "a", "slide_id": "s", "x": 0, "y": 0, "width": 40, "height": 40}
+    once = {"once_left": 0, "once_top": 0, "once_right": 40, "once_bottom": 40}
+    models = ["fcn32", "fusion"]
+    rows = [tile_row({**place, **once}, dict.fromkeys(models, mask), mask, border=0, disputed=["fcn32"])]
+    table = pa.Table.from_pylist(rows, per_tile_schema(models))
+    metrics = summarize(table, models, 0)["fusion"]
+    assert names("## evaluation/metrics.json") == list(metrics)
+    ((_, _, per_slide),) = [row for row in tables("## evaluation/metrics.json")[0] if row[0] == "per_slide"]
+    assert set(re.findall(r"`(.*)", per_slide)[0].split()) == set(metrics["per_slide"]["s"])
+    assert names("## evaluation/comparison.json") == list(compare(table, models, "fusion", 0)["fcn32"])
+    assert set(re.findall(r"`(\w+)`", section("## evaluation/metrics.json").split("\n|")[0])) >= set(MODEL_KEYS)
+
+
+def test_every_code_of_a_reject_is_explained() -> None:
+    codes = {"truncated"}  # which `data.images.code_of` chooses
+    for path in (ROOT / "apacs_ray").rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if (
+                isinstance(call, ast.Call)
+                and isinstance(call.func, ast.Name)
+                and call.func.id == "BadInput"
+                and call.args
+            ):
+                codes |= {call.args[0].value} if isinstance(call.args[0], ast.Constant) else set()
+    assert names("## rejects/ingest-FINGERPRINT.parquet", 1) == sorted(codes)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_paths_that_a_document_names_exist(document: Path) -> None:
+    text = document.read_text()
+    if document.name == "CHANGELOG.md":
+        text = text.partition("## [Unreleased]")[2].partition("\n## [")[0]  # what an old version had may be gone
+    folders = "apacs_ray|pipelines|benchmarks|cluster|configs|tune_configs|tests|docs"
+    mentioned = set(re.findall(rf"(?<![\w/.-])((?:{folders})/[\w./-]*\w/?)", text))
+    missing = [name for name in mentioned if "X.py" not in name and "NAME" not in name and not (ROOT / name).exists()]
+    linked = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
+    missing += [name for name in linked if not (document.parent / name).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_settings_that_a_document_names_exist(document: Path) -> None:
+    tree = {section: set(type(values).model_fields) for section, values in Settings()}
+    for section_name, key in re.findall(
+        rf"(?<![\w./-])(?:--)?({'|'.join(tree)})\.([a-z]\w*)(?![\w(/])", document.read_text()
+    ):
+        assert key in tree[section_name] or key in ("py", "md", "json", "yaml", "parquet", "csv", "lock"), (
+            f"{section_name}.{key}"
+        )
+
+
+def test_the_readme_tree_is_the_repository() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert readme.count("\n") < 150
+    tree = readme.partition("## What is where")[2]
+    packages = set(re.findall(r"^ {6}(\w+)/ ", tree, re.M))
+    assert packages == {path.parent.name for path in (ROOT / "apacs_ray").glob("*/__init__.py")}
+
+
+def test_the_public_api_is_there_and_needs_no_torch() -> None:
+    for name in apacs_ray.__all__:
+        assert getattr(apacs_ray, name) is not None
+        assert name in dir(apacs_ray)
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        _ = apacs_ray.nothing_like_it
+    code = "import sys, apacs_ray; apacs_ray.Settings; print({'torch', 'ray'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_the_console_command_and_the_types_are_part_of_the_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    module, _, function = project["project"]["scripts"]["apacs-ray"].partition(":")
+    assert callable(getattr(__import__(module, fromlist=[function]), function))
+    assert "py.typed" in project["tool"]["setuptools"]["package-data"]["apacs_ray"]
+    assert (ROOT / "apacs_ray/py.typed").is_file()
