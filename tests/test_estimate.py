@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.runs import SMALL, run
 
 from apacs_ray.commands.estimate import _count
 from apacs_ray.config.settings import DataSettings, TilesSettings
@@ -18,7 +19,7 @@ from apacs_ray.estimate.lines import Seconds, Tiles, pool, sweep, sweep_epochs, 
 from apacs_ray.estimate.networks import ASSUMED_GPU, Inference, SampleTile, Training, assume, flops, measure
 from apacs_ray.models.spec import ModelSpec
 from apacs_ray.storage import Entry, LocalStore
-from apacs_ray.testing.runs import SMALL, read_json, run
+from apacs_ray.testing.runs import read_json
 from apacs_ray.training.config import TrainConfig
 
 TILES = Tiles(train=100, val=20, test=40, size=1e6)

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from support.runs import run
 from support.slide_files import picture, write_tiff
 
 from apacs_ray.config.settings import DataSettings, Settings
@@ -22,7 +23,7 @@ from apacs_ray.data.ignored import Ignored
 from apacs_ray.errors import UsageError
 from apacs_ray.stages.source import Source, say_found
 from apacs_ray.storage import LocalStore, Store, open_store
-from apacs_ray.testing.runs import ROOT, run
+from apacs_ray.testing.runs import ROOT
 
 
 def touch(folder: Path, *paths: str) -> None:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
+from support.runs import SMALL, run, start
 from support.slide_files import write_slide, write_tiff
 from test_annotations import collection, polygon
 
@@ -23,7 +24,7 @@ from apacs_ray.slides.open import open_slide
 from apacs_ray.slides.reader import read_box
 from apacs_ray.storage import open_store
 from apacs_ray.synthetic.slide import render, slide_specs
-from apacs_ray.testing.runs import SLOWLY, SMALL, kill_when, read_json, run, start
+from apacs_ray.testing.runs import SLOWLY, kill_when, read_json
 from apacs_ray.training.dataset import decode_pixels
 
 COUNTS = ("tp", "fp", "tn", "fn")
