@@ -57,7 +57,7 @@ class Smear:
         return Smear(width, height, mpp, tuple((int(x), int(y)) for x, y in places))
 
     def light_of_cell(self, number: int, um: float, fine: int) -> tuple[npt.NDArray[np.float32], int]:
-        """Draw a cell: (S, S, 3) light 0..1 that it transmits, at `um` um per px, supersampled `fine` times; its reach, px."""
+        """Draw a cell: (S, S, 3) light 0..1 through it, at `um` um per px, supersampled `fine` times; its reach, px."""
         rng = np.random.default_rng(number)
         radius = cell_radius(KINDS[number % 3], rng)
         reach = int(np.ceil((REACH * radius + SOFT_UM) / um))
