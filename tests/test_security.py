@@ -650,7 +650,7 @@ def test_a_comb_of_an_annotation_is_drawn_in_parts(monkeypatch: pytest.MonkeyPat
     ring = np.array([*teeth, [100.0, -9.0], [-1.0, -9.0], teeth[0]])
     whole, in_parts = np.zeros((2, 64, 64), bool)
     fill(whole, [ring], 5.2, 3.1, 1.0)
-    monkeypatch.setattr(polygons, "AT_ONCE", 100)
+    monkeypatch.setattr(polygons, "CROSSINGS_AT_ONCE", 100)
     fill(in_parts, [ring], 5.2, 3.1, 1.0)
     assert 0 < whole.sum() < whole.size
     assert np.array_equal(whole, in_parts)
