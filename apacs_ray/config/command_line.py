@@ -51,6 +51,9 @@ def parse(argv: Sequence[str], program: str, summary: str, sections: Collection[
         summary: What it does, for `--help`.
         sections: Those that its own stages read; `--help` shows what is common in them.
 
+    Returns:
+        The command, its settings merged from all layers and validated.
+
     Raises:
         UsageError: An option or a file of settings is not possible; in one line that names it.
     """
@@ -94,6 +97,9 @@ def merge_settings(layers: Sequence[tuple[str, dict[str, Any]]]) -> Settings:
 
     Args:
         layers: (source, tree), the source as an error names it.
+
+    Returns:
+        The settings, validated.
 
     Raises:
         UsageError: A key or a value is not possible; names the key and the source it is in.

@@ -1,4 +1,4 @@
-"""The settings of a run: one typed, validated tree, which the command line and YAML fill (`config.command_line`).
+"""The settings of a run: one typed, validated tree with all defaults, filled by YAML and the command line.
 
 Nothing here imports torch or Ray, so `--help` answers at once.
 """
@@ -149,15 +149,15 @@ class TrainingSettings(Section):
     batch_size: Common[int] = Field(4, ge=1, description="tiles a step, over all workers")
     accumulate: int = Field(1, ge=1, description="forward passes that share one step (less memory)")
     learning_rate: Common[float] = Field(1e-4, gt=0, description="peak learning rate")
-    weight_decay: float = Field(0.0, ge=0, description="of the optimizer")
-    optimizer: Literal["adam", "adamw"] = Field("adamw", description="optimizer")
-    schedule: Literal["constant", "cosine"] = Field("cosine", description="learning rate over the run")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay of the optimizer")
+    optimizer: Literal["adam", "adamw"] = Field("adamw", description="optimizer of the weights")
+    schedule: Literal["constant", "cosine"] = Field("cosine", description="of the learning rate after its peak")
     warmup_epochs: float = Field(0.0, ge=0, description="epochs of linear warm-up")
     dice_weight: float = Field(0.5, ge=0, description="weight of the per-image soft Dice term beside BCE")
     crop: Common[int] = Field(1024, ge=0, description="px, side of the random training crop; 0: whole tiles")
-    flips: bool = Field(True, description="random flips of image and mask together")
-    turns: bool = Field(True, description="random turns by 90 degrees of image and mask together")
-    jitter: float = Field(0.1, ge=0, le=1, description="strength of the stain jitter; 0: none")
+    flips: bool = Field(True, description="augmentation: random flips of image and mask, both together")
+    turns: bool = Field(True, description="augmentation: random turns by 90 degrees, both together")
+    jitter: float = Field(0.1, ge=0, le=1, description="strength of the stain augmentation; 0: none")
     dropout: float = Field(0.5, ge=0, lt=1, description="Dropout2d probability")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 autocast where the device computes it fast, else float32"
@@ -188,7 +188,7 @@ class MembersSettings(TrainingSettings):
     )
     init: Common[Literal["random", "imagenet", "published"]] = Field(
         "random",
-        description="start of the weights: random, imagenet (AlexNet, VGG-16 of torchvision) or published (released)",
+        description="initial weights: random, imagenet (AlexNet, VGG-16 of torchvision) or published (released)",
     )
     checkpoint: str | None = Field(
         None,
@@ -218,9 +218,9 @@ class FusionSettings(TrainingSettings):
     members: tuple[MemberName, ...] = Field(
         ("fcn32", "fcn16", "fcn8"), description="members whose heatmaps it reads (two or all three)"
     )
-    heatmap_init: HeatmapInit = Field("random", description="start of the heatmap channels in the first layer")
+    heatmap_init: HeatmapInit = Field("random", description="initial weights of the first layer for heatmaps")
     trunk: Literal["random", "fcn32"] = Field(
-        "random", description="start of the trunk: random, or that of the trained FCN-32 (of the same width)"
+        "random", description="initial weights of the trunk: random, or those of the trained FCN-32 (of the same width)"
     )
     from_best: Common[Annotated[bool, NOT_IN_FINGERPRINT]] = Field(
         True, description="train with the best setting of the sweep"
@@ -261,7 +261,7 @@ class EvaluateSettings(Section):
     border: Common[int] = Field(
         0, ge=0, description="px left out at a tile's edge, where the data set leaves cut cells unannotated"
     )
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="of the networks")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="of the networks' forward pass")
     threads: int = Field(
         1, ge=1, description="torch threads a worker; fixed, so that counts do not depend on the machine"
     )

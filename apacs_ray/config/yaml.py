@@ -18,7 +18,13 @@ class MissingConfig(UsageError):
 
 
 def find_config(name: str) -> Path:
-    """Return the path of a YAML file: `name` in the working directory, else in the repository root.
+    """Find a YAML file.
+
+    Args:
+        name: Its path from the working directory, or else from the root of the repository.
+
+    Returns:
+        The path of the file that is there.
 
     Raises:
         MissingConfig: It is in neither.
@@ -30,7 +36,10 @@ def find_config(name: str) -> Path:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file.
+    """Read the mapping in a YAML file.
+
+    Returns:
+        Its keys and plain values; nothing for an empty file.
 
     Raises:
         UsageError: The file cannot be read, is too large, or holds no mapping of plain values; in one line with the
@@ -52,7 +61,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str) -> Any:
-    """Return the plain values in `text`, which has no aliases: a few lines of them may stand for gigabytes.
+    """Read YAML of plain values, without aliases: a few lines of them may stand for gigabytes.
+
+    Returns:
+        Dicts, lists, strings, numbers, booleans, dates and None.
 
     Raises:
         yaml.YAMLError: `text` is not YAML, has an alias or another type of value, or gives a key twice.

@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from apacs_ray.config.settings import DataSettings
 from apacs_ray.data.grid import Box
 from apacs_ray.data.mask_file import MaskFile, require_fits
 from apacs_ray.data.masks import CellRule, find_rule
@@ -24,7 +25,7 @@ from apacs_ray.slides.annotations.shapes import LARGEST_FILE
 from apacs_ray.slides.reader import SlideInfo
 
 Mask = npt.NDArray[np.bool_]
-MAX_PIXELS = 400_000_000
+MAX_PIXELS: int = DataSettings.model_fields["max_pixels"].default
 NO_MASK = "no_mask"  # of a picture beside a slide that is none of its masks: nothing is wrong with it
 PICTURE_CODES = {NO_MASK, "grey_mask", "size_mismatch", "unsupported_mode", "multiple_frames"}  # of a doubtful image
 SLACK = 2  # px that a mask image may lack or have over after its size was rounded
