@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.runs import SMALL, run
 
 from apacs_ray.commands.estimate import _count
 from apacs_ray.config.settings import DataSettings, TilesSettings
@@ -18,7 +19,7 @@ from apacs_ray.estimate.lines import Seconds, Tiles, pool, sweep, sweep_epochs, 
 from apacs_ray.estimate.networks import ASSUMED_GPU, Inference, SampleTile, Training, assume, flops, measure
 from apacs_ray.models.spec import ModelSpec
 from apacs_ray.storage import Entry, LocalStore
-from apacs_ray.testing.runs import SMALL, read_json, run
+from apacs_ray.testing.runs import read_json
 from apacs_ray.training.config import TrainConfig
 
 TILES = Tiles(train=100, val=20, test=40, size=1e6)
@@ -156,7 +157,7 @@ def test_an_estimate_of_a_run(undisturbed: Path, cells: Path, tmp_path: Path) ->
     done = run(*options, "--estimate")
     assert done.status == 0, done.summary
     shown = {line.split()[1]: line.split() for line in done.text.splitlines() if line.startswith("│")}
-    facts = read_json(undisturbed / "run.json")["facts"]["tiles"]
+    facts = read_json(undisturbed / "run.json")["stages"]["ingest"]["result"]["tiles"]
     seen = {name: int(shown[name][3]) for name in ("ingest", "train_members", "heatmaps", "evaluate")}
     assert seen == {
         "ingest": sum(facts.values()),

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file
+from support.runs import SMALL, SWEPT, run, start
 
 from apacs_ray.storage import open_store
 from apacs_ray.synthetic.slide import slide_specs
 from apacs_ray.synthetic.write import write_smear
 from apacs_ray.testing.cluster import Node, RayCluster, kill_node, listening, processes
-from apacs_ray.testing.runs import SLOWLY, SMALL, SWEPT, kill_when, read_json, read_trials, run, start, wait_for
+from apacs_ray.testing.runs import SLOWLY, kill_when, read_json, read_trials, wait_for
 from apacs_ray.training.history import read_history
 
 MEMBERS = ("fcn32", "fcn16", "fcn8")

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.runs import SMALL
 
 from apacs_ray.testing.cluster import DEFAULT_PORT, RayCluster, processes
 from apacs_ray.testing.jobs import Job
-from apacs_ray.testing.runs import SLOWLY, SMALL, read_json
+from apacs_ray.testing.runs import SLOWLY, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -20,7 +20,7 @@ from apacs_ray.models.fusion import RefinedFusion, build_fusion, mean_logit, sta
 from apacs_ray.models.spec import MEMBERS, ModelSpec
 from apacs_ray.models.weights import build, from_published, load_model, weights_bytes
 
-GOLDEN = json.loads((Path(__file__).parent / "golden_logits.json").read_text())
+GOLDEN = json.loads((Path(__file__).parent / "support/golden_logits.json").read_text())
 WHOLE = Path(__file__).resolve().parents[2] / "shared/reference/published-outputs-176.npz"
 TINY = 0.02  # width at which every layer has 8 channels or a few more
 

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
+from support.runs import SMALL, run, start
 from support.slide_files import write_slide, write_tiff
 from test_annotations import collection, polygon
 
@@ -23,7 +24,7 @@ from apacs_ray.slides.open import open_slide
 from apacs_ray.slides.reader import read_box
 from apacs_ray.storage import open_store
 from apacs_ray.synthetic.slide import render, slide_specs
-from apacs_ray.testing.runs import SLOWLY, SMALL, kill_when, read_json, run, start
+from apacs_ray.testing.runs import SLOWLY, kill_when, read_json
 from apacs_ray.training.dataset import decode_pixels
 
 COUNTS = ("tp", "fp", "tn", "fn")
@@ -36,7 +37,7 @@ def test_what_a_run_leaves(undisturbed: Path) -> None:
     )
     for stage in record["stages"].values():
         assert stage["rows_in"] == stage["rows_out"] + sum(stage["skipped"].values()) + stage["rejected"]
-    assert record["facts"]["val_unit"] == "image"
+    assert record["stages"]["ingest"]["result"]["val_unit"] == "image"
     assert not (undisturbed / "run.lock").exists()
     tiles = pq.read_table(undisturbed / "tiles")
     assert tiles.num_rows == 4 * 14  # 80 x 70 px: 64 + 16 by 64 + 6
@@ -206,8 +207,8 @@ def test_slides_become_tiles(slides: Path, tmp_path: Path) -> None:
     done = run("--data", str(slides), "--output", str(output), *TILES, script="ingest.py")
     assert done.status == 0, done.summary
     record = read_json(output / "run.json")
-    assert record["facts"]["slides"] == {"listed": 6, "used": 4, "rejected": 2}
-    assert record["facts"]["engines"] == {"openslide": 1, "vips": 3}
+    assert record["stages"]["ingest"]["result"]["units"] == {"listed": 6, "used": 4, "rejected": 2}
+    assert record["stages"]["ingest"]["result"]["engines"] == {"openslide": 1, "vips": 3}
     (rejects,) = (output / "rejects").glob("*.parquet")
     found = {Path(row["uri"]).name: row for row in pq.read_table(rejects).to_pylist()}
     assert (found["broken.svs"]["code"], found["gone.mrxs"]["code"]) == ("unsupported_slide", "missing_file")

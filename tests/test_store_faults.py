@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from support.runs import SMALL, run, start
 from torch import nn
 
 from apacs_ray.data.shards import Receipt, read_rows, write_table
@@ -27,7 +28,7 @@ from apacs_ray.runs import lease
 from apacs_ray.runs.lease import LOCK, Lease, LeaseHeld
 from apacs_ray.slides.cache import SlideCache
 from apacs_ray.storage import Conflict, LocalStore, Store, open_store, retry
-from apacs_ray.testing.runs import SMALL, read_json, run, start, wait_for
+from apacs_ray.testing.runs import read_json, wait_for
 from apacs_ray.testing.s3_proxy import KINDS, Behavior, Proxy, at_random, in_turn, refusing_writes
 from apacs_ray.training.checkpoints import complete_checkpoints, keep_checkpoint
 from apacs_ray.training.history import EpochRecord, read_history

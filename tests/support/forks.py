@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import apacs_ray
+from apacs_ray.distributed.session import prepare_ray
 
 IMPORTED = ("torch", "torch._dynamo", "torchvision", "matplotlib.pyplot", "ray.data", "ray.train.torch", "ray.tune")
 FOREVER = 1e9  # s
@@ -126,7 +127,7 @@ class ForkServer:
             self._process = subprocess.Popen(
                 [sys.executable, __file__, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
-                env={**clean, "PYTHONPATH": str(root), "RAY_TRAIN_V2_ENABLED": "1"},
+                env={**clean, "PYTHONPATH": str(root)},
                 start_new_session=True,
             )
         self._unread = b""
@@ -170,10 +171,12 @@ class ForkServer:
 
 def serve(asked: socket.socket) -> None:
     """Fork what is asked for, and tell of the ends, until nobody asks any more."""
+    prepare_ray()  # Ray reads its environment when it is imported
     ours = [module.name for module in pkgutil.walk_packages(apacs_ray.__path__, "apacs_ray.")]
     for name in [*IMPORTED, *ours]:
-        if not name.endswith("__main__"):
-            importlib.import_module(name)
+        with contextlib.suppress(ImportError):  # the scripts that need it fail by it
+            if not name.endswith("__main__"):
+                importlib.import_module(name)
     wake, woken = os.pipe()
     os.set_blocking(woken, False)
     signal.set_wakeup_fd(woken)
