@@ -1,1 +1,1 @@
-"""The settings of a run and of a sweep, and how the command line and YAML files give them."""
+"""Settings, sweeps and the command line that fills them."""

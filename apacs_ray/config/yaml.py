@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,29 +11,26 @@ import yaml
 from apacs_ray.errors import UsageError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+INSTALLED = Path(sys.prefix) / "share" / "apacs_ray"  # where `pip install` puts configs/ and tune_configs/
 LARGEST_YAML = 1 << 20  # bytes
-
-
-class MissingConfig(UsageError):
-    """A YAML file that is nowhere."""
 
 
 def find_config(name: str) -> Path:
     """Find a YAML file.
 
     Args:
-        name: Its path from the working directory, or else from the root of the repository.
+        name: Its path from the working directory, else from the repository, else from where the package is installed.
 
     Returns:
         The path of the file that is there.
 
     Raises:
-        MissingConfig: It is in neither.
+        UsageError: It is in none of them.
     """
-    for candidate in (Path(name), REPOSITORY / name):
+    for candidate in (Path(name), REPOSITORY / name, INSTALLED / name):
         if candidate.is_file():
             return candidate
-    raise MissingConfig(f"{name}: no such file here or in {REPOSITORY}")
+    raise UsageError(f"{name}: no such file here or in {REPOSITORY}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
