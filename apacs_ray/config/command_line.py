@@ -156,9 +156,13 @@ def _parser(program: str, summary: str, sections: Collection[str], *, everything
 def _help(section: str, name: str, field: FieldInfo) -> str:
     text = field.description or ""
     if "(default:" not in text:
-        inherited = section == "fusion" and name in TrainingSettings.model_fields
-        text += f" (default: {f'members.{name}' if inherited else _shown(field.default)})"
+        text += f" (default: {f'members.{name}' if _inherits(section, name) else _shown(field.default)})"
     return text.replace("%", "%%")
+
+
+def _inherits(section: str, name: str) -> bool:
+    """Whether a setting that is not given has the members' value."""
+    return section == "fusion" and name in TrainingSettings.model_fields
 
 
 def _shown(default: Any) -> str:
@@ -187,10 +191,11 @@ def _nested(flat: dict[str, str]) -> dict[str, Any]:
     for key, text in flat.items():
         section, name = key.split(".")
         annotation = SECTIONS[section].model_fields[name].annotation
+        may_be_none = type(None) in typing.get_args(annotation) or _inherits(section, name)
         value: Any = text
         if typing.get_origin(annotation) is tuple:
             value = [part.strip() for part in text.split(",")]
-        elif text.lower() in ("none", "null") and type(None) in typing.get_args(annotation):
+        elif text.lower() in ("none", "null") and may_be_none:
             value = None
         tree.setdefault(section, {})[name] = value
     return tree

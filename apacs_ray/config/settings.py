@@ -110,7 +110,7 @@ class TilesSettings(Section):
     mpp: Common[float | None] = Field(
         None, gt=0, description="um per px wanted (default: as scanned); whole slides only"
     )
-    min_tissue: Common[float | None] = Field(
+    min_tissue: float | None = Field(
         None,
         ge=0,
         le=1,
@@ -142,9 +142,12 @@ class TilesSettings(Section):
 class TrainingSettings(Section):
     """What training the members and training the fusion have in common.
 
-    In `Settings` the fusion has the members' value of each field that is not given for it.
+    In `Settings` the fusion has the members' value of each field that is not given for it, or given as None.
     """
 
+    width: Common[float] = Field(
+        1.0, gt=0, le=1, description="share of the published channel counts; 1.0: as published"
+    )
     epochs: Common[int] = Field(100, ge=1, description="passes over the training tiles")
     batch_size: Common[int] = Field(4, ge=1, description="tiles a step, over all workers")
     accumulate: int = Field(1, ge=1, description="forward passes that share one step (less memory)")
@@ -178,9 +181,6 @@ class TrainingSettings(Section):
 class MembersSettings(TrainingSettings):
     """The three members FCN-32, FCN-16 and FCN-8."""
 
-    width: Common[float] = Field(
-        1.0, gt=0, le=1, description="share of the published channel counts; 1.0: as published"
-    )
     mode: Annotated[Literal["auto", "parallel", "together"], NOT_IN_FINGERPRINT] = Field(
         "auto",
         description="parallel: a training run for each member at the same time; together: one run steps all three on "
@@ -208,9 +208,6 @@ class MembersSettings(TrainingSettings):
 class FusionSettings(TrainingSettings):
     """The fusion network on RGB and the members' heatmaps, trained as the members are where nothing else is given."""
 
-    width: Annotated[float | None, NOT_IN_FINGERPRINT] = Field(
-        None, gt=0, le=1, description="as members.width (default: members.width)"
-    )
     head: Common[Literal["published", "refined"]] = Field(
         "refined",
         description="published: as released; refined: finer skips and a residual onto the members' mean",
@@ -290,7 +287,7 @@ class Settings(Section):
     @model_validator(mode="before")
     @classmethod
     def _fusion_trains_as_the_members(cls, tree: Any) -> Any:
-        """Fill in, from `members`, the `TrainingSettings` that `fusion` is not given."""
+        """Fill in, from `members`, the `TrainingSettings` that `fusion` is not given, or None."""
         if not isinstance(tree, dict):
             return tree
         members, fusion = (
@@ -299,16 +296,12 @@ class Settings(Section):
         )
         if not isinstance(members, dict) or not isinstance(fusion, dict):
             return tree  # which is refused below, by name
-        inherited = {name: members[name] for name in TrainingSettings.model_fields if name in members}
-        return {**tree, "fusion": {**inherited, **fusion}}
+        shared = TrainingSettings.model_fields
+        own = {name: value for name, value in fusion.items() if value is not None or name not in shared}
+        return {**tree, "fusion": {**{name: members[name] for name in shared if name in members}, **own}}
 
     @model_validator(mode="after")
     def _trunk_fits(self) -> Settings:
-        if self.fusion.trunk == "fcn32" and self.fusion_width != self.members.width:
+        if self.fusion.trunk == "fcn32" and self.fusion.width != self.members.width:
             raise ValueError(f"fusion.trunk fcn32 needs fusion.width {self.members.width:g}, that of the members")
         return self
-
-    @property
-    def fusion_width(self) -> float:
-        """Width of the fusion network; the members' where it is not set."""
-        return self.members.width if self.fusion.width is None else self.fusion.width

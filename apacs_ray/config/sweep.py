@@ -162,7 +162,7 @@ def require_sweep(settings: Settings) -> None:
         sweep = read_sweep(tune.config)
     except UsageError as error:
         raise UsageError(f"tune.config: {error}") from error
-    if "fcn32" in sweep.trunks and settings.fusion_width != settings.members.width:
+    if "fcn32" in sweep.trunks and settings.fusion.width != settings.members.width:
         raise UsageError(f"tune.config: {tune.config}: trunk fcn32 needs fusion.width as members.width; leave it out")
     if sweep.searcher == "optuna" and importlib.util.find_spec("optuna") is None:
         raise UsageError(f"tune.config: {tune.config}: searcher optuna needs the package: pip install '.[optuna]'")
