@@ -32,8 +32,8 @@ from apacs_ray.models.weights import build, weights_bytes
 from apacs_ray.runs.lease import Holder, Lease
 from apacs_ray.runs.markers import Counts, Marker
 from apacs_ray.runs.run import Run
-from apacs_ray.slides.find import SlideFiles
 from apacs_ray.slides.manifest import FOOTER, MANIFEST_SCHEMA, SlideSummary
+from apacs_ray.slides.slide_files import SlideFiles
 from apacs_ray.stages.evaluate import EvaluateResult
 from apacs_ray.stages.heatmaps import HeatmapsResult
 from apacs_ray.stages.ingest_result import IngestResult

@@ -593,7 +593,7 @@ def test_annotations_that_would_explode() -> None:
     many = [polygon(square), *[{"type": "Point", "coordinates": [0, 0]}] * 3000]
     defects = read_annotations(json.dumps(many).encode(), "a").defects
     assert (len(defects), defects[-1].reason) == (1001, "and 2000 more after this one have no area either")
-    parts = shapes.MOST_PARTS // 2 + 1
+    parts = shapes.MAX_PARTS // 2 + 1
     for content in (b"[" + b"[]," * parts + b"0]", b"[" * 10**6, b'{"a":' * 10**5):
         with pytest.raises(BadInput, match="bad_annotation"):
             read_annotations(content, "a.geojson")
@@ -619,7 +619,7 @@ def test_packed_annotations_that_would_explode(monkeypatch: pytest.MonkeyPatch) 
     for content in (gzip.compress(blank), gzip.compress(gzip.compress(blank)), zipped(**{"a.json": blank}), blank):
         with pytest.raises(BadInput, match="limit"):
             read_annotations(content, "a.json.gz")
-    monkeypatch.setattr(unpack, "MOST_MEMBERS", 10)
+    monkeypatch.setattr(unpack, "MAX_MEMBERS", 10)
     with pytest.raises(BadInput, match="more than 10 files"):
         read_annotations(zipped(**{f"{n}.txt": b"" for n in range(11)}), "a.zip")
 
@@ -638,7 +638,7 @@ def test_masks_as_run_lengths_that_would_explode(monkeypatch: pytest.MonkeyPatch
     for size in ((0, 5), (1 << 40, 1), (3,), ("5", "5"), None):
         with pytest.raises(BadInput, match="run lengths"):
             read_annotations(coco([0, 1], size), "a.json")
-    monkeypatch.setattr("apacs_ray.slides.annotations.coco.MOST_RUNS", 100)
+    monkeypatch.setattr("apacs_ray.slides.annotations.coco.MAX_RUNS", 100)
     with pytest.raises(BadInput, match="more than 100 runs"):
         read_annotations(coco([1] * 201), "a.json")
 

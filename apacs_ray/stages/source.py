@@ -257,7 +257,7 @@ def say_found(data: FolderData | SlideData) -> None:
             folders = text[:LONGEST]
     if folders:
         say(f"ingest: folders: {folders}{f' and {more} more' if more else ''}")
-    ignored = data.left.told()
+    ignored = data.left.describe()
     if ignored:
         say(f"ingest: {ignored}")
 
