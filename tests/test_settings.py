@@ -328,15 +328,17 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytes
         read_yaml(tmp_path / "a.yaml")
 
 
-def test_the_default_sweep_is_found_from_anywhere_and_not_missed_where_nothing_could_run(
+def test_configs_are_found_from_anywhere_also_those_of_an_installed_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     command("--data", "x")
-    monkeypatch.setattr(yaml, "REPOSITORY", tmp_path)  # `python -m apacs_ray doctor` of an installed package
+    monkeypatch.setattr(yaml, "REPOSITORY", tmp_path)
+    with pytest.raises(UsageError, match=r"^tune\.config: tune_configs/fusion_asha\.yaml: no such file"):
+        command("--data", "x")
+    monkeypatch.setattr(yaml, "INSTALLED", ROOT)
     command("--data", "x")
-    with pytest.raises(UsageError, match=r"^tune\.config: tune_configs/smoke\.yaml: no such file"):
-        command("--data", "x", "--tune.config", "tune_configs/smoke.yaml")
+    assert command("--config", "configs/paper.yaml", "--data", "x").settings.members.width == 1.0
 
 
 def test_a_fingerprint_leaves_out_what_is_marked_on_the_field() -> None:

@@ -32,7 +32,10 @@ def main(argv: Sequence[str]) -> NoReturn:
 
 
 def doctor(argv: Sequence[str]) -> int:
-    """Check, print the table, and return the exit status.
+    """Check, and print the table.
+
+    Returns:
+        The exit status: 0 when a run would work, else 1.
 
     Raises:
         UsageError: for options that are none.
