@@ -18,6 +18,7 @@ import pyarrow as pa
 import pytest
 
 import apacs_ray
+from apacs_ray.__main__ import USAGE
 from apacs_ray.config.settings import Settings
 from apacs_ray.data.rejects import Reject
 from apacs_ray.data.shards import RECEIPT, Receipt
@@ -202,6 +203,14 @@ def test_settings_that_a_document_names_exist(document: Path) -> None:
         assert key in tree[section_name] or key in ("py", "md", "json", "yaml", "parquet", "csv", "lock"), (
             f"{section_name}.{key}"
         )
+
+
+def test_commands_that_documents_name_exist() -> None:
+    commands = set(re.findall(r"^  ([a-z-]+) {2,}", USAGE, re.M))
+    text = "\n".join(document.read_text() for document in DOCUMENTS)
+    named = set(re.findall(r"(?<![\w/-])apacs-ray +([a-z-]+)", text))
+    assert named
+    assert named <= commands
 
 
 def test_the_readme_tree_is_the_repository() -> None:
