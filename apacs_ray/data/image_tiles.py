@@ -143,7 +143,7 @@ def _split_off_val(
 
 @dataclass(frozen=True)
 class ShardTask:
-    """What every shard of an ingest has in common."""
+    """The settings and stores that all shards of an ingest have in common."""
 
     data: Store
     output: Store
@@ -183,7 +183,7 @@ def write_shard(task: ShardTask, plan: pa.Table) -> Receipt:
 
 
 class _Pixels:
-    """The decoded source of the tile at hand: tiles of a source follow each other, so one is enough."""
+    """The decoded source of the current tile: tiles of a source follow each other, so one is enough."""
 
     def __init__(self, task: ShardTask) -> None:
         self.culprit = ""  # the file that the last BadInput is about

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from apacs_ray.slides.regions import Mask
+from apacs_ray.data.images import Mask
 
 Densities = npt.NDArray[np.int16]
 DENSITY = np.rint(-1000 * np.log(np.maximum(np.arange(256), 1) / 255)).astype(np.int16)  # by gray level
@@ -137,7 +137,7 @@ def _opening(minima: Densities, width: float) -> Densities:
 
 @dataclass(frozen=True)
 class Stain:
-    """How much denser px are than the glass, thousandths, (H, W) int16 each.
+    """The density of px beyond that of the glass, thousandths, (H, W) int16 each.
 
     Attributes:
         most: of the channel that absorbs most, beside the glass near by.

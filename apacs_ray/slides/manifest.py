@@ -52,7 +52,7 @@ MANIFEST_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class SlideSummary:
-    """What is known of one slide before any tile is read."""
+    """The account of one slide before any tile is read."""
 
     slide: SlideFiles
     engine: str = ""
@@ -102,7 +102,7 @@ class SlideSummary:
 
 @dataclass(frozen=True)
 class SlideTask:
-    """What the inspection of every slide has in common."""
+    """The settings and stores that the inspection of all slides has in common."""
 
     data: Store
     masks: Store | None

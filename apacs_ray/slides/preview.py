@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from apacs_ray.data.grid import Box
-from apacs_ray.slides.small_picture import Picture
+from apacs_ray.data.images import Rgb
 from apacs_ray.slides.tissue import ARTIFACT, OUT, SkipReason, Tissue
 
 SMALLEST, LARGEST = 640, 1600  # px, the longer side
@@ -60,7 +60,7 @@ def picture_of(tissue: Tissue, bounds: Box, tiles: Sequence[tuple[Box, SkipReaso
     return sink.getvalue()
 
 
-def _shaded(tissue: Tissue) -> Picture:
+def _shaded(tissue: Tissue) -> Rgb:
     picture = tissue.picture.copy()
     glass = ~tissue.mask
     faded = picture[glass].astype(np.float32)

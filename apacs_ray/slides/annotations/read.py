@@ -145,7 +145,7 @@ def _drawing(text: str, name: str) -> Drawing:
 
 
 class _Collected:
-    """What is gathered while the shapes of a file are checked."""
+    """The areas, holes and defects of a file's shapes."""
 
     def __init__(self) -> None:
         self.areas: dict[int, list[tuple[int, Polygon]]] = defaultdict(list)  # by layer, each with its index

@@ -1,4 +1,4 @@
-"""What the readers of annotation files have in common: shapes as drawn, unchecked, and bounds on what is parsed."""
+"""Shapes of annotation files as drawn, unchecked, and limits on what is parsed: common to all readers."""
 
 from __future__ import annotations
 
