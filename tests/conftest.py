@@ -1,24 +1,58 @@
-"""What tests share: one moto S3 server and one Ray cluster a session, and where the real data lies."""
+"""What tests share: one moto S3 server a process, whole runs that are made once, and where the real data lies."""
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import shutil
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.runs import SMALL, SWEPT, end_all, fork_server, run
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-SHARED = ROOT.parent / "shared"
+from apacs_ray.testing import runs
+from apacs_ray.testing.s3_proxy import Behavior, Proxy, proxy
 
-from support.runs import SMALL, SWEPT, run  # noqa: E402 - the path stands only now
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+Once = Callable[[str, Callable[[Path], None]], Path]
 
-from apacs_ray.testing.runs import write_cells  # noqa: E402
-from apacs_ray.testing.s3_proxy import Behavior, Proxy, proxy  # noqa: E402
+
+@pytest.fixture(scope="session", autouse=True)
+def ended_server() -> Iterator[None]:
+    """The server of forks ends with the session."""
+    yield
+    if fork_server.cache_info().currsize:
+        fork_server().close()
+
+
+@pytest.fixture(autouse=True)
+def ended_runs() -> Iterator[None]:
+    """What a test started ends with it."""
+    yield
+    end_all()
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """`once(name, make)`: the folder of this name, which the first to ask makes, among all processes of the tests."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def made(name: str, make: Callable[[Path], None]) -> Path:
+        folder = shared / "once" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / "made").exists():
+                assert not (folder / "tried").exists(), f"{name}: another process failed to make it"
+                (folder / "tried").touch()
+                make(folder / "it is")
+                (folder / "made").touch()
+        return folder / "it is"
+
+    return made
 
 
 @pytest.fixture(scope="session")
@@ -40,17 +74,20 @@ def real_pap() -> Path:
 
 
 @pytest.fixture(scope="session")
-def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_cells(tmp_path_factory.mktemp("data") / "my cells")
+def cells(once: Once) -> Path:
+    """A small data set in the folder layout."""
+    return once("cells", lambda folder: runs.write_cells(folder / "my cells") and None) / "my cells"
 
 
 @pytest.fixture(scope="session")
-def undisturbed(cells: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One run without a disturbance; the others must come to the same."""
-    output = tmp_path_factory.mktemp("runs") / "undisturbed"
-    done = run("--data", str(cells), "--output", str(output), *SMALL)
-    assert done.status == 0, done.summary
-    return output
+def undisturbed(cells: Path, once: Once) -> Path:
+    """One run without a disturbance, by a script that is started, not forked; the others must come to the same."""
+
+    def make(output: Path) -> None:
+        done = runs.run("--data", str(cells), "--output", str(output), *SMALL)
+        assert done.status == 0, done.summary
+
+    return once("undisturbed", make)
 
 
 @pytest.fixture(scope="session")
@@ -62,13 +99,15 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def swept(undisturbed: Path, cells: Path, sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def swept(undisturbed: Path, cells: Path, sweep: Path, once: Once) -> Path:
     """The undisturbed run with a sweep, and the fusion that this gives."""
-    output = tmp_path_factory.mktemp("runs") / "swept"
-    shutil.copytree(undisturbed, output)
-    done = run("--data", str(cells), "--output", str(output), *SMALL, *SWEPT, str(sweep))
-    assert done.status == 0, done.summary
-    return output
+
+    def make(output: Path) -> None:
+        shutil.copytree(undisturbed, output)
+        done = run("--data", str(cells), "--output", str(output), *SMALL, *SWEPT, str(sweep))
+        assert done.status == 0, done.summary
+
+    return once("swept", make)
 
 
 @pytest.fixture

@@ -69,6 +69,9 @@ class Ingest(Stage[IngestResult]):
     def work(self, job: Job, fingerprint: str) -> IngestResult:
         """Write `tiles/`, `manifest/` and `rejects/`.
 
+        Returns:
+            What became of the units and the tiles.
+
         Raises:
             ApacsError: when no tile is left, or more is rejected than `data.max_rejects` allows.
         """

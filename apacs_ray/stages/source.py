@@ -193,7 +193,10 @@ def smears_inputs(settings: Settings) -> dict[str, Any]:
 
 
 def holds_folders(uri: str, entries: Sequence[Entry]) -> bool:
-    """Return whether entries are folders of images and masks (else whole slides).
+    """Tell folders of images and masks from whole slides.
+
+    Returns:
+        True for folders.
 
     Raises:
         UsageError: for both or neither, naming `uri` and what was found.
@@ -216,7 +219,10 @@ def holds_folders(uri: str, entries: Sequence[Entry]) -> bool:
 
 
 def with_given_splits(units: Sequence[Unit], uri: str | None) -> list[Unit]:
-    """Return pairs or slides with the split that the table `data.splits` at `uri` gives their slide.
+    """Give pairs or slides the split that the table `data.splits` at `uri` names for their slide.
+
+    Returns:
+        The units in their order; as they are without a table.
 
     Raises:
         UsageError: naming the first slide that has no line.
