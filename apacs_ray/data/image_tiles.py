@@ -104,7 +104,7 @@ def plan_tiles(sources: Sequence[Source], tiles: TilesSettings, data: DataSettin
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "val": [], "test": []}
     ordered = sorted(sources, key=lambda source: (source.pair.split, source.pair.slide_id, source.pair.image.path))
     for source in ordered:
-        rows[source.pair.split].extend(tiles_of(source, tiles))
+        rows[source.pair.split].extend(manifest_rows(source, tiles))
     val_unit = "given"
     if not rows["val"]:
         known = data.slide_regex is not None
@@ -117,7 +117,7 @@ def plan_tiles(sources: Sequence[Source], tiles: TilesSettings, data: DataSettin
     return Manifest(shards, val_unit, sum(len(part) for part in rows.values()))
 
 
-def tiles_of(source: Source, tiles: TilesSettings) -> list[dict[str, Any]]:
+def manifest_rows(source: Source, tiles: TilesSettings) -> list[dict[str, Any]]:
     """Return the tiles of one source, as rows of the manifest that have no split and shard yet."""
     pair = source.pair
     common = {
