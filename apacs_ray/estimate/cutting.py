@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from apacs_ray.config.settings import DataSettings, TilesSettings
 from apacs_ray.data.folders import Pair
-from apacs_ray.data.image_tiles import ShardTask, Source, plan_tiles, probe_pair, manifest_rows, write_shard
+from apacs_ray.data.image_tiles import ShardTask, Source, manifest_rows, plan_tiles, probe_pair, write_shard
 from apacs_ray.data.shards import open_table
 from apacs_ray.estimate.networks import SampleTile
 from apacs_ray.slides.manifest import SlideSummary, SlideTask, inspect_slide, read_manifest
