@@ -21,7 +21,7 @@ from apacs_ray.config.settings import TilesSettings
 from apacs_ray.data.grid import Box
 from apacs_ray.slides import tissue as tissue_module
 from apacs_ray.slides.open import open_slide
-from apacs_ray.slides.preview import COLORS, picture_of
+from apacs_ray.slides.preview import COLORS, draw_preview
 from apacs_ray.slides.reader import Level, SlideInfo
 from apacs_ray.slides.regions import closed, grown, opened
 from apacs_ray.slides.slide_grid import TilePlan, tiles_of
@@ -274,7 +274,7 @@ def test_the_preview_shows_every_tile_and_why() -> None:
     tissue = find_tissue(slide)
     tiles = tiles_of(TilesSettings(size=1024), slide.info, tissue, 1.0, 0.5)
     picture = np.asarray(
-        Image.open(io.BytesIO(picture_of(tissue, slide.info.bounds, [(t.area, t.skipped) for t in tiles])))
+        Image.open(io.BytesIO(draw_preview(tissue, slide.info.bounds, [(t.area, t.skipped) for t in tiles])))
     )
     assert {tuple(color) for color in picture.reshape(-1, 3)} >= set(COLORS.values())
 

@@ -29,7 +29,7 @@ WORDS: dict[SkipReason | None, str] = {
 LEGEND = 22  # px
 
 
-def picture_of(tissue: Tissue, bounds: Box, tiles: Sequence[tuple[Box, SkipReason | None]]) -> bytes:
+def draw_preview(tissue: Tissue, bounds: Box, tiles: Sequence[tuple[Box, SkipReason | None]]) -> bytes:
     """Draw the preview of a slide, with every tile framed in the color of what became of it.
 
     Glass is grayed, artifacts are orange, what was not scanned is striped; a line below says how many tiles are what.
