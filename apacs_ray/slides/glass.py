@@ -117,12 +117,12 @@ def _lamp(minima: Densities, known: Mask) -> Densities:
 
 
 def _opening(minima: Densities, width: float) -> Densities:
-    """Return a gray opening by squares of `width` blocks: what is narrower than that is not in it.
+    """Return a gray opening by squares of `width` blocks, which removes what is narrower than that.
 
-    What is unknown takes no part, and a window of which too little is known is passed over.
+    Unknown blocks are ignored, and so are windows of which too little is known.
 
     Returns:
-        As `minima`; NONE where all windows are passed over.
+        As `minima`; NONE where all windows are ignored.
     """
     side = max(1, round(width) | 1)
     known = ndimage.uniform_filter((minima[..., 0] < UNKNOWN).astype(np.float32), side, mode="constant")

@@ -1,9 +1,9 @@
 """Tissue: where a slide holds cells, found on a small picture of it, as in the paper from its intensity.
 
 Tissue is what is denser than the glass beside it, in the channel that absorbs most: faintly so where glass lies within
-a fifth of a millimeter (cells however pale; lamp, tint and vignette cancel), clearly so where it lies within a
-millimeter and a half (sheets of cells). What is not known or no smear is left out before and after (`artifacts`).
-All limits are in um on a picture of about 8 um per px, whatever the slide's size.
+a fifth of a millimeter (pale cells are found; lamp, tint and vignette cancel), clearly so where it lies within a
+millimeter and a half (sheets of cells). Parts that were not scanned and artifacts (`artifacts`) are excluded. All
+limits are in um on a picture of about 8 um per px, whatever the slide's size.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def tissue_mask(picture: Rgb, um: float = UM_PER_PIXEL, outside: Mask | None = N
 
 
 def split_picture(picture: Rgb, um: float, outside: Mask | None = None) -> tuple[Mask, Excluded]:
-    """Return the tissue of a small picture, and what of it takes no part.
+    """Return the tissue of a small picture, and what was excluded from the search.
 
     Args:
         picture: (H, W, 3) uint8 sRGB.

@@ -73,7 +73,7 @@ class AnnotationName:
 
     @property
     def says_mask(self) -> bool:
-        """Whether its name or folder leaves no other meaning, whosever it is."""
+        """Whether its name or folder can only mean an annotation, even if its slide is not known."""
         tile = any(reading.fov and reading.fov.from_bounds for reading in self.readings)
         return self.kind != "image" or self.in_masks or tile or any(reading.word for reading in self.readings)
 

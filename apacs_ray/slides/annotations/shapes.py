@@ -47,7 +47,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Drawing:
-    """All shapes of a file that was understood; none: nobody drew anything.
+    """All shapes of a file that was understood; there are none where nobody drew anything.
 
     Attributes:
         file_format: what the file is, for a person.
