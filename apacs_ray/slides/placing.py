@@ -26,7 +26,7 @@ NAMED_BY_ALL = {"dcm"}  # annotations may be named after any file of such a slid
 
 
 class Placing:
-    """The slides of a listing, and where each other file belongs: to a slide, to the rejects, or to the unused files."""
+    """The slides of a listing, and where each other file belongs: to a slide, to the rejects, or to no slide."""
 
     def __init__(self, parts: Sequence[SlideParts], owners: dict[str, str | None], root: str, masks_root: str) -> None:
         """Start with the slides; the other files follow by `place`.
