@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
+from pathlib import Path
 
 from support.forks import ForkedProcess, ForkServer
 
@@ -21,6 +22,8 @@ SMALL = [
     "--fusion.epochs", "2", "--fusion.crop", "56", "--fusion.learning_rate", "0.0001", "--fusion.from_best", "false",
 ]  # fmt: skip
 SWEPT = ["--fusion.from_best", "true", "--tune.config"]  # the path of a sweep follows
+
+Once = Callable[[str, Callable[[Path], None]], Path]  # the fixture `once`
 
 _running: list[ForkedProcess] = []
 
