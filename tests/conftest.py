@@ -18,6 +18,20 @@ from apacs_ray.testing.s3_proxy import Behavior, Proxy, proxy
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+# Files with whole runs, the longest first: each of their tests goes to the process that is free. The other files stay
+# together, for their fixtures.
+WHOLE_RUNS = ("test_failures", "test_jobs", "test_store_faults", "test_pipeline", "test_estimate")
+TOGETHER = ("test_failures",)  # their tests share a cluster
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs first, so that none is left when all else is done, and groups for `--dist loadgroup`."""
+    items.sort(key=lambda item: WHOLE_RUNS.index(item.path.stem) if item.path.stem in WHOLE_RUNS else len(WHOLE_RUNS))
+    for item in items:
+        if item.path.stem not in WHOLE_RUNS or item.path.stem in TOGETHER:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def ended_server() -> Iterator[None]:
     """The server of forks ends with the session."""
