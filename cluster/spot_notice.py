@@ -1,4 +1,4 @@
-"""Drain this node when the cloud says that it will take it: `python spot_notice.py aws|gcp ADDRESS_OF_THE_GCS`.
+"""Drain this node when the cloud announces its preemption: `python spot_notice.py aws|gcp ADDRESS_OF_THE_GCS`.
 
 Runs beside a worker's raylet, started by aws.yaml and gcp.yaml, and asks the instance's metadata service. Ray gives a
 node that is drained no more tasks, and a training leaves it at once: it loses neither an epoch nor one of its retries.
@@ -19,28 +19,28 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-ANSWER = 2.0  # s that the metadata service may take
-DRAIN = 15.0  # s that the GCS may take; then it is told again
+METADATA_TIMEOUT = 2.0  # s that the metadata service may take
+DRAIN_TIMEOUT = 15.0  # s that the GCS may take; then the request is repeated
 AWS_NOTICE, GCP_NOTICE = 120, 30  # s before the instance ends
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy knows these addresses
 
 
 def ask(url: str, headers: Mapping[str, str], method: str = "GET") -> str:
-    """The answer's text, of 64 KiB at most. Raises OSError, HTTPException and ValueError."""
+    """Return the text of an answer, of 64 KiB at most. Raises OSError, HTTPException and ValueError."""
     request = urllib.request.Request(url, headers=dict(headers), method=method)
-    with DIRECT.open(request, timeout=ANSWER) as answer:
+    with DIRECT.open(request, timeout=METADATA_TIMEOUT) as answer:
         return str(answer.read(1 << 16), "utf-8")
 
 
 def ask_aws(base: str) -> int | None:
-    """Seconds until EC2 takes the instance; None without a notice, which is a 404."""
+    """Return the seconds until EC2 takes the instance; None without a notice, which is a 404."""
     token = ask(f"{base}/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "60"}, "PUT")
     answer = ask(f"{base}/latest/meta-data/spot/instance-action", {"X-aws-ec2-metadata-token": token})
     return aws_seconds(answer, time.time())
 
 
 def aws_seconds(text: str, now: float) -> int | None:
-    """Seconds from `now` (Unix time) to the `time` of an `instance-action`; None when the text is none."""
+    """Return the seconds from `now` (Unix time) to the `time` of an `instance-action`; None when the text is none."""
     match json.loads(text):
         case {"action": "terminate" | "stop" | "hibernate", "time": str(end)}:
             try:
@@ -52,18 +52,18 @@ def aws_seconds(text: str, now: float) -> int | None:
 
 
 def ask_gcp(base: str) -> int | None:
-    """Seconds until Compute Engine takes the instance; None without a notice."""
+    """Return the seconds until Compute Engine takes the instance; None without a notice."""
     return gcp_seconds(ask(f"{base}/computeMetadata/v1/instance/preempted", {"Metadata-Flavor": "Google"}))
 
 
 def gcp_seconds(text: str) -> int | None:
-    """What the word `preempted` leaves; None unless it is TRUE."""
+    """Return the seconds that `preempted` leaves when it is TRUE, else None."""
     return GCP_NOTICE if text.strip() == "TRUE" else None
 
 
 @dataclass(frozen=True)
 class Cloud:
-    """Where its metadata service is, how to ask it, and how often (s)."""
+    """A cloud's metadata service: its URL, the question, and the seconds between two questions."""
 
     base: str
     ask: Callable[[str], int | None]
@@ -78,7 +78,7 @@ CLOUDS = {
 
 
 def seconds_left(cloud: Cloud, base: str) -> int | None:
-    """Seconds until the instance is taken; None without a notice and without an answer that can be understood."""
+    """Return the seconds until the instance is taken; None without a notice or without an answer that can be read."""
     try:
         return cloud.ask(base)
     except (OSError, http.client.HTTPException, ValueError):
@@ -86,7 +86,7 @@ def seconds_left(cloud: Cloud, base: str) -> int | None:
 
 
 def local_node(address: str) -> str | None:
-    """Id of the node of the cluster at `address` whose raylet runs on this machine. A head is none."""
+    """Return the id of the worker node of the cluster at `address` whose raylet runs here, None without one."""
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             program, *arguments = file.read_bytes().decode(errors="replace").split("\0")
@@ -98,16 +98,18 @@ def local_node(address: str) -> str | None:
 
 
 def drain(address: str, node: str, seconds: int) -> str | None:
-    """Tell the GCS that the node ends in so many seconds; None when it has accepted, else what it said."""
+    """Tell the GCS that the node ends in so many seconds; return None when it has accepted, else its answer."""
     command = [
         sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", address, "--node-id", node,
         "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "the cloud takes this spot instance",
         "--deadline-remaining-seconds", str(seconds),
     ]  # fmt: skip
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=DRAIN)
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=DRAIN_TIMEOUT
+        )
     except subprocess.TimeoutExpired:
-        return f"no answer within {DRAIN:g} s"
+        return f"no answer within {DRAIN_TIMEOUT:g} s"
     return None if done.returncode == 0 else " ".join(done.stdout.splitlines()[-1:]) or f"status {done.returncode}"
 
 
@@ -132,19 +134,19 @@ def watch(cloud: Cloud, base: str, address: str) -> int:
 
 
 def say(text: str) -> None:
-    """A line of the log, with its time."""
+    """Print a line with the time."""
     print(time.strftime("%Y-%m-%d %H:%M:%S"), text, flush=True)
 
 
 def main() -> int:
-    """Parse and watch."""
+    """Parse the command line and watch."""
     parser = argparse.ArgumentParser(description="Drains this Ray node when the cloud says that it will take it.")
     parser.add_argument("cloud", choices=sorted(CLOUDS))
     parser.add_argument("address", help="IP:PORT of Ray's head, as for ray start")
     parser.add_argument("--url", help="of the metadata service (default: the cloud's)")
-    given = parser.parse_args()
-    cloud = CLOUDS[given.cloud]
-    return watch(cloud, given.url or cloud.base, given.address)
+    arguments = parser.parse_args()
+    cloud = CLOUDS[arguments.cloud]
+    return watch(cloud, arguments.url or cloud.base, arguments.address)
 
 
 if __name__ == "__main__":

@@ -281,7 +281,7 @@ def test_negative_regions_that_would_take_hours(monkeypatch: pytest.MonkeyPatch)
     assert "negative regions cross it more than 1000 times (1)" in refused(
         layers(region(comb) + region(across, negative=1))
     )
-    monkeypatch.setattr("apacs_ray.slides.annotations.areas.MOST_CUTS", 8)
+    monkeypatch.setattr("apacs_ray.slides.annotations.areas.MAX_CUTS", 8)
     many = region(corners((0, 0, 9, 9))) * 3 + region(corners((1, 1, 3, 3)), negative=1) * 3
     assert "more than 8 times" in refused(layers(many))
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from apacs_ray.data.tiles import TILE_SCHEMA
 
 import apacs_ray
 from apacs_ray.config.settings import Settings
-from apacs_ray.data.folders import Reject
+from apacs_ray.data.rejects import Reject
 from apacs_ray.data.shards import RECEIPT, Receipt
+from apacs_ray.data.tile_rows import TILE_SCHEMA
 from apacs_ray.distributed.data import REJECT_SCHEMA
 from apacs_ray.distributed.heatmaps import HEATMAP_SCHEMA
 from apacs_ray.evaluation.metrics import compare, summarize
@@ -29,8 +29,8 @@ from apacs_ray.models.spec import ModelSpec
 from apacs_ray.runs.lease import Holder, Lease
 from apacs_ray.runs.markers import Counts, Marker
 from apacs_ray.runs.run import Run
-from apacs_ray.slides.find import SlideFiles
 from apacs_ray.slides.manifest import FOOTER, MANIFEST_SCHEMA, SlideSummary
+from apacs_ray.slides.slide_files import SlideFiles
 from apacs_ray.stages.evaluate import EvaluateResult
 from apacs_ray.stages.heatmaps import HeatmapsResult
 from apacs_ray.stages.ingest_result import IngestResult
@@ -224,3 +224,44 @@ def test_the_console_command_and_the_types_are_part_of_the_package() -> None:
     assert callable(getattr(__import__(module, fromlist=[function]), function))
     assert "py.typed" in project["tool"]["setuptools"]["package-data"]["apacs_ray"]
     assert (ROOT / "apacs_ray/py.typed").is_file()
+
+
+LAYERS = (
+    ("pipelines", "__main__"),
+    ("commands",),
+    ("stages",),
+    ("estimate", "doctor"),
+    ("distributed",),
+    ("runs", "data", "slides", "synthetic", "models", "training", "inference", "evaluation", "report"),
+    ("storage",),
+    ("config",),
+    ("errors", "redact", "console"),
+)
+LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
+CALL = re.compile(r"^( *)([\w/]+\.py)::([\w.]+)", re.M)
+
+
+def test_the_ways_through_the_modules_go_down_and_name_what_is_there() -> None:
+    blocks = re.findall(r"```\n(.*?)```", (ROOT / "docs/architecture.md").read_text(), re.S)
+    ways = [calls for block in blocks if (calls := CALL.findall(block))]
+    assert len(ways) == 5
+    for calls in ways:
+        above: list[tuple[int, str]] = []
+        for indent, path, name in calls:
+            while above and above[-1][0] >= len(indent):
+                above.pop()
+            assert name in _defined(ROOT / "apacs_ray" / path), f"{path} has no {name}"
+            caller = above[-1][1] if above else path
+            assert LAYER[caller.split("/")[0]] <= LAYER[path.split("/")[0]], f"{caller} calls up to {path}"
+            above.append((len(indent), path))
+
+
+def _defined(path: Path) -> set[str]:
+    """Functions, classes, and methods as Class.method, of a module."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{method.name}" for method in node.body if isinstance(method, ast.FunctionDef)}
+    return found

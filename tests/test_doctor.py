@@ -21,7 +21,6 @@ import pytest
 from ray._common.utils import get_default_ray_temp_dir
 
 from apacs_ray.commands.doctor import doctor
-from apacs_ray.config import yaml
 from apacs_ray.config.command_line import parse
 from apacs_ray.distributed.probe import Survey, cause
 from apacs_ray.distributed.resource_plan import Nodes, cluster_of
@@ -443,10 +442,6 @@ def test_a_sweep_that_would_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "optuna", None)  # as where it is not installed
     with pytest.raises(UsageError, match="optuna"):
         doctor(given)
-
-    monkeypatch.setattr(yaml, "REPOSITORY", tmp_path)
-    monkeypatch.chdir(tmp_path)
-    assert only(sweep()).state == "warning"
 
 
 def test_the_error_that_says_why_ray_did_not_join() -> None:

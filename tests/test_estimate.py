@@ -157,7 +157,7 @@ def test_an_estimate_of_a_run(undisturbed: Path, cells: Path, tmp_path: Path) ->
     done = run(*options, "--estimate")
     assert done.status == 0, done.summary
     shown = {line.split()[1]: line.split() for line in done.text.splitlines() if line.startswith("│")}
-    facts = read_json(undisturbed / "run.json")["facts"]["tiles"]
+    facts = read_json(undisturbed / "run.json")["stages"]["ingest"]["result"]["tiles"]
     seen = {name: int(shown[name][3]) for name in ("ingest", "train_members", "heatmaps", "evaluate")}
     assert seen == {
         "ingest": sum(facts.values()),

@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import tifffile
-from apacs_ray.data.tiles import TILE_SCHEMA
 
 from apacs_ray.config.settings import DataSettings, Settings, TilesSettings
 from apacs_ray.data.shards import Receipt, shard_path, write_table
+from apacs_ray.data.tile_rows import TILE_SCHEMA
 from apacs_ray.distributed.session import RaySession
 from apacs_ray.errors import BadInput
 from apacs_ray.evaluation import registry as metrics

@@ -18,8 +18,7 @@ from apacs_ray.slides.annotations.names import fov_origin, stem_of
 from apacs_ray.slides.companions import Heads, read_heads
 from apacs_ray.slides.find import find_slides, is_slide
 from apacs_ray.slides.slide_files import SlideData, SlideFiles
-from apacs_ray.stages.ingest import holds_folders
-from apacs_ray.stages.ingest_result import require_clear
+from apacs_ray.stages.source import holds_folders, require_clear
 from apacs_ray.storage import Entry, LocalStore, open_store
 
 
@@ -309,8 +308,8 @@ def test_annotations_of_no_slide_are_named() -> None:
         "b.geojson", "coco.json", "b_mask.png", "masks/c.tif", "b [x=0,y=0,w=1,h=1].png",
     }  # fmt: skip
     assert paths(left.others) == ["b.png"]
-    assert left.told() is not None
-    assert all(name in str(left.told()) for name in ("5 x annotation of no slide", "coco.json", "1 x file of another"))
+    sentence = str(left.describe())
+    assert all(name in sentence for name in ("5 x annotation of no slide", "coco.json", "1 x file of another"))
 
 
 def test_annotations_go_to_the_slide_that_they_name_in_full_or_lie_beside() -> None:
@@ -405,7 +404,7 @@ def test_hidden_and_system_files_are_ignored_and_told() -> None:
     assert [slide.path for slide in found.slides] == ["train/a.svs"]
     assert paths(found.left.hidden) == [*sorted(HIDDEN), ".Trash-1/a.geojson"]
     assert (found.left.others, found.left.strays) == ((), ())
-    told = str(found.left.told())
+    told = str(found.left.describe())
     assert f"{len(HIDDEN) + 1} x hidden or system file" in told
     assert all(name in told for name in ("#recycle", ".Trash-1000", ".snapshot", "$RECYCLE.BIN", ".ipynb_checkpoints"))
 

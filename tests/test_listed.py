@@ -9,8 +9,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -19,10 +17,11 @@ from PIL import Image
 from support.runs import run
 from support.slide_files import picture, write_tiff
 
+from apacs_ray.config.settings import DataSettings, Settings
 from apacs_ray.data.folders import FolderData
 from apacs_ray.data.ignored import Ignored
 from apacs_ray.errors import UsageError
-from apacs_ray.stages.ingest_result import listed_data, listed_masks, say_found
+from apacs_ray.stages.source import Source, say_found
 from apacs_ray.storage import LocalStore, Store, open_store
 from apacs_ray.testing.runs import ROOT
 
@@ -35,10 +34,8 @@ def touch(folder: Path, *paths: str) -> None:
 
 def roles(store: Store, masks: str | None) -> tuple[set[str], set[str]]:
     """The paths that are data, and those that are masks."""
-    settings = SimpleNamespace(data=SimpleNamespace(masks=masks))
-    context: Any = SimpleNamespace(settings=settings, listed=lambda asked: list(asked.list()))
-    _, below = listed_masks(context, store)
-    return {entry.path for entry in listed_data(context, store)}, {entry.path for entry in below}
+    source = Source(store, Settings(data=DataSettings(masks=masks)), False)
+    return {entry.path for entry in source.entries}, {entry.path for entry in source.mask_entries}
 
 
 def test_what_lies_below_data_masks_leaves_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

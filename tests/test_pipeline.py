@@ -37,7 +37,7 @@ def test_what_a_run_leaves(undisturbed: Path) -> None:
     )
     for stage in record["stages"].values():
         assert stage["rows_in"] == stage["rows_out"] + sum(stage["skipped"].values()) + stage["rejected"]
-    assert record["facts"]["val_unit"] == "image"
+    assert record["stages"]["ingest"]["result"]["val_unit"] == "image"
     assert not (undisturbed / "run.lock").exists()
     tiles = pq.read_table(undisturbed / "tiles")
     assert tiles.num_rows == 4 * 14  # 80 x 70 px: 64 + 16 by 64 + 6
@@ -220,8 +220,8 @@ def tile_table(output: Path) -> dict[str, dict[str, Any]]:
 def test_slides_become_tiles(tiled: Path) -> None:
     output, text = tiled / "run", (tiled / "text").read_text()
     record = read_json(output / "run.json")
-    assert record["facts"]["slides"] == {"listed": 6, "used": 4, "rejected": 2}
-    assert record["facts"]["engines"] == {"openslide": 1, "vips": 3}
+    assert record["stages"]["ingest"]["result"]["units"] == {"listed": 6, "used": 4, "rejected": 2}
+    assert record["stages"]["ingest"]["result"]["engines"] == {"openslide": 1, "vips": 3}
     (rejects,) = (output / "rejects").glob("*.parquet")
     found = {Path(row["uri"]).name: row for row in pq.read_table(rejects).to_pylist()}
     assert (found["broken.svs"]["code"], found["gone.mrxs"]["code"]) == ("unsupported_slide", "missing_file")

@@ -62,8 +62,8 @@ from apacs_ray.slides.manifest import read_manifest
 from apacs_ray.slides.mask_sources import ImageMask
 from apacs_ray.slides.open import open_slide
 from apacs_ray.slides.tiff_tiles import TiffTiles
-from apacs_ray.stages.evaluate import _rejects
-from apacs_ray.stages.pipeline import Context, Outcome, Stage, run_stage
+from apacs_ray.stages.evaluate import read_rejects
+from apacs_ray.stages.stage import Job, Stage, StageResult, run_stage
 from apacs_ray.storage import Entry, LocalStore, S3Store, open_store
 from apacs_ray.storage.own_folder import own_folder
 from apacs_ray.testing.runs import ROOT, read_json
@@ -164,22 +164,26 @@ def test_no_failure_of_a_store_tells_a_secret(planted: str, monkeypatch: pytest.
 
 
 def test_what_a_stage_dies_of_is_kept_and_told_without_secrets(planted: str, tmp_path: Path) -> None:
-    def work(*_: object) -> Outcome:
-        raise RuntimeError(f"a worker died, its environment: {dict(os.environ)}")
+    class Dies(Stage[StageResult]):
+        name, script, folder, result_type = "ingest", "ingest.py", "tiles", StageResult
+
+        def fingerprint(self, settings: Settings) -> str:
+            return "0" * 16
+
+        def work(self, job: Job, fingerprint: str) -> StageResult:
+            raise RuntimeError(f"a worker died, its environment: {dict(os.environ)}")
 
     opened = Run.open(open_store(str(tmp_path)), Settings(), None)
-    context = Context(opened, RaySession(opened))
     with pytest.raises(RuntimeError):
-        run_stage(context, Stage("ingest", "tiles", lambda _: "0" * 16, work))
+        run_stage(opened, RaySession(opened), Dies())
     opened.close()
     assert "a worker died" in read_json(tmp_path / RUN_JSON)["stages"]["ingest"]["error"]
     assert clear_of_secrets((tmp_path / RUN_JSON).read_bytes())
     code = f"""
-        from apacs_ray.commands import stages as entry
-        def dies(*_):
+        from apacs_ray.commands.shell import run_command
+        def dies():
             raise RuntimeError("at https://me:{SECRET}@host?X-Amz-Signature={TOKEN} {KEY_ID} {SECRET} \\x1b[31m")
-        entry._run = dies
-        entry.main("full.py", "", None, ["--output", {str(tmp_path)!r}])
+        run_command(dies)
     """
     command = [sys.executable, "-c", "if True:" + code]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
@@ -317,7 +321,7 @@ def test_parquet_that_ray_would_unpickle_is_refused(tmp_path: Path, gone_off: Pa
         lambda: read_index(store, "train"),
         lambda: read_rows(store, [(shard, 0, 0)], ["image"]),
         lambda: read_manifest(store, "manifest/0/000000.parquet"),
-        lambda: _rejects(store),
+        lambda: read_rejects(store),
         lambda: open_table(store.open(shard), shard),
     ]
     for read in readers:
@@ -589,7 +593,7 @@ def test_annotations_that_would_explode() -> None:
     many = [polygon(square), *[{"type": "Point", "coordinates": [0, 0]}] * 3000]
     defects = read_annotations(json.dumps(many).encode(), "a").defects
     assert (len(defects), defects[-1].reason) == (1001, "and 2000 more after this one have no area either")
-    parts = shapes.MOST_PARTS // 2 + 1
+    parts = shapes.MAX_PARTS // 2 + 1
     for content in (b"[" + b"[]," * parts + b"0]", b"[" * 10**6, b'{"a":' * 10**5):
         with pytest.raises(BadInput, match="bad_annotation"):
             read_annotations(content, "a.geojson")
@@ -615,7 +619,7 @@ def test_packed_annotations_that_would_explode(monkeypatch: pytest.MonkeyPatch) 
     for content in (gzip.compress(blank), gzip.compress(gzip.compress(blank)), zipped(**{"a.json": blank}), blank):
         with pytest.raises(BadInput, match="limit"):
             read_annotations(content, "a.json.gz")
-    monkeypatch.setattr(unpack, "MOST_MEMBERS", 10)
+    monkeypatch.setattr(unpack, "MAX_MEMBERS", 10)
     with pytest.raises(BadInput, match="more than 10 files"):
         read_annotations(zipped(**{f"{n}.txt": b"" for n in range(11)}), "a.zip")
 
@@ -634,7 +638,7 @@ def test_masks_as_run_lengths_that_would_explode(monkeypatch: pytest.MonkeyPatch
     for size in ((0, 5), (1 << 40, 1), (3,), ("5", "5"), None):
         with pytest.raises(BadInput, match="run lengths"):
             read_annotations(coco([0, 1], size), "a.json")
-    monkeypatch.setattr("apacs_ray.slides.annotations.coco.MOST_RUNS", 100)
+    monkeypatch.setattr("apacs_ray.slides.annotations.coco.MAX_RUNS", 100)
     with pytest.raises(BadInput, match="more than 100 runs"):
         read_annotations(coco([1] * 201), "a.json")
 

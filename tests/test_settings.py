@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 import pytest
 from yaml import safe_dump as yaml_dump
 
+from apacs_ray.commands import pipeline
 from apacs_ray.config import yaml
-from apacs_ray.config.command_line import default_output, parse
-from apacs_ray.config.settings import FusionSettings, MembersSettings, Settings, TrainingSettings
+from apacs_ray.config.command_line import SECTIONS, default_output, parse
+from apacs_ray.config.settings import DataSettings, FusionSettings, MembersSettings, Settings, TrainingSettings
 from apacs_ray.config.sweep import read_sweep
 from apacs_ray.config.yaml import read_yaml
 from apacs_ray.errors import UsageError
@@ -91,9 +93,75 @@ def test_default_output_is_named_after_the_data() -> None:
     assert default_output("s3://bucket/some where/cells/") == "runs/cells"
 
 
-def test_help_needs_neither_torch_nor_ray_and_shows_every_key() -> None:
+# what users' commands and files may give since the first release; one that is renamed must be refused by its new name
+OPTIONS = {
+    "data": (
+        "masks mpp mpps mask_classes engine plane cache cache_gb splits slide_regex val_fraction max_rejects "
+        "mask_threshold max_pixels"
+    ),
+    "synthetic": ("width height mpp train_slides test_slides"),
+    "tiles": ("size stride mpp min_tissue min_tissue_um2 last image_format quality subsampling shard"),
+    "members": (
+        "epochs batch_size accumulate learning_rate weight_decay optimizer schedule warmup_epochs dice_weight "
+        "crop flips turns jitter dropout precision patience workers width mode init checkpoint"
+    ),
+    "heatmaps": ("folds"),
+    "tune": ("config"),
+    "fusion": (
+        "epochs batch_size accumulate learning_rate weight_decay optimizer schedule warmup_epochs dice_weight "
+        "crop flips turns jitter dropout precision patience workers width head members heatmap_init trunk "
+        "from_best compare"
+    ),
+    "evaluate": ("border precision threads"),
+    "run": ("seed max_failures"),
+}
+
+
+def test_every_option_of_before_still_works() -> None:
+    expected = Settings(data=DataSettings(mask_classes=("cell", "cluster")))
+    given = ["--data", "x"]
+    for section, names in OPTIONS.items():
+        for name in names.split():
+            value = getattr(getattr(expected, section), name)
+            given += [f"--{section}.{name}", ",".join(value) if isinstance(value, tuple) else str(value)]
+    assert len(given) == 2 + 2 * 81
+    assert command(*given).settings == expected
+
+
+def shown_by(script: str, option: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
+    """The settings in a script's help."""
+    with pytest.raises(SystemExit) as ended:
+        parse([option], script, "test", pipeline.SECTIONS.get(script, tuple(SECTIONS)))
+    assert ended.value.code == 0
+    return set(re.findall(r"^  --([a-z]+\.[a-z0-9_]+) ", capsys.readouterr().out, re.MULTILINE))
+
+
+def test_help_shows_what_people_set_and_help_all_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    every = {f"{section}.{name}" for section, model in SECTIONS.items() for name in model.model_fields}
+    full = shown_by("full.py", "--help", capsys)
+    assert 15 <= len(full) <= 25
+    assert {"data.splits", "tiles.size", "members.epochs", "tune.config", "fusion.epochs", "run.seed"} <= full
+    ingest = shown_by("ingest.py", "--help", capsys)
+    assert {name.split(".")[0] for name in ingest} == {"data", "tiles", "run"}
+    assert ingest < full
+    for script in pipeline.SUMMARIES:
+        assert shown_by(script, "--help", capsys) <= full
+        assert shown_by(script, "--help-all", capsys) == every
+    assert pipeline.SECTIONS.keys() <= pipeline.SUMMARIES.keys()
+    assert {section for shown in pipeline.SECTIONS.values() for section in shown} == SECTIONS.keys()
+
+
+def test_help_names_where_the_fusion_has_a_value_from(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help-all"], "full.py", "test")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default: members.dice_weight)" in text
+    assert "(default: members.width)" in text
+
+
+def test_help_needs_neither_torch_nor_ray() -> None:
     code = (
-        "import sys; sys.argv=['full.py','--help']; sys.path.insert(0, '.')\n"
+        "import sys; sys.argv=['full.py','--help-all']; sys.path.insert(0, '.')\n"
         "try:\n import runpy; runpy.run_path('pipelines/full.py', run_name='__main__')\n"
         "except SystemExit: pass\n"
         "print(sorted({'torch', 'ray'} & set(sys.modules)))"
@@ -260,15 +328,17 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytes
         read_yaml(tmp_path / "a.yaml")
 
 
-def test_the_default_sweep_is_found_from_anywhere_and_not_missed_where_nothing_could_run(
+def test_configs_are_found_from_anywhere_also_those_of_an_installed_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     command("--data", "x")
-    monkeypatch.setattr(yaml, "REPOSITORY", tmp_path)  # `python -m apacs_ray doctor` of an installed package
+    monkeypatch.setattr(yaml, "REPOSITORY", tmp_path)
+    with pytest.raises(UsageError, match=r"^tune\.config: tune_configs/fusion_asha\.yaml: no such file"):
+        command("--data", "x")
+    monkeypatch.setattr(yaml, "INSTALLED", ROOT)
     command("--data", "x")
-    with pytest.raises(UsageError, match=r"^tune\.config: tune_configs/smoke\.yaml: no such file"):
-        command("--data", "x", "--tune.config", "tune_configs/smoke.yaml")
+    assert command("--config", "configs/paper.yaml", "--data", "x").settings.members.width == 1.0
 
 
 def test_a_fingerprint_leaves_out_what_is_marked_on_the_field() -> None:

@@ -6,10 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apacs_ray.data.slide_tables import read_mpps, read_splits
+from apacs_ray.data.slide_tables import read_mpps, read_splits, read_table_text
 from apacs_ray.data.splits import assign_val
 from apacs_ray.errors import UsageError
-from apacs_ray.stages.ingest_result import open_store_file
 
 
 def tiles(slides, images_a_slide=1, tiles_an_image=1):
@@ -93,13 +92,13 @@ def test_a_wrong_table_is_refused_by_line(text, says):
 def test_tables_as_spreadsheets_write_them(tmp_path, encoding, delimiter):
     text = f"slide_id{delimiter}split\r\nZoë 1{delimiter}train\r\n"
     (tmp_path / "splits.csv").write_bytes(text.encode(encoding))
-    assert read_splits(open_store_file(str(tmp_path / "splits.csv"))) == {"Zoë 1": "train"}
+    assert read_splits(read_table_text(str(tmp_path / "splits.csv"))) == {"Zoë 1": "train"}
 
 
 def test_utf_16_with_either_mark(tmp_path):
     for mark, encoding in (("\ufeff", "utf-16-le"), ("\ufeff", "utf-16-be")):
         (tmp_path / "splits.csv").write_bytes(f"{mark}slide_id,split\nA,val\n".encode(encoding))
-        assert read_splits(open_store_file(str(tmp_path / "splits.csv"))) == {"A": "val"}
+        assert read_splits(read_table_text(str(tmp_path / "splits.csv"))) == {"A": "val"}
 
 
 @pytest.mark.parametrize(
@@ -113,7 +112,7 @@ def test_utf_16_with_either_mark(tmp_path):
 def test_a_table_in_another_encoding_is_named(tmp_path, content, says):
     (tmp_path / "splits.csv").write_bytes(content)
     with pytest.raises(UsageError, match=r"splits\.csv: no text in UTF-8 or UTF-16") as caught:
-        open_store_file(str(tmp_path / "splits.csv"))
+        read_table_text(str(tmp_path / "splits.csv"))
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -121,7 +120,7 @@ def test_a_table_in_another_encoding_is_named(tmp_path, content, says):
 def test_a_table_that_is_not_there(tmp_path):
     for name, says in (("none.csv", "no such text file"), (".", "cannot be read")):
         with pytest.raises(UsageError, match=says):
-            open_store_file(f"{tmp_path}/{name}")
+            read_table_text(f"{tmp_path}/{name}")
 
 
 def test_read_mpps():

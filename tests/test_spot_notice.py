@@ -122,7 +122,7 @@ def test_it_goes_on_asking_and_telling(
         told.append(order)  # type: ignore[arg-type]
         return "GCS is busy" if len(told) == 1 else None
 
-    monkeypatch.setattr(script, "ANSWER", 0.3)
+    monkeypatch.setattr(script, "METADATA_TIMEOUT", 0.3)
     monkeypatch.setattr(script, "local_node", lambda address: "node-a")
     monkeypatch.setattr(script, "drain", drain)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from slide_files import write_tiff
 
+from apacs_ray.config.settings import DataSettings, TilesSettings
+from apacs_ray.data.folders import find_pairs
 from apacs_ray.data.grid import Box, grid, owned_region
+from apacs_ray.data.image_tiles import ShardTask, plan_tiles, probe_pair, write_shard
 from apacs_ray.data.quality import focus, tissue_fraction
 from apacs_ray.data.tile_rows import TILE_SCHEMA, tile_id
+from apacs_ray.slides.cache import SlideCache
+from apacs_ray.slides.find import find_slides
+from apacs_ray.slides.manifest import SlideTask, inspect_slide
+from apacs_ray.slides.slide_tiles import SlideShard, write_slide_shard
+from apacs_ray.storage import open_store
 
 SIDES = st.integers(1, 90)
 LAST = st.sampled_from(["keep", "shift", "drop"])
@@ -36,10 +47,11 @@ def test_keep_without_overlap_covers_each_pixel_once(width, height, size):
     assert all(0 < box.width <= size and 0 < box.height <= size for box in boxes)
 
 
+@settings(deadline=None)
 @given(grids())
-def test_keep_and_shift_cover_everything_and_drop_only_whole_tiles(settings):
-    width, height, size, stride, last = settings
-    boxes = grid(*settings)
+def test_keep_and_shift_cover_everything_and_drop_only_whole_tiles(axes):
+    width, height, size, stride, last = axes
+    boxes = grid(*axes)
     count = coverage(width, height, boxes)  # also fails to broadcast where a box leaves the image
     full = (min(size, width), min(size, height))
     assert boxes == sorted(boxes, key=lambda box: (box.y, box.x))
@@ -59,15 +71,16 @@ def test_keep_and_shift_cover_everything_and_drop_only_whole_tiles(settings):
         assert rest_y < stride
 
 
+@settings(deadline=None)
 @given(grids())
 @example((50, 41, 20, 20, "shift"))
 @example((50, 41, 20, 3, "shift"))
-def test_the_regions_that_count_part_the_covered_pixels(settings):
-    width, height, *_ = settings
-    boxes = grid(*settings)
+def test_the_regions_that_count_part_the_covered_pixels(axes):
+    width, height, *_ = axes
+    boxes = grid(*axes)
     counted = np.zeros((height, width), int)
     for box in boxes:
-        left, top, right, bottom = owned_region(box.x, box.y, *settings)
+        left, top, right, bottom = owned_region(box.x, box.y, *axes)
         assert 0 <= left <= right <= box.width
         assert 0 <= top <= bottom <= box.height
         counted[box.y + top : box.y + bottom, box.x + left : box.x + right] += 1
@@ -111,8 +124,6 @@ def test_tile_id_is_readable():
 
 
 def test_the_schema_refuses_what_must_not_be_null(tmp_path):
-    import pyarrow.parquet as pq
-
     assert "split" not in TILE_SCHEMA.names
     row = {field.name: None for field in TILE_SCHEMA}
     with pytest.raises(pa.ArrowInvalid, match="non-nullable"):
@@ -154,3 +165,59 @@ def test_focus_in_its_unit():
 def test_measures_of_the_smallest_tiles(size):
     assert tissue_fraction(flat((90, 80, 120), size)) == 1
     assert focus(flat((90, 80, 120), size)) == 0
+
+
+def rows_of_pairs(folder, output, least):
+    store, target = open_store(str(folder)), open_store(str(output))
+    tiles = TilesSettings(size=32, image_format="png", min_tissue=least)
+    sources = [probe_pair(store, pair, 1 << 20) for pair in find_pairs(store.list()).pairs]
+    (plan,) = plan_tiles(sources, tiles, DataSettings(), seed=0).shards
+    receipt = write_shard(ShardTask(store, target, tiles, DataSettings(), "0" * 16), plan)
+    return read_shard(target, receipt), receipt
+
+
+def rows_of_slide(folder, output, least):
+    store, target = open_store(str(folder)), open_store(str(output))
+    tiles = TilesSettings(size=256, image_format="png", min_tissue=least, min_tissue_um2=np.inf)
+    task = SlideTask(store, None, target, tiles, DataSettings(), SlideCache(output / "cache", 1), "0" * 16)
+    (slide,) = find_slides(store.list()).slides
+    summary = inspect_slide(task, 0, slide)
+    shard = SlideShard("train", 0, 0, tuple(range(summary.tiles)))
+    return read_shard(target, write_slide_shard(task, summary, shard)), summary
+
+
+def read_shard(store, receipt):
+    with store.open(receipt.path) as stream:
+        return pq.read_table(stream, partitioning=None).to_pylist()
+
+
+def test_a_tile_of_an_image_is_skipped_by_the_share_that_its_row_stores(tmp_path):
+    rgb = np.full((32, 256, 3), 240, np.uint8)
+    for tile in range(8):
+        rgb[: 4 * (tile + 1), 32 * tile : 32 * (tile + 1)] = (180, 120, 190)  # an eighth more in every tile
+    for role, pixels in (("input", rgb), ("groundtruth", np.zeros((32, 256), bool))):
+        (tmp_path / "in" / "test" / role).mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / "in" / "test" / role / "a.png")
+    rows, _ = rows_of_pairs(tmp_path / "in", tmp_path / "all", 0.0)
+    assert [row["tissue_fraction"] for row in rows] == [(tile + 1) / 8 for tile in range(8)]
+    for least in (0.5, 0.51, 1.0):
+        left, receipt = rows_of_pairs(tmp_path / "in", tmp_path / f"{least}", least)
+        assert left == [row for row in rows if row["tissue_fraction"] >= least]
+        assert receipt.skipped == {"background": 8 - len(left)}
+
+
+def test_a_tile_of_a_slide_is_skipped_by_the_share_that_its_row_stores(tmp_path):
+    (tmp_path / "in").mkdir()
+    y, x = np.mgrid[:2048, :2048]
+    rgb = np.full((2048, 2048, 3), 240, np.uint8)
+    rgb[np.hypot(y - 900, x - 1000) < 500] = (180, 120, 190)
+    rgb = (rgb - np.random.default_rng(0).integers(0, 6, rgb.shape)).astype(np.uint8)
+    write_tiff(tmp_path / "in" / "a.tif", rgb)
+    rows, summary = rows_of_slide(tmp_path / "in", tmp_path / "all", 0.0)
+    assert summary.tiles == len(rows) == 64
+    fractions = sorted({row["tissue_fraction"] for row in rows})
+    assert len(fractions) > 4
+    for least in (fractions[1], fractions[2], fractions[-1]):
+        left, summary = rows_of_slide(tmp_path / "in", tmp_path / f"{least}", least)
+        assert left == [row for row in rows if row["tissue_fraction"] >= least]
+        assert sum(summary.skipped.values()) == 64 - len(left) > 0

@@ -17,9 +17,10 @@ from apacs_ray.distributed.metrics import Gauges
 from apacs_ray.distributed.session import RaySession
 from apacs_ray.errors import ApacsError
 from apacs_ray.runs.run import Run
-from apacs_ray.stages.ingest import INGEST
-from apacs_ray.stages.ingest_result import Cut
-from apacs_ray.stages.pipeline import Context, run_stage
+from apacs_ray.stages.ingest import Ingest
+from apacs_ray.stages.ingest_result import UnitCounts, WrittenTiles
+from apacs_ray.stages.source import Source
+from apacs_ray.stages.stage import run_stage
 from apacs_ray.storage import LocalStore
 from apacs_ray.training.history import EpochRecord
 from apacs_ray.training.tensorboard import read_events, write_curves, write_metrics
@@ -162,11 +163,12 @@ def test_rejects_count_units_and_tiles_also_where_they_are_too_many(
         (data / name).touch()
     reject = Reject("u", None, None, None, "ingest", "code", "reason")
     receipt = Receipt("tiles/split=train/0.parquet", 7, 4, {}, [vars(reject)] * 3)
-    cut = Cut([receipt], [reject, reject], "pairs", 4, 7, "image", defects=[reject])
-    monkeypatch.setattr("apacs_ray.stages.ingest_folder.cut_folder", lambda *_: cut)
+    units = UnitCounts(4, 2, 2)
+    written = WrittenTiles("pairs", units, [reject, reject], [receipt], 7, "image", defects=[reject])
+    monkeypatch.setattr("apacs_ray.stages.ingest.ingest_folder", lambda *_: written)
     run = Run.open(store.child("run"), Settings(data=DataSettings(max_rejects="0")), str(data))
-    context = Context(run, RaySession(run))
+    ray = RaySession(run)
     with pytest.raises(ApacsError, match="2 of 4 pairs rejected"):
-        run_stage(context, INGEST)
+        run_stage(run, ray, Ingest(Source.of(run.store, run.data, run.settings)))
     run.close()
-    assert value(context.ray.gauges, "rejects", stage="ingest") == 5
+    assert value(ray.gauges, "rejects", stage="ingest") == 5

@@ -1,14 +1,17 @@
-"""`python -m apacs_ray doctor`: every check in turn, one table, one exit status."""
+"""The command `doctor`: every check in turn, one table, one exit status."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
+from typing import NoReturn
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from apacs_ray.commands.shell import run_command
 from apacs_ray.config.command_line import Command, parse
 from apacs_ray.console import console, print_log
 from apacs_ray.doctor import cluster, codecs, devices, machine, tables, versions
@@ -23,9 +26,21 @@ COLORS = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 PAGE = 160  # characters a line, where there is no terminal that says
 
 
+def main(argv: Sequence[str]) -> NoReturn:
+    """Run the command, and end the process with its exit status."""
+    run_command(partial(doctor, argv))
+
+
 def doctor(argv: Sequence[str]) -> int:
-    """Check, print the table, and return the exit status. Raises UsageError."""
-    command = parse(argv, "python -m apacs_ray doctor", SUMMARY)
+    """Check, and print the table.
+
+    Returns:
+        The exit status: 0 when a run would work, else 1.
+
+    Raises:
+        UsageError: for options that are none.
+    """
+    command = parse(argv, "apacs-ray doctor", SUMMARY)
     print_log()
     findings, secrets = diagnose(command)
     findings = [redacted(finding, secrets) for finding in findings]

@@ -12,6 +12,7 @@ from functools import partial
 from typing import NoReturn
 
 from apacs_ray.commands.shell import opened_run, run_command
+from apacs_ray.config.command_line import SECTIONS as SETTINGS
 from apacs_ray.config.command_line import Command, parse
 
 SUMMARIES = {
@@ -23,6 +24,15 @@ SUMMARIES = {
     "evaluate.py": "Evaluate all models on the test tiles and write the report.",
 }
 
+# what their --help shows of the settings: the sections that their stages read; full.py: all
+SECTIONS = {
+    "ingest.py": ("data", "synthetic", "tiles", "run"),
+    "train_members.py": ("members", "run"),
+    "tune_fusion.py": ("members", "heatmaps", "tune", "fusion", "evaluate", "run"),
+    "train_fusion.py": ("fusion", "run"),
+    "evaluate.py": ("fusion", "evaluate", "run"),
+}
+
 
 def main(script: str, argv: Sequence[str] | None = None) -> NoReturn:
     """Run a script of `pipelines/` by its file's name, and end the process with its exit status."""
@@ -30,7 +40,7 @@ def main(script: str, argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _work(script: str, argv: Sequence[str]) -> int:
-    command = parse(argv, script, SUMMARIES[script])
+    command = parse(argv, script, SUMMARIES[script], SECTIONS.get(script, tuple(SETTINGS)))
     if command.dry_run:
         return _dry_run(command)
     if command.estimate:

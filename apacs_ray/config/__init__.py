@@ -1,0 +1,1 @@
+"""Settings, sweeps and the command line that fills them."""

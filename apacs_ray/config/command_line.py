@@ -9,20 +9,24 @@ from __future__ import annotations
 import argparse
 import os
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from apacs_ray.config.settings import Settings
+from apacs_ray.config.section import COMMON, Section
+from apacs_ray.config.settings import Settings, TrainingSettings
 from apacs_ray.config.sweep import require_sweep
 from apacs_ray.config.yaml import find_config, read_yaml
 from apacs_ray.errors import UsageError
 from apacs_ray.redact import uri_defect
 
 SYNTHETIC_CONFIG = "configs/synthetic.yaml"
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation for name, field in Settings.model_fields.items() if isinstance(field.annotation, type)
+}
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,21 @@ class Command:
     estimate: bool = False
 
 
-def parse(argv: Sequence[str], program: str, summary: str) -> Command:
-    """The command in `argv`. Raises UsageError; `--help` and unknown options end the process as argparse does."""
-    parser = _parser(program, summary)
-    given = vars(parser.parse_args(argv))
+def parse(argv: Sequence[str], program: str, summary: str, sections: Collection[str] = tuple(SECTIONS)) -> Command:
+    """Return the command in `argv`. `--help` and unknown options end the process as argparse does.
+
+    Every program takes every setting: those of earlier stages tell it which of their results it may go on from.
+
+    Args:
+        argv: The command line without the program.
+        program: Its name, for `--help`.
+        summary: What it does, for `--help`.
+        sections: Those that its own stages read; `--help` shows what is common in them.
+
+    Raises:
+        UsageError: An option or a file of settings is not possible; in one line that names it.
+    """
+    given = vars(_parser(program, summary, sections, everything="--help-all" in argv).parse_args(argv))
     data, output, config = given.pop("data"), given.pop("output"), given.pop("config")
     dry_run, estimate = given.pop("dry_run"), given.pop("estimate")
     if dry_run and estimate:
@@ -67,7 +82,7 @@ def _require_open(key: str, value: Any) -> None:
 
 
 def default_output(data: str | None) -> str:
-    """`./runs/<name of the data>`, so that the same command finds its own run again."""
+    """Return `runs/<name of the data>`, so that the same command finds its own run again."""
     if data is None:
         return "runs/synthetic"
     name = os.path.basename(os.path.abspath(data)) if "://" not in data else data.rstrip("/").rsplit("/", 1)[-1]
@@ -75,7 +90,14 @@ def default_output(data: str | None) -> str:
 
 
 def merge_settings(layers: Sequence[tuple[str, dict[str, Any]]]) -> Settings:
-    """Settings from (source, tree) layers, the later ones winning. Raises UsageError naming key and source."""
+    """Return the settings in layers, of which the later ones win.
+
+    Args:
+        layers: (source, tree), the source as an error names it.
+
+    Raises:
+        UsageError: A key or a value is not possible; names the key and the source it is in.
+    """
     merged: dict[str, Any] = {}
     for _, tree in layers:
         _merge(merged, tree)
@@ -85,14 +107,16 @@ def merge_settings(layers: Sequence[tuple[str, dict[str, Any]]]) -> Settings:
         raise UsageError(_one_line(error, layers)) from error
 
 
-def _parser(program: str, summary: str) -> argparse.ArgumentParser:
+def _parser(program: str, summary: str, sections: Collection[str], *, everything: bool) -> argparse.ArgumentParser:
+    """The options of every program; its help shows those of `sections` that are common, or everything."""
     parser = argparse.ArgumentParser(
         prog=program,
         usage="%(prog)s [--data URI] [--output URI] [--config FILE.yaml] [--SECTION.KEY VALUE ...]",
         description=summary,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="The same command again resumes a run. Exit status: 0 done, 1 a stage failed, 2 wrong usage.",
+        epilog="The same command again resumes a run. Exit status: 0 done, 1 a stage failed, 2 wrong usage.\n"
+        "Every script takes every setting; --help-all shows them.",
     )
     parser.add_argument(
         "--data",
@@ -111,21 +135,24 @@ def _parser(program: str, summary: str) -> argparse.ArgumentParser:
         action="store_true",
         help="only say what each stage will take on this cluster: tiles, bytes, hours, from a short measured sample",
     )
-    for section, model in _sections():
-        group = parser.add_argument_group(section, (model.__doc__ or "").strip().splitlines()[0])
-        for name, field in model.model_fields.items():
-            text = field.description or ""
-            if "(default:" not in text:
-                text += f" (default: {_shown(field.default)})"
-            text = text.replace("%", "%%")
+    parser.add_argument("--help-all", action="help", help="show every setting and exit")
+    for section, model in SECTIONS.items():
+        fields = model.model_fields
+        shown = {name for name in fields if everything or (section in sections and COMMON in fields[name].metadata)}
+        summary_line = (model.__doc__ or "").strip().splitlines()[0]
+        group = parser.add_argument_group(section, summary_line) if shown else parser
+        for name, field in fields.items():
+            text = _help(section, name, field) if name in shown else argparse.SUPPRESS
             group.add_argument(f"--{section}.{name}", metavar=_metavar(field), help=text)
     return parser
 
 
-def _sections() -> Iterator[tuple[str, type[BaseModel]]]:
-    for name, field in Settings.model_fields.items():
-        assert isinstance(field.annotation, type)
-        yield name, field.annotation
+def _help(section: str, name: str, field: FieldInfo) -> str:
+    text = field.description or ""
+    if "(default:" not in text:
+        inherited = section == "fusion" and name in TrainingSettings.model_fields
+        text += f" (default: {f'members.{name}' if inherited else _shown(field.default)})"
+    return text.replace("%", "%%")
 
 
 def _shown(default: Any) -> str:
@@ -150,11 +177,10 @@ def _metavar(field: FieldInfo) -> str:
 
 def _nested(flat: dict[str, str]) -> dict[str, Any]:
     """{"tiles.size": "256"} as {"tiles": {"size": "256"}}; lists are comma-separated, `none` unsets."""
-    sections = dict(_sections())
     tree: dict[str, Any] = {}
     for key, text in flat.items():
         section, name = key.split(".")
-        annotation = sections[section].model_fields[name].annotation
+        annotation = SECTIONS[section].model_fields[name].annotation
         value: Any = text
         if typing.get_origin(annotation) is tuple:
             value = [part.strip() for part in text.split(",")]
@@ -178,7 +204,7 @@ def _one_line(error: ValidationError, layers: Sequence[tuple[str, dict[str, Any]
     source = next((name for name, tree in reversed(layers) if _holds(tree, path)), layers[-1][0])
     key = ".".join(path[:2]) or "settings"
     if first["type"] == "extra_forbidden":
-        known = Settings.model_fields if len(path) == 1 else dict(_sections())[path[0]].model_fields
+        known = Settings.model_fields if len(path) == 1 else SECTIONS[path[0]].model_fields
         return f"{key}: no such setting (in {source}); there is {', '.join(known)}"
     message = first["msg"].removeprefix("Value error, ")
     given = "" if isinstance(first["input"], dict | BaseModel) else f", not {first['input']!r}"

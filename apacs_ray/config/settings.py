@@ -6,51 +6,22 @@ Nothing here imports torch or Ray, so `--help` answers at once.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from apacs_ray.config.section import NOT_IN_FINGERPRINT, Common, Section
 
 MemberName = Literal["fcn32", "fcn16", "fcn8"]
 HeatmapInit = Literal["random", "mean", "zero"]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-@dataclass(frozen=True)
-class Mark:
-    """What is said of a setting beside its type, in `Annotated[...]`."""
-
-    text: str
-
-
-NOT_IN_FINGERPRINT = Mark("a stage's output does not depend on it, or its fingerprint names it elsewhere")
-
-
-class Section(BaseModel):
-    """A branch of the tree: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    def fingerprint_inputs(self, *, exclude: Collection[str] = ()) -> dict[str, Any]:
-        """Return the fields that a stage's output depends on, dumped.
-
-        Args:
-            exclude: Fields left out beside those marked `NOT_IN_FINGERPRINT`.
-
-        Returns:
-            The fields by name, nested models as dicts.
-        """
-        fields = type(self).model_fields
-        marked = {name for name, field in fields.items() if NOT_IN_FINGERPRINT in field.metadata}
-        return self.model_dump(exclude=marked | set(exclude))
-
-
 class DataSettings(Section):
     """Where images and masks come from, and what counts as a defect."""
 
-    masks: str | None = Field(None, description="URI of the masks, when they do not lie beside the slides")
-    mpp: float | None = Field(None, gt=0, description="um per px at level 0, for images that do not say")
+    masks: Common[str | None] = Field(None, description="URI of the masks, when they do not lie beside the slides")
+    mpp: Common[float | None] = Field(None, gt=0, description="um per px at level 0, for images that do not say")
     mpps: str | None = Field(None, description="URI of a CSV slide_id,mpp: um per px of single slides")
     mask_classes: tuple[str, ...] = Field(
         (),
@@ -71,8 +42,8 @@ class DataSettings(Section):
     cache_gb: Annotated[float, NOT_IN_FINGERPRINT] = Field(
         50.0, gt=0, description="GiB that the cache may hold, beside the slides in use"
     )
-    splits: str | None = Field(None, description="URI of a CSV slide_id,split (split: train, val or test)")
-    slide_regex: str | None = Field(
+    splits: Common[str | None] = Field(None, description="URI of a CSV slide_id,split (split: train, val or test)")
+    slide_regex: Common[str | None] = Field(
         None,
         description="regular expression on the file stem; its first group is the slide id "
         "(default: every file is its own slide)",
@@ -80,12 +51,12 @@ class DataSettings(Section):
     val_fraction: Share = Field(
         0.2, gt=0, description="share of the training part that becomes val, when no val part is given"
     )
-    max_rejects: Annotated[str, NOT_IN_FINGERPRINT] = Field(
+    max_rejects: Common[Annotated[str, NOT_IN_FINGERPRINT]] = Field(
         "default",
         description="rejected units that a stage tolerates, a count (5) or a share (1%) of the units listed; "
         "'default' is the larger of 1% and 5",
     )
-    mask_threshold: int | None = Field(
+    mask_threshold: Common[int | None] = Field(
         None,
         ge=1,
         le=255,
@@ -134,10 +105,12 @@ class SyntheticSettings(Section):
 class TilesSettings(Section):
     """How images are cut into fields of view (FOV, tiles) and stored."""
 
-    size: int = Field(2000, ge=32, description="px, side of a FOV (paper: 2000)")
+    size: Common[int] = Field(2000, ge=32, description="px, side of a FOV (paper: 2000)")
     stride: int | None = Field(None, ge=1, description="px from one FOV to the next (default: tiles.size, no overlap)")
-    mpp: float | None = Field(None, gt=0, description="um per px wanted (default: as scanned); whole slides only")
-    min_tissue: float | None = Field(
+    mpp: Common[float | None] = Field(
+        None, gt=0, description="um per px wanted (default: as scanned); whole slides only"
+    )
+    min_tissue: Common[float | None] = Field(
         None,
         ge=0,
         le=1,
@@ -172,16 +145,16 @@ class TrainingSettings(Section):
     In `Settings` the fusion has the members' value of each field that is not given for it.
     """
 
-    epochs: int = Field(100, ge=1, description="passes over the training tiles")
-    batch_size: int = Field(4, ge=1, description="tiles a step, over all workers")
+    epochs: Common[int] = Field(100, ge=1, description="passes over the training tiles")
+    batch_size: Common[int] = Field(4, ge=1, description="tiles a step, over all workers")
     accumulate: int = Field(1, ge=1, description="forward passes that share one step (less memory)")
-    learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
+    learning_rate: Common[float] = Field(1e-4, gt=0, description="peak learning rate")
     weight_decay: float = Field(0.0, ge=0, description="of the optimizer")
     optimizer: Literal["adam", "adamw"] = Field("adamw", description="optimizer")
     schedule: Literal["constant", "cosine"] = Field("cosine", description="learning rate over the run")
     warmup_epochs: float = Field(0.0, ge=0, description="epochs of linear warm-up")
     dice_weight: float = Field(0.5, ge=0, description="weight of the per-image soft Dice term beside BCE")
-    crop: int = Field(1024, ge=0, description="px, side of the random training crop; 0: whole tiles")
+    crop: Common[int] = Field(1024, ge=0, description="px, side of the random training crop; 0: whole tiles")
     flips: bool = Field(True, description="random flips of image and mask together")
     turns: bool = Field(True, description="random turns by 90 degrees of image and mask together")
     jitter: float = Field(0.1, ge=0, le=1, description="strength of the stain jitter; 0: none")
@@ -205,13 +178,15 @@ class TrainingSettings(Section):
 class MembersSettings(TrainingSettings):
     """The three members FCN-32, FCN-16 and FCN-8."""
 
-    width: float = Field(1.0, gt=0, le=1, description="share of the published channel counts; 1.0: as published")
+    width: Common[float] = Field(
+        1.0, gt=0, le=1, description="share of the published channel counts; 1.0: as published"
+    )
     mode: Annotated[Literal["auto", "parallel", "together"], NOT_IN_FINGERPRINT] = Field(
         "auto",
         description="parallel: a training run for each member at the same time; together: one run steps all three on "
         "each batch; auto: together on one GPU or one CPU",
     )
-    init: Literal["random", "imagenet", "published"] = Field(
+    init: Common[Literal["random", "imagenet", "published"]] = Field(
         "random",
         description="start of the weights: random, imagenet (AlexNet, VGG-16 of torchvision) or published (released)",
     )
@@ -236,7 +211,7 @@ class FusionSettings(TrainingSettings):
     width: Annotated[float | None, NOT_IN_FINGERPRINT] = Field(
         None, gt=0, le=1, description="as members.width (default: members.width)"
     )
-    head: Literal["published", "refined"] = Field(
+    head: Common[Literal["published", "refined"]] = Field(
         "refined",
         description="published: as released; refined: finer skips and a residual onto the members' mean",
     )
@@ -247,7 +222,9 @@ class FusionSettings(TrainingSettings):
     trunk: Literal["random", "fcn32"] = Field(
         "random", description="start of the trunk: random, or that of the trained FCN-32 (of the same width)"
     )
-    from_best: Annotated[bool, NOT_IN_FINGERPRINT] = Field(True, description="train with the best setting of the sweep")
+    from_best: Common[Annotated[bool, NOT_IN_FINGERPRINT]] = Field(
+        True, description="train with the best setting of the sweep"
+    )
     compare: Annotated[bool, NOT_IN_FINGERPRINT] = Field(
         False, description="train and evaluate the published head as well"
     )
@@ -264,7 +241,7 @@ class FusionSettings(TrainingSettings):
 class HeatmapsSettings(Section):
     """The members' heatmaps, stored once for training and tuning the fusion."""
 
-    folds: int = Field(
+    folds: Common[int] = Field(
         1,
         ge=1,
         le=20,
@@ -275,13 +252,13 @@ class HeatmapsSettings(Section):
 class TuneSettings(Section):
     """The sweep of the fusion's hyperparameters."""
 
-    config: str = Field("tune_configs/fusion_asha.yaml", description="search space, searcher and scheduler")
+    config: Common[str] = Field("tune_configs/fusion_asha.yaml", description="search space, searcher and scheduler")
 
 
 class EvaluateSettings(Section):
     """The test tiles, read by this stage only."""
 
-    border: int = Field(
+    border: Common[int] = Field(
         0, ge=0, description="px left out at a tile's edge, where the data set leaves cut cells unannotated"
     )
     precision: Literal["float32", "bfloat16"] = Field("float32", description="of the networks")
@@ -293,7 +270,7 @@ class EvaluateSettings(Section):
 class RunSettings(Section):
     """The run as a whole."""
 
-    seed: int = Field(0, ge=0, lt=2**31, description="seed of everything random")
+    seed: Common[int] = Field(0, ge=0, lt=2**31, description="seed of everything random")
     max_failures: int = Field(3, ge=0, description="lost workers a training survives")
 
 

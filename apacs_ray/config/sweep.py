@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from apacs_ray.config.settings import NOT_IN_FINGERPRINT, FusionSettings, Section, Settings
-from apacs_ray.config.yaml import MissingConfig, find_config, read_yaml
+from apacs_ray.config.section import NOT_IN_FINGERPRINT, Section
+from apacs_ray.config.settings import FusionSettings, Settings
+from apacs_ray.config.yaml import find_config, read_yaml
 from apacs_ray.errors import UsageError
 
 SWEPT = (
@@ -154,8 +155,6 @@ def require_sweep(settings: Settings) -> None:
     try:
         sweep = read_sweep(tune.config)
     except UsageError as error:
-        if isinstance(error, MissingConfig) and not tune.model_fields_set:
-            return  # the doctor of an installed package: the sweeps stay in the repository, as the scripts do
         raise UsageError(f"tune.config: {error}") from error
     if "fcn32" in sweep.trunks and settings.fusion_width != settings.members.width:
         raise UsageError(f"tune.config: {tune.config}: trunk fcn32 needs fusion.width as members.width; leave it out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +11,20 @@ import yaml
 from apacs_ray.errors import UsageError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+INSTALLED = Path(sys.prefix) / "share" / "apacs_ray"  # where `pip install` puts configs/ and tune_configs/
 LARGEST_YAML = 1 << 20  # bytes
 
 
-class MissingConfig(UsageError):
-    """A YAML file that is nowhere."""
-
-
 def find_config(name: str) -> Path:
-    """Return the path of a YAML file: `name` in the working directory, else in the repository root.
+    """Return the path of a YAML file: `name` in the working directory, else in the repository, else as installed.
 
     Raises:
-        MissingConfig: It is in neither.
+        UsageError: It is in none of them.
     """
-    for candidate in (Path(name), REPOSITORY / name):
+    for candidate in (Path(name), REPOSITORY / name, INSTALLED / name):
         if candidate.is_file():
             return candidate
-    raise MissingConfig(f"{name}: no such file here or in {REPOSITORY}")
+    raise UsageError(f"{name}: no such file here or in {REPOSITORY}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from apacs_ray.storage import Entry
 
-SHOWN, PLACES = 5, 10  # names of a kind, and of places that are hidden
-LONGEST = 80  # characters of a name that is shown
+MAX_NAMES, MAX_PLACES = 5, 10  # names that are listed of each kind; of hidden places
+MAX_LENGTH = 80  # characters of a name in a sentence
 # what file managers, NAS boxes, snapshots and archives leave behind, beside all that begins with a dot
 SYSTEM = {
     "#recycle", "#snapshot", "$recycle.bin", "@eadir", "@recently-snapshot", "@recycle", "@tmp", "__macosx",
@@ -17,7 +17,7 @@ SYSTEM = {
     "network trash folder", "recycled", "recycler", "system volume information", "temporary items", "thumbs.db",
     "~snapshot",
 }  # fmt: skip
-_LOCK = re.compile(r"~\$.")  # of an office program that has the file open
+_LOCK = re.compile(r"~\$.")  # lock files of office programs
 
 
 def hidden_part(path: str) -> str | None:
@@ -48,14 +48,14 @@ class Ignored:
         kinds = {"hidden": self.hidden, "previews": self.previews, "strays": self.strays, "others": self.others}
         return {kind: len(entries) for kind, entries in kinds.items() if entries}
 
-    def told(self) -> str | None:
+    def describe(self) -> str | None:
         """Return what a person is told of them: counts and the first few names; None when there are none."""
-        # of what is hidden one of each place, so that each trash and snapshot is named
+        # name one file of each hidden place, so that each trash and snapshot is listed
         hidden: dict[str | None, Entry] = {}
         for entry in self.hidden:
             hidden.setdefault(hidden_part(entry.path), entry)
         kinds = (
-            (self.hidden, "hidden or system file", names(hidden.values(), PLACES)),
+            (self.hidden, "hidden or system file", names(hidden.values(), MAX_PLACES)),
             (self.previews, "preview of a slide", names(self.previews)),
             (self.strays, "annotation of no slide", names(self.strays)),
             (self.others, "file of another kind", names(self.others)),
@@ -64,8 +64,8 @@ class Ignored:
         return f"ignored {', '.join(parts)}" if parts else None
 
 
-def names(entries: Iterable[Entry], most: int = SHOWN) -> str:
+def names(entries: Iterable[Entry], most: int = MAX_NAMES) -> str:
     """Return the paths of the first few of some files, for a sentence; long ones lose their beginning."""
     paths = [entry.path for entry in entries]
-    shortened = [path if len(path) <= LONGEST else f"...{path[3 - LONGEST :]}" for path in paths[:most]]
+    shortened = [path if len(path) <= MAX_LENGTH else f"...{path[3 - MAX_LENGTH :]}" for path in paths[:most]]
     return ", ".join([*shortened, "..."] if len(paths) > most else shortened)

@@ -135,7 +135,7 @@ def read_header(stream: BinaryIO, max_pixels: int, *, whole: bool = False) -> He
 
 def _require_usable(image: ImageFile.ImageFile, frames: int, max_pixels: int) -> None:
     width, height = image.size
-    if isinstance(image, TiffImageFile):  # a small image may lie in tiles that are enormous
+    if isinstance(image, TiffImageFile):  # a small image may be stored in enormous tiles
         tile = int(image.tag_v2.get(TILE_WIDTH, 0)), int(image.tag_v2.get(TILE_LENGTH, 0))
         width, height = max((width, height), tile, key=lambda size: size[0] * size[1])
     if width * height > max_pixels:
@@ -149,7 +149,7 @@ def _require_usable(image: ImageFile.ImageFile, frames: int, max_pixels: int) ->
 def turn_of(image: ImageFile.ImageFile) -> int:
     """Return the EXIF orientation 1..8 that is still to be applied, as the header gives it."""
     if isinstance(image, TiffImageFile) or (isinstance(image, PngImageFile) and "exif" not in image.info):
-        return 1  # Pillow turns TIFF itself; to look further in a PNG it would read all pixels
+        return 1  # Pillow turns TIFF itself; further EXIF data of a PNG would cost reading its pixels
     try:
         turn = image.getexif().get(ORIENTATION, 1)
     except DAMAGE:  # damaged EXIF data of a good image

@@ -30,8 +30,8 @@ from apacs_ray.data.units import one_unit
 from apacs_ray.errors import BadInput
 from apacs_ray.storage import Entry, Store
 
-MOST_BYTES = 8  # a pixel: four channels of 16 bits, not compressed
-OTHER_BYTES = 64 << 20  # profiles and what else scanners write into a file
+BYTES_PER_PIXEL = 8  # at most: four channels of 16 bits, not compressed
+METADATA_BYTES = 64 << 20  # color profiles and what else scanners write into a file
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def probe_pair(store: Store, pair: Pair, max_pixels: int) -> Source | Reject:
 def _content(store: Store, entry: Entry, max_pixels: int) -> bytes:
     if entry.size == 0:
         raise BadInput("empty_file", f"{entry.path} has no bytes")
-    if entry.size > MOST_BYTES * max_pixels + OTHER_BYTES:
+    if entry.size > BYTES_PER_PIXEL * max_pixels + METADATA_BYTES:
         raise BadInput("too_large", f"{entry.path}: {entry.size} bytes, more than data.max_pixels can need")
     return store.read(entry.path)
 

@@ -17,7 +17,7 @@ from apacs_ray.errors import BadInput
 Rgb = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 
-DARK = 1 << 14  # no photograph in 16 bits ends below: a camera's 10, 12 or 14 bits do
+DARKEST_16_BIT = 1 << 14  # least maximum of 16-bit values; below, they are a camera's 10, 12 or 14 bits
 # Pillow gives a picture's memory back to the system, and the next one's is cleared page by page: a tenth of a tile's
 # time. So many blocks of 16 MiB are kept instead.
 Image.core.set_blocks_max(4)  # type: ignore[attr-defined]
@@ -99,7 +99,7 @@ def as_picture(pixels: npt.NDArray[Any] | Image.Image, order: str = "RGB") -> Im
     if isinstance(pixels, Image.Image):
         return pixels
     height, width = pixels.shape[:2]
-    picture = Image.new("RGB", (width, height), None)  # not filled first
+    picture = Image.new("RGB", (width, height), None)  # not cleared first
     content: Any = memoryview(np.ascontiguousarray(pixels)).cast("B")  # type: ignore[arg-type]
     picture.frombytes(content, "raw", order)
     return picture
@@ -120,7 +120,7 @@ def _loaded(image: ImageFile.ImageFile) -> Image.Image:
         image.load()
     except DAMAGE as error:
         raise BadInput(code_of(error), f"the pixels cannot be read: {text_of(error)}") from error
-    if deep:  # of colors Pillow keeps the upper bytes
+    if deep:  # Pillow keeps only the upper bytes of colors
         extrema = cast(tuple[tuple[int, int], ...], image.getextrema())
         tops = [top for (_, top), band in zip(extrema, image.getbands(), strict=True) if band != "A"]
         _require_bright(max(tops) << 8 | 255)
@@ -131,7 +131,7 @@ def _upper_byte(values: npt.NDArray[np.uint16], bits: int | None, white_is_zero:
     """Return the upper eight of the bits that 16-bit gray uses, which is decided for the whole image."""
     top = int(values.max())
     if bits is None or not 8 <= bits < 16 or top >> bits:
-        bits = 8 if top <= 255 and not white_is_zero else 16  # bytes that were saved with 16 bits
+        bits = 8 if top <= 255 and not white_is_zero else 16  # 8-bit values that were saved with 16 bits
     if white_is_zero:
         values = np.uint16((1 << bits) - 1) - values
     if bits == 16:
@@ -140,7 +140,7 @@ def _upper_byte(values: npt.NDArray[np.uint16], bits: int | None, white_is_zero:
 
 
 def _require_bright(top: int) -> None:
-    if top < DARK:
+    if top < DARKEST_16_BIT:
         raise BadInput(
             "too_dark",
             f"its 16-bit values end at {top}, as of a camera of {max(top.bit_length(), 10)} bits; save it with 8 bits",
@@ -159,7 +159,7 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     try:
         source = ImageCms.getOpenProfile(io.BytesIO(profile))
         if "srgb" in ImageCms.getProfileDescription(source).lower():
-            return image.convert("RGB")  # exactly as stored: a conversion onto itself would round
+            return image.convert("RGB")  # as stored: converting sRGB to sRGB would round
         converted = ImageCms.profileToProfile(colors, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, *DAMAGE):
         return image.convert("RGB")

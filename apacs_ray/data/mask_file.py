@@ -28,7 +28,7 @@ from apacs_ray.data.vips import open_vips, reason
 from apacs_ray.errors import BadInput
 
 Pixels = npt.NDArray[Any]  # (H, W) or (H, W, bands), as stored
-BLOCK = 1 << 24  # px that are looked at in one go
+BLOCK = 1 << 24  # px that are read at a time
 # EXIF orientation -> the stored image transposed, then mirrored left to right, then top to bottom
 TURNS = {
     1: (False, False, False),

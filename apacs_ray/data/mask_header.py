@@ -17,8 +17,8 @@ from apacs_ray.data.image_header import DAMAGE, ORIENTATION, READERS, SWAPS_SIDE
 from apacs_ray.errors import BadInput
 
 Palette = npt.NDArray[np.int64]  # (colors, 3), 0..255
-MAX_TILE = 1 << 26  # px of one tile of a mask in tiles, which is decoded as a whole
-MOST_PAGES = 1000
+MAX_TILE = 1 << 26  # px of one tile, which is decoded as a whole
+MAX_PAGES = 1000
 BY_VIPS = {"NONE", "LZW", "DEFLATE", "ADOBE_DEFLATE", "PACKBITS", "JPEG", "WEBP", "CCITTRLE", "CCITTFAX3", "CCITTFAX4"}
 BY_PILLOW = {"ZSTD", "LZMA"}
 LOSSY = {"JPEG", "WEBP"}
@@ -89,7 +89,7 @@ def _stored_tiff(tiff: tifffile.TiffFile) -> Stored:
         raise BadInput("too_large", f"in tiles of {tile[0]} x {tile[1]} px; {MAX_TILE} px are the limit")
     turn = int(page.tags.valueof(ORIENTATION, 1))
     width, height = page.imagewidth, page.imagelength
-    if by_pillow:  # which turns them itself
+    if by_pillow:  # Pillow applies the orientation itself
         turn, width, height = 1, *((height, width) if turn in SWAPS_SIDES else (width, height))
     return Stored(
         width,
@@ -115,7 +115,7 @@ def _require_decoder(page: Any, photometric: str, compression: str, *, planes: b
     if bits not in (1, 2, 4, 8, 16, 32):
         raise BadInput("unsupported_mode", f"a mask with {bits} bits a channel; save it with 8 or 16")
     if compression not in BY_VIPS | BY_PILLOW or (compression.startswith("CCITT") and page.is_tiled):
-        # of tiles in CCITT the decoder tells no damage at all
+        # the decoder reports no damage of tiles in CCITT
         where = " in tiles" if page.is_tiled else ""
         raise BadInput("unsupported_mode", f"a mask in {compression}{where}; save it with Deflate or LZW")
     if by_pillow and (bits not in (1, 8, 16) or kind != 1 or (planes and bits != 8)):
@@ -133,7 +133,7 @@ def _only_page(tiff: tifffile.TiffFile) -> Any:
     pages: Sequence[Any] = tiff.pages
     if not len(pages):
         raise BadInput("unreadable", "it holds no image")
-    if len(pages) > MOST_PAGES:
+    if len(pages) > MAX_PAGES:
         raise BadInput("multiple_frames", f"the file holds {len(pages)} images; save the one that is meant")
     first = tiff.pages.first
     if min(first.imagewidth, first.imagelength) < 1:

@@ -18,8 +18,8 @@ from apacs_ray.data.mask_header import Palette
 from apacs_ray.errors import BadInput
 
 Values = npt.NDArray[np.int64]
-TOPS = (0, 1, 255, 65535)  # what "cell" is in a mask of two values, 0 being the other
-GAP = (16, 239)  # gray that a mask of black and white hardly gets from JPEG
+CELL_VALUES = (0, 1, 255, 65535)  # the values that a mask of two values may have beside 0
+JPEG_GAP = (16, 239)  # gray levels that JPEG does not make of black and white
 REC_601 = (19595, 38470, 7471)  # of 65536: red, green, blue
 ADVICE = "data.mask_threshold N takes values of at least N as cell"
 
@@ -74,7 +74,7 @@ class Contents:
         self.pixels += values.size
         low, high = int(values.min()), int(values.max())
         lows = int(np.count_nonzero(values == low))
-        if lows + np.count_nonzero(values == high) >= values.size:  # most parts of a mask, and quicker than to sort
+        if lows + np.count_nonzero(values == high) >= values.size:  # true of most parts, and faster than sorting
             different = {low, high}
         elif values.dtype in (np.uint8, np.uint16):
             different = {low, high, *np.unique(values[~self._known[values]]).tolist()}
@@ -122,9 +122,9 @@ def find_rule(mask: MaskFile, threshold: int | None, *, doubtful: bool = False) 
         return rule
     if threshold is None:
         hint = f"; JPEG blurs masks: {ADVICE}, 128 say" if mask.stored.lossy else f"; {ADVICE}"
-        raise BadInput("grey_mask", f"the mask has {_told(contents)}, not just 0 and 1 or 0 and 255{hint}")
+        raise BadInput("grey_mask", f"the mask has {_described(contents)}, not just 0 and 1 or 0 and 255{hint}")
     if doubtful and (contents.colored or 2 * contents.zeros < contents.pixels):
-        raise BadInput("no_mask", f"it has {_told(contents)}, as a picture has")
+        raise BadInput("no_mask", f"it has {_described(contents)}, as a picture has")
     return _by_threshold(contents, threshold, mask.stored.palette)
 
 
@@ -197,9 +197,9 @@ def _two_values(contents: Contents, *, lossy: bool) -> CellRule | None:
     top = int(present[-1])
     if contents.colored:
         return None
-    if top in TOPS and set(present.tolist()) <= {0, top}:
+    if top in CELL_VALUES and set(present.tolist()) <= {0, top}:
         return CellRule(1)
-    if lossy and GAP[1] < top <= 255 and not ((present >= GAP[0]) & (present <= GAP[1])).any():
+    if lossy and JPEG_GAP[1] < top <= 255 and not ((present >= JPEG_GAP[0]) & (present <= JPEG_GAP[1])).any():
         return CellRule(128)
     return None
 
@@ -217,7 +217,7 @@ def _two_tone(contents: Contents, palette: Palette | None) -> CellRule | None:
         return None
     rule = _lighter(used)
     darker, lighter = sorted((_first_index(palette, color) for color in used), key=lambda place: place[1])
-    return rule if darker[0] < lighter[0] else None  # else the background may be the lighter one
+    return rule if darker[0] < lighter[0] else None  # else the background may be the lighter color
 
 
 def _lighter(colors: Palette) -> CellRule | None:
@@ -260,7 +260,7 @@ def _by_threshold(contents: Contents, threshold: int, palette: Palette | None) -
     return CellRule(threshold)
 
 
-def _told(contents: Contents) -> str:
+def _described(contents: Contents) -> str:
     present = contents.present
     kind = "luminances of colors" if contents.colored else "gray values"
     return f"{len(present)} {kind} from {present[0]} to {present[-1]}"

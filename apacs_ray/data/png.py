@@ -2,7 +2,7 @@
 
 Pillow unpacks a PNG's texts as it opens it and refuses the file when one is long (ImageJ and Photoshop write such).
 Texts say nothing of the pixels, so they are left out of what Pillow sees. Nothing here unpacks more than a profile of
-`MOST_PROFILE` bytes.
+`MAX_PROFILE` bytes.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from PIL.PngImagePlugin import MAX_TEXT_CHUNK
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 TEXTS = {b"tEXt", b"zTXt", b"iTXt"}
-MOST_PROFILE = 16 << 20  # bytes
-BUFFER = 1 << 12  # bytes; the stream below has one of its own
+MAX_PROFILE = 16 << 20  # bytes
+BUFFER = 1 << 12  # bytes; small, because the stream below has a buffer as well
 TO_THE_END = 1 << 62
 
 
@@ -51,7 +51,7 @@ def without_texts(stream: BinaryIO, *, whole: bool) -> Png:
             break
         if name == b"sBIT" and 1 <= length <= 4:
             bits = max(stream.read(length), default=None)
-        elif name == b"iCCP" and length <= MOST_PROFILE:
+        elif name == b"iCCP" and length <= MAX_PROFILE:
             profile = _profile(stream.read(length)) or profile
         end = position + 12 + length
         if name not in TEXTS and not (name == b"iCCP" and profile):
@@ -66,7 +66,7 @@ def _profile(chunk: bytes) -> bytes | None:
     start = chunk.find(b"\0") + 2
     unpacking = zlib.decompressobj()
     try:
-        profile = unpacking.decompress(chunk[start:], MOST_PROFILE)
+        profile = unpacking.decompress(chunk[start:], MAX_PROFILE)
     except zlib.error:
         return None
     return profile if len(profile) > MAX_TEXT_CHUNK and unpacking.eof else None

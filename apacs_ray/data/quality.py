@@ -14,7 +14,7 @@ from apacs_ray.data.images import as_picture
 Floats = npt.NDArray[np.float32]
 SHRINK = 4
 SATURATION = 0.12  # HSV, 0..1: stained cytoplasm lies above, the lamp's tint on bare glass below
-DARK = 200.0  # luminance 0..255: nuclei and dense clumps of little color lie below
+DARK_LUMINANCE = 200.0  # luminance 0..255: nuclei and dense clumps of little color lie below
 UNSCANNED = 8.0  # luminance 0..255: scanners fill what they did not scan with black
 
 
@@ -54,7 +54,7 @@ def measure(rgb: npt.NDArray[np.uint8] | Image.Image) -> tuple[float, float]:
     lowest = np.minimum(np.minimum(red, green), blue)
     light = _luma(red, green, blue)
     stained = highest - lowest >= SATURATION * np.maximum(highest, 1)
-    tissue = float(((stained | (light <= DARK)) & (light >= UNSCANNED)).mean())
+    tissue = float(((stained | (light <= DARK_LUMINANCE)) & (light >= UNSCANNED)).mean())
     return tissue, _focus(light)
 
 

@@ -8,7 +8,7 @@ from apacs_ray.errors import BadInput
 from apacs_ray.redact import as_text
 
 BAD_NAME = "its path has empty parts, '..' or characters that are no UTF-8; rename it"
-STAGE = "ingest"  # that refuses inputs
+STAGE = "ingest"  # the stage that rejects inputs
 
 
 @dataclass(frozen=True)

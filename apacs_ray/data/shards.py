@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 from apacs_ray.errors import ApacsError
 from apacs_ray.storage import Store
 
-ROW_GROUP, GROUP_BYTES = 16, 2 << 20  # tiles at most, and about so many bytes: who wants one tile reads its whole group
+ROW_GROUP, GROUP_BYTES = 16, 2 << 20  # at most, tiles and bytes: to read one tile is to read its row group
 RECEIPT = b"apacs_ray.receipt"
 _SHARD = re.compile(r"/split=\w+/[0-9a-f]{8}-\d{5,}\.parquet$")  # what `shard_path` makes; others are not ours
-READERS = 16  # threads for footers, which wait for the store and not for the processor
+READERS = 16  # threads that read footers, waiting for the store
 
 
 @dataclass(frozen=True)

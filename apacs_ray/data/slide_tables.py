@@ -14,15 +14,39 @@ import unicodedata
 
 from apacs_ray.data.words import SPLITS, Split
 from apacs_ray.errors import UsageError
+from apacs_ray.storage import open_store
 
-MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
-DELIMITERS = ",;\t"  # of which Excel writes the second where the comma is a decimal's
+BYTE_ORDER_MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+DELIMITERS = ",;\t"  # Excel writes semicolons where the comma is the decimal mark
+
+
+def read_table_text(uri: str | None) -> str | None:
+    """Read the text of the table at a URI.
+
+    Args:
+        uri: of the file, or None.
+
+    Returns:
+        The text, None without a URI.
+
+    Raises:
+        UsageError: it is not there, may not be read or is no text.
+    """
+    if uri is None:
+        return None
+    folder, _, name = uri.rpartition("/")
+    try:
+        return decode_table(open_store(folder or ".").read_small(name), uri)
+    except FileNotFoundError as error:
+        raise UsageError(f"{uri}: no such text file") from error
+    except OSError as error:  # a folder, or it may not be read
+        raise UsageError(f"{uri}: cannot be read ({error}); give a text file that may be read") from error
 
 
 def decode_table(content: bytes, name: str) -> str:
     """Decode the text of a table in UTF-8 or UTF-16. Raises UsageError naming it when it is in another encoding."""
-    encoding = next((encoding for bom, encoding in MARKS if content.startswith(bom)), None)
-    if encoding is None:  # without a mark: a header of ASCII letters has a zero in each pair of bytes
+    encoding = next((encoding for bom, encoding in BYTE_ORDER_MARKS if content.startswith(bom)), None)
+    if encoding is None:  # no byte order mark: in UTF-16, ASCII letters have a zero byte each
         encoding = {(True, False): "utf-16-be", (False, True): "utf-16-le"}.get(
             (content[:1] == b"\0", content[1:2] == b"\0"), "utf-8"
         )

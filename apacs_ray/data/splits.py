@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 ValUnit = Literal["slide", "image", "tile"]
 COLUMNS: dict[ValUnit, str] = {"slide": "slide_id", "image": "image", "tile": "tile_id"}
-MIN_UNITS = 3  # of two, the one for val would be half of all the data
+MIN_UNITS = 3  # with two units, val would be half of the data
 
 
 def assign_val(

@@ -16,11 +16,11 @@ from apacs_ray.errors import ApacsError, BadInput, RefusedError
 from apacs_ray.redact import redact
 
 # OSErrors of this machine or of a file system that does not answer: another input would meet them as well
-OF_THE_MACHINE = {
+MACHINE_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EROFS,
     errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.EHOSTDOWN, errno.EHOSTUNREACH,
 }  # fmt: skip
-WORDS = 300  # of an error, in a reject
+MAX_LENGTH = 300  # characters of an error in a reject
 _log = logging.getLogger(__name__)
 
 
@@ -59,7 +59,7 @@ def one_unit(name: str, *, again: bool = False) -> Iterator[None]:
     except FileNotFoundError as error:
         raise BadInput("missing_file", f"{name}: it is gone, or a file that it needs ({_words(error)})") from error
     except OSError as error:
-        if error.errno in OF_THE_MACHINE:
+        if error.errno in MACHINE_ERRORS:
             raise
         raise BadInput("unreadable", f"{name}: {_words(error)}") from error
     except Exception as error:  # the rule of this module: no input ends a run
@@ -68,7 +68,7 @@ def one_unit(name: str, *, again: bool = False) -> Iterator[None]:
 
 
 def _words(error: BaseException) -> str:
-    return redact(f"{type(error).__name__}: {error}"[:WORDS])
+    return redact(f"{type(error).__name__}: {error}"[:MAX_LENGTH])
 
 
 def _place(error: BaseException) -> str:

@@ -1,0 +1,1 @@
+"""Everything that touches Ray: sessions, tasks, training, tuning."""

@@ -14,7 +14,7 @@ from apacs_ray.distributed.resource_plan import Cluster, Nodes, cluster_of, plan
 from apacs_ray.distributed.session import refuse_local
 from apacs_ray.doctor.finding import Finding
 from apacs_ray.doctor.machine import usable_cpus
-from apacs_ray.errors import ApacsError, UsageError
+from apacs_ray.errors import ApacsError
 from apacs_ray.models.spec import MEMBERS
 
 CONNECT_TIMEOUT = 3.0  # s
@@ -74,10 +74,7 @@ def _members(command: Command, cluster: Cluster) -> Finding:
 def _sweep(command: Command, cluster: Cluster) -> Finding:
     """Check that the trials of the sweep fit. That its file can be read is known since the options were parsed."""
     config = command.settings.tune.config
-    try:
-        sweep = read_sweep(config)
-    except UsageError as error:  # the default one, where the package is installed and the repository is not here
-        return Finding("sweep", "warning", str(error), "start the run in the repository, or give --tune.config")
+    sweep = read_sweep(config)
     try:
         _, at_once = plan_sweep(sweep, cluster, command.settings.fusion.batch_size)
     except ApacsError as error:

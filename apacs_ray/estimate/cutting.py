@@ -18,8 +18,8 @@ from apacs_ray.slides.slide_files import SlideFiles
 from apacs_ray.slides.slide_tiles import measure_tiles
 from apacs_ray.storage import LocalStore, Store
 
-SLIDES, PAIRS, TILES = 3, 64, 8  # of a kind that are opened; tiles of a slide that are cut
-SHARDS = 5  # that are tried until one gives a tile
+SLIDES, PAIRS, TILES = 3, 64, 8  # at most: slides and pairs that are opened, tiles that are cut of each
+SHARDS = 5  # at most, until one gives a tile
 T = TypeVar("T")
 
 

@@ -1,8 +1,8 @@
-"""What each stage of a run will take, from measured seconds a tile: pure arithmetic.
+"""The lines of an estimate: the seconds of each stage of a run, computed from measured seconds a tile.
 
 On CPUs, work is core-seconds: runs at the same time end no sooner than all their work fits on the cores. On GPUs, work
-is seconds of a device, which runs with shares of one have in turn. What Ray takes to start things is told in constants:
-small runs on two cores were measured.
+is seconds of a device, which runs with shares of one use in turn. The seconds in which Ray starts workers are
+constants, measured with small runs on two cores.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from dataclasses import dataclass, replace
 from apacs_ray.config.sweep import Sweep
 from apacs_ray.distributed.resource_plan import NetworkPlan, TrainingPlan
 
-# s of Ray's own, of a core where cores share them
-RUN, RUN_AT_LEAST = 50.0, 15.0  # each run of Ray Train; with any number of cores
+# s that Ray itself takes
+RUN, RUN_AT_LEAST = (
+    50.0,
+    15.0,
+)  # core-seconds to start a run of Ray Train, which cores share; s with any number of cores
 SWEEP, TRIAL = 10.0, 8.0  # Ray Tune, and each of its trials
 POOL = 8.0  # a pool of actors on Ray Data
 REPORT = 20.0  # intervals, figures, and an actor that draws tiles
@@ -23,18 +26,28 @@ REPORT = 20.0  # intervals, figures, and an actor that draws tiles
 
 @dataclass(frozen=True)
 class Line:
-    """One stage: how many tiles (in training, one in each epoch of each network), and what they come to."""
+    """The estimate of one stage.
+
+    Attributes:
+        stage: Its name.
+        tiles: In training, one in each epoch of each network.
+        each: Seconds of a tile on its device.
+        cpu_seconds: Core-seconds of all.
+        gpu_seconds: Device-seconds of all.
+        size: Bytes written.
+        wall: Seconds from start to end.
+    """
 
     stage: str
     tiles: int
-    each: float  # s of a tile on its device
+    each: float
     cpu_seconds: float
     gpu_seconds: float
-    size: float  # bytes written
-    wall: float  # s
+    size: float
+    wall: float
 
     def times(self, factor: float) -> Line:
-        """The same work `factor` times, one after the other."""
+        """Return the line of the same work done `factor` times, one after the other."""
         return replace(
             self,
             tiles=round(self.tiles * factor),
@@ -55,12 +68,13 @@ class Tiles:
 
     @property
     def all(self) -> int:
+        """Tiles of all splits."""
         return self.train + self.val + self.test
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """What one tile costs in training, s: a step that learns from its crop, a look at it whole, and reading it."""
+    """Seconds of one tile in training: a step on its crop, validation on the whole tile, reading it from a shard."""
 
     train: float
     validate: float
@@ -68,14 +82,25 @@ class Seconds:
 
 
 def tiling(tiles: Tiles, each: float, opening: float, *, shard: int, cpus: float) -> Line:
-    """Ingest on `cpus`: `opening` core-seconds for all sources, then tiles in `each` s, a `shard` of them a task."""
+    """Estimate ingest.
+
+    Args:
+        tiles: By split.
+        each: Core-seconds of a tile.
+        opening: Core-seconds of opening all sources.
+        shard: Tiles of a task.
+        cpus: Cores.
+
+    Returns:
+        The line of ingest.
+    """
     work = opening + tiles.all * each
     wall = opening / cpus + each * _fullest(tiles.all, shard, max(1, int(cpus)))
     return Line("ingest", tiles.all, each, work, 0.0, tiles.all * tiles.size, wall)
 
 
 def _fullest(tiles: int, shard: int, places: int) -> float:
-    """Tiles of the place that gets most of them, when shards are dealt out."""
+    """Return the tiles of the worker that gets most of them, when shards are dealt out to `places` workers."""
     shards = math.ceil(tiles / shard)
     return math.ceil(shards / places) * tiles / max(1, shards)
 
@@ -83,7 +108,19 @@ def _fullest(tiles: int, shard: int, places: int) -> float:
 def training(
     stage: str, tiles: Tiles, epochs: int, seconds: Sequence[Seconds], plan: TrainingPlan, cpus: float
 ) -> Line:
-    """Networks that learn for `epochs`; network i costs `seconds[i]` on one worker of its run."""
+    """Estimate a stage that trains networks.
+
+    Args:
+        stage: Its name.
+        tiles: By split.
+        epochs: Of each network.
+        seconds: Of a tile on one worker, in the order of the networks.
+        plan: Which networks train in which run, with which resources.
+        cpus: Cores of all machines.
+
+    Returns:
+        The line of the stage.
+    """
     runs = plan.runs(seconds)
     walls = [_run(tiles, epochs, group, network) for group, network in runs]
     on_gpus = any(network.gpus for _, network in runs)
@@ -119,19 +156,19 @@ def _gpus(runs: Runs) -> float:
 
 
 def _on_shared_gpus(walls: Sequence[float], runs: Runs) -> float:
-    """When runs on GPUs end: those with a small share of one hold up whoever has the rest of it."""
+    """Return when runs on GPUs end: those with a small share of one delay those that have the rest of it."""
     small = [wall for wall, (_, network) in zip(walls, runs, strict=True) if network.gpus <= 0.5]
     large = [wall for wall, (_, network) in zip(walls, runs, strict=True) if network.gpus > 0.5]
     return max(large, default=0.0) + sum(small)
 
 
 def _run(tiles: Tiles, epochs: int, seconds: Sequence[Seconds], network: NetworkPlan) -> float:
-    """Seconds of one run: networks stepped one after the other on tiles that are read once for all of them."""
-    train, validate = (sum(getattr(one, what) for one in seconds) for what in ("train", "validate"))
+    """Return the seconds of a run: networks stepped one after the other on tiles that are read once for all of them."""
+    train, validate = (sum(getattr(one, part) for one in seconds) for part in ("train", "validate"))
     load = seconds[0].load
-    if network.gpus:  # read on the side
-        aside = load / max(1, network.data_tasks)
-        train, validate = max(train, aside), max(validate, aside)
+    if network.gpus:  # read meanwhile, by tasks on the CPUs
+        meanwhile = load / max(1, network.data_tasks)
+        train, validate = max(train, meanwhile), max(validate, meanwhile)
     else:  # on the same cores
         train, validate = train + load, validate + load
     return epochs * (tiles.train * train + tiles.val * validate) / network.workers
@@ -148,14 +185,39 @@ def pool(
     threads: int,
     size: float,
 ) -> Line:
-    """Tiles through a pool of `actors`, a tile in `each` s on `gpus` or `threads` cores of each, a shard at a time."""
+    """Estimate a stage in which a pool of actors works on tiles, a shard at a time.
+
+    Args:
+        stage: Its name.
+        tiles: Of all splits.
+        each: Seconds of a tile on one actor.
+        shard: Tiles of a shard.
+        actors: How many work at the same time.
+        gpus: Of each actor.
+        threads: Cores of each actor.
+        size: Bytes written for a tile.
+
+    Returns:
+        The line of the stage.
+    """
     work = tiles * each
     wall = POOL + each * _fullest(tiles, shard, actors)
     return Line(stage, tiles, each, work * threads, work * gpus, tiles * size, wall)
 
 
 def sweep(plan: Sweep, tiles: Tiles, seconds: Seconds, *, concurrency: int, network: NetworkPlan) -> Line:
-    """Trials that learn for an epoch or more each; every trial is a process of its own."""
+    """Estimate the sweep, in which every trial trains for an epoch or more in a process of its own.
+
+    Args:
+        plan: The sweep's file.
+        tiles: By split.
+        seconds: Of a tile on one worker.
+        concurrency: Trials at the same time.
+        network: Resources of one trial.
+
+    Returns:
+        The line of `tune_fusion`.
+    """
     epochs = sweep_epochs(plan)
     each = _run(tiles, 1, [seconds], network)
     work = epochs * each * network.workers
@@ -165,7 +227,7 @@ def sweep(plan: Sweep, tiles: Tiles, seconds: Seconds, *, concurrency: int, netw
 
 
 def sweep_epochs(plan: Sweep) -> float:
-    """Epochs of all trials together. ASHA lets about one in `reduction_factor` go on at each rung, one at least."""
+    """Count the epochs of all trials. ASHA lets about one in `reduction_factor` go on at each rung, one at least."""
     if plan.scheduler.kind != "async_hyperband":
         return float(plan.trials * plan.epochs)
     factor, rung = plan.scheduler.reduction_factor, min(plan.scheduler.grace_period, plan.epochs)

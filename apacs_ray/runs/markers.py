@@ -64,6 +64,9 @@ class Marker:
     def decode(cls, content: bytes) -> Marker:
         """Read a marker.
 
+        Returns:
+            The marker that `encode` gave.
+
         Raises:
             ValueError: for what is no marker of this version: cut, empty, or of another format.
         """

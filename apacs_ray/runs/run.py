@@ -37,6 +37,9 @@ class Run:
     def open(cls, store: Store, settings: Settings, data: str | None) -> Run:
         """Take the run's lease.
 
+        Returns:
+            The open run; close it.
+
         Raises:
             LeaseHeld: when another process writes this run.
         """

@@ -14,23 +14,23 @@ from apacs_ray.slides.regions import Components, Mask, grown, opened
 
 Picture = npt.NDArray[np.uint8]
 BLACK = 8  # gray level: what was not scanned is often black
-FILL_SHARE = 0.002  # of a picture: a color of less of it is no fill
+FILL_SHARE = 0.002  # a color that covers less than this share of a picture is no fill
 FILL_COLORS = 3
 FILL_PX = 36
-STRAIGHT_PX, STRAIGHT = 6, 0.5  # runs of so many px are straight; share of an outline that is so
-EVEN = 20  # even: neighbors differ by at most a twentieth of the density and two gray levels
-LEVELS = np.rint(2000 / np.maximum(np.arange(256), 1)).astype(np.int16)  # density that two gray levels are
-EVEN_AREA, EVEN_SPAN = 60_000.0, 320.0  # no cell, nor any sheet of cells, is even over so large or so long a part
+STRAIGHT_PX, STRAIGHT = 6, 0.5  # px of an edge that count as straight; least share of a fill's outline that is straight
+EVEN = 20  # neighbors are even that differ by at most 1 / EVEN of the density and two gray levels
+LEVELS = np.rint(2000 / np.maximum(np.arange(256), 1)).astype(np.int16)  # density of two gray levels
+EVEN_AREA, EVEN_SPAN = 60_000.0, 320.0  # um2, um: larger or longer than any even part of a cell or a sheet
 OPAQUE = 150  # thousandths of density
-EVEN_EDGE = 40.0  # how far the soft edge of such a thing reaches
-VIVID, DARK = 968, 1600  # thousandths between channels (a saturation of 0.62); in every channel (a fifth of the light)
+EVEN_EDGE = 40.0  # um: how far the soft edge of an even thing reaches
+VIVID, DARK = 968, 1600  # thousandths: between channels (saturation 0.62), in every channel (20 % of the light)
 INK_CORE, INK_AREA, INK_EDGE = 40.0, 18_000.0, 32.0
 LINE_SPAN, LINE_CORE, LINE_EDGE = 320.0, 40.0, 16.0
 FRINGE = 24.0
 LINE_LEAST = 50  # thousandths of density: fainter px have no sure color
-GRAY = 0.75  # least to most absorbed: stains have a color, the edge of a coverslip has none
+GRAY = 0.75  # least to most absorbed channel: above it, a thing has no color, as the edge of a coverslip
 SPECK_AREA, DUST_AREA, DUST_OPAQUE = 300.0, 170.0, 700  # um2, um2, thousandths of density
-PEAK = 1.75  # of the threshold, somewhere in a thing: steps of a strongly compressed glass stay below
+PEAK = 1.75  # tissue somewhere exceeds the threshold by this factor; JPEG's steps on bare glass do not
 
 
 def fill(picture: Picture, outside: Mask) -> Mask:
@@ -184,7 +184,7 @@ def gray_lines(mask: Mask, stain: Stain, um: float) -> Mask:
     long = things.spans() * um >= LINE_SPAN
     if not long.any():
         return np.zeros_like(mask)
-    # the width at a third of the height, not that of the faint fringe
+    # measure the width of a line at a third of its peak, without the faint fringe
     peak = ndimage.maximum_filter(stain.most, round(56 / um))
     cores = opened(gray & (stain.most > peak // 3), round(LINE_CORE / um))
     return grown(things.chosen(long & (things.counts(cores) == 0)), round(LINE_EDGE / um))
@@ -209,7 +209,7 @@ def without_specks(mask: Mask, stain: Stain, threshold: int, um: float) -> Mask:
     np.maximum.at(peak, owner, most)
     sums = np.bincount(owner, most, things.count + 1)
     least = np.bincount(owner, stain.least.ravel()[places], things.count + 1)
-    area = sums / np.maximum(peak, 1) * um * um  # without the faint fringe
-    # a small cell can be gray as well, but is no smaller than this, nor opaque
+    area = sums / np.maximum(peak, 1) * um * um  # as if all of it had the peak's density, so without the faint fringe
+    # a small cell can be gray as well, but it is larger than dust and not opaque
     dust = (least > GRAY * sums) & ((area < DUST_AREA) | ((area < SPECK_AREA) & (peak > DUST_OPAQUE)))
     return things.chosen((things.sizes * um * um >= SPECK_AREA) & (peak >= PEAK * threshold) & ~dust)

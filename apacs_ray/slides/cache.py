@@ -27,7 +27,7 @@ from apacs_ray.storage.own_folder import open_own_file, own_folder
 
 CHUNK = 8 << 20  # bytes
 LOCK = ".lock"
-_OURS = re.compile(r"[0-9a-f]{24}(\.part-\S+)?")  # a folder of a staged slide; what else lies beside is not touched
+_OURS = re.compile(r"[0-9a-f]{24}(\.part-\S+)?")  # folders of staged slides; nothing else is touched
 
 
 def default_cache() -> str:
@@ -79,7 +79,7 @@ class SlideCache:
 
     def _stage(self, store: Store, entries: Sequence[Entry], place: Path) -> None:
         self._make_room(sum(entry.size for entry in entries), place.name)
-        for left in self.folder.glob(f"{place.name}.part-*"):  # of a process that was killed: the lock was free
+        for left in self.folder.glob(f"{place.name}.part-*"):  # of a killed process: a living one would hold the lock
             shutil.rmtree(left, ignore_errors=True)
         part = Path(tempfile.mkdtemp(prefix=f"{place.name}.part-", dir=self.folder))
         try:
@@ -113,7 +113,7 @@ class SlideCache:
                 except BlockingIOError:
                     continue  # in use
                 gone = path.with_name(f"{path.name}.part-gone-{time.monotonic_ns()}")
-                path.rename(gone)  # out of sight before it is half deleted
+                path.rename(gone)  # so that a half-deleted slide does not look whole
                 shutil.rmtree(gone, ignore_errors=True)
                 total -= sizes[path]
 

@@ -22,9 +22,9 @@ from apacs_ray.errors import ApacsError, BadInput, StoreTroubleError
 from apacs_ray.storage import Entry, Store, is_bad_path
 
 READERS = 16  # heads that are read at the same time
-HEADS = (1 << 16, 1 << 20, 1 << 26)  # bytes in which a series is looked for, one after the other
+HEADS = (1 << 16, 1 << 20, 1 << 26)  # bytes of a DICOM file that are read, until they hold its series
 LARGEST_INDEX = 1 << 20  # bytes of a VMS or VMU that are read
-ANNOTATIONS = ("geojson", "json", "xml")  # that no slide needs
+ANNOTATIONS = ("geojson", "json", "xml")  # suffixes of files that are no slide's companions
 SERIES = 0x0020000E  # SeriesInstanceUID
 _NAMED = re.compile(
     r"^\s*(?:ImageFile|MapFile|OptimisationFile|MacroImage)[^=]*=\s*(.*?)\s*$", re.MULTILINE | re.IGNORECASE

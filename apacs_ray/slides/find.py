@@ -24,7 +24,7 @@ from apacs_ray.slides.placing import Placing
 from apacs_ray.slides.slide_files import SlideData, SlideFiles
 from apacs_ray.storage import Entry, is_bad_path
 
-PLAIN = {"tif", "tiff"}  # slides, but plain images and masks as well
+PLAIN = {"tif", "tiff"}  # suffixes of slides, and of plain images and masks
 SUFFIXES = {"mrxs", "svs", "ndpi", "scn", "vms", "vmu", "bif", "svslide", "dcm"} | PLAIN
 
 

@@ -15,14 +15,14 @@ from scipy import ndimage
 from apacs_ray.slides.regions import Mask
 
 Densities = npt.NDArray[np.int16]
-DENSITY = np.rint(-1000 * np.log(np.maximum(np.arange(256), 1) / 255)).astype(np.int16)  # of a gray level
+DENSITY = np.rint(-1000 * np.log(np.maximum(np.arange(256), 1) / 255)).astype(np.int16)  # by gray level
 BLOCK = 4  # px
-NEAR_UM, WIDE_UM = 200.0, 1400.0  # widths within which bare glass is expected; a sheet of cells may be wider than one
-EVIDENCE = 0.6  # share of such a window that must be known before it says anything
+NEAR_UM, WIDE_UM = 200.0, 1400.0  # windows in which bare glass is expected: a sheet of cells may fill the near one
+EVIDENCE = 0.6  # least share of a window that must be known
 UNKNOWN, NONE = np.int16(32767), np.int16(-32768)
-LAMP_BLOCKS, LAMP_SAMPLES = 400, 50_000  # fewer blocks say nothing of the lamp; more are not needed
-LAMP_SHARE, LAMP_GAIN = 0.4, 1.5  # of the blocks, and to those at one level: where less follows it, it is not the lamp
-LAMP_STEP, LAMP_ROUNDS = 30, 8  # thousandths of density by which glass may leave the surface found so far
+LAMP_BLOCKS, LAMP_SAMPLES = 400, 50_000  # least number of blocks for a fit; number that is sampled
+LAMP_SHARE, LAMP_GAIN = 0.4, 1.5  # least share of blocks on the surface, and their ratio to those at one level
+LAMP_STEP, LAMP_ROUNDS = 30, 8  # thousandths of density between glass and surface; rounds of the fit
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from apacs_ray.slides.slide_grid import TilePlan, grid_size, tiles_of
 from apacs_ray.slides.tissue import ASSUMED_MPP, Tissue, find_tissue
 from apacs_ray.storage import Entry, Store
 
-NATIVE = 0.01  # a wanted mpp this close to the slide's own means the slide's own: nothing is resampled
+NATIVE_TOLERANCE = 0.01  # share by which `tiles.mpp` may differ from the slide's mpp without resampling
 FOOTER = b"apacs_ray.slide"
 MANIFEST_SCHEMA = pa.schema(
     [
@@ -45,7 +45,7 @@ MANIFEST_SCHEMA = pa.schema(
         ("row", pa.int64()),
         ("width", pa.int32()),  # tile px
         ("height", pa.int32()),
-        ("tissue_fraction", pa.float64()),  # 0..1, by the slide's tissue mask: what decided
+        ("tissue_fraction", pa.float64()),  # 0..1, by the slide's tissue mask: `tiles.min_tissue` is compared with it
     ]
 )
 
@@ -139,11 +139,11 @@ def inspect_slide(task: SlideTask, number: int, slide: SlideFiles) -> SlideSumma
     if task.output.version(path) is not None:
         with task.output.open(path) as stream:
             summary = SlideSummary.from_json(pq.read_metadata(stream).metadata[FOOTER].decode())
-        return replace(summary, slide=slide)  # which files are read, the data says
+        return replace(summary, slide=slide)  # the listing, not the old manifest, says which files are read
     try:
-        with one_unit(slide.path), opened(task, slide) as opened_slide:
-            info = opened_slide.info
-            tissue = find_tissue(opened_slide, mpp_of(task, slide, info))
+        with one_unit(slide.path), opened_slide(task, slide) as reader:
+            info = reader.info
+            tissue = find_tissue(reader, mpp_of(task, slide, info))
             tiles, summary = plan_slide(task, slide, info, tissue)
             picture = picture_of(tissue, info.bounds, [(tile.area, tile.skipped) for tile in tiles])
             summary = _with_annotation(task, summary, info)
@@ -175,7 +175,7 @@ def _with_annotation(task: SlideTask, summary: SlideSummary, info: SlideInfo) ->
 
 
 @contextlib.contextmanager
-def opened(task: SlideTask, slide: SlideFiles) -> Iterator[Slide]:
+def opened_slide(task: SlideTask, slide: SlideFiles) -> Iterator[Slide]:
     """Open a slide, staged if need be, and close it after use.
 
     Args:
@@ -253,7 +253,7 @@ def plan_slide(
         unused = ", tiles.mpp is not kept" if task.tiles.mpp else ""
         notes.append(f"no mpp: cut at native resolution{unused}, tissue is looked for as at {ASSUMED_MPP} um/px")
     downsample = task.tiles.mpp / mpp if task.tiles.mpp and mpp else 1.0
-    if abs(downsample - 1) < NATIVE:
+    if abs(downsample - 1) < NATIVE_TOLERANCE:
         downsample = 1.0
     tiles = list(tiles_of(task.tiles, info, tissue, downsample, mpp))
     skipped: Counter[str] = Counter(tile.skipped for tile in tiles if tile.skipped is not None)

@@ -25,8 +25,9 @@ from apacs_ray.slides.reader import SlideInfo
 
 Mask = npt.NDArray[np.bool_]
 MAX_PIXELS = 400_000_000
-NO_MASK = "no_mask"  # of a picture beside a slide that is none of its masks: nothing is wrong with it
-PICTURE_CODES = {NO_MASK, "grey_mask", "size_mismatch", "unsupported_mode", "multiple_frames"}  # of a doubtful image
+NO_MASK = "no_mask"  # code of a picture beside a slide that is no mask of it: a note, no reject
+# codes that say that a doubtful image is no mask
+PICTURE_CODES = {NO_MASK, "grey_mask", "size_mismatch", "unsupported_mode", "multiple_frames"}
 SLACK = 2  # px that a mask image may lack or have over after its size was rounded
 
 
@@ -219,7 +220,7 @@ class FovMasks:
             except BadInput as defect:
                 raise BadInput(defect.code, f"{path.name}: {defect.reason}") from defect
         self.rules = tuple(thresholds)
-        self._cells: tuple[int, Mask] | None = None  # of the FOV that was read last
+        self._cells: tuple[int, Mask] | None = None  # number and cells of the FOV that was read last
 
     def _opened(self, path: Path) -> MaskFile:
         try:

@@ -9,7 +9,7 @@ from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import ParseError, fromstring
 
 MPP_RANGE = (0.02, 20.0)  # um; a resolution outside is a printer's default and says nothing of the slide
-SQUARE = 0.01  # share by which the two directions may differ: tiles are square in px and in um
+SQUARE_TOLERANCE = 0.01  # the two directions may differ by this share: tiles are square in px and in um
 UM_PER_UNIT = {2: 25400.0, 3: 10000.0}  # TIFF ResolutionUnit: inch, centimeter
 UM_PER_NAME = {"": 1.0, "um": 1.0, "micron": 1.0, "microns": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
 MICRO = str.maketrans({"\u00b5": "u", "\u03bc": "u"})  # the micro sign, and the Greek letter
@@ -32,7 +32,7 @@ def square_mpp(scale: Scale) -> tuple[float | None, str | None]:
     across, down = (value if value is not None and _is_sensible(value) else None for value in scale)
     if across is None or down is None:
         return across or down, None
-    if abs(across - down) > SQUARE * across:
+    if abs(across - down) > SQUARE_TOLERANCE * across:
         return None, f"its px measure {across:g} x {down:g} um and tiles are square: its mpp counts as unknown"
     return across, None
 

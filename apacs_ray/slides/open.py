@@ -1,4 +1,4 @@
-"""Open a slide with the engine that reads it right: the TIFF engine what is plain TIFF, OpenSlide the vendors' formats.
+"""The choice of the engine that reads a slide: ours for plain TIFF, OpenSlide for the formats of scanners' vendors.
 
 `READERS` lists the engines.
 """
@@ -18,10 +18,10 @@ from apacs_ray.slides.reader import Engine, Slide
 from apacs_ray.slides.tiff import OtherEngine, read_pyramid
 from apacs_ray.slides.vips_engine import VipsSlide
 
-LARGEST_SIDE, LARGEST_AREA = 2_000_000, 2e11  # px; of a quarter of a micron: half a meter, and 125 square centimeters
-PLAIN = {"generic-tiff", "aperio"}  # of OpenSlide's formats, what the TIFF engine reads faster and more strictly
+LARGEST_SIDE, LARGEST_AREA = 2_000_000, 2e11  # px; half a meter and 125 cm2 at 0.25 um per px
+PLAIN = {"generic-tiff", "aperio"}  # OpenSlide's names of formats that our engine reads faster and more strictly
 TIFF = {b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"}
-# TIFF to which more belongs than its tags say: tiles that overlap (BIF, Trestle), that are one JPEG stream (NDPI)
+# formats whose tags do not say all: tiles overlap (BIF, Trestle), or are one JPEG stream (NDPI)
 NEVER_PLAIN = {"ventana", "trestle", "hamamatsu"}
 Order = Literal["first", "second", "never"]
 
@@ -36,6 +36,7 @@ class FileFormat:
 
     @property
     def is_tiff(self) -> bool:
+        """Whether it begins as a TIFF."""
         return self.magic in TIFF
 
     @property
@@ -83,8 +84,16 @@ READERS = [
 def open_slide(path: Path, engine: Engine = "auto", plane: str = "middle") -> Slide:
     """Open a slide with the engine that reads it right; what that one refuses, the other is asked for.
 
-    `plane` is the focal plane of a z-stack: 'middle', its number from 0, or 'sharpest' of each region that is read.
-    Raises BadInput: missing_file, empty_file, unreadable, truncated, unsupported_slide, too_large.
+    Args:
+        path: the file to open; its companions lie beside it.
+        engine: the only one to ask, unless 'auto'.
+        plane: the focal plane of a z-stack: 'middle', its number from 0, or 'sharpest' of each region that is read.
+
+    Returns:
+        The open slide; close it.
+
+    Raises:
+        BadInput: missing_file, empty_file, unreadable, truncated, unsupported_slide, too_large.
     """
     slide = _opened(path, engine, plane)
     for level in slide.info.levels:
@@ -135,7 +144,7 @@ def _first_that_opens(path: Path, plane: str, readers: Sequence[Reader]) -> Slid
             reasons.append(f"{reader.name}: {error}")
         except BadInput as defect:
             if reader.engine == "vips" and not reasons and defect.code in ("unsupported_slide", "too_large"):
-                raise  # no engine reads such a file right
+                raise  # the other engine would read such a file wrong
             codes.append(defect.code)
             if len(readers) == 1:
                 raise

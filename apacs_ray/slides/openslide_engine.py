@@ -41,7 +41,7 @@ class OpenSlideSlide:
         try:
             self._opened_path = self._resources.enter_context(_mirax_names(path)) if _is_mirax(path) else path
             self._slide = self._open()
-            self._downsamples = self._slide.level_downsamples  # by which OpenSlide finds a place, right or not
+            self._downsamples = self._slide.level_downsamples  # OpenSlide's own, by which it converts coordinates
             self.info = _info(self._slide)
         except BaseException:
             self._resources.close()
@@ -95,7 +95,7 @@ class OpenSlideSlide:
         Returns:
             The picture, and where the slide holds it (None: everywhere).
         """
-        if self._argb.shape != (height, width):  # kept: new memory is cleared by the system, page by page
+        if self._argb.shape != (height, width):  # reused: the system clears new memory page by page
             self._argb = np.empty((height, width), np.uint32)
         argb = self._argb
         lowlevel._read_region(self._slide._osr, argb.ctypes.data_as(PIXEL), x, y, level, width, height)

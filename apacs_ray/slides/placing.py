@@ -22,7 +22,7 @@ from apacs_ray.slides.companions import SlideParts, suffix_of
 from apacs_ray.slides.slide_files import SlideFiles, Where
 from apacs_ray.storage import Entry, is_bad_path
 
-NAMED_BY_ALL = {"dcm"}  # any file of the slide gives it a name, not just the one that is opened
+NAMED_BY_ALL = {"dcm"}  # annotations may be named after any file of such a slide, not just the one that is opened
 
 
 class Placing:

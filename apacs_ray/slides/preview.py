@@ -14,7 +14,7 @@ from apacs_ray.slides.small_picture import Picture
 from apacs_ray.slides.tissue import ARTIFACT, OUT, SkipReason, Tissue
 
 SMALLEST, LARGEST = 640, 1600  # px, the longer side
-COLORS: dict[SkipReason | None, tuple[int, int, int]] = {  # told apart in gray as well
+COLORS: dict[SkipReason | None, tuple[int, int, int]] = {  # differ in gray as well
     None: (0, 114, 178),
     "background": (190, 190, 190),
     "artifact": (213, 94, 0),
@@ -49,7 +49,7 @@ def picture_of(tissue: Tissue, bounds: Box, tiles: Sequence[tuple[Box, SkipReaso
     scale *= tissue.downsample
     draw = ImageDraw.Draw(picture)
     _frame(draw, bounds, scale, (60, 60, 60))
-    # kept ones last: where tiles touch, theirs is the line that is seen
+    # kept tiles last, so that their frames lie on top
     for box, skipped in sorted(tiles, key=lambda tile: tile[1] is None):
         _frame(draw, box, scale, COLORS[skipped])
     image = Image.new("RGB", (max(picture.width, SMALLEST), picture.height + LEGEND), (255, 255, 255))

@@ -125,7 +125,7 @@ def level_downsample(full: tuple[int, int], level: tuple[int, int]) -> float:
     most = min(whole / (part - 1) if part > 1 else float(whole) for whole, part in pairs)
     long = max((whole, whole / part) for whole, part in pairs)[1]
     fitting = range(math.floor(least) + 1, math.ceil(most))
-    powers = [1 << n for n in range(32) if 1 << n in fitting]  # as scanners halve
+    powers = [1 << n for n in range(32) if 1 << n in fitting]  # scanners halve levels
     nearest = min(fitting, key=lambda n: abs(n - long), default=long)
     return float(min(powers, key=lambda n: abs(n - long), default=nearest))
 
@@ -154,8 +154,8 @@ def read_box(slide: Slide, box: Box, downsample: float, width: int, height: int)
     left, top = box.x / level.downsample, box.y / level.downsample
     if abs(scale - 1) < 1e-6 and abs(left - round(left)) < 1e-3 and abs(top - round(top)) < 1e-3:
         return slide.read_image(number, round(left), round(top), width, height)
-    margin = math.ceil(3 * max(scale, 1.0)) + 1  # Lanczos looks three pixels of the tile far
-    # within the slide: what lies outside would shade its edge
+    margin = math.ceil(3 * max(scale, 1.0)) + 1  # Lanczos reaches three px of the tile
+    # only px within the slide: the background outside would tint its edge
     right, bottom = min(left + width * scale, level.width), min(top + height * scale, level.height)
     x, y = max(math.floor(left) - margin, 0), max(math.floor(top) - margin, 0)
     end, foot = min(math.ceil(right) + margin, level.width), min(math.ceil(bottom) + margin, level.height)

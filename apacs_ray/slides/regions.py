@@ -21,7 +21,7 @@ def grown(mask: Mask, reach: int) -> Mask:
     for axis in (0, 1):
         done = 0
         while done < reach and mask.shape[axis] > 1:
-            step = min(reach - done, 2 * done + 1, mask.shape[axis] - 1)  # farther, and a gap would stay
+            step = min(reach - done, 2 * done + 1, mask.shape[axis] - 1)  # a longer step would leave a gap
             before, after = _ends(axis, step)
             out = mask.copy()
             out[before] |= mask[after]
@@ -43,7 +43,7 @@ def opened(mask: Mask, side: int) -> Mask:
     fits = mask
     for axis, length in ((0, height), (1, width)):
         run, known = fits, 1
-        while known < side:  # runs of `known` px, doubled
+        while known < side:  # `run` holds runs of `known` px; they double
             step = min(known, side - known)
             before, after = _ends(axis, step)
             run = run[before] & run[after]
@@ -52,7 +52,7 @@ def opened(mask: Mask, side: int) -> Mask:
         assert run.shape[axis] == length - side + 1
     out = np.zeros_like(mask)
     out[: fits.shape[0], : fits.shape[1]] = fits
-    for axis in (0, 1):  # back: every place that fits covers `side` px
+    for axis in (0, 1):  # every place where the square fits covers `side` px
         known = 1
         while known < side:
             step = min(known, side - known)

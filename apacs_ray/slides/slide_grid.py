@@ -59,7 +59,7 @@ def tiles_of(
     for box in grid(width, height, tiles.size, tiles.stride or tiles.size, tiles.last):
         x, y = level0_point(info.bounds, box, downsample)
         wide, high = box.width * downsample, box.height * downsample
-        least = min(min_tissue, tiles.min_tissue_um2 / (box.width * box.height * px_um2))  # a share, or an area as one
+        least = min(min_tissue, tiles.min_tissue_um2 / (box.width * box.height * px_um2))  # the area, as a share
         share_of_tissue, skipped = tissue.judge(Box(x, y, 0, 0), wide, high, least)
         yield TilePlan(box, Box(x, y, round(wide), round(high)), share_of_tissue, skipped)
 

@@ -22,7 +22,7 @@ from apacs_ray.data.tile_rows import TILE_SCHEMA, TilePixels, TilePlace, tile_ro
 from apacs_ray.data.units import one_unit
 from apacs_ray.data.words import Split
 from apacs_ray.errors import BadInput
-from apacs_ray.slides.manifest import SlideSummary, SlideTask, opened, opened_masks, read_manifest
+from apacs_ray.slides.manifest import SlideSummary, SlideTask, opened_masks, opened_slide, read_manifest
 from apacs_ray.slides.mask_sources import MaskSource
 from apacs_ray.slides.reader import Slide, read_box
 
@@ -80,7 +80,7 @@ def _draw_val(
     task: SlideTask, training: Sequence[tuple[int, SlideSummary]], seed: int
 ) -> tuple[dict[int, set[int]], str]:
     """Return the manifest rows of each training slide that become val."""
-    # slides without annotation teach nothing, so they cannot judge either
+    # tiles without masks cannot validate
     known = [(number, summary) for number, summary in training if summary.tiles and summary.annotated]
     fraction = task.settings.val_fraction
     if len({summary.slide.slide_id for _, summary in known}) >= 3:
@@ -92,7 +92,7 @@ def _draw_val(
         return {
             number: set(range(summary.tiles)) for (number, summary), is_val in zip(known, chosen, strict=True) if is_val
         }, unit
-    tiles = [  # of two slides at most, so the driver may hold them
+    tiles = [  # of two slides at most, which fits the driver's memory
         (number, place, {"slide_id": "", "image": "", "tile_id": row["tile_id"]})
         for number, summary in known
         for place, row in enumerate(read_manifest(task.output, task.manifest_path(number)))
@@ -158,7 +158,7 @@ def measure_tiles(
 
 @contextlib.contextmanager
 def _opened_both(task: SlideTask, summary: SlideSummary) -> Iterator[tuple[Slide, MaskSource | None]]:
-    with opened(task, summary.slide) as slide:
+    with opened_slide(task, summary.slide) as slide:
         if not summary.annotated:
             yield slide, None
             return
@@ -187,5 +187,5 @@ def _measured(
         downsample=summary.downsample,
         mpp=None if summary.mpp is None else summary.mpp * summary.downsample,
     )
-    # the measure that decided, not another one of the tile
+    # the share that `tiles.min_tissue` was compared with
     return tile_row(place, TilePixels(picture, mask, row["tissue_fraction"], focus(picture)), task.tiles)

@@ -16,11 +16,11 @@ from apacs_ray.slides.regions import Mask
 
 Picture = npt.NDArray[np.uint8]
 UM_PER_PIXEL = 8.0  # a cell is a few px, and 200 000 x 100 000 px of 0.25 um are 20 Mpx
-COARSEST = 1.4  # of that scale: a level coarser than this is not taken in place of a finer one
+COARSEST = 1.4  # a level may be coarser than UM_PER_PIXEL by this factor, else a finer one is read
 STRIP = 4096  # px, side of the squares in which a level is read
-SMALLEST = 128  # px, side of the smallest that are tried where something is damaged
-MOST_LOST = 2000  # of these
-UNREAD = 128  # gray, in the picture
+SMALLEST = 128  # px, least side of the parts that are tried one by one around damage
+MAX_LOST = 2000  # such parts that cannot be read, before the slide is refused
+UNREAD = 128  # gray level of what cannot be read
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _parts(slide: Slide, number: int, shrink: int) -> Iterator[tuple[Box, tuple[
                 squares += smaller
                 continue
             lost += 1
-            if lost > MOST_LOST or (not squares and not read):
+            if lost > MAX_LOST or (not squares and not read):
                 raise BadInput(defect.code, f"most of it cannot be read: {defect.reason}") from defect
             yield box, None
         else:

@@ -14,12 +14,12 @@ import tifffile
 from apacs_ray.data.image_header import DAMAGE
 from apacs_ray.errors import BadInput
 from apacs_ray.slides.mpp import square_mpp, tiff_scale
-from apacs_ray.slides.tiff_tiles import STRICT, Alpha, TiffTiles
+from apacs_ray.slides.tiff_tiles import STRICTLY_DECODED, Alpha, TiffTiles
 
 BY_VIPS = {"LZW", "WEBP"}  # libvips decodes these, in one plane
 GRAY, COLOR = {"MINISBLACK", "MINISWHITE", "PALETTE"}, {"RGB", "YCBCR", "MINISBLACK"}
 MAX_TILE = 1 << 26  # px
-PLANES = "ZIQ"  # tifffile's axes that focal planes lie along; I and Q are what a file does not name
+PLANES = "ZIQ"  # tifffile's names of axes along which focal planes lie; I and Q are axes without a name
 CONVERT = "convert it, for example: vips tiffsave IN.tif OUT.tif --tile --pyramid --compression jpeg --Q 90 --bigtiff"
 
 Parts = tuple[TiffTiles, ...]  # a level: one image, or three of one channel each
@@ -63,7 +63,7 @@ def read_pyramid(path: Path, plane: str = "middle") -> Pyramid:
 
 
 def _pyramid(tiff: tifffile.TiffFile, name: str, plane: str) -> Pyramid:
-    if not tiff.pages.first.imagewidth or not tiff.pages.first.imagelength:  # or the next level stood for the slide
+    if not tiff.pages.first.imagewidth or not tiff.pages.first.imagelength:  # or the next level would count
         raise OtherEngine("its first image has no size")
     series = max(tiff.series, key=lambda one: one.keyframe.imagewidth * one.keyframe.imagelength)
     first = series.keyframe
@@ -159,11 +159,11 @@ def _tiles(page: Any, key: Any) -> TiffTiles:
     planar = key.planarconfig == 2 and key.samplesperpixel > 1
     predictor = int(key.predictor or 1)
     what = f"{compression} in planes" if planar else compression
-    strict = compression in STRICT and predictor in (1, 2) and not _is_subsampled_raw(key)
+    strict = compression in STRICTLY_DECODED and predictor in (1, 2) and not _is_subsampled_raw(key)
     if compression == "JPEG" and not (planar or key.samplesperpixel in (1, 3)):
         raise OtherEngine(f"JPEG tiles of {key.samplesperpixel} samples")
     if not strict and (compression not in BY_VIPS or planar):
-        if key.extrasamples:  # OpenSlide takes any for an alpha
+        if key.extrasamples:  # OpenSlide would take it for an alpha
             raise BadInput("unsupported_slide", f"{what} with an extra sample beside the colors; {CONVERT}")
         raise OtherEngine(f"libvips does not decode {what} ({CONVERT})")
     width, height = key.imagewidth, key.imagelength

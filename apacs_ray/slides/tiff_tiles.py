@@ -19,7 +19,7 @@ from apacs_ray.data.streams import decode_jpeg, inflate, joined_jpeg, jpeg_size,
 Pixels = npt.NDArray[np.uint8]
 Alpha = Literal["", "straight", "associated"]
 
-STRICT = {"NONE", "JPEG", "ADOBE_DEFLATE", "DEFLATE", "PACKBITS"}  # decoded here
+STRICTLY_DECODED = {"NONE", "JPEG", "ADOBE_DEFLATE", "DEFLATE", "PACKBITS"}  # compressions that are decoded here
 ADOBE_RGB, ADOBE_YCC = (b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([kind]) for kind in (0, 1))
 
 
@@ -112,7 +112,7 @@ class TiffTiles:
     def _jpeg(self, stream: bytes, height: int, width: int, depth: int) -> Pixels:
         whole = self._whole(stream)
         size = jpeg_size(whole)
-        if size != (height, width):  # before memory is taken for what it says it is
+        if size != (height, width):  # checked before memory is allocated for that size
             raise ValueError(f"it measures {size[1]} x {size[0]} px")
         return decode_jpeg(whole, "RGB" if depth == 3 else "GRAY")
 
@@ -123,7 +123,7 @@ class TiffTiles:
 
 
 def _bytes_at(file: int, offset: int, size: int) -> bytes:
-    if not 0 <= offset <= os.fstat(file).st_size - size:  # or memory is taken for what is not there
+    if not 0 <= offset <= os.fstat(file).st_size - size:  # checked before memory is allocated for it
         raise ValueError("the file ends before it")
     return os.pread(file, int(size), int(offset))
 

@@ -25,13 +25,13 @@ from apacs_ray.slides.small_picture import UM_PER_PIXEL, Picture, level_to_read,
 Excluded = npt.NDArray[np.uint8]
 SkipReason = Literal["background", "artifact", "unscanned"]
 Array = TypeVar("Array", Picture, Mask)
-ASSUMED_MPP = 0.25  # of a slide that does not say: a cell is then small or large, and found all the same
-FAINTEST, FAINT_AT_MOST, DEVIATIONS = 20, 50, 4.5  # threshold, thousandths of density; robust deviations of the glass
+ASSUMED_MPP = 0.25  # um per px of a slide that does not say: cells of 2x or 0.5x the size are found all the same
+FAINTEST, FAINT_AT_MOST, DEVIATIONS = 20, 50, 4.5  # thousandths of density; standard deviations of the glass
 CLEAR = 110  # thousandths of density beyond the glass of the wide surroundings
 BAND = 1 << 22  # px that are worked on at a time
-HALO = 64  # px more on both sides: longer than the shortest line (40)
+HALO = 64  # px above and below a band: more than the shortest line (40)
 SAMPLES = 1 << 18
-OUT, ARTIFACT = np.uint8(1), np.uint8(2)  # why px take no part
+OUT, ARTIFACT = np.uint8(1), np.uint8(2)  # values of `Tissue.excluded`
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def _whole_blocks(part: Array) -> Array:
 def faintest_stain(picture: Picture, known: Mask, glass: Glass) -> int:
     """Return the least density that is no noise of this slide's glass, thousandths."""
     height, width = (side // BLOCK * BLOCK for side in known.shape)
-    step = max(1, round((height * width / SAMPLES) ** 0.5)) * BLOCK  # whole blocks, so that the glass is at hand
+    step = max(1, round((height * width / SAMPLES) ** 0.5)) * BLOCK  # whole blocks: the glass is known by blocks
     levels = []
     for row in range(0, height, step):
         part = picture[row : row + BLOCK, :width]
@@ -210,8 +210,8 @@ def faintest_stain(picture: Picture, known: Mask, glass: Glass) -> int:
     samples = np.concatenate([*levels, np.zeros(0, np.int16)])
     if not samples.size:
         return FAINTEST
-    low, lower = np.quantile(samples, (0.05, 0.25))  # glass, even where cells are three quarters
-    deviation = (lower - low) / 0.97  # of a normal distribution, as the next line's 0.674
+    low, lower = np.quantile(samples, (0.05, 0.25))  # both are glass, even where cells cover three quarters
+    deviation = (lower - low) / 0.97  # 0.97 and 0.674: distances of a normal distribution's quantiles
     return round(min(max(FAINTEST, lower + (0.674 + DEVIATIONS) * deviation), FAINT_AT_MOST))
 
 

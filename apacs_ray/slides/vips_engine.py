@@ -20,9 +20,9 @@ from apacs_ray.data.vips import open_vips, reason
 from apacs_ray.errors import BadInput
 from apacs_ray.slides.reader import Level, Mask, Rgb, SlideInfo, filled, level_downsample
 from apacs_ray.slides.tiff import OtherEngine, Pyramid
-from apacs_ray.slides.tiff_tiles import STRICT, Pixels, TiffTiles
+from apacs_ray.slides.tiff_tiles import STRICTLY_DECODED, Pixels, TiffTiles
 
-PROBED = 3  # tiles whose JPEG headers are looked at before the file is believed
+PROBED_TILES = 3  # whose JPEG headers must fit before the file is taken for plain TIFF
 
 
 class VipsSlide:
@@ -49,8 +49,8 @@ class VipsSlide:
         self._file = path.open("rb")
         try:
             self._require_headers(first)
-            if first.compression not in STRICT:
-                self._image(first)  # a file that libvips cannot open is known now
+            if first.compression not in STRICTLY_DECODED:
+                self._image(first)  # so that a file fails here that libvips cannot open
         except BaseException:
             self.close()
             raise
@@ -109,7 +109,7 @@ class VipsSlide:
         right, bottom = inside.x + inside.width, inside.y + inside.height
         columns = range(inside.x // tiles.tile_width, -(-right // tiles.tile_width))
         rows = range(inside.y // tiles.tile_height, -(-bottom // tiles.tile_height))
-        by_vips = tiles.compression not in STRICT
+        by_vips = tiles.compression not in STRICTLY_DECODED
         if by_vips and not any(tiles.is_sparse(column, row) for row in rows for column in columns):
             yield inside, self._by_vips(tiles, inside)
             return
@@ -162,7 +162,7 @@ class VipsSlide:
         colors = 3 if pixels.shape[2] >= 3 else 1
         if not tiles.alpha:
             return pixels[..., :colors]
-        # libvips has divided what was multiplied
+        # libvips has undone the multiplication of associated alpha
         return self._on_background(pixels[..., :colors], pixels[..., colors], "straight")
 
     def _image(self, tiles: TiffTiles) -> Any:
@@ -184,5 +184,5 @@ def _empty(box: Box) -> Rgb:
 def _some(tiles: TiffTiles) -> Iterator[tuple[int, int]]:
     """Yield a few tiles, spread over the image: (column, row)."""
     count = tiles.across * tiles.down
-    for number in sorted({count * part // (PROBED + 1) for part in range(1, PROBED + 1)}):
+    for number in sorted({count * part // (PROBED_TILES + 1) for part in range(1, PROBED_TILES + 1)}):
         yield number % tiles.across, number // tiles.across

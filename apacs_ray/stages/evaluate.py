@@ -72,6 +72,9 @@ class Evaluate(Stage[EvaluateResult]):
     def work(self, job: Job, fingerprint: str) -> EvaluateResult:
         """Write `evaluation/`.
 
+        Returns:
+            The pooled Dice of every model.
+
         Raises:
             ApacsError: when no annotated test tile is left.
         """

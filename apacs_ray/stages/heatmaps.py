@@ -109,9 +109,10 @@ class StoreHeatmaps(Stage[HeatmapsResult]):
 
 
 def assign_folds(index: TileIndex, folds: int, seed: int) -> dict[str, int]:
-    """Return the fold of each tile, 1 ... `folds`, by tile id.
+    """Draw the fold of each tile: whole slides where there are enough of them, else tiles.
 
-    A slide stays in one fold where there are enough slides, else tiles are drawn.
+    Returns:
+        Folds from 1 to `folds`, by tile id.
     """
     units = index.slide_ids if len(set(index.slide_ids)) >= folds else index.tile_ids
     names = sorted(set(units))

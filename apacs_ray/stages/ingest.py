@@ -18,6 +18,7 @@ from apacs_ray.config.settings import Settings
 from apacs_ray.console import say
 from apacs_ray.data.rejects import Reject
 from apacs_ray.data.shards import shard_paths
+from apacs_ray.data.slide_tables import read_table_text
 from apacs_ray.distributed.data import REJECT_SCHEMA
 from apacs_ray.errors import ApacsError, UsageError
 from apacs_ray.runs.markers import Counts
@@ -25,7 +26,7 @@ from apacs_ray.runs.provenance import environment, fingerprint
 from apacs_ray.stages.ingest_folder import ingest_folder
 from apacs_ray.stages.ingest_result import IngestResult, UnitCounts, WrittenTiles
 from apacs_ray.stages.ingest_slides import ingest_slides, make_smears
-from apacs_ray.stages.source import Source, read_text, smears_inputs
+from apacs_ray.stages.source import Source, smears_inputs
 from apacs_ray.stages.stage import Job, Stage
 from apacs_ray.storage import Entry, Store
 
@@ -57,8 +58,8 @@ class Ingest(Stage[IngestResult]):
             stage=self.name,
             source=data,
             masks=_versions(self.source.masks_listing),
-            splits=read_text(settings.data.splits),
-            mpps=read_text(settings.data.mpps),
+            splits=read_table_text(settings.data.splits),
+            mpps=read_table_text(settings.data.mpps),
             data=settings.data.fingerprint_inputs(),
             tiles=settings.tiles.fingerprint_inputs(),
             seed=settings.run.seed,
@@ -67,6 +68,9 @@ class Ingest(Stage[IngestResult]):
 
     def work(self, job: Job, fingerprint: str) -> IngestResult:
         """Write `tiles/`, `manifest/` and `rejects/`.
+
+        Returns:
+            What became of the units and the tiles.
 
         Raises:
             ApacsError: when no tile is left, or more is rejected than `data.max_rejects` allows.

@@ -12,16 +12,17 @@ from apacs_ray.config.settings import Settings
 from apacs_ray.console import say
 from apacs_ray.data.rejects import Reject
 from apacs_ray.data.shards import Receipt
-from apacs_ray.data.slide_tables import read_mpps
+from apacs_ray.data.slide_tables import read_mpps, read_table_text
 from apacs_ray.data.words import Split
 from apacs_ray.distributed.data import render_smears
 from apacs_ray.distributed.slides import inspect_slides, write_slide_shards
 from apacs_ray.errors import BadInput
 from apacs_ray.slides.cache import SlideCache, default_cache
 from apacs_ray.slides.manifest import SlideSummary, SlideTask
+from apacs_ray.slides.open import READERS
 from apacs_ray.slides.slide_tiles import SlideShard, plan_shards
 from apacs_ray.stages.ingest_result import UnitCounts, WrittenTiles
-from apacs_ray.stages.source import Source, read_text, require_clear
+from apacs_ray.stages.source import Source, require_clear
 from apacs_ray.stages.stage import Job
 from apacs_ray.storage import Store
 from apacs_ray.synthetic import slide as synthetic
@@ -29,7 +30,6 @@ from apacs_ray.synthetic import slide as synthetic
 MANIFEST = re.compile(r"manifest/[0-9a-f]{8}/\d{6,}\.(parquet|png)")  # what a run writes there; nothing else is ours
 GIB = 1 << 30
 NOTES_SHOWN = 5
-ENGINES = {"vips": "libvips", "openslide": "OpenSlide"}
 
 
 def make_smears(settings: Settings, store: Store) -> None:
@@ -95,7 +95,7 @@ def slide_task(source: Source, output: Store, fingerprint: str) -> SlideTask:
     """Return how the slides of a source are read and where their tiles go."""
     settings = source.settings
     cache = SlideCache(Path(settings.data.cache or default_cache()), round(settings.data.cache_gb * GIB))
-    mpps = read_mpps(read_text(settings.data.mpps))
+    mpps = read_mpps(read_table_text(settings.data.mpps))
     require_clear(source.slides, mpps, "data.mpps")
     return SlideTask(source.store, source.masks_store, output, settings.tiles, settings.data, cache, fingerprint, mpps)
 
@@ -112,7 +112,8 @@ def look_at_slides(job: Job, source: Source, fingerprint: str) -> InspectedSlide
         summaries = inspect_slides(task, slides, lambda done: progress.show("slides", done, len(slides)))
     _say_notes(summaries)
     engines = Counter(summary.engine for summary in summaries if summary.reject is None)
-    read = ", ".join(f"{count} by {ENGINES[engine]}" for engine, count in sorted(engines.items()))
+    names = {reader.engine: reader.name for reader in READERS}
+    read = ", ".join(f"{count} by {names[engine]}" for engine, count in sorted(engines.items()))
     say(f"ingest: {len(slides)} slides{f' ({read})' if read else ''}, {sum(s.tiles for s in summaries)} tiles")
     return InspectedSlides(task, source, summaries)
 

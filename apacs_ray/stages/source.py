@@ -12,7 +12,7 @@ from apacs_ray.config.settings import Settings
 from apacs_ray.console import say
 from apacs_ray.data.folders import FolderData, Pair, find_pairs, is_folder_layout
 from apacs_ray.data.nested_stores import entries_outside, is_inside, same_folder
-from apacs_ray.data.slide_tables import decode_table, read_splits
+from apacs_ray.data.slide_tables import read_splits, read_table_text
 from apacs_ray.errors import UsageError
 from apacs_ray.runs.provenance import fingerprint
 from apacs_ray.slides.companions import read_heads
@@ -193,7 +193,10 @@ def smears_inputs(settings: Settings) -> dict[str, Any]:
 
 
 def holds_folders(uri: str, entries: Sequence[Entry]) -> bool:
-    """Return whether entries are folders of images and masks (else whole slides).
+    """Tell folders of images and masks from whole slides.
+
+    Returns:
+        True for folders.
 
     Raises:
         UsageError: for both or neither, naming `uri` and what was found.
@@ -216,12 +219,15 @@ def holds_folders(uri: str, entries: Sequence[Entry]) -> bool:
 
 
 def with_given_splits(units: Sequence[Unit], uri: str | None) -> list[Unit]:
-    """Return pairs or slides with the split that the table `data.splits` at `uri` gives their slide.
+    """Give pairs or slides the split that the table `data.splits` at `uri` names for their slide.
+
+    Returns:
+        The units in their order; as they are without a table.
 
     Raises:
         UsageError: naming the first slide that has no line.
     """
-    text = read_text(uri)
+    text = read_table_text(uri)
     if text is None:
         return list(units)
     splits = read_splits(text)
@@ -246,23 +252,6 @@ def require_clear(units: Sequence[Unit], names: Collection[str], setting: str) -
             raise UsageError(f"{setting}: {stem!r} may be each of {len(slides)} slides, call them {several}")
 
 
-def read_text(uri: str | None) -> str | None:
-    """Return the text of a small file at a URI, None without one.
-
-    Raises:
-        UsageError: when it is not there, may not be read or is no text.
-    """
-    if uri is None:
-        return None
-    folder, _, name = uri.rpartition("/")
-    try:
-        return decode_table(open_store(folder or ".").read_small(name), uri)
-    except FileNotFoundError as error:
-        raise UsageError(f"{uri}: no such text file") from error
-    except OSError as error:  # a folder, or it may not be read
-        raise UsageError(f"{uri}: cannot be read ({error}); give a text file that may be read") from error
-
-
 def say_found(data: FolderData | SlideData) -> None:
     """Say what each folder was taken for, and what is not used."""
     folders, more = "", 0
@@ -274,7 +263,7 @@ def say_found(data: FolderData | SlideData) -> None:
             folders = text[:LONGEST]
     if folders:
         say(f"ingest: folders: {folders}{f' and {more} more' if more else ''}")
-    ignored = data.left.told()
+    ignored = data.left.describe()
     if ignored:
         say(f"ingest: {ignored}")
 

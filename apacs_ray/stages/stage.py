@@ -126,6 +126,9 @@ def run_stage(run: Run, ray: RaySession, stage: Stage[R]) -> Committed[R]:
 def require_stage(run: Run, stage: Stage[R]) -> Committed[R]:
     """Take over a stage that an earlier command committed.
 
+    Returns:
+        Its fingerprint and result.
+
     Raises:
         ApacsError: naming the script to run first, when it is not committed with these settings.
     """

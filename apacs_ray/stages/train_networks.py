@@ -80,7 +80,10 @@ class TrainingResult(StageResult):
 
 
 def read_indices(store: Store) -> dict[str, TileIndex]:
-    """Return the indices of the train and val tiles.
+    """Read the indices of the tiles to learn from.
+
+    Returns:
+        Those of `train` and `val`.
 
     Raises:
         ApacsError: when one of them is empty.

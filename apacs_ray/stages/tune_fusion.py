@@ -60,6 +60,9 @@ class TuneFusion(Stage[SweepResult]):
     def work(self, job: Job, fingerprint: str) -> SweepResult:
         """Run or resume the sweep.
 
+        Returns:
+            The best trial.
+
         Raises:
             ApacsError: when no trial ended well.
         """

@@ -15,8 +15,8 @@ from apacs_ray.synthetic.texture import Atlas, Floats, atlas
 Bools = npt.NDArray[np.bool_]
 CellKind = Literal["superficial", "intermediate", "parabasal", "dysplastic", "anucleate"]
 
-REACH = 1.6  # of the nominal radius: no outline goes farther
-SOFT_UM = 2.4  # what an object's own defocus may add around it
+REACH = 1.6  # nominal radii: no outline goes farther
+SOFT_UM = 2.4  # um that an object's own defocus may add around it
 _ANGLES = 1024
 
 

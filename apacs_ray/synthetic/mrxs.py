@@ -39,7 +39,7 @@ class MrxsLayout:
     image: int = 256
     codec: Literal["JPEG", "PNG"] = "JPEG"
     quality: int = 90
-    fill: tuple[int, int, int] = (255, 255, 255)  # the background color that readers are told
+    fill: tuple[int, int, int] = (255, 255, 255)  # background color, as the slide states it
     slide_id: str = "0123456789ABCDEF0123456789ABCDEF"
 
     @property
@@ -73,7 +73,7 @@ def write_mrxs(path: Path, layout: MrxsLayout, source: Source) -> None:
     files = writer.close()
     (folder / "Index.dat").write_bytes(_index(layout, writer.entries))
     (folder / "Slidedat.ini").write_text(_slidedat(layout, files))
-    path.write_bytes(_preview(layout, writer.preview))  # last: without it there is no slide
+    path.write_bytes(_preview(layout, writer.preview))  # written last: without it there is no slide
 
 
 @dataclass
@@ -143,7 +143,7 @@ class _Writer:
         if not self._files or self._files[-1].tell() + len(content) > DATA_FILE:
             self._files.append((self.folder / f"Data{len(self._files):04d}.dat").open("wb"))
         file = self._files[-1]
-        if file.tell() == 0:  # real slides begin their data files so; readers skip it by offset
+        if file.tell() == 0:  # the header of real slides' data files; readers skip it by offset
             file.write(VERSION + self.layout.slide_id.encode())
         offset = file.tell()
         file.write(content)

@@ -17,7 +17,7 @@ from apacs_ray.synthetic.texture import field_at, place_rng
 _BLOCK_UM = 200  # one block of a slide has its own random objects
 _GROUP_UM = 180  # no cell's center is farther than this from where its group began
 _FARTHEST_UM = 250  # no object reaches farther than this from its block
-_OBJECTS, _DENSITY, _INFLAMED = 1, 2, 3  # streams of randomness
+_OBJECTS, _DENSITY, _INFLAMED = 1, 2, 3  # random streams
 _CELLS: tuple[CellKind, ...] = ("superficial", "intermediate", "parabasal", "dysplastic", "anucleate")
 
 # Mean number in a block.

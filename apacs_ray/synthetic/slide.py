@@ -25,7 +25,7 @@ from apacs_ray.synthetic.texture import Floats, field, overlap, sensor_noise
 
 VERSION = 2  # goes up when the same seed gives other pixels
 
-_FILM, _LIGHT, _FOCUS, _NOISE = 10, 20, 30, 40  # streams of randomness; a stream's octaves follow it
+_FILM, _LIGHT, _FOCUS, _NOISE = 10, 20, 30, 40  # random streams; the octaves of a stream have the numbers after it
 _SHARP_UM, _SOFT_UM = 0.42, 1.9  # standard deviation of the blur in and out of focus
 _TRUNCATE = 3.0  # standard deviations
 

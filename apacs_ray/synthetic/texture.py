@@ -15,8 +15,8 @@ Floats = npt.NDArray[np.float32]
 
 _ATLAS_UM = 256  # side of the texture atlas; stamps take their texture from a random place in it
 _NOISE_BLOCK = 256  # px
-_ORIGIN = 1 << 24  # blocks left of or above the slide have negative indices; SeedSequence takes none
-_SPLINE_STD = 0.48  # of a cubic B-spline through lattice values of unit variance
+_ORIGIN = 1 << 24  # added to indices of blocks, which may be negative: SeedSequence takes no negative numbers
+_SPLINE_STD = 0.48  # standard deviation of a cubic B-spline of lattice values of unit variance
 
 
 def place_rng(seed: int, stream: int, column: int, row: int) -> np.random.Generator:

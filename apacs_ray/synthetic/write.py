@@ -15,7 +15,7 @@ from apacs_ray.synthetic.mrxs import MrxsLayout, write_mrxs
 from apacs_ray.synthetic.slide import SlideSpec, render
 
 LEVELS = 4
-QUALITY = 90  # so with JPEG's noise
+QUALITY = 90  # of JPEG, so that smears have its noise
 IMAGE = 256  # px, side of a stored MIRAX image or TIFF tile
 
 

@@ -1,0 +1,1 @@
+"""From stored tiles to trained weights, without Ray."""

@@ -13,9 +13,9 @@ from shapely.geometry.base import BaseGeometry
 from apacs_ray.errors import BadInput
 
 Ring = npt.NDArray[np.float64]  # (N, 2), closed
-MOST_CROSSINGS = 1000  # of an area with itself; to repair it takes time by their square
-MOST_CUTS = 100_000  # pairs of an area and a negative region that meet
-AT_ONCE = 4_000_000  # pairs of edges that are compared at a time
+MAX_CROSSINGS = 1000  # of an area with itself: the time of a repair grows with their square
+MAX_CUTS = 100_000  # pairs of an area and a negative region that meet
+EDGE_PAIRS_AT_ONCE = 4_000_000  # pairs of edges that are compared at a time
 
 
 def areas_of(geometry: BaseGeometry) -> tuple[list[Polygon], str | None]:
@@ -31,7 +31,7 @@ def areas_of(geometry: BaseGeometry) -> tuple[list[Polygon], str | None]:
         areas = list(_polygons(geometry))
         return areas, None if areas else "it has no area"
     if _meets_itself_often(geometry):
-        return [], f"it crosses itself more than {MOST_CROSSINGS} times"
+        return [], f"it crosses itself more than {MAX_CROSSINGS} times"
     reason = shapely.is_valid_reason(geometry)
     try:
         return list(_polygons(shapely.make_valid(geometry))), reason
@@ -53,15 +53,15 @@ def cut_out(areas: Sequence[Polygon], holes: Sequence[Polygon]) -> Iterator[tupl
         BadInput: bad_annotation; the file would take hours.
     """
     around, inside = shapely.STRtree(holes).query(areas, predicate="intersects")
-    if len(around) > MOST_CUTS:
-        raise BadInput("bad_annotation", f"negative regions cut areas more than {MOST_CUTS} times")
+    if len(around) > MAX_CUTS:
+        raise BadInput("bad_annotation", f"negative regions cut areas more than {MAX_CUTS} times")
     begins = np.searchsorted(around, np.arange(len(areas) + 1))
     for number, area in enumerate(areas):
         cutting = [holes[hole] for hole in inside[begins[number] : begins[number + 1]]]
         if not cutting:
             yield [area], None
         elif _meets_itself_often(GeometryCollection([area, *cutting])):
-            yield [], f"negative regions cross it more than {MOST_CROSSINGS} times"
+            yield [], f"negative regions cross it more than {MAX_CROSSINGS} times"
         else:
             try:
                 yield list(_polygons(shapely.difference(area, shapely.union_all(cutting)))), None
@@ -94,16 +94,17 @@ def _all_rings(geometry: BaseGeometry) -> Iterator[Ring]:
 
 
 def _meets_itself_often(geometry: BaseGeometry) -> bool:
-    """Tell whether more than `MOST_CROSSINGS` pairs of edges meet that are no neighbors; looks no further than that."""
+    """Tell whether more than `MAX_CROSSINGS` pairs of edges meet that are no neighbors; looks no further than that."""
     rings = list(_all_rings(geometry))
     if not rings:
         return False
     starts, ends = (np.concatenate([ring[part] for ring in rings]) for part in (slice(-1), slice(1, None)))
     edges = shapely.linestrings(np.stack([starts, ends], axis=1)[(starts != ends).any(axis=1)])
     tree, meetings = shapely.STRtree(edges), 0
-    for start in range(0, len(edges), step := max(1, AT_ONCE // max(1, len(edges)))):
+    for start in range(0, len(edges), step := max(1, EDGE_PAIRS_AT_ONCE // max(1, len(edges)))):
         part = edges[start : start + step]
-        meetings += tree.query(part, predicate="intersects").shape[1] - 3 * len(part)  # itself and its neighbors
-        if meetings > 2 * MOST_CROSSINGS:  # each pair is met twice
+        # an edge meets itself and its two neighbors
+        meetings += tree.query(part, predicate="intersects").shape[1] - 3 * len(part)
+        if meetings > 2 * MAX_CROSSINGS:  # each pair is counted twice
             return True
     return False

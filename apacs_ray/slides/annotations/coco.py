@@ -15,8 +15,8 @@ from apacs_ray.errors import BadInput
 from apacs_ray.slides.annotations.run_lengths import outlines, run_lengths
 from apacs_ray.slides.annotations.shapes import MALFORMED, Drawing, Shape, class_names, polygon_of, shortened
 
-MOST_RUNS = 1_000_000  # of all masks of a slide, each a few corners
-# endings that tell a slide's file from its annotation's, and say nothing of which slide it is
+MAX_RUNS = 1_000_000  # of all masks of a slide; each becomes a few corners
+# endings of slides' and annotations' files, without which their names are compared
 ENDINGS = re.compile(
     r"\.(gz|zip|json|geojson|coco|ome|tiff?|svs|ndpi|mrxs|scn|bif|vms|vmu|dcm|svslide|png|jpe?g|bmp|webp)$",
     re.IGNORECASE,
@@ -97,8 +97,8 @@ def _require_few_runs(annotations: list[tuple[int, Any]]) -> None:
         drawn = annotation.get("segmentation") if isinstance(annotation, dict) else None
         counts = drawn.get("counts") if isinstance(drawn, dict) else None
         runs += len(counts) if isinstance(counts, list | str) else 0
-    if runs > 2 * MOST_RUNS:
-        raise BadInput("bad_annotation", f"COCO with more than {MOST_RUNS} runs of masks: save them as polygons")
+    if runs > 2 * MAX_RUNS:
+        raise BadInput("bad_annotation", f"COCO with more than {MAX_RUNS} runs of masks: save them as polygons")
 
 
 def _shapes(

@@ -26,7 +26,7 @@ GEOMETRIES = {
         *("Polygon", "MultiPolygon", "GeometryCollection"),
     )
 }
-CLASS_KEYS = ("classification", "class", "class_name", "label", "category", "name")  # the first that says something
+CLASS_KEYS = ("classification", "class", "class_name", "label", "category", "name")  # the first that is there counts
 LONGEST_NAME = 10_000  # characters of a class that is itself JSON, as a table of geopandas keeps QuPath's
 
 
@@ -91,7 +91,7 @@ def _geometry(item: Any) -> Polygon | GeometryCollection | str:
                 pending.extend(reversed(part["geometries"]))
             elif kind == "polygon":
                 polygons += _polygon(part["coordinates"])
-            elif kind == "multipolygon":  # its parts one by one: where they overlap, both are meant
+            elif kind == "multipolygon":  # one by one: overlapping parts are both meant
                 polygons += [polygon for rings in part["coordinates"] for polygon in _polygon(rings)]
             else:
                 others.append(f"{GEOMETRIES[kind]} has no area" if kind in GEOMETRIES else "no GeoJSON geometry")

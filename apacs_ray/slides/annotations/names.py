@@ -19,7 +19,7 @@ from apacs_ray.data.words import is_mask_folder, mask_stem
 from apacs_ray.storage import Entry
 
 AnnotationKind = Literal["geojson", "xml", "image", "fovs"]
-JPEG = ("jpg", "jpeg")  # of lossy pixels
+JPEG = ("jpg", "jpeg")  # lossy: such a picture is no mask
 _DRAWN = re.compile(r"(?s)(?P<base>.+)\.(?:(?P<json>geojson|json)|xml)(?:\.(?:gz|zip))?", re.IGNORECASE)
 _IMAGE = re.compile(r"(?s)(?P<base>.+)\.(?:png|tiff?|bmp|jpe?g)", re.IGNORECASE)
 _OME = re.compile(r"(?s)(?P<base>.+)\.ome", re.IGNORECASE)
@@ -113,7 +113,7 @@ def _fovs(base: str, around: str) -> Iterator[Reading]:
             name, fov = place["stem"] or "", Fov(int(place["x"]), int(place["y"]))
         else:
             return
-    except (KeyError, ValueError):  # d=1.2.3
+    except (KeyError, ValueError):  # fields that are no numbers, as d=1.2.3
         return
     yield Reading(name or around, word, fov)
     if (plain := mask_stem(name)) is not None:

@@ -17,7 +17,7 @@ from apacs_ray.slides.annotations.areas import Ring, rings_of
 from apacs_ray.slides.annotations.read import Annotations
 
 Mask = npt.NDArray[np.bool_]
-AT_ONCE = 4_000_000  # crossings of rows and edges that are counted at a time
+CROSSINGS_AT_ONCE = 4_000_000  # crossings of rows and edges that are counted at a time
 
 
 class PolygonMask:
@@ -56,7 +56,7 @@ def fill(mask: Mask, rings: Sequence[Ring], x: float, y: float, downsample: floa
     # rows whose center lies in [upper, lower): the first at or below an end
     first = np.clip(np.ceil((upper[:, 1] - y) / downsample - 0.5), 0, height).astype(np.int64)
     last = np.clip(np.ceil((lower[:, 1] - y) / downsample - 0.5), 0, height).astype(np.int64)
-    # where a row crosses an edge, inside and outside change places; `AT_ONCE` of these places at a time
+    # where a row crosses an edge, inside and outside change places; `CROSSINGS_AT_ONCE` of these places at a time
     ends_at = np.cumsum(last - first)
     if not len(ends_at) or not ends_at[-1]:
         return
@@ -69,7 +69,7 @@ def fill(mask: Mask, rings: Sequence[Ring], x: float, y: float, downsample: floa
     begin = 0
     while begin < len(ends_at):
         done = ends_at[begin - 1] if begin else 0
-        end = max(begin + 1, int(np.searchsorted(ends_at, done + AT_ONCE, side="right")))
+        end = max(begin + 1, int(np.searchsorted(ends_at, done + CROSSINGS_AT_ONCE, side="right")))
         part = slice(begin, end)
         rows_each = (last - first)[part]
         edges = begin + np.repeat(np.arange(end - begin), rows_each)

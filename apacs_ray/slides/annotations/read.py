@@ -31,7 +31,7 @@ from apacs_ray.slides.annotations.unpack import decoded, unpacked
 from apacs_ray.slides.annotations.xml import read_xml
 from apacs_ray.slides.reader import SlideInfo
 
-MOST_DEFECTS = 1000  # that are told one by one
+MAX_DEFECTS = 1000  # that are listed one by one
 SLACK = 2  # px that a picture of the slide may lack or have over after its size was rounded
 
 
@@ -98,7 +98,7 @@ def _place(size: tuple[int, int], info: SlideInfo) -> tuple[float, float, float]
     bounds = info.bounds
     for x, y, width, height in ((0, 0, info.width, info.height), (bounds.x, bounds.y, bounds.width, bounds.height)):
         exact = max(width / size[0], height / size[1])
-        for scale in (max(1, round(exact)), exact):  # a whole number of px, of which the last ones were cut off, or not
+        for scale in (max(1, round(exact)), exact):  # sides may have been cut to whole px at an integer scale
             slack = SLACK * max(scale, 1)
             if abs(size[0] * scale - width) < slack and abs(size[1] * scale - height) < slack:
                 return x, y, scale
@@ -170,7 +170,7 @@ class _Collected:
 
     def tell(self, number: int, reason: str) -> None:
         self.reasons[reason] += 1
-        if len(self._defects) < MOST_DEFECTS:
+        if len(self._defects) < MAX_DEFECTS:
             self._defects.append(Defect(number, reason))
 
     def cut(self) -> list[Polygon]:

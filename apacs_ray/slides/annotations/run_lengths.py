@@ -17,7 +17,7 @@ import shapely
 from shapely.geometry import Polygon
 
 Numbers = npt.NDArray[np.int64]
-MOST_CHARACTERS = 7  # of a count: 35 bits
+MAX_CHARACTERS = 7  # of a count: 35 bits
 LARGEST_SIDE = 1 << 31  # px
 
 
@@ -46,7 +46,7 @@ def _unpacked_counts(text: str) -> list[int]:
     value = shift = 0
     for character in text:
         bits = ord(character) - 48
-        if not 0 <= bits < 64 or shift >= 5 * MOST_CHARACTERS:
+        if not 0 <= bits < 64 or shift >= 5 * MAX_CHARACTERS:
             raise ValueError("run lengths that are not packed as COCO does")
         value |= (bits & 31) << shift
         shift += 5
@@ -125,7 +125,7 @@ def _rings(left: Numbers, top: Numbers, right: Numbers, bottom: Numbers) -> Iter
     places = np.stack([x, y], axis=1)[turns]
     upright = _partners(np.lexsort((below[turns], y[turns], x[turns])))
     level = _partners(np.lexsort((aside[turns], x[turns], y[turns])))
-    outer = (below[turns] & aside[turns]).astype(bool)  # such is the leftmost turn around what is no hole
+    outer = (below[turns] & aside[turns]).astype(bool)  # the leftmost turn of a ring that is no hole is such
     yield from _walks(places, upright, level, np.isin(turns, np.r_[across, across + 1]), outer)
 
 

@@ -16,7 +16,7 @@ from apacs_ray.errors import BadInput
 LARGEST_FILE = 512 << 20  # bytes, packed or not
 # Brackets and commas of JSON, or tags and attributes of XML, each an object of up to 150 bytes in memory; a vertex
 # takes three or four of them
-MOST_PARTS = 30_000_000
+MAX_PARTS = 30_000_000
 FARTHEST = 2.0**31  # px; no slide reaches so far, and arithmetic is exact
 READ_FORMATS = "read are GeoJSON, COCO, and the XML of ASAP and ImageScope"
 # what numpy and shapely raise over coordinates that are none
@@ -65,10 +65,8 @@ class Drawing:
 def require_bounded(text: str, marks: str) -> None:
     """Raise BadInput for a text that would take far more memory than it has characters, before it is parsed."""
     parts = sum(text.count(mark) for mark in marks)
-    if parts > MOST_PARTS:
-        raise BadInput(
-            "bad_annotation", f"{parts} parts, about {parts // 3} vertices; {MOST_PARTS} parts are the limit"
-        )
+    if parts > MAX_PARTS:
+        raise BadInput("bad_annotation", f"{parts} parts, about {parts // 3} vertices; {MAX_PARTS} parts are the limit")
 
 
 def polygon_of(shell: Any, holes: Iterable[Any] = ()) -> Polygon:

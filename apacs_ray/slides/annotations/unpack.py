@@ -14,21 +14,21 @@ from apacs_ray.errors import BadInput
 from apacs_ray.slides.annotations.shapes import LARGEST_FILE
 
 GZIP, ZIP = b"\x1f\x8b", b"PK"
-MOST_MEMBERS = 10_000  # of a zip file
+MAX_MEMBERS = 10_000  # of a zip file
 MEMBER = re.compile(r"\.(geojson|json|xml)$", re.IGNORECASE)
-PLAIN_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others would take as much memory as they say they need
+PLAIN_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # other methods take as much memory as the file asks for
 LEVELS = 2  # a packed file may have been packed once more on its way
 CHUNK = 1 << 20
 
 BOMS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # begins like that of UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark begins alike
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 DECLARATION = re.compile(rb"""\s*<\?xml[^>]{0,100}?\sencoding\s*=\s*["']([A-Za-z0-9._-]{1,30})["']""")
-# what an XML may declare: Python knows further ones, some of which take time by the square of their length
+# encodings that an XML may declare: some others that Python knows take quadratic time
 ENCODINGS = re.compile(
     r"us-ascii|utf-?8|iso-?8859-\d+|latin-?1|(windows|cp)-?\d+|gb2312|gbk|gb18030|big5|shift[_-]jis|euc-(jp|kr)|koi8-[ru]",
     re.IGNORECASE,
@@ -75,8 +75,8 @@ def _bounded(stream: _Stream) -> bytes:
 
 
 def _only_member(content: bytes) -> bytes:
-    if content.count(b"PK\x01\x02") > MOST_MEMBERS:
-        raise BadInput("bad_annotation", f"a zip file of more than {MOST_MEMBERS} files")
+    if content.count(b"PK\x01\x02") > MAX_MEMBERS:
+        raise BadInput("bad_annotation", f"a zip file of more than {MAX_MEMBERS} files")
     with zipfile.ZipFile(io.BytesIO(content)) as packed:
         members = [member for member in packed.infolist() if _may_annotate(member.filename)]
         if len(members) != 1:
@@ -127,7 +127,7 @@ def _encoding_of(content: bytes) -> str:
         return "utf-16-le" if zeros[1] else "utf-16-be"
     declared = DECLARATION.match(content)
     if declared is None or re.fullmatch(rb"utf-?16", declared[1], re.IGNORECASE):
-        return "utf-8"  # a file of bytes that says UTF-16 was so only in the memory of what wrote it
+        return "utf-8"  # no zero bytes: the declaration says UTF-16, the file was written as UTF-8
     encoding = declared[1].decode()
     if not ENCODINGS.fullmatch(encoding):
         raise BadInput("bad_annotation", f"an XML in the encoding {encoding}: save it as UTF-8")

@@ -125,7 +125,7 @@ def _imagescope_polygon(region: Element) -> Polygon | str:
             return "a region without vertices"
         points = positions(vertices)
         (left, top), (right, bottom) = points.min(axis=0), points.max(axis=0)
-        if kind == ELLIPSE and len(points) <= 5:  # the corners of its box, all or two
+        if kind == ELLIPSE and len(points) <= 5:  # all corners of its box, or two
             return ellipse(left, top, right, bottom)
         return box(left, top, right, bottom) if kind == RECTANGLE and len(points) == 2 else Polygon(points)
     except MALFORMED as error:
