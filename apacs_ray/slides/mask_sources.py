@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from apacs_ray.config.settings import DataSettings
 from apacs_ray.data.grid import Box
 from apacs_ray.data.images import Mask
 from apacs_ray.data.mask_file import MaskFile, require_fits
@@ -23,7 +24,7 @@ from apacs_ray.slides.annotations.read import read_annotations
 from apacs_ray.slides.annotations.shapes import LARGEST_FILE
 from apacs_ray.slides.reader import SlideInfo
 
-MAX_PIXELS = 400_000_000
+MAX_PIXELS: int = DataSettings.model_fields["max_pixels"].default
 NO_MASK = "no_mask"  # code of a picture beside a slide that is no mask of it: a note, no reject
 # codes that say that a doubtful image is no mask
 PICTURE_CODES = {NO_MASK, "grey_mask", "size_mismatch", "unsupported_mode", "multiple_frames"}
