@@ -42,6 +42,7 @@ AUGMENTATION = Augmentation(0, True, True)
 
 
 def main() -> None:
+    """Measure an epoch of each network with and without Ray and print the table."""
     parser = options(__doc__, "a quarter of the width, 2 repetitions")
     parser.add_argument("--members", help="networks to measure (default: fcn32,fcn8)")
     parser.add_argument("--tiles", type=int, help="tiles of an epoch (default: 16)")
@@ -84,7 +85,7 @@ def _task(store: Store, name: str, width: float, settings: TrainingSettings, clu
 
 
 def _with_ray(task: TrainingTask, state: str) -> float:
-    """Seconds of the second epoch of a run on Ray."""
+    """Return the seconds of the second epoch of a run on Ray."""
     (network,) = task.networks
     fresh = replace(task, networks=(replace(network, state=state),))
     train([fresh], parallel=True, on_progress=lambda name, now: None)
@@ -94,7 +95,7 @@ def _with_ray(task: TrainingTask, state: str) -> float:
 
 
 def _alone(task: TrainingTask) -> Any:
-    """The same epochs without Ray, from decoded tiles."""
+    """Set up the same epochs without Ray, from decoded tiles."""
     torch.set_num_threads(task.plan.threads)
     (network,) = task.networks
     sizes = task.indices["train"].groups(), len(task.indices["val"])

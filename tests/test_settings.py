@@ -236,7 +236,7 @@ def test_the_fusion_trains_as_the_members_where_nothing_else_is_given(tmp_path: 
     settings = Settings(members=members, fusion=FusionSettings(crop=64))
     assert (settings.fusion.epochs, settings.fusion.crop, settings.fusion.width) == (7, 64, None)
     assert Settings.model_validate(settings.model_dump()) == settings  # all of it is in the tree, as run.json has it
-    for name, value in {"epochs": "0", "crop": "3", "optimizer": "sgd"}.items():
+    for name, value in {"epochs": "0", "crop": "3", "optimizer": "rmsprop"}.items():
         with pytest.raises(UsageError, match=rf"^members\.{name}: .*{value}"):
             command("--data", "x", f"--members.{name}", value)
 
