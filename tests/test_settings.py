@@ -239,7 +239,7 @@ def test_the_fusion_trains_as_the_members_where_nothing_else_is_given(tmp_path: 
     own = ["--data", "x", "--config", "configs/real_cells.yaml", "--fusion.crop", "none", "--fusion.width", "null"]
     fusion = command(*own, "--fusion.learning_rate", "none").settings.fusion
     assert (fusion.crop, fusion.width, fusion.learning_rate) == (300, 0.25, 1e-3)  # none: as the members
-    for name, value in {"epochs": "0", "crop": "3", "optimizer": "sgd"}.items():
+    for name, value in {"epochs": "0", "crop": "3", "optimizer": "lion"}.items():
         with pytest.raises(UsageError, match=rf"^members\.{name}: .*{value}"):
             command("--data", "x", f"--members.{name}", value)
 

@@ -153,7 +153,7 @@ class TrainingSettings(Section):
     accumulate: int = Field(1, ge=1, description="forward passes that share one step (less memory)")
     learning_rate: Common[float] = Field(1e-4, gt=0, description="peak learning rate")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of the optimizer")
-    optimizer: Literal["adam", "adamw"] = Field("adamw", description="optimizer of the weights")
+    optimizer: Literal["adam", "adamw", "sgd"] = Field("adamw", description="optimizer of the weights")
     schedule: Literal["constant", "cosine"] = Field("cosine", description="of the learning rate after its peak")
     warmup_epochs: float = Field(0.0, ge=0, description="epochs of linear warm-up")
     dice_weight: float = Field(0.5, ge=0, description="weight of the per-image soft Dice term beside BCE")

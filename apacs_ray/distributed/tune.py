@@ -18,9 +18,11 @@ from ray.tune import Callback
 
 from apacs_ray.config.sweep import MUTABLE, Distribution, Sweep
 from apacs_ray.console import say
-from apacs_ray.distributed.credentials import forward_no_keys, ray_filesystem
+from apacs_ray.distributed.credentials import ray_filesystem
+from apacs_ray.distributed.ray_internals import keep_aws_variables_from_trials
 from apacs_ray.distributed.resource_plan import Cluster, plan_sweep
 from apacs_ray.distributed.trial import TRIAL_CURVES, TrialTask, plain_setting, run_trial
+from apacs_ray.errors import message_of
 from apacs_ray.redact import redact
 from apacs_ray.training.tensorboard import CURVES
 
@@ -40,7 +42,7 @@ class TrialResult:
 
 
 class _Listener(Callback):  # type: ignore[misc]
-    """Tells how many trials have ended, and what befell them. Ray Tune pickles it; `on_done` stays behind."""
+    """Tells how many trials have ended, and whether they failed. Ray Tune pickles it; `on_done` stays behind."""
 
     def __init__(self, on_done: Callable[[int], None]) -> None:
         self._on_done: Callable[[int], None] | None = on_done
@@ -62,7 +64,14 @@ class _Listener(Callback):  # type: ignore[misc]
 
 
 def sweep(task: TrialTask, plan: Sweep, cluster: Cluster, on_done: Callable[[int], None]) -> list[TrialResult]:
-    """Run or restore the sweep whose state lies in `task.state` of the run."""
+    """Run or restore the sweep whose state lies in `task.state` of the run.
+
+    Returns:
+        Every trial, in the order of Ray Tune.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; the state is kept.
+    """
     from ray import tune
 
     each, concurrency = plan_sweep(plan, cluster, task.fusion.batch_size)
@@ -73,7 +82,7 @@ def sweep(task: TrialTask, plan: Sweep, cluster: Cluster, on_done: Callable[[int
     trainable = tune.with_resources(tune.with_parameters(run_trial, task=task), resources)
     store = task.store.child(task.state)
     filesystem = ray_filesystem(store)
-    forward_no_keys()
+    keep_aws_variables_from_trials()
     path = f"{store.full_path()}/sweep"
     tuner = None
     if tune.Tuner.can_restore(path, storage_filesystem=filesystem):
@@ -210,7 +219,7 @@ def _result(result: Any) -> TrialResult:
 
 def _line(error: object) -> str:
     """The last line of what ended a trial: its message."""
-    return redact((str(error).strip() or repr(error)).splitlines()[-1])[:LONGEST_ERROR]
+    return redact(message_of(error))[:LONGEST_ERROR]
 
 
 def _best_epoch(result: Any) -> tuple[dict[str, Any], float | None]:

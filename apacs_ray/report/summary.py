@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from apacs_ray.evaluation.predictions import MEMBERS
+from apacs_ray.models.registry import MEMBERS
 from apacs_ray.training.history import EpochRecord, score
 
 # accuracy, IoU, Dice on APACS23's own test slides (Scientific Data 11:733, 2024)
@@ -118,7 +118,7 @@ def headline(
     row = comparison.get(member) if member else None
     if member and row and row["dice_difference"] is not None:
         words.append(
-            f"{NAMES[member]} was the best single network on validation; the fusion's Dice is "
+            f"{NAMES.get(member, member)} was the best single network on validation; the fusion's Dice is "
             f"{abs(row['dice_difference']):.3f} {'higher' if row['dice_difference'] >= 0 else 'lower'} than its own."
         )
         if row["ci95"]:
