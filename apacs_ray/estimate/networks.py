@@ -75,6 +75,7 @@ class Inference:
 
     @property
     def members(self) -> list[ModelSpec]:
+        """The members, in registry order."""
         return [ModelSpec("member", name, width=self.width) for name in MEMBERS]
 
 
