@@ -18,7 +18,8 @@ from PIL import Image
 from apacs_ray.config.settings import Settings
 from apacs_ray.evaluation.metrics import compare, summarize
 from apacs_ray.evaluation.per_tile import per_tile_schema, tile_row
-from apacs_ray.evaluation.predictions import MEMBERS, MODEL_KEYS
+from apacs_ray.evaluation.predictions import MODEL_KEYS
+from apacs_ray.models.registry import MEMBERS
 from apacs_ray.report.charts import VARIABLES, dice_chart, difference_chart, slide_chart, sweep_charts, training_charts
 from apacs_ray.report.overlays import COLORS, LARGEST, overlay, panel
 from apacs_ray.report.page import ReportContext, TilePicture, build_report
@@ -369,7 +370,7 @@ def test_pictures_are_small_in_the_page_and_still_the_picture() -> None:
     html = build_report(context(pictures=[TilePicture("best", 1, "t", "s", "c", png)]))
     encoded = re.search(r'src="data:image/jpeg;base64,([^"]+)"', html)
     assert encoded is not None
-    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded[1]))), np.int64)
+    embedded = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded[1]))), np.int64)
     stored = np.asarray(Image.open(io.BytesIO(png)), np.int64)
-    assert shown.shape == stored.shape
-    assert np.abs(shown - stored).mean() < 3
+    assert embedded.shape == stored.shape
+    assert np.abs(embedded - stored).mean() < 3

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from apacs_ray.distributed.resource_plan import Cluster, Nodes, TrainingPlan, cluster_of, plan_training, plan_trials
 from apacs_ray.errors import ApacsError
-from apacs_ray.models.spec import MEMBERS
+from apacs_ray.models.registry import MEMBERS
 
 COUNT = st.integers(1, 64)
 

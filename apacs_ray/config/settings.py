@@ -6,7 +6,7 @@ Nothing here imports torch or Ray, so `--help` answers at once.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -150,7 +150,7 @@ class TrainingSettings(Section):
     accumulate: int = Field(1, ge=1, description="forward passes that share one step (less memory)")
     learning_rate: Common[float] = Field(1e-4, gt=0, description="peak learning rate")
     weight_decay: float = Field(0.0, ge=0, description="of the optimizer")
-    optimizer: Literal["adam", "adamw"] = Field("adamw", description="optimizer")
+    optimizer: Literal["adam", "adamw", "sgd"] = Field("adamw", description="optimizer")
     schedule: Literal["constant", "cosine"] = Field("cosine", description="learning rate over the run")
     warmup_epochs: float = Field(0.0, ge=0, description="epochs of linear warm-up")
     dice_weight: float = Field(0.5, ge=0, description="weight of the per-image soft Dice term beside BCE")
@@ -216,7 +216,7 @@ class FusionSettings(TrainingSettings):
         description="published: as released; refined: finer skips and a residual onto the members' mean",
     )
     members: tuple[MemberName, ...] = Field(
-        ("fcn32", "fcn16", "fcn8"), description="members whose heatmaps it reads (two or all three)"
+        get_args(MemberName), description="members whose heatmaps it reads (two or all three)"
     )
     heatmap_init: HeatmapInit = Field("random", description="start of the heatmap channels in the first layer")
     trunk: Literal["random", "fcn32"] = Field(
@@ -232,9 +232,9 @@ class FusionSettings(TrainingSettings):
     @field_validator("members")
     @classmethod
     def _two_or_three(cls, value: tuple[MemberName, ...]) -> tuple[MemberName, ...]:
-        order = ("fcn32", "fcn16", "fcn8")
+        order = get_args(MemberName)
         if len(set(value)) != len(value) or len(value) < 2:
-            raise ValueError("two or three different members of fcn32, fcn16, fcn8")
+            raise ValueError(f"two or three different members of {', '.join(order)}")
         return tuple(sorted(value, key=order.index))
 
 

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from apacs_ray.config.settings import FusionSettings, Settings
 from apacs_ray.console import say
+from apacs_ray.models.pretrained import pretrained_fusion
 from apacs_ray.models.spec import ModelSpec, fusion_spec
-from apacs_ray.models.start import fusion_weights
 from apacs_ray.runs.markers import Counts
 from apacs_ray.runs.provenance import fingerprint
 from apacs_ray.stages.heatmaps import HeatmapsResult
@@ -89,4 +89,4 @@ def fusion_specs(settings: Settings, fusion: FusionSettings) -> dict[str, tuple[
 
 
 def _start(job: Job, spec: ModelSpec, how: FusionSettings) -> Callable[[], bytes | None]:
-    return lambda: fusion_weights(job.store, spec, how.trunk, job.settings.run.seed)
+    return lambda: pretrained_fusion(job.store, spec, how.trunk, job.settings.run.seed)
