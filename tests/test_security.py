@@ -26,9 +26,9 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from support.geojson import INFO, collection, polygon
 from support.runs import TILE, run
 from support.slide_files import picture, write_tiff
-from test_annotations import INFO, collection, polygon
 from test_report import Page, context
 
 from apacs_ray import storage
