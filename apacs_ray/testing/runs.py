@@ -22,7 +22,7 @@ from apacs_ray.testing.cluster import kill_node
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent.parent  # of the checkout, where the scripts are
 SLOWLY = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "2"}  # Ray's own: an epoch takes seconds, in which it can be met
-TIMEOUT = 400  # s after which a run that should end has hung
+TIMEOUT = 600  # s after which a run that should end has hung
 
 
 class Process(Protocol):
