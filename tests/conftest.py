@@ -32,8 +32,18 @@ TOGETHER = ("test_failures",)  # their tests share a cluster
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole runs first, so that none is left when all else is done, and groups for `--dist loadgroup`."""
-    items.sort(key=lambda item: WHOLE_RUNS.index(item.path.stem) if item.path.stem in WHOLE_RUNS else len(WHOLE_RUNS))
+    """Whole runs first, so that none is left when all else is done, and groups for `--dist loadgroup`.
+
+    The first file makes the undisturbed run; those that do not need it come next, for the process that would wait.
+    """
+
+    def place(item: pytest.Item) -> tuple[int, bool]:
+        stem = item.path.stem
+        if stem not in WHOLE_RUNS:
+            return len(WHOLE_RUNS), False
+        return min(WHOLE_RUNS.index(stem), 1), "undisturbed" in getattr(item, "fixturenames", ())
+
+    items.sort(key=place)
     for item in items:
         if item.path.stem not in WHOLE_RUNS or item.path.stem in TOGETHER:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
