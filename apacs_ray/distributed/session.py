@@ -17,6 +17,7 @@ import pyarrow as pa
 from apacs_ray.distributed.autoscaler import startable_nodes
 from apacs_ray.distributed.metrics import Gauges
 from apacs_ray.distributed.resource_plan import Cluster, Nodes, cluster_of
+from apacs_ray.distributed.signals import stop_on_signals
 from apacs_ray.errors import ApacsError
 from apacs_ray.runs.provenance import ROOT, require_source, source_hash
 from apacs_ray.runs.run import Run
@@ -62,6 +63,7 @@ class RaySession:
                 _temp_dir=_private_sessions(),
             )
             self._run.lease.note_ray_session(ray._private.worker._global_node.get_session_dir_path())
+        stop_on_signals()  # Ray put handlers of its own in their place
         self._started = True
         self.gauges.open()
         machines = joined_machines()
