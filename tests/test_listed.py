@@ -34,7 +34,7 @@ def touch(folder: Path, *paths: str) -> None:
 
 def roles(store: Store, masks: str | None) -> tuple[set[str], set[str]]:
     """The paths that are data, and those that are masks."""
-    source = Source(store, Settings(data=DataSettings(masks=masks)), False)
+    source = Source(store, Settings(data=DataSettings(masks=masks)), LocalStore("/nowhere"))
     return {entry.path for entry in source.entries}, {entry.path for entry in source.mask_entries}
 
 

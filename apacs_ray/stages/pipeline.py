@@ -33,13 +33,13 @@ def run_pipeline(run: Run, ray: RaySession, names: Collection[str]) -> None:
     Raises:
         ApacsError: when a stage before them is not committed with these settings.
     """
-    left = set(names)
+    left, order = set(names), [stage.name for stage in STAGES]
 
     def settle(stage: Stage[R]) -> Committed[R]:
         if stage.name not in names:
             return require_stage(run, stage)
         left.discard(stage.name)
-        return run_stage(run, ray, stage)
+        return run_stage(run, ray, stage, order[order.index(stage.name) + 1 :])
 
     source = Source.of(run.store, run.data, run.settings)
     if left - {Ingest.name}:
