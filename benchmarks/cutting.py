@@ -1,4 +1,4 @@
-"""One slide and the shards that are cut from it: for the benchmarks of tiling, and as a worker process of `tiling.py`.
+"""Tiling of one slide in several ways, for the benchmarks of tiling; run as a program, a worker of `tiling.py`.
 
 The worker cuts by whichever package its PYTHONPATH holds, so that two versions of the package can be compared. It reads
 a line of JSON for each turn and answers with one; it ends with its input.
@@ -27,7 +27,15 @@ SLOWEST = 12  # functions that a profile names
 
 @dataclass(frozen=True)
 class Cut:
-    """How the slide in a folder is cut: px of a tile, tiles of a shard, how often the grid is gone over in a turn."""
+    """How the slide in a folder is tiled.
+
+    Attributes:
+        data: The folder.
+        output: Where shards are written.
+        tile: Side of a tile, px.
+        shard: Tiles of a shard.
+        times: How often every tile is written in a turn.
+    """
 
     data: str
     output: str
@@ -71,6 +79,7 @@ class Cutting:
 
     @property
     def path(self) -> Path:
+        """The slide's file."""
         return Path(self.cut.data) / self.slide.path
 
     @property
@@ -79,14 +88,14 @@ class Cutting:
         return self.summary.tiles * self.cut.times
 
     def corners(self) -> list[tuple[int, int]]:
-        """Level-0 px where the tiles of a turn begin."""
+        """Return level-0 (x, y) where the tiles of a turn begin."""
         from apacs_ray.slides.manifest import read_manifest
 
         rows = read_manifest(self._base.output, self._base.manifest_path(0))
         return [(row["x"], row["y"]) for row in rows] * self.cut.times
 
     def fresh(self) -> Any:
-        """The task under a new fingerprint, its manifest in place: nothing is taken over from an earlier turn."""
+        """Return the task under a new fingerprint, its manifest in place: no shard of an earlier turn is reused."""
         shutil.rmtree(Path(self.cut.output) / "tiles", ignore_errors=True)
         task = replace(self._base, fingerprint=f"{next(self.turns):08x}{'0' * 8}")
         task.output.write(task.manifest_path(0), task.output.read(self._base.manifest_path(0)))
@@ -94,7 +103,7 @@ class Cutting:
 
 
 class Ways:
-    """The same tiles in several ways; each does part `part` of `of` and returns how many tiles these were."""
+    """The same tiles in several ways; each does part `part` of `of` and returns the number of its tiles."""
 
     def __init__(self, cutting: Cutting, part: int, of: int) -> None:
         self._cutting = cutting
@@ -102,14 +111,14 @@ class Ways:
         self._corners = cutting.corners()[part::of]
 
     def floor(self) -> Callable[[], int]:
-        """What a task of the pipeline does: read, measure, encode, Parquet."""
+        """Return the work of a task of the pipeline: read, measure, encode, write Parquet."""
         from apacs_ray.slides.slide_tiles import write_slide_shard
 
         task, summary = self._cutting.fresh(), self._cutting.summary
         return lambda: sum(write_slide_shard(task, summary, shard).rows_out for shard in self._shards)
 
     def bare(self) -> Callable[[], int]:
-        """Read and encode only."""
+        """Return work that only reads and encodes."""
         from apacs_ray.data.grid import Box
         from apacs_ray.data.images import encode_image
         from apacs_ray.slides.open import open_slide
@@ -127,7 +136,7 @@ class Ways:
         return work
 
     def plain(self) -> Callable[[], int]:
-        """OpenSlide's Python interface and Pillow, as a textbook writes it."""
+        """Return a plain loop over OpenSlide's Python interface and Pillow, as a textbook writes it."""
         import openslide
         from PIL import Image
 
@@ -145,7 +154,7 @@ class Ways:
         return work
 
     def decoding(self) -> Callable[[], int]:
-        """OpenSlide's C call alone."""
+        """Return a loop over OpenSlide's C call alone."""
         import ctypes
 
         import numpy as np
@@ -165,7 +174,7 @@ class Ways:
         return work
 
     def pipeline(self) -> Callable[[], int]:
-        """The tasks of the pipeline on a Ray of `WORKERS` CPUs; the first call starts or joins it."""
+        """Return the tasks of the pipeline on a Ray of `WORKERS` CPUs; the first call starts or joins it."""
         if "ray" not in sys.modules:
             start_ray(WORKERS)
         from apacs_ray.distributed.slides import write_slide_shards
@@ -182,8 +191,13 @@ def main() -> None:
     cutting = Cutting(Cut(**order["cut"]))
     ways = Ways(cutting, order["part"], order["of"])
     package = sys.modules["apacs_ray"].__file__
-    told = {"package": package, "tiles": cutting.tiles, "inspect_s": cutting.inspected, "cut": asdict(cutting.cut)}
-    print(json.dumps(told), file=answers, flush=True)
+    description = {
+        "package": package,
+        "tiles": cutting.tiles,
+        "inspect_s": cutting.inspected,
+        "cut": asdict(cutting.cut),
+    }
+    print(json.dumps(description), file=answers, flush=True)
     for line in sys.stdin:
         turn = json.loads(line)
         work = getattr(ways, turn["way"])()
@@ -199,7 +213,7 @@ def _timed(work: Callable[[], int]) -> dict[str, Any]:
 
 
 def _profiled(work: Callable[[], int]) -> dict[str, Any]:
-    """The same, and CPU ms a tile: of the package's functions with what they call, and of the slowest without that."""
+    """Do the work with a profile: CPU ms a tile of the package's functions with callees, of the slowest without."""
     import cProfile
     import pstats
 

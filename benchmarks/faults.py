@@ -1,4 +1,4 @@
-"""Break a cluster in every stage of a small job, in every way, and compare what the job leaves with an undisturbed run.
+"""Break a cluster in every stage of a small job, in every way; compare its files with those of an undisturbed run.
 
 Each fault has a cluster of its own on this machine (a head without CPUs, two worker nodes) and one whole job, which it
 strikes once in every stage, when the stage has made something and a worker is busy with the rest. What was lost is
@@ -40,8 +40,8 @@ OPTIONS = [
     "--fusion.learning_rate", "0.0001",
 ]  # fmt: skip
 SWEEP = "trials: 2\nepochs: 3\nspace: {learning_rate: {loguniform: [0.001, 0.002]}}\n"
-NOTICE = 15  # s that a node has left when it is drained
-PATIENCE = 240.0  # s in which a stage ends after a fault
+NOTICE = 15  # s from the notice of a preemption to the end of the node
+TIMEOUT = 240.0  # s in which a stage ends after a fault
 
 
 @dataclass(frozen=True)
@@ -84,14 +84,14 @@ class Site:
         self.begin(folder)
 
     def begin(self, folder: Path) -> None:
-        """A new job, which leaves its run and its log in `folder`."""
+        """Start a new job, whose run and log are in `folder`."""
         folder.mkdir(exist_ok=True)
         self.folder, self.output = folder, folder / "run"
         self._argv = [*self._given, "--output", str(self.output)]
         self.submit()
 
     def new_cluster(self) -> None:
-        """A cluster; what is left of an earlier one is not touched."""
+        """Start a cluster; what is left of an earlier one is not touched."""
         folder = self.folder / f"cluster-{len(self._clusters)}"
         folder.mkdir(parents=True)
         self.cluster = RayCluster(folder, head_cpus=0)
@@ -105,7 +105,7 @@ class Site:
         threading.Thread(target=_drain_output, args=(self.driver, self.folder / "log"), daemon=True).start()
 
     def second(self) -> str:
-        """The same command while the first runs; what it says. Ends the program unless it is refused."""
+        """Start the same command while the first runs; return its last line. Ends the program unless it is refused."""
         done = run(*self._argv, script=self._script, env=self.cluster.joined)
         if done.status != 1 or self.driver.poll() is not None:
             raise SystemExit(f"a second start was not refused: {done.summary}")
@@ -117,12 +117,12 @@ class Site:
         self.nodes.append(self.cluster.add_node(cpus=1))
 
     def end_later(self, node: subprocess.Popen[bytes]) -> None:
-        """The end of the notice."""
+        """Kill the node when its notice ends."""
         self._ends.append(threading.Timer(NOTICE, kill_node, [node]))
         self._ends[-1].start()
 
     def busy(self, work: str) -> tuple[int, subprocess.Popen[bytes]] | None:
-        """A worker process that does `work`, and its node."""
+        """Return a worker process that does `work`, and its node; None without one."""
         for node in self.nodes:
             for pid, title in processes(node).items():
                 if title.startswith(work):
@@ -130,6 +130,7 @@ class Site:
         return None
 
     def stop(self) -> None:
+        """End the job and every cluster."""
         for end in self._ends:
             end.cancel()
         self.driver.kill()
@@ -148,17 +149,20 @@ Strike = Callable[[Site, int, "subprocess.Popen[bytes]"], str]
 
 
 def worker_killed(site: Site, pid: int, node: subprocess.Popen[bytes]) -> str:
+    """Kill the busy worker process."""
     os.kill(pid, signal.SIGKILL)
     return "goes on"
 
 
 def node_killed(site: Site, pid: int, node: subprocess.Popen[bytes]) -> str:
+    """Kill all processes of the busy worker's node, and start a new node."""
     kill_node(node)
     site.replace(node)
     return "goes on"
 
 
 def node_drained(site: Site, pid: int, node: subprocess.Popen[bytes]) -> str:
+    """Drain the busy worker's node as before a preemption, kill it after the notice, and start a new node."""
     site.cluster.drain(node, NOTICE)
     site.end_later(node)
     site.replace(node)
@@ -166,6 +170,7 @@ def node_drained(site: Site, pid: int, node: subprocess.Popen[bytes]) -> str:
 
 
 def driver_killed(site: Site, pid: int, node: subprocess.Popen[bytes]) -> str:
+    """Kill the driver and start the same command again."""
     site.driver.kill()
     site.driver.wait()
     site.submit()
@@ -173,6 +178,7 @@ def driver_killed(site: Site, pid: int, node: subprocess.Popen[bytes]) -> str:
 
 
 def head_killed(site: Site, pid: int, node: subprocess.Popen[bytes]) -> str:
+    """Kill the head and its driver; start the same command on a new cluster."""
     kill_node(site.cluster.head)  # its workers' nodes live on until they notice
     site.driver.kill()  # which runs on the head
     site.driver.wait()
@@ -182,8 +188,9 @@ def head_killed(site: Site, pid: int, node: subprocess.Popen[bytes]) -> str:
 
 
 def second_submission(site: Site, pid: int, node: subprocess.Popen[bytes]) -> str:
-    if "held by process" not in (said := site.second()):
-        raise SystemExit(f"a second start was refused with other words: {said}")
+    """Start the same command a second time, which must be refused."""
+    if "held by process" not in (message := site.second()):
+        raise SystemExit(f"a second start was refused with other words: {message}")
     return "second refused in a line, first goes on"
 
 
@@ -198,7 +205,7 @@ FAULTS: dict[str, Strike] = {
 
 
 class Watcher:
-    """Sees every stored unit (shard, epoch of a network, epoch of a trial) and how often it was made."""
+    """Records every stored unit (shard, epoch of a network, epoch of a trial) and how often it was made."""
 
     def __init__(self, output: Path) -> None:
         self._output = output
@@ -209,11 +216,12 @@ class Watcher:
         self._thread.start()
 
     def stop(self) -> None:
+        """Stop watching."""
         self._stop.set()
         self._thread.join()
 
     def again(self, folder: str) -> str:
-        """What below `folder` was made more than once, and where training left a node."""
+        """Say how many units below `folder` were made more than once, and where training left a node."""
         made = self._made[folder].values()
         if not made:
             return "nothing is stored before its end"
@@ -244,6 +252,7 @@ class Watcher:
 
 
 def main() -> None:
+    """Strike jobs with every fault, print what became of them, and fail when one left other results."""
     parser = options(__doc__ or "", "worker process and node killed only")
     parser.add_argument("--fault", choices=FAULTS, help="this one only")
     parser.add_argument("--keep", type=Path, help="keep the runs and their logs there")
@@ -259,7 +268,7 @@ def main() -> None:
         whole = time.monotonic()
         site = Site(folder / "undisturbed", data, sweep, script)
         try:
-            _await(site, lambda: site.driver.poll() is not None, len(stages) * PATIENCE)
+            _await(site, lambda: site.driver.poll() is not None, len(stages) * TIMEOUT)
             require(site.driver.returncode == 0, f"the undisturbed run failed:\n{_log(site)}")
             plain = site.output
             print(f"undisturbed, with its cluster: {time.monotonic() - whole:.0f} s", flush=True)
@@ -278,16 +287,16 @@ def main() -> None:
 
 
 def _suffer(name: str, strike: Strike, site: Site, plain: Path, stages: Mapping[str, Moment]) -> list[dict[str, Any]]:
-    """One job that the fault strikes in every stage."""
+    """Run one job, which the fault strikes in every stage; return a row for each."""
     watcher = Watcher(site.output)
     rows = []
     for stage, moment in stages.items():
-        found = _await_moment(site, stage, moment)
+        worker = _await_moment(site, stage, moment)
         struck = time.monotonic()
-        survived = strike(site, *found)
+        survived = strike(site, *worker)
         starts = 0
         while not _done(site, stage):
-            _await(site, lambda stage=stage: _done(site, stage) or site.driver.poll() is not None, PATIENCE)
+            _await(site, lambda stage=stage: _done(site, stage) or site.driver.poll() is not None, TIMEOUT)
             if not _done(site, stage) and starts == 0:
                 starts += 1
                 survived = f"stops ({_log(site).splitlines()[-1][:60]}); same command again goes on"
@@ -300,7 +309,7 @@ def _suffer(name: str, strike: Strike, site: Site, plain: Path, stages: Mapping[
                 "s_to_its_end": round(time.monotonic() - struck, 1),
             }
         )
-    _await(site, lambda: site.driver.poll() is not None, PATIENCE)
+    _await(site, lambda: site.driver.poll() is not None, TIMEOUT)
     watcher.stop()
     require(site.driver.returncode == 0, f"{name}: the job failed:\n{_log(site)}")
     for row in rows:
@@ -310,25 +319,25 @@ def _suffer(name: str, strike: Strike, site: Site, plain: Path, stages: Mapping[
 
 
 def _await_moment(site: Site, stage: str, moment: Moment) -> tuple[int, subprocess.Popen[bytes]]:
-    """Until the stage is under way; a busy worker and its node. Ends the program when that is missed."""
-    found: list[tuple[int, subprocess.Popen[bytes]]] = []
+    """Wait until the stage is at work; return a busy worker and its node. Ends the program when that is missed."""
+    workers: list[tuple[int, subprocess.Popen[bytes]]] = []
 
     def reached() -> bool:
         if _state(site, stage) == "running" and any(site.output.glob(moment.pattern)):
-            found.extend(filter(None, [site.busy(moment.work)]))
-        return bool(found) or _done(site, stage) or site.driver.poll() is not None
+            workers.extend(filter(None, [site.busy(moment.work)]))
+        return bool(workers) or _done(site, stage) or site.driver.poll() is not None
 
-    _await(site, reached, PATIENCE)
-    if not found:
+    _await(site, reached, TIMEOUT)
+    if not workers:
         raise SystemExit(f"{stage}: the moment to strike was missed\n{_log(site)}")
-    return found[0]
+    return workers[0]
 
 
-def _await(site: Site, reached: Callable[[], bool], patience: float) -> None:
-    deadline = time.monotonic() + patience
+def _await(site: Site, reached: Callable[[], bool], timeout: float) -> None:
+    deadline = time.monotonic() + timeout
     while not reached():
         if time.monotonic() > deadline:
-            raise SystemExit(f"nothing happened for {patience:.0f} s\n{_log(site)}")
+            raise SystemExit(f"nothing happened for {timeout:.0f} s\n{_log(site)}")
         time.sleep(0.01)
 
 
@@ -345,7 +354,7 @@ def _done(site: Site, stage: str) -> bool:
 
 
 def differences(stage: str, output: Path, plain: Path) -> Iterator[str]:
-    """Files of a stage that are not what they are in the undisturbed run, or not there, or new; and its counts."""
+    """Yield files of a stage that differ from the undisturbed run, are missing or new; `counts` where those differ."""
     files = [{p.relative_to(run) for glob in OUTPUTS[stage] for p in run.glob(glob)} for run in (output, plain)]
     yield from (str(path) for path in files[0] ^ files[1])
     for path in sorted(files[0] & files[1]):

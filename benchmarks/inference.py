@@ -31,6 +31,7 @@ REFINED = "ours bfloat16, refined head"
 
 
 def main() -> None:
+    """Measure the ensemble in every way and print the table."""
     arguments = options(__doc__, "a tile of 512 x 512 px, 3 repetitions").parse_args()
     side, width, repetitions = 2000, 1.0, 5
     if arguments.quick:
@@ -39,12 +40,12 @@ def main() -> None:
         side, width, repetitions = 64, 0.05, 1
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peak = matmul_peak(device, torch.bfloat16, smoke=arguments.smoke)
-    kept = KEEP_MEMORY["env_vars"]
+    environment = KEEP_MEMORY["env_vars"]
     ways = {
         "textbook float32": Elsewhere(partial(textbook, side, width), {}),
-        "ours float32": Elsewhere(partial(ours, side, width, "published", "float32"), kept),
-        "ours bfloat16": Elsewhere(partial(ours, side, width, "published", "bfloat16"), kept),
-        REFINED: Elsewhere(partial(ours, side, width, "refined", "bfloat16"), kept),
+        "ours float32": Elsewhere(partial(ours, side, width, "published", "float32"), environment),
+        "ours bfloat16": Elsewhere(partial(ours, side, width, "published", "bfloat16"), environment),
+        REFINED: Elsewhere(partial(ours, side, width, "refined", "bfloat16"), environment),
     }
     _require_same({name: way() for name, way in ways.items()})
     seconds = medians(alternate(ways, repetitions, warm=False))
@@ -61,7 +62,7 @@ def main() -> None:
 
 
 def _require_same(logits: Mapping[str, Any]) -> None:
-    """The ways must agree on the mean logit of each network; the heads are two networks with other weights."""
+    """Require the same mean logit of each network in all ways; the heads are two networks with other weights."""
     textbook = logits["textbook float32"]
     for name, relative, absolute, networks in (
         ("ours float32", 1e-4, 1e-3, 4),
@@ -92,7 +93,7 @@ def _ensemble(head: Head, width: float) -> Ensemble:
 
 
 def ours(side: int, width: float, head: Head, precision: str) -> Callable[[], object]:
-    """The predictor of a run."""
+    """Set up the predictor of a run."""
     predictor, rgb = (
         Predictor(_ensemble(head, width), threads=torch.get_num_threads(), precision=precision),
         _tile(side),
@@ -101,7 +102,7 @@ def ours(side: int, width: float, head: Head, precision: str) -> Callable[[], ob
 
 
 def textbook(side: int, width: float) -> Callable[[], object]:
-    """One network after the other, as a textbook writes it."""
+    """Set up one network after the other, as a textbook writes it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ensemble, rgb = _ensemble("published", width).to(device), _tile(side)
 

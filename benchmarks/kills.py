@@ -1,4 +1,4 @@
-"""Kill the driver of a small run with SIGKILL at random moments, start it again each time, and compare the end.
+"""Kill the driver of a small run with SIGKILL at random moments, start it again each time, and compare the result.
 
 An undisturbed run comes first. Then the same command is killed `--kills` times (a run that ends in between is begun
 anew from nothing) and left alone once. Checked: tile shards byte for byte, metrics, weights, and that neither a
@@ -39,8 +39,8 @@ SLIDES = ["--tiles.size", "256", "--tiles.shard", "6"]
 
 
 @dataclass
-class Standing:
-    """What was complete at a kill: shards with their time stamps, seconds of each epoch by network folder."""
+class Progress:
+    """The complete units at a kill: shards with their time stamps, seconds of each epoch by network folder."""
 
     stages: dict[str, str] = field(default_factory=dict)
     shards: dict[Path, int] = field(default_factory=dict)
@@ -48,6 +48,7 @@ class Standing:
 
 
 def main() -> None:
+    """Kill and restart a run, then compare it with an undisturbed one."""
     parser = options(__doc__ or "", "5 kills")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
@@ -65,44 +66,44 @@ def main() -> None:
         require((plain / "tiles/_committed.json").exists(), "the undisturbed run did not end well")
         print(f"undisturbed run: {whole:.0f} s", flush=True)
         rows: list[dict[str, Any]] = []
-        before = Standing()
+        before = Progress()
         while len(rows) < kills:
             process, after = start(killed), moments.uniform(0.15, latest) * whole
             if _ends_within(process, after):
                 _require_equal(plain, killed)
                 shutil.rmtree(killed)
-                before = Standing()
+                before = Progress()
                 continue
             process.kill()
             process.wait()
-            standing = _standing(killed)
-            doing = next((name for name, state in standing.stages.items() if state == "running"), "start")
-            epochs = sum(map(len, standing.epochs.values()))
-            rows.append({"after_s": after, "in": doing, "shards": len(standing.shards), "epochs": epochs})
-            rows[-1]["done_again"] = ", ".join(_done_again(before, standing)) or "nothing"
-            before = standing
+            progress = _progress(killed)
+            doing = next((name for name, state in progress.stages.items() if state == "running"), "start")
+            epochs = sum(map(len, progress.epochs.values()))
+            rows.append({"after_s": after, "in": doing, "shards": len(progress.shards), "epochs": epochs})
+            rows[-1]["done_again"] = ", ".join(_done_again(before, progress)) or "nothing"
+            before = progress
             print(rows[-1], flush=True)
         require(start(killed).wait() == 0, "the last start failed")
         _require_equal(plain, killed)
-        again = ", ".join(_done_again(before, _standing(killed))) or "nothing"
+        again = ", ".join(_done_again(before, _progress(killed))) or "nothing"
         title = f"{kills} kills: same shards, metrics and weights; done again in the last start: {again}"
         show(title, rows, arguments.json)
         require(all(row["done_again"] == "nothing" for row in [*rows, {"done_again": again}]), "work was done again")
 
 
 def _write_smears(folder: Path, width: int, height: int) -> None:
-    """The slides that both runs read: the same files, for their rows name them."""
+    """Write the slides that both runs read: the same files, for their rows name them."""
     store = LocalStore(str(folder))
     for number, spec in enumerate(slide_specs(0, width, height)):
         write_smear(store, spec, number)
 
 
 def _start(script: str, output: Path) -> subprocess.Popen[bytes]:
-    given = ["--data", str(output.parent / "data"), "--output", str(output)]
+    arguments = ["--data", str(output.parent / "data"), "--output", str(output)]
     command = [
         sys.executable,
         str(ROOT / "pipelines" / script),
-        *given,
+        *arguments,
         *(SLIDES if script == "ingest.py" else OPTIONS),
     ]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -118,33 +119,31 @@ def _ends_within(process: subprocess.Popen[bytes], seconds: float) -> bool:
     return True
 
 
-def _standing(output: Path) -> Standing:
-    standing = Standing()
-    with_record = output / "run.json"
-    if with_record.exists():
-        standing.stages = {
-            name: stage["state"] for name, stage in json.loads(with_record.read_text())["stages"].items()
-        }
+def _progress(output: Path) -> Progress:
+    progress = Progress()
+    record = output / "run.json"
+    if record.exists():
+        progress.stages = {name: stage["state"] for name, stage in json.loads(record.read_text())["stages"].items()}
     for path in output.glob("*/split=*/*.parquet"):
-        standing.shards[path.relative_to(output)] = path.stat().st_mtime_ns
+        progress.shards[path.relative_to(output)] = path.stat().st_mtime_ns
     for path in output.glob("**/.state-*/attempt-*/epoch_*/state.json"):
         name = path.relative_to(output).as_posix().partition("/.state-")[0]
         history = json.loads(path.read_text())["history"]
-        standing.epochs.setdefault(name, {}).update({record["epoch"]: record["seconds"] for record in history})
+        progress.epochs.setdefault(name, {}).update({record["epoch"]: record["seconds"] for record in history})
     for path in output.glob("**/history.csv"):
         lines = [line.split(",") for line in path.read_text().splitlines()]
         seconds = lines[0].index("seconds")
         name = path.parent.relative_to(output).as_posix()
-        standing.epochs[name] = {int(line[0]): float(line[seconds]) for line in lines[1:]}
-    return standing
+        progress.epochs[name] = {int(line[0]): float(line[seconds]) for line in lines[1:]}
+    return progress
 
 
-def _done_again(before: Standing, after: Standing) -> list[str]:
-    """What was complete before and yet was done once more."""
+def _done_again(before: Progress, after: Progress) -> list[str]:
+    """Return the units that were complete before and yet were done once more."""
     again = [str(path) for path, stamp in before.shards.items() if after.shards.get(path, stamp) != stamp]
     for name, epochs in before.epochs.items():
-        known = after.epochs.get(name, {})
-        again += [f"{name} epoch {epoch}" for epoch, took in epochs.items() if known.get(epoch, took) != took]
+        later = after.epochs.get(name, {})
+        again += [f"{name} epoch {epoch}" for epoch, took in epochs.items() if later.get(epoch, took) != took]
     return again
 
 

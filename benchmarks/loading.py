@@ -35,6 +35,7 @@ SIDE, BLOCK = 2000, 2  # px of a tile; tiles of a block, as the feed of a run ma
 
 
 def main() -> None:
+    """Measure loading in every way and print the table."""
     arguments = options(__doc__, "8 tiles, 3 repetitions").parse_args()
     torch.set_num_threads(1)
     side, tiles, crop, repetitions = SIDE, 32, 1024, 5
@@ -58,7 +59,9 @@ def main() -> None:
                 jitter_stain(crops, [(crop, crop)], [seed], 0.1) for seed in range(len(index))
             ],
         }
-        bare = sum(int(simplejpeg.decode_jpeg(jpeg).sum()) for jpeg in jpegs)  # flips and turns leave it
+        bare = sum(
+            int(simplejpeg.decode_jpeg(jpeg).sum()) for jpeg in jpegs
+        )  # flips and quarter turns do not change it
         ours = sum(int(sample.inputs.sum()) for block in _epoch(store, index, 0) for sample in block)
         require(ours == bare, "whole tiles are not the pixels that were stored")
         seconds = medians(alternate(ways, repetitions))
@@ -72,7 +75,7 @@ def main() -> None:
 
 
 def _epoch(store: Store, index: TileIndex, crop: int) -> Iterator[list[Sample]]:
-    """The samples of one epoch in training order, block by block."""
+    """Return the samples of one epoch in training order, block by block."""
     feed = Feed(store, None, Crop(crop, True, True))
     refs = list(schedule(index.groups(), 0, epochs=range(1), batch_size=4, rank=0, world=1, seed=0))
     wanted = [(ref, index.place(ref.row)) for ref in refs]

@@ -1,4 +1,4 @@
-"""What the benchmarks share: options, ways measured side by side, a table, a JSON file."""
+"""Parts of every benchmark: options, ways measured side by side, the table, the JSON file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Work = Callable[[], object]
 
 
 def options(description: str, quick: str) -> argparse.ArgumentParser:
-    """A parser with what every benchmark takes; `quick` says what --quick leaves out."""
+    """Make a parser with the options of every benchmark; `quick` is the help of --quick."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--smoke", action="store_true", help="the smallest sizes at which everything still runs")
@@ -37,7 +37,7 @@ def options(description: str, quick: str) -> argparse.ArgumentParser:
 
 
 def require(condition: object, message: str) -> None:
-    """End the program with `message` unless the condition holds: what was measured is not what was meant."""
+    """End the program with `message` unless the condition holds: something else was measured than was meant."""
     if not condition:
         raise SystemExit(message)
 
@@ -55,9 +55,15 @@ def start_ray(cpus: int | None = None) -> None:
 
 
 def alternate(ways: Mapping[str, Work], repetitions: int, *, warm: bool = True) -> dict[str, list[float]]:
-    """Seconds of each way in each repetition; the ways take turns, so that a slow moment meets all of them.
+    """Measure ways of doing the same work; they take turns, so that a slow moment of the machine meets all of them.
 
-    With `warm` each way runs once before, unmeasured: what a first call allocates and compiles is not its speed.
+    Args:
+        ways: Name -> work.
+        repetitions: Measured calls of each.
+        warm: Call each once before, unmeasured: what a first call allocates and compiles is not its speed.
+
+    Returns:
+        Name -> seconds of each repetition.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for repetition in range(-int(warm), repetitions):
@@ -70,7 +76,7 @@ def alternate(ways: Mapping[str, Work], repetitions: int, *, warm: bool = True) 
 
 
 class Elsewhere:
-    """Work in a process of its own: `setup()` makes it there, calls do it there. For what a process is started with."""
+    """Work in a process of its own with an environment of its own: `setup()` prepares it there, calls do it there."""
 
     def __init__(self, setup: Callable[[], Work], environment: Mapping[str, str]) -> None:
         before = dict(os.environ)
@@ -81,11 +87,12 @@ class Elsewhere:
         os.environ.update(before)
 
     def __call__(self) -> object:
+        """Do the work once and return its result."""
         self._ready.result()
         return self._pool.submit(_call).result()
 
     def peak_memory(self) -> int:
-        """Bytes at most so far: of GPU memory where there is one, else resident."""
+        """Return the peak in bytes so far: of GPU memory where there is a GPU, else resident."""
         return self._pool.submit(_peak_memory).result()
 
     def end(self) -> None:
@@ -118,14 +125,20 @@ def _peak_memory() -> int:
 
 
 def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
-    """The median of each way's repetitions."""
+    """Return the median of each way's repetitions."""
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, *, smoke: bool = False) -> float:
-    """FLOP/s of large matrix products on `device`: what its arithmetic reaches at best; with `smoke`, of small ones.
+    """Measure matrix products: what the arithmetic of a device reaches at best.
 
-    A CPU without bfloat16 takes minutes for a large product of it.
+    Args:
+        device: Where they are computed.
+        dtype: Of the matrices.
+        smoke: Use small ones: a CPU without bfloat16 takes minutes for a large product of it.
+
+    Returns:
+        FLOP/s.
     """
     import torch
 
@@ -141,7 +154,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, *, smoke: bool = False
 
 
 def forward_flops(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> int:
-    """Floating-point operations of a forward pass, without doing it."""
+    """Count the floating-point operations of a forward pass without doing it."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
@@ -152,17 +165,17 @@ def forward_flops(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> int
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on."""
+    """Return what the figures depend on: device, threads and versions."""
     torch = sys.modules.get("torch")  # a benchmark without networks does not wait for it
-    known: dict[str, Any] = {"python": platform.python_version(), "cores": os.cpu_count()}
+    versions: dict[str, Any] = {"python": platform.python_version(), "cores": os.cpu_count()}
     if torch is None:
-        return {"device": processor(), **known}
+        return {"device": processor(), **versions}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
-    return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, **known}
+    return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, **versions}
 
 
 def processor() -> str:
-    """The name of this machine's CPU; where Linux does not tell it, its architecture."""
+    """Return the name of this machine's CPU; where Linux does not know it, the architecture."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -1,4 +1,4 @@
-"""Peak resident memory of a process that cuts a slide, by the slide's size: it must not grow with it.
+"""Peak resident memory of a process that tiles a slide, by the slide's size: it must not grow with it.
 
 Each measurement is a fresh process that finds the tissue, plans the tiles and writes every shard, as a worker does.
 """
@@ -18,10 +18,11 @@ from measure import options, require, show
 from tiling import write_slide
 
 SIDES = (12_000, 40_000)  # multiples of the 4000 px that are repeated
-MOST = 1.3  # the larger slide's peak to the smaller one's
+LARGEST_RATIO = 1.3  # of the larger slide's peak to the smaller one's
 
 
 def main() -> None:
+    """Measure the peak memory by slide size and fail when it grows."""
     arguments = options(__doc__ or "", "slides of 8000 and 16000 px").parse_args()
     tile, smear, sides = TILE, 4000, (8000, 16_000) if arguments.quick else SIDES
     if arguments.smoke:
@@ -38,17 +39,17 @@ def main() -> None:
             peaks.append(peak)
             rows.append({"slide": f"{kind}, {side} px", "tiles": tiles, "peak_MB": peak, "ratio": peak / peaks[0]})
     show("peak memory of a process that cuts a slide", rows, arguments.json)
-    require(all(row["ratio"] <= MOST for row in rows), "it grows with the slide")
+    require(all(row["ratio"] <= LARGEST_RATIO for row in rows), "it grows with the slide")
 
 
 def _cut(cut: Cut) -> tuple[int, float]:
-    """Cut a slide; how many tiles, and this process's peak resident memory, MB."""
+    """Tile a slide; return the number of tiles and this process's peak resident memory in MB."""
     from apacs_ray.slides.slide_tiles import write_slide_shard
 
     cutting = Cutting(cut)
     task = cutting.fresh()
     tiles = sum(write_slide_shard(task, cutting.summary, shard).rows_out for shard in cutting.shards)
-    # not ru_maxrss, which a process takes over from the one that started it
+    # not ru_maxrss, which a process inherits from the one that started it
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     return tiles, int(line.split()[1]) / 1024
 

@@ -1,4 +1,4 @@
-"""What `members.mode together` saves on a small machine against `parallel`: process starts, decoding, time.
+"""Seconds, process starts and decoding of `members.mode together` and `parallel` on a small machine.
 
 The same members learn from the same tiles in both modes, by turns, each time in a stage script of its own. Seconds: of
 the stage, from its start to its end. CPU: of all processes of the run, and of those that read and decode tiles.
@@ -40,19 +40,20 @@ TICK = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass
-class Seen:
-    """A process: what it called itself, and its CPU seconds when it was last looked at."""
+class Process:
+    """A process of a run: its titles so far, and its CPU seconds at the last look."""
 
     titles: set[str]
     cpu: float
 
 
 def main() -> None:
+    """Train in both modes by turns and print the table."""
     parser = options(__doc__ or "", "one repetition")
     parser.add_argument("--width", type=float, default=0.1, help="of the networks")
     arguments = parser.parse_args()
     modes = MODES[:1] if arguments.smoke else MODES  # three trainings at a time start too much for a smoke test
-    found: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
+    runs_of: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
     with tempfile.TemporaryDirectory() as folder:
         data, cut = Path(folder) / "smears", Path(folder) / "cut"
         sides = (256, 256) if arguments.smoke else (2560, 2048)
@@ -65,12 +66,12 @@ def main() -> None:
             for mode in modes:
                 output = Path(folder) / mode
                 shutil.copytree(cut, output)
-                found[mode].append(_train(output, [*given, "--output", str(output), "--members.mode", mode]))
+                runs_of[mode].append(_train(output, [*given, "--output", str(output), "--members.mode", mode]))
                 shutil.rmtree(output)
-                print(mode, found[mode][-1], flush=True)
+                print(mode, runs_of[mode][-1], flush=True)
     rows = [
         {"mode": mode, **{name: statistics.median(run[name] for run in runs) for name in runs[0]}}
-        for mode, runs in found.items()
+        for mode, runs in runs_of.items()
     ]
     together, parallel = rows[0], rows[-1]
     require(all(row["decoding_cpu_s"] > 0 for row in rows), f"no process decoded tiles: {rows}")
@@ -81,28 +82,28 @@ def main() -> None:
 
 def _train(output: Path, given: list[str]) -> dict[str, Any]:
     process = start(*given, script="train_members.py")
-    seen: dict[int, Seen] = {}
-    watcher = threading.Thread(target=_watch, args=(process, seen))
+    observed: dict[int, Process] = {}
+    watcher = threading.Thread(target=_watch, args=(process, observed))
     watcher.start()
     _end(process)
     watcher.join()
-    workers = [one for one in seen.values() if any(title.startswith("ray::") for title in one.titles)]
+    workers = [one for one in observed.values() if any(title.startswith("ray::") for title in one.titles)]
     return {
         "seconds": read_json(output / "run.json")["stages"]["train_members"]["seconds"],
         "processes": len(workers),
-        "cpu_s": sum(one.cpu for one in seen.values()),
+        "cpu_s": sum(one.cpu for one in observed.values()),
         "decoding_cpu_s": sum(one.cpu for one in workers if DECODES in one.titles),
     }
 
 
-def _watch(process: subprocess.Popen[str], seen: dict[int, Seen]) -> None:
+def _watch(process: subprocess.Popen[str], observed: dict[int, Process]) -> None:
     while process.poll() is None:
         for pid, title in processes(process).items():
             try:
                 stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
             except OSError:  # it has ended meanwhile
                 continue
-            one = seen.setdefault(pid, Seen(set(), 0.0))
+            one = observed.setdefault(pid, Process(set(), 0.0))
             one.titles.add(title.strip())
             one.cpu = (int(stat[11]) + int(stat[12])) / TICK
         time.sleep(0.2)

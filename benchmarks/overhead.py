@@ -38,6 +38,7 @@ FEED = Crop(0, True, True)
 
 
 def main() -> None:
+    """Measure an epoch of each network with and without Ray and print the table."""
     parser = options(__doc__, "a quarter of the width, 2 repetitions")
     parser.add_argument("--members", help="networks to measure (default: fcn32,fcn8)")
     parser.add_argument("--tiles", type=int, help="tiles of an epoch (default: 16)")
@@ -80,7 +81,7 @@ def _task(store: Store, name: str, width: float, config: TrainConfig, cluster: C
 
 
 def _with_ray(task: TrainingTask, state: str) -> float:
-    """Seconds of the second epoch of a run on Ray."""
+    """Return the seconds of the second epoch of a run on Ray."""
     (network,) = task.networks
     fresh = TrainingTask(
         (NetworkTask(network.name, network.spec, network.config, state, network.curves),),
@@ -93,7 +94,7 @@ def _with_ray(task: TrainingTask, state: str) -> float:
 
 
 def _alone(task: TrainingTask) -> Any:
-    """The same epochs without Ray, from decoded tiles."""
+    """Set up the same epochs without Ray, from decoded tiles."""
     torch.set_num_threads(task.plan.threads)
     (network,) = task.networks
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

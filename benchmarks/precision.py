@@ -32,6 +32,7 @@ TILES = {"train": 32, "val": 16}
 
 
 def main() -> None:
+    """Train in both precisions from each seed and print the table."""
     parser = options(__doc__, "one seed, 2 epochs")
     parser.add_argument("--width", type=float, default=0.25, help="of the network")
     parser.add_argument("--epochs", type=int, default=12)

@@ -29,10 +29,11 @@ from apacs_ray.slides.manifest import SlideSummary, SlideTask  # noqa: E402
 from apacs_ray.slides.slide_tiles import SlideShard, write_slide_shard  # noqa: E402
 from apacs_ray.testing.cluster import RayCluster  # noqa: E402
 
-TIMES = 4  # the grid is gone over so often in one repetition
+TIMES = 4  # how often every tile is written in one repetition
 
 
 def main() -> None:
+    """Measure tiling on clusters of each size and print the table."""
     parser = options(__doc__ or "", "a slide of 8000 x 8000 px in shards of 8 tiles")
     parser.add_argument("--formats", help="of the slide (default: tif,mrxs)")
     parser.add_argument("--nodes", help="of each cluster (default: 1,2)")
@@ -82,7 +83,7 @@ def _measure(kind: str, work: Cutting, counts: list[int], folder: Path, repetiti
 
 @contextlib.contextmanager
 def _driver_of(nodes: int, work: Cutting, folder: Path) -> Iterator[Elsewhere]:
-    """Cutting by a cluster of so many nodes, for as long as the block runs."""
+    """Yield tiling by a cluster of so many nodes, which lives while the block runs."""
     place = folder / f"cluster-{nodes}"
     place.mkdir()
     cluster = RayCluster(place, head_cpus=0)
@@ -97,7 +98,7 @@ def _driver_of(nodes: int, work: Cutting, folder: Path) -> Iterator[Elsewhere]:
 
 
 def _bare(work: Cutting, pool: multiprocessing.pool.Pool) -> None:
-    """In processes, whoever is free takes the next shard."""
+    """Tile in processes, of which the next free one takes the next shard."""
     written = pool.imap_unordered(partial(_write, work.fresh(), work.summary), work.shards)
     require(sum(written) == work.tiles, "tiles were lost")
 
@@ -107,7 +108,7 @@ def _write(task: SlideTask, summary: SlideSummary, shard: SlideShard) -> int:
 
 
 def _driver(work: Cutting, nodes: int) -> Callable[[], object]:
-    """A driver on the cluster of this process's environment."""
+    """Set up a driver on the cluster of this process's environment."""
     start_ray()
     from apacs_ray.distributed.slides import write_slide_shards
 

@@ -1,4 +1,4 @@
-"""Run every benchmark with --smoke, one after the other, and say which failed: for CI, after the tests.
+"""Run every benchmark with --smoke, one after the other, and name those that failed: for CI, after the tests.
 
 Each is a process of its own with a deadline, and must write figures that are finite numbers. Those that can join a Ray
 share one. When a benchmark has ended none of its processes may be left: this process adopts whatever descends from it.
@@ -28,7 +28,7 @@ sys.path[:0] = [str(HERE.parent)]
 
 from measure import show, start_ray  # noqa: E402
 
-SHARED = ["cutting", "measure", "smoke", "tiles"]  # modules of benchmarks, none themselves
+SHARED = ["cutting", "measure", "smoke", "tiles"]  # modules that are no benchmarks
 ON_ONE_RAY = ["tiling", "overhead", "kills"]
 DEADLINE = 300.0  # s for each; on two quiet cores they take some five minutes together
 END = 20.0  # s in which a benchmark cleans up after Ctrl-C, and in which what it started may end
@@ -37,7 +37,7 @@ ADOPT = 36  # PR_SET_CHILD_SUBREAPER of Linux: orphans below this process become
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a benchmark."""
+    """A benchmark that has run: why it failed (empty when it did not), its seconds and CPU seconds."""
 
     name: str
     failure: str
@@ -46,14 +46,15 @@ class Result:
 
 
 def main() -> None:
+    """Run the benchmarks, print their times, and exit with 1 when one failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", help="these only")
     parser.add_argument("--json", type=Path, help="write the times there")
     arguments = parser.parse_args()
-    known = {path.stem for path in HERE.glob("*.py")} - set(SHARED)
-    names = arguments.names or sorted(known - set(ON_ONE_RAY)) + ON_ONE_RAY
-    if unknown := set(names) - known:
-        parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}")
+    benchmarks = {path.stem for path in HERE.glob("*.py")} - set(SHARED)
+    names = arguments.names or sorted(benchmarks - set(ON_ONE_RAY)) + ON_ONE_RAY
+    if unknown := set(names) - benchmarks:
+        parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(sorted(benchmarks))}")
     ctypes.CDLL(None).prctl(ADOPT, 1, 0, 0, 0)
     # a thread a process: several that are waited for by others only slow each other down
     os.environ |= {"OMP_NUM_THREADS": "1"}
@@ -74,7 +75,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def _one_ray() -> Iterator[set[int]]:
-    """A Ray that the benchmarks join; yields its processes."""
+    """Start a Ray that the benchmarks join; yield its processes."""
     start_ray(2)
     import ray
 
@@ -87,7 +88,7 @@ def _one_ray() -> Iterator[set[int]]:
 
 
 def _run(name: str, rays: set[int]) -> Result:
-    """One benchmark; its output is shown when it fails."""
+    """Run one benchmark; print its output when it fails."""
     used, began = _cpu(), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         figures, log = Path(folder, "figures.json"), Path(folder, "log")
@@ -99,7 +100,7 @@ def _run(name: str, rays: set[int]) -> Result:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-            failure = "; ".join(filter(None, (_wait(process), _left_behind(rays)))) or _insane(figures)
+            failure = "; ".join(filter(None, (_wait(process), _left_behind(rays)))) or _figures_defect(figures)
         if failure:
             print(f"--- {name}: {failure}\n{log.read_text()[-5000:]}\n---", flush=True)
     result = Result(name, failure, time.monotonic() - began, _cpu() - used)
@@ -108,7 +109,7 @@ def _run(name: str, rays: set[int]) -> Result:
 
 
 def _wait(process: subprocess.Popen[bytes]) -> str:
-    """Why it failed, or nothing. At the deadline it is stopped as by Ctrl-C, so that it ends what it started."""
+    """Return why it failed, or nothing. At the deadline it is stopped as by Ctrl-C, so that it ends what it started."""
     try:
         status = process.wait(DEADLINE)
     except subprocess.TimeoutExpired:
@@ -122,38 +123,38 @@ def _wait(process: subprocess.Popen[bytes]) -> str:
 
 
 def _left_behind(rays: set[int]) -> str:
-    """Wait for what a benchmark started; what does not end is named and killed."""
+    """Wait for the processes of a benchmark; kill and name those that do not end."""
     deadline = time.monotonic() + END
     while left := _descendants(rays):
         _reap()
         if time.monotonic() > deadline:
-            said = "; ".join(sorted(_title(pid) for pid in left))
+            titles = "; ".join(sorted(_title(pid) for pid in left))
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            return f"{len(left)} processes are left behind: {said[:500]}"
+            return f"{len(left)} processes are left behind: {titles[:500]}"
         time.sleep(0.1)
     return ""
 
 
 def _children() -> dict[int, list[int]]:
-    """Every process's children."""
-    found: dict[int, list[int]] = {}
+    """Return the children of every process."""
+    children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has ended meanwhile
             parent = int(stat.read_text().rpartition(")")[2].split()[1])
-            found.setdefault(parent, []).append(int(stat.parent.name))
-    return found
+            children.setdefault(parent, []).append(int(stat.parent.name))
+    return children
 
 
 def _descendants(rays: set[int]) -> set[int]:
-    """All processes below this one, but the shared Ray's."""
-    children, found, look = _children(), set(), [os.getpid()]
-    while look:
-        below = [pid for pid in children.get(look.pop(), []) if pid not in rays]
-        found.update(below)
-        look += below
-    return found
+    """Return all processes below this one, but the shared Ray's."""
+    children, descendants, parents = _children(), set(), [os.getpid()]
+    while parents:
+        below = [pid for pid in children.get(parents.pop(), []) if pid not in rays]
+        descendants.update(below)
+        parents += below
+    return descendants
 
 
 def _reap() -> None:
@@ -172,13 +173,13 @@ def _title(pid: int) -> str:
 
 
 def _cpu() -> float:
-    """CPU seconds of all processes below this one that have ended, adopted ones too."""
+    """Return the CPU seconds of all processes below this one that have ended, adopted ones too."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
-def _insane(figures: Path) -> str:
-    """What is wrong with the figures that a benchmark wrote, or nothing."""
+def _figures_defect(figures: Path) -> str:
+    """Return what is wrong with the figures that a benchmark wrote, or nothing."""
     try:
         numbers = list(_numbers(json.loads(figures.read_text())))
     except (OSError, ValueError) as error:

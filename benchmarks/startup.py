@@ -1,4 +1,4 @@
-"""How long a run takes to begin, started here and submitted as a job, and what a job costs the head in memory.
+"""Seconds until a run begins, started here and submitted as a job, and the head's memory during a job.
 
 Begun: seconds from the command to the first line it prints, to the first shard of tiles and to the first training
 step. The default run's data (smears rendered beforehand, so that ingest begins with cutting), networks of a tenth of
@@ -42,11 +42,12 @@ SMALLEST = [
     "--tiles.size", "128", "--members.crop", "64", "--members.precision", "float32", "--members.mode", "together",
     "--fusion.crop", "256", "--fusion.precision", "auto",
 ]  # fmt: skip
-LOOK_EVERY = 20.0  # s between questions whether a run goes on: each is a process beside it
+CHECK_EVERY = 20.0  # s between checks that a run goes on: each is a process beside it
 PARTS = {"gcs": "gcs_server", "raylet": "/raylet ", "dashboard": "dashboard/", "driver": "pipelines/full.py"}
 
 
 def main() -> None:
+    """Measure starts of both kinds and the head's memory, and print the tables."""
     arguments = options(__doc__ or "", "one repetition").parse_args()
     repetitions = 1 if arguments.quick or arguments.smoke else 3
     rows = []
@@ -78,15 +79,15 @@ def _middle(runs: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _here(given: list[str], output: Path) -> dict[str, float]:
-    """A run on this machine, ended when it has trained an epoch."""
+    """Start a run on this machine, end it when it has trained an epoch, and return its milestones in seconds."""
     began = time.time()
     process = start("--output", str(output), *given)
     try:
         assert process.stdout is not None
         process.stdout.readline()
-        said = time.time()
+        printed = time.time()
         threading.Thread(target=process.stdout.read, daemon=True).start()
-        times = {"first_line_s": said - began, **_milestones(output, began, lambda: process.poll() is None)}
+        times = {"first_line_s": printed - began, **_milestones(output, began, lambda: process.poll() is None)}
     finally:
         process.terminate()
         process.wait()
@@ -95,7 +96,7 @@ def _here(given: list[str], output: Path) -> dict[str, float]:
 
 
 def _submitted(given: list[str], folder: Path, *, to_its_end: bool) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """The same as a job, to its end or to its first shard; and the head's memory by part: MB, one figure a look."""
+    """Submit the same as a job, to its end or first shard; return milestones, and the head's memory (MB) by part."""
     folder.mkdir()
     cluster = RayCluster(folder, head_cpus=0)
     try:
@@ -124,7 +125,7 @@ def _submitted(given: list[str], folder: Path, *, to_its_end: bool) -> tuple[dic
 
 
 def _milestones(output: Path, began: float, goes_on: Callable[[], bool], *, steps: bool = True) -> dict[str, float]:
-    """Seconds since `began` until the first shard and, with `steps`, until the first training step."""
+    """Return the seconds since `began` until the first shard and, with `steps`, until the first training step."""
     shard = _first(output, "tiles/split=*/*.parquet", goes_on).stat().st_mtime
     if not steps:
         return {"first_shard_s": shard - began}
@@ -135,25 +136,25 @@ def _milestones(output: Path, began: float, goes_on: Callable[[], bool], *, step
 
 
 def _first(output: Path, pattern: str, goes_on: Callable[[], bool]) -> Path:
-    looked = time.monotonic()
-    while not (found := sorted(output.glob(pattern), key=lambda path: path.stat().st_mtime)):
+    checked = time.monotonic()
+    while not (files := sorted(output.glob(pattern), key=lambda path: path.stat().st_mtime)):
         time.sleep(0.02)
-        if time.monotonic() - looked > LOOK_EVERY:
-            looked = time.monotonic()
+        if time.monotonic() - checked > CHECK_EVERY:
+            checked = time.monotonic()
             if not goes_on():
                 raise SystemExit(f"the run ended before there was {pattern}")
-    return found[0]
+    return files[0]
 
 
 def _watch(cluster: RayCluster, memory: dict[str, list[float]], ended: threading.Event) -> None:
-    """Memory of the head's processes, MB, by part; the driver, which Ray starts apart, by its command."""
+    """Record the memory of the head's processes, MB, by part; the driver, which Ray starts apart, by its command."""
     while not ended.wait(0.5):
         sums = dict.fromkeys([*PARTS, "other"], 0.0)
-        found = dict(processes(cluster.head))
+        titles = dict(processes(cluster.head))
         driver = ["pgrep", "-f", r"^\S*python\S* pipelines/full\.py"]
         for pid in subprocess.run(driver, capture_output=True, text=True).stdout.split():
-            found.setdefault(int(pid), "pipelines/full.py")
-        for pid, title in found.items():
+            titles.setdefault(int(pid), "pipelines/full.py")
+        for pid, title in titles.items():
             part = next((name for name, word in PARTS.items() if word in title), "other")
             sums[part] += _proportional(pid)
         for name, value in sums.items():
@@ -161,7 +162,7 @@ def _watch(cluster: RayCluster, memory: dict[str, list[float]], ended: threading
 
 
 def _proportional(pid: int) -> float:
-    """Resident memory, pages that processes share divided among them."""
+    """Return the resident memory in MB, pages that processes share divided among them."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:  # it has ended meanwhile
@@ -170,7 +171,7 @@ def _proportional(pid: int) -> float:
 
 
 def memory_rows(memory: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """Before the job's driver stands, a third through, at the end, and at most."""
+    """Return rows of memory before the job's driver runs, after a third, at the end, and at most."""
     totals = [sum(values) for values in zip(*memory.values(), strict=True)]
     return [
         {"part": name, "start": values[0], "third": values[len(values) // 3], "end": values[-1], "most": max(values)}

@@ -39,7 +39,7 @@ METHODS = ("GET", "HEAD", "LIST", "PUT", "POST", "DELETE")
 
 @dataclass(frozen=True)
 class Job:
-    """A job that ended: what it left (a local copy), what it asked of the store, and in which stage."""
+    """A job that ended: a local copy of its run, and its requests, each with the stage that made it."""
 
     output: Path
     status: int
@@ -48,6 +48,7 @@ class Job:
     log: str
 
     def met(self) -> Counter[str]:
+        """Count the requests that met each kind of fault."""
         return Counter(request.fault for _, request in self.requests if request.fault)
 
 
@@ -70,30 +71,30 @@ class Site:
         self._sweep.write_text(SWEEP)
 
     def run(self, name: str, draw: Draw) -> Job:
-        """One whole job; every request until its end is noted with the stage that ran then."""
+        """Run one whole job; every request until its end is recorded with the stage that ran then."""
         self._running.requests.clear()
         self._running.behavior = Behavior(draw=draw, delay=self._delay)
         started = time.monotonic()
         argv = ["--data", f"s3://{BUCKET}/cells", "--output", f"s3://{BUCKET}/{name}", *OPTIONS]
         process = start(*argv, "--tune.config", str(self._sweep), script=self._script)
-        begun: list[tuple[float, str]] = []
+        starts: list[tuple[float, str]] = []
         lines = []
         for line in process.stdout or ():
             lines.append(line)
             stage = line[9:].partition(":")[0]  # after the time
             if stage in STAGES and line.rstrip().endswith("starts"):
-                begun.append((time.monotonic(), stage))
+                starts.append((time.monotonic(), stage))
         status, seconds = process.wait(), time.monotonic() - started
         self._running.behavior = Behavior()
 
         def stage_of(request: Request) -> str:
-            return next((stage for at, stage in reversed(begun) if request.at >= at), "before")
+            return next((stage for at, stage in reversed(starts) if request.at >= at), "before")
 
-        noted = [(stage_of(request), request) for request in self._running.requests]
-        return Job(self._fetch(name), status, seconds, noted, "".join(lines))
+        requests = [(stage_of(request), request) for request in self._running.requests]
+        return Job(self._fetch(name), status, seconds, requests, "".join(lines))
 
     def _fetch(self, name: str) -> Path:
-        """A local copy of a run's objects, not through the proxy."""
+        """Copy a run's objects to this machine, not through the proxy."""
         for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{name}/"):
             for item in page.get("Contents", ()):
                 if item["Key"].endswith("/"):  # a folder, as pyarrow makes them
@@ -105,6 +106,7 @@ class Site:
 
 
 def main() -> None:
+    """Run a job with each kind of fault, print the tables, and fail when one left other results."""
     parser = options(__doc__ or "", "undisturbed and all kinds together only")
     parser.add_argument("--kind", choices=[*KINDS, "all"], help="this one only")
     arguments = parser.parse_args()
@@ -114,7 +116,7 @@ def main() -> None:
     with _site(smoke=arguments.smoke) as site:
         plain = site.run("undisturbed", lambda: None)
         require(plain.status == 0, f"the undisturbed run failed:\n{plain.log}")
-        show("requests", _asked(plain, site.stages), arguments.json and arguments.json.with_suffix(".requests.json"))
+        show("requests", _requests(plain, site.stages), arguments.json and arguments.json.with_suffix(".requests.json"))
         rows = [_row("none", plain, plain, site.stages)]
         for number, name in enumerate(chosen):
             job = site.run(name.replace(" ", "-"), at_random(jobs[name], seed=number))
@@ -139,12 +141,12 @@ def _row(name: str, job: Job, plain: Job, stages: Sequence[str]) -> dict[str, An
     }
 
 
-def _asked(job: Job, stages: Sequence[str]) -> list[dict[str, Any]]:
-    """Requests of each stage by method, and what its rows are."""
+def _requests(job: Job, stages: Sequence[str]) -> list[dict[str, Any]]:
+    """Count the requests of each stage by method, with its rows and shards."""
     rows = []
     for stage in ("before", *stages):
-        found = Counter(request.method for at, request in job.requests if at == stage)
-        row = {"stage": stage, **{method: found[method] for method in METHODS}, "all": found.total()}
+        methods = Counter(request.method for at, request in job.requests if at == stage)
+        row = {"stage": stage, **{method: methods[method] for method in METHODS}, "all": methods.total()}
         if stage != "before":
             counts = json.loads((job.output / FOLDERS[stage] / "_committed.json").read_text())["counts"]
             row |= {"rows": counts["rows_in"], "shards": len(list(job.output.glob(f"{FOLDERS[stage]}/split=*/*")))}

@@ -1,4 +1,4 @@
-"""What a sweep costs with the members' heatmaps stored once, against running the members in every trial and epoch.
+"""Seconds of a sweep with the members' heatmaps stored once, against running the members in every trial and epoch.
 
 Both ways do the same work on the same tiles in this process, alternating: (a) a fusion epoch that reads stored
 heatmaps, (b) the same epoch with the three members run on every tile, in float32 as everywhere in a run, and (c)
@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from measure import alternate, medians, options, require, show
-from tiles import MARK, write_tiles
+from tiles import FINGERPRINT, write_tiles
 
 from apacs_ray.config.settings import FusionSettings
 from apacs_ray.data.shards import Receipt, read_index, write_table
@@ -40,6 +40,7 @@ TRIALS, EPOCHS = 20, 12
 
 
 def main() -> None:
+    """Measure epochs with stored and with live heatmaps and print the table."""
     parser = options(__doc__ or "", "fewer tiles and repetitions")
     parser.add_argument("--width", type=float, default=0.25, help="width of all networks")
     arguments = parser.parse_args()
@@ -57,8 +58,8 @@ def main() -> None:
             Ensemble({name: build_member(name, width=width) for name in MEMBERS}, {}), threads=1, precision="float32"
         )
         _store_heatmaps(store, predictor)
-        # not turned: a network does not see a turned tile as the turned heatmap
-        losses = [_epoch(store, width, side, members, moved=False) for members in (None, predictor)]
+        # no augmentation: a network on a turned tile does not give the turned heatmap
+        losses = [_epoch(store, width, side, members, augmented=False) for members in (None, predictor)]
         require(losses[0] == losses[1], f"stored heatmaps train otherwise than the members: losses {losses}")
         ways = {
             "store_once": lambda: _store_heatmaps(store, predictor),
@@ -83,19 +84,27 @@ def _store_heatmaps(store: Store, predictor: Predictor) -> None:
             place = index.place(number)
             rgb, _ = feed.decode(place)
             rows.append({"tile_id": place.tile_id, "heatmaps": encode_heatmaps(predictor.probabilities(rgb))})
-        path = Heatmaps(MEMBERS, MARK).path(index.paths[0])
+        path = Heatmaps(MEMBERS, FINGERPRINT).path(index.paths[0])
         write_table(store, pa.Table.from_pylist(rows, HEATMAP_SCHEMA), Receipt(path, len(rows), len(rows)))
 
 
-def _epoch(store: Store, width: float, side: int, live: Predictor | None, *, moved: bool = True) -> float:
-    """One epoch of a trial, its loss; with `live` the members run on each tile before its stored heatmaps are replaced.
+def _epoch(store: Store, width: float, side: int, live: Predictor | None, *, augmented: bool = True) -> float:
+    """Train one epoch of a trial.
 
-    `moved`: with flips and turns.
+    Args:
+        store: The tiles and heatmaps.
+        width: Of the network.
+        side: Of a crop, px.
+        live: Runs the members on each tile, whose stored heatmaps are then replaced; None uses the stored ones.
+        augmented: Augment with flips and quarter turns.
+
+    Returns:
+        The training loss.
     """
     settings = FusionSettings(crop=side, batch_size=4)
     config = replace(TrainConfig.of(settings, 0, epochs=1), precision="auto")
     indices = {split: read_index(store, split) for split in ("train", "val")}
-    feed = Feed(store, Heatmaps(settings.members, MARK), Crop(side, moved, moved))
+    feed = Feed(store, Heatmaps(settings.members, FINGERPRINT), Crop(side, augmented, augmented))
     refs = schedule(
         indices["train"].groups(), len(indices["val"]), epochs=range(1), batch_size=4, rank=0, world=1, seed=0
     )

@@ -14,12 +14,12 @@ from apacs_ray.data.tile_rows import TILE_SCHEMA
 from apacs_ray.storage import Store
 from apacs_ray.synthetic.slide import render, slide_specs
 
-MARK = "0" * 16
+FINGERPRINT = "0" * 16
 PER_ROW = 4  # different tiles in a row of the smear
 
 
 def write_tiles(store: Store, side: int, counts: Mapping[str, int], smear: int = 0) -> None:
-    """One shard a split, of `counts[split]` tiles of `side` px cut from a smear of `smear` px (then from the start)."""
+    """Write one shard a split: `counts[split]` tiles of `side` px of a smear of `smear` px, repeated when used up."""
     length = smear or PER_ROW * side
     rgb, mask = render(slide_specs(0, length, length, train=1, test=0)[0])
     boxes = list(grid(length, length, side, side, "drop"))
@@ -29,7 +29,7 @@ def write_tiles(store: Store, side: int, counts: Mapping[str, int], smear: int =
         for _ in range(count):
             rows.append(_row(f"t{number}", boxes[number % len(boxes)], rgb, mask))
             number += 1
-        path = shard_path("tiles", split, MARK, 0)
+        path = shard_path("tiles", split, FINGERPRINT, 0)
         write_table(store, pa.Table.from_pylist(rows, TILE_SCHEMA), Receipt(path, count, count))
 
 

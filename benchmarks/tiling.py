@@ -33,10 +33,11 @@ PROFILED = {  # functions of the package, and what they do
     "write_table": "parquet",
     "write_slide_shard": "all",
 }
-PATIENCE = 60.0  # s in which a worker ends
+TIMEOUT = 60.0  # s in which a worker ends
 
 
 def main() -> None:
+    """Measure every way on each slide format and print the table."""
     parser = options(__doc__ or "", "a slide of 8000 x 8000 px, 3 repetitions")
     parser.add_argument("--side", type=int, help="px, side of the slide (default: 20000)")
     parser.add_argument("--formats", default="tif,mrxs", help="of the slide")
@@ -64,7 +65,7 @@ def main() -> None:
 
 
 def write_slide(path: Path, side: int, smear: int = 4000) -> None:
-    """A smear of `smear` px, repeated; whole, so that every tile of the grid is full."""
+    """Write a smear of `smear` px, repeated a whole number of times, so that every tile of the grid is full."""
     import numpy as np
     import pyvips
 
@@ -87,7 +88,7 @@ def write_slide(path: Path, side: int, smear: int = 4000) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured of a slide."""
+    """The measurements of a slide."""
 
     cut: Cut
     against: Path | None
@@ -98,7 +99,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Turn:
-    """What a turn of all processes of a way came to."""
+    """The result of a turn of all processes of a way: tiles, seconds, CPU seconds."""
 
     tiles: int
     seconds: float
@@ -106,6 +107,7 @@ class Turn:
 
     @property
     def rate(self) -> float:
+        """Tiles a second."""
         return self.tiles / self.seconds
 
 
@@ -114,24 +116,27 @@ class Workers:
 
     def __init__(self, package: Path, cut: Cut, name: str, count: int = WORKERS) -> None:
         self._processes = [_worker(package, cut, f"{name}-{part}", part, count) for part in range(count)]
-        told = [self._answer(process) for process in self._processes]
-        for one in told:
-            require(Path(one["package"]).is_relative_to(package), f"{one['package']} is not of {package}")
-        self.tiles, self.inspect_s = told[0]["tiles"], told[0]["inspect_s"]
+        descriptions = [self._answer(process) for process in self._processes]
+        for description in descriptions:
+            imported = description["package"]
+            require(Path(imported).is_relative_to(package), f"{imported} is not of {package}")
+        self.tiles, self.inspect_s = descriptions[0]["tiles"], descriptions[0]["inspect_s"]
 
     def turn(self, way: str) -> Turn:
+        """Tile the slide once in a way, in all processes."""
         answers = self._ask(way)
         tiles = sum(answer["tiles"] for answer in answers)
         require(tiles == self.tiles, f"{way}: {tiles} of {self.tiles} tiles were cut")
         return Turn(tiles, max(answer["seconds"] for answer in answers), sum(answer["cpu"] for answer in answers))
 
     def profile(self, way: str) -> dict[str, Any]:
-        """Of the first process, while the others do the same."""
+        """Profile a turn of the first process, while the others do the same."""
         return self._ask(way, profile=True)[0]
 
     def end(self) -> None:
+        """End the processes."""
         for process in self._processes:
-            process.communicate(timeout=PATIENCE)  # closes its input
+            process.communicate(timeout=TIMEOUT)  # closes its input
 
     def _ask(self, way: str, profile: bool = False) -> list[dict[str, Any]]:
         for process in self._processes:
@@ -190,12 +195,12 @@ def _measure(kind: str, plan: Plan) -> list[dict[str, Any]]:
 
 
 def _ratio(turns: Sequence[Turn], others: Sequence[Turn]) -> float:
-    """Of the rates: above 1 is faster."""
+    """Return the median ratio of the rates: above 1 is faster."""
     return statistics.median(turn.rate / other.rate for turn, other in zip(turns, others, strict=True))
 
 
 def _by_cpu(done: Sequence[Turn], turns: Mapping[str, Sequence[Turn]]) -> dict[str, float]:
-    """The same by CPU time, which what else the machine does moves less."""
+    """Return the same by CPU time, which depends less on what else the machine does."""
     of = {name: statistics.median(turn.cpu / turn.tiles for turn in turns[name]) for name in turns}
     own = statistics.median(turn.cpu / turn.tiles for turn in done)
     return {"cpu_ms_a_tile": 1000 * own} | {

@@ -34,6 +34,7 @@ BACKWARD = 2  # times the cost of a forward pass
 
 
 def main() -> None:
+    """Measure the training step of each network and print the table."""
     parser = options(__doc__, "networks of a quarter of the width, 3 repetitions")
     parser.add_argument("--members", help="networks to measure (default: fcn32,fcn8, on a GPU all three)")
     parser.add_argument("--compile", action="store_true", help="measure torch.compile as well")
@@ -57,7 +58,7 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured."""
+    """A network and a batch that are measured."""
 
     name: str
     width: float
@@ -66,10 +67,12 @@ class Case:
     device: str
 
     def network(self) -> nn.Module:
+        """Build the network with the same random weights."""
         torch.manual_seed(0)
         return build_member(self.name, width=self.width)
 
     def tiles(self) -> list[tuple[Any, Any]]:
+        """Make the batch: (side, side, 3) and (side, side) uint8 of each tile."""
         rng = np.random.default_rng(0)
         sides = (self.side, self.side)
         return [
@@ -122,6 +125,7 @@ class Textbook:
         self._mask = np.stack([mask[None] for _, mask in tiles])
 
     def __call__(self) -> float:
+        """Do one step and return its loss."""
         inputs = torch.from_numpy(self._inputs).to(self._device).float() / 255
         mask = torch.from_numpy(self._mask).to(self._device).float()
         loss = F.binary_cross_entropy_with_logits(self._model(inputs), mask)
@@ -144,12 +148,13 @@ class Ours:
         self._samples = [Sample(ref, f"t{ref.row}", *tile) for ref, tile in zip(refs, case.tiles(), strict=True)]
 
     def __call__(self) -> float:
+        """Train one epoch and return its loss."""
         self._trainer.history = ()
         return self._trainer.run(iter(self._samples), 1, lambda record, state: None)[0].train_loss
 
 
 def _profile(work: Ours) -> dict[str, float]:
-    """Share of a step's time by operation, the largest eight."""
+    """Return the share of a step's time by operation, the largest eight."""
     from torch.profiler import ProfilerActivity, profile
 
     gpu = torch.cuda.is_available()

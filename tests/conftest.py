@@ -10,13 +10,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.runs import SMALL, SWEPT, end_all, fork_server, run
+from support.runs import SMALL, SWEPT, Once, end_all, fork_server, run
 
 from apacs_ray.testing import runs
 from apacs_ray.testing.s3_proxy import Behavior, Proxy, proxy
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-Once = Callable[[str, Callable[[Path], None]], Path]
+
+
+# Files with whole runs, the longest first: each of their tests goes to the process that is free. The other files stay
+# together, for their fixtures.
+WHOLE_RUNS = ("test_failures", "test_jobs", "test_store_faults", "test_pipeline", "test_estimate")
+TOGETHER = ("test_failures",)  # their tests share a cluster
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs first, so that none is left when all else is done, and groups for `--dist loadgroup`."""
+    items.sort(key=lambda item: WHOLE_RUNS.index(item.path.stem) if item.path.stem in WHOLE_RUNS else len(WHOLE_RUNS))
+    for item in items:
+        if item.path.stem not in WHOLE_RUNS or item.path.stem in TOGETHER:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -48,9 +61,9 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
             if not (folder / "made").exists():
                 assert not (folder / "tried").exists(), f"{name}: another process failed to make it"
                 (folder / "tried").touch()
-                make(folder / "it is")
+                make(folder / "files")
                 (folder / "made").touch()
-        return folder / "it is"
+        return folder / "files"
 
     return made
 
@@ -76,7 +89,11 @@ def real_pap() -> Path:
 @pytest.fixture(scope="session")
 def cells(once: Once) -> Path:
     """A small data set in the folder layout."""
-    return once("cells", lambda folder: runs.write_cells(folder / "my cells") and None) / "my cells"
+
+    def write(folder: Path) -> None:
+        runs.write_cells(folder / "my cells")
+
+    return once("cells", write) / "my cells"
 
 
 @pytest.fixture(scope="session")

@@ -48,8 +48,8 @@ rectangles = st.lists(
 every_format = pytest.mark.parametrize("write", FORMATS.values(), ids=FORMATS)
 
 
-def mask_of(found: Annotations, width: int = SIDE, height: int = SIDE) -> Any:
-    return PolygonMask(found).tile(0, 0, width, height, 1.0)
+def mask_of(annotations: Annotations, width: int = SIDE, height: int = SIDE) -> Any:
+    return PolygonMask(annotations).tile(0, 0, width, height, 1.0)
 
 
 def refused(content: bytes | str, *classes: str) -> str:
@@ -72,16 +72,16 @@ def test_the_same_rectangles_in_every_format(write: Callable[..., bytes], drawn:
     for x, y, width, height in drawn:
         expected[y : y + height, x : x + width] = True
     for classes in ([], ["Other", "Cell"]):
-        found = read_annotations(write(drawn), "some/a.geojson.zip", classes)
-        assert np.array_equal(mask_of(found), expected)
-        assert found.defects == ()
+        annotations = read_annotations(write(drawn), "some/a.geojson.zip", classes)
+        assert np.array_equal(mask_of(annotations), expected)
+        assert annotations.defects == ()
 
 
 @every_format
 def test_a_truly_empty_file_is_a_slide_without_cells(write: Callable[..., bytes]) -> None:
     for classes in ([], ["Cell"]):
-        found = read_annotations(write([]), "a", classes)
-        assert (found.areas, found.defects) == ((), ())
+        annotations = read_annotations(write([]), "a", classes)
+        assert (annotations.areas, annotations.defects) == ((), ())
 
 
 @every_format
@@ -230,9 +230,9 @@ def test_features_without_a_class(properties: Any) -> None:
 
 def test_regions_and_what_is_to_be_ignored_are_no_cells_unless_asked_for() -> None:
     cell, region = (json.loads(collection(TWO, name))["features"] for name in ("Cell", "Region*"))
-    found = read_annotations(json.dumps([*region[:1], *cell[1:]]).encode(), "a")
-    assert mask_of(found).sum() == 5 * 40
-    assert [(defect.feature, "data.mask_classes" in defect.reason) for defect in found.defects] == [(0, True)]
+    annotations = read_annotations(json.dumps([*region[:1], *cell[1:]]).encode(), "a")
+    assert mask_of(annotations).sum() == 5 * 40
+    assert [(defect.feature, "data.mask_classes" in defect.reason) for defect in annotations.defects] == [(0, True)]
     assert "class Region* is no cell unless data.mask_classes says so (2)" in refused(json.dumps(region))
     assert len(read_annotations(json.dumps(region).encode(), "a", ["Region*"]).areas) == 2
 
@@ -253,8 +253,8 @@ def region(points: Any, kind: int | None = 0, negative: int = 0, text: str = "")
 
 
 def layers(*regions: str) -> bytes:
-    found = (f'<Annotation Name="L{n}"><Regions>{part}</Regions></Annotation>' for n, part in enumerate(regions))
-    return f"<Annotations>{''.join(found)}</Annotations>".encode()
+    annotations = (f'<Annotation Name="L{n}"><Regions>{part}</Regions></Annotation>' for n, part in enumerate(regions))
+    return f"<Annotations>{''.join(annotations)}</Annotations>".encode()
 
 
 def test_negative_regions_are_cut_out_of_their_own_layer() -> None:
@@ -295,8 +295,8 @@ def test_ellipses_rectangles_and_lines_of_imagescope() -> None:
         assert (drawn != inside).sum() <= 4
     assert mask_of(read_annotations(layers(region(box, 1)), "a")).sum() == 40 * 30
     assert mask_of(read_annotations(layers(region(corners((1, 1, 4, 4)), None)), "a")).sum() == 16
-    found = read_annotations(layers(region(box, 1) + region(box, 3) + region(box, 4) + region([], 0)), "a")
-    assert [defect.feature for defect in found.defects] == [1, 2, 3]
+    annotations = read_annotations(layers(region(box, 1) + region(box, 3) + region(box, 4) + region([], 0)), "a")
+    assert [defect.feature for defect in annotations.defects] == [1, 2, 3]
     assert "a region of type 4 has no area (2)" in refused(layers(region(box, 4) * 2))
 
 
@@ -369,8 +369,8 @@ def test_coco_of_a_small_picture_is_scaled_to_the_slide() -> None:
         (75, 75, 120, 20, 40),
         (150, 150, 110, 10, 20),
     ):
-        found = read_annotations(coco({"id": 1, "width": width, "height": height}), "a").placed(info)
-        assert shapely.total_bounds(found.areas).tolist() == [x, y, x + side, y + side]
+        annotations = read_annotations(coco({"id": 1, "width": width, "height": height}), "a").placed(info)
+        assert shapely.total_bounds(annotations.areas).tolist() == [x, y, x + side, y + side]
     with pytest.raises(BadInput, match="size_mismatch: drawn on 333 x 50 px"):
         read_annotations(coco({"id": 1, "width": 333, "height": 50}), "a").placed(info)
     with pytest.raises(BadInput, match="bad_annotation: all 2 areas lie outside"):
@@ -451,9 +451,9 @@ def survives(content: bytes) -> None:
     """It is refused, or it is read, and then it is "no cell" only where nothing was drawn."""
     for classes in ([], ["a"]):
         with contextlib.suppress(BadInput):
-            found = read_annotations(content, "a", classes)
-            assert found.areas or not found.defects
-            mask_of(found)
+            annotations = read_annotations(content, "a", classes)
+            assert annotations.areas or not annotations.defects
+            mask_of(annotations)
 
 
 @settings(max_examples=300, deadline=None)

@@ -104,10 +104,10 @@ def test_invalid_polygons_are_repaired_or_named() -> None:
     flat = polygon([[0, 0], [5, 5], [10, 10]])
     point = {"type": "Feature", "geometry": {"type": "Point", "coordinates": [1, 2]}}
     wild = polygon([[0, 0], [float("inf"), 5], [10, 10]])
-    found = read_geojson(collection(bowtie, flat, point, {"geometry": None}, wild, "text"))
-    assert found.repaired >= 1
-    assert len(found.areas) == 2
-    assert [defect.feature for defect in found.defects] == [1, 2, 3, 4, 5]
+    annotations = read_geojson(collection(bowtie, flat, point, {"geometry": None}, wild, "text"))
+    assert annotations.repaired >= 1
+    assert len(annotations.areas) == 2
+    assert [defect.feature for defect in annotations.defects] == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"3", b"[" * 100_000, b"\xff\xfe"])
@@ -125,9 +125,9 @@ ASAP = """<?xml version="1.0"?><ASAP_Annotations><Annotations>
 
 
 def test_asap() -> None:
-    found = read_annotations(ASAP.encode(), "a.xml", ["cell"])
-    assert PolygonMask(found).tile(0, 0, 12, 12, 1.0).sum() == 100
-    assert [defect.feature for defect in found.defects] == [1]
+    annotations = read_annotations(ASAP.encode(), "a.xml", ["cell"])
+    assert PolygonMask(annotations).tile(0, 0, 12, 12, 1.0).sum() == 100
+    assert [defect.feature for defect in annotations.defects] == [1]
     with pytest.raises(BadInput, match=r"none of its 2 annotations is of class nothing .*; it has cell \(2\)"):
         read_annotations(ASAP.encode(), "a.xml", ["nothing"])
 

@@ -81,9 +81,9 @@ def tiles(folder: Path, output: Path) -> tuple[Kept, str]:
     task = SlideTask(
         store, None, open_store(str(output)), settings, DataSettings(), SlideCache(output / "cache", 1), "0" * 16
     )
-    found = find_slides(store.list(), root=store.uri)
-    assert len(found.slides) == 1
-    summary = inspect_slide(task, 0, found.slides[0])
+    slide_data = find_slides(store.list(), root=store.uri)
+    assert len(slide_data.slides) == 1
+    summary = inspect_slide(task, 0, slide_data.slides[0])
     if summary.reject is not None:
         assert summary.reject.code
         assert summary.reject.reason
@@ -91,21 +91,21 @@ def tiles(folder: Path, output: Path) -> tuple[Kept, str]:
     refused = ""
     if summary.annotation_reject is not None:
         refused = summary.annotation_reject.code
-        assert summary.annotation_reject.uri.endswith(found.slides[0].annotation[0].path)
+        assert summary.annotation_reject.uri.endswith(slide_data.slides[0].annotation[0].path)
     receipt = write_slide_shard(task, summary, SlideShard("train", 0, 0, tuple(range(summary.tiles))))
     assert receipt.rows_in == summary.tiles == receipt.rows_out + len(receipt.rejects)
     assert all(reject["code"] and reject["reason"] for reject in receipt.rejects)
     import pyarrow.parquet as pq
 
     rows = pq.read_table(output / shard_path("tiles", "train", "0" * 16, 0), partitioning=None).to_pylist()
-    kept = {
+    pixels_of = {
         (row["x"], row["y"]): (
             decode_pixels(row["image"]),
             None if row["mask"] is None else decode_pixels(row["mask"]),
         )
         for row in rows
     }
-    return kept, receipt.rejects[0]["code"] if receipt.rejects else refused
+    return pixels_of, receipt.rejects[0]["code"] if receipt.rejects else refused
 
 
 def test_damage_is_read_rightly_or_rejected(whole: dict[str, Path], tmp_path: Path) -> None:
@@ -120,9 +120,9 @@ def test_damage_is_read_rightly_or_rejected(whole: dict[str, Path], tmp_path: Pa
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         hit = files[int(rng.integers(len(files)))]
         damage(hit, how, rng)
-        kept, code = tiles(folder, tmp_path / "out")
-        same_size = kept.keys() == sound[kind].keys()
-        for place, (pixels, mask) in kept.items():
+        pixels_of, code = tiles(folder, tmp_path / "out")
+        same_size = pixels_of.keys() == sound[kind].keys()
+        for place, (pixels, mask) in pixels_of.items():
             if not same_size and place not in sound[kind]:
                 continue
             expected, truth = sound[kind][place]

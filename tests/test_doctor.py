@@ -287,7 +287,7 @@ def test_a_missing_right_is_named(s3: str, between: Proxy) -> None:
     store = open_store(s3)
     store.write("cells/a.png", b"pixels")
     for right, request in RIGHTS.items():
-        between.behavior = Behavior(lambda *asked, request=request: "AccessDenied" if asked == request else None)
+        between.behavior = Behavior(lambda *received, request=request: "AccessDenied" if received == request else None)
         findings = list(Stores().check_output("output", f"{s3}/run"))
         assert right in findings[0].message
         assert "policy" in findings[0].advice
@@ -303,7 +303,7 @@ def test_a_missing_right_is_named(s3: str, between: Proxy) -> None:
 
 
 def test_every_missing_right_is_named(s3: str, between: Proxy) -> None:
-    between.behavior.refuse = lambda asked, lists: "AccessDenied"
+    between.behavior.refuse = lambda method, lists: "AccessDenied"
     text = " ".join(finding.message for finding in Stores().check_output("output", f"{s3}/run"))
     for right in RIGHTS:
         assert f"{right} is denied" in text
@@ -311,7 +311,7 @@ def test_every_missing_right_is_named(s3: str, between: Proxy) -> None:
 
 def test_wrong_credentials(s3: str, between: Proxy) -> None:
     for code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"):
-        between.behavior.refuse = lambda asked, lists, code=code: code
+        between.behavior.refuse = lambda method, lists, code=code: code
         finding = only(Stores().check_output("output", s3))
         assert code in finding.message
         assert "AWS_SECRET_ACCESS_KEY" in finding.advice
@@ -334,7 +334,7 @@ def test_a_store_that_ignores_or_refuses_conditions(s3: str, between: Proxy) -> 
         assert finding.state == "failed"
         assert header in finding.message
         assert contents(s3) == []
-    between.behavior = Behavior(lambda asked, lists: "NotImplemented" if asked == "PUT" else None, status=501)
+    between.behavior = Behavior(lambda method, lists: "NotImplemented" if method == "PUT" else None, status=501)
     assert "conditional write is refused" in only(Stores().check_output("output", f"{s3}/run")).message
 
 

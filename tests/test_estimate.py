@@ -37,7 +37,7 @@ def test_tiling_is_shared_by_all_cpus() -> None:
 
 def test_members_at_the_same_time_share_the_cores() -> None:
     """Three runs of one thread on two cores: all their work, over two."""
-    plan = plan_training(MEMBERS, Cluster(2, 0, 1, 2))
+    plan = plan_training(MEMBERS, Cluster(2, 0, 1, 2), batch_size=4)
     line = training("train_members", TILES, 10, COSTS, plan, cpus=2)
     work = sum(10 * (100 * (one.train + 0.1) + 20 * (one.validate + 0.1)) for one in COSTS)
     assert line.cpu_seconds == pytest.approx(work)
@@ -46,7 +46,7 @@ def test_members_at_the_same_time_share_the_cores() -> None:
 
 
 def test_members_together_read_a_tile_once() -> None:
-    plan = plan_training(MEMBERS, Cluster(1, 0, 1, 1), mode="together")
+    plan = plan_training(MEMBERS, Cluster(1, 0, 1, 1), batch_size=4, mode="together")
     line = training("train_members", TILES, 1, COSTS, plan, cpus=1)
     assert line.wall == pytest.approx(100 * (15 + 0.1) + 20 * (5 + 0.1) + lines.RUN)
 

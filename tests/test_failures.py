@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
 from support.runs import SMALL, SWEPT, run, start
 
@@ -16,7 +18,7 @@ from apacs_ray.storage import open_store
 from apacs_ray.synthetic.slide import slide_specs
 from apacs_ray.synthetic.write import write_smear
 from apacs_ray.testing.cluster import Node, RayCluster, kill_node, listening, processes
-from apacs_ray.testing.runs import SLOWLY, kill_when, read_json, read_trials, wait_for
+from apacs_ray.testing.runs import SLOWLY, kill_when, read_growing, read_json, read_trials, wait_for
 from apacs_ray.training.history import read_history
 
 MEMBERS = ("fcn32", "fcn16", "fcn8")
@@ -59,34 +61,46 @@ def test_apart_and_with_a_worker_killed_they_end_as_together(undisturbed: Path, 
     assert "train_members: unchanged" in again.text  # the mode is no part of the result
 
 
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
+    """A cluster whose head does no work."""
+    running = RayCluster(tmp_path_factory.mktemp("cluster"), head_cpus=0)
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def nodes(cluster: RayCluster) -> list[Node]:
+    """Three nodes of the cluster, also when those of another test have gone."""
+    left = [node for node in cluster.nodes if node.poll() is None]
+    return [*left, *(cluster.add_node() for _ in range(3 - len(left)))]
+
+
 def test_nodes_that_go_cost_little_and_change_nothing(
-    undisturbed: Path, cells: Path, untrained: Path, tmp_path: Path
+    undisturbed: Path, cells: Path, untrained: Path, cluster: RayCluster, nodes: list[Node]
 ) -> None:
     """Of three nodes one is drained with notice, the next is killed; only the second counts as a failure."""
-    cluster = RayCluster(tmp_path, head_cpus=0)
-    try:
-        nodes = [cluster.add_node() for _ in range(3)]
-        options = ["--data", str(cells), "--output", str(untrained), *SMALL, "--run.max_failures", "1"]
-        often = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}
-        process = start(*options, script="train_members.py", env={**cluster.joined, **often})
-        _, drained = wait_for(process, lambda: worker_of(nodes))
-        cluster.drain(drained, notice=120)
-        state = "members/fcn8/.state-*"
-        wait_for(process, lambda: any(untrained.glob(f"{state}/attempt-1/epoch_*_step_*/state.json")))
-        nodes.remove(drained)
-        _, killed = wait_for(process, lambda: worker_of(nodes))
-        kill_node(drained)
-        wait_for(process, lambda: any(untrained.glob(f"{state}/attempt-2/epoch_00000/state.json")))
-        kill_node(killed)
-        text, _ = process.communicate(timeout=400)
-        assert process.returncode == 0, text[-3000:]
-        assert "a node is to be taken away" in text
-        same_training(untrained, undisturbed)
-    finally:
-        cluster.stop()
+    options = ["--data", str(cells), "--output", str(untrained), *SMALL, "--run.max_failures", "1"]
+    often = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}
+    process = start(*options, script="train_members.py", env={**cluster.joined, **often})
+    _, drained = wait_for(process, lambda: worker_of(nodes))
+    cluster.drain(drained, notice=120)
+    state = "members/fcn8/.state-*"
+    wait_for(process, lambda: any(untrained.glob(f"{state}/attempt-1/epoch_*_step_*/state.json")))
+    nodes.remove(drained)
+    _, killed = wait_for(process, lambda: worker_of(nodes))
+    kill_node(drained)
+    wait_for(process, lambda: any(untrained.glob(f"{state}/attempt-2/epoch_00000/state.json")))
+    kill_node(killed)
+    text, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, text[-3000:]
+    assert "a node is to be taken away" in text
+    same_training(untrained, undisturbed)
 
 
-def test_every_stage_after_the_members_loses_a_node(swept: Path, cells: Path, sweep: Path, tmp_path: Path) -> None:
+def test_every_stage_after_the_members_loses_a_node(
+    swept: Path, cells: Path, sweep: Path, tmp_path: Path, cluster: RayCluster, nodes: list[Node]
+) -> None:
     """Heatmaps: a node killed. Sweep: Ctrl-C, and when it goes on, a node drained, of which its trial has notice.
     Fusion: a node killed, the one failure that counts, and none is allowed. Evaluation: a node killed.
     """
@@ -94,47 +108,42 @@ def test_every_stage_after_the_members_loses_a_node(swept: Path, cells: Path, sw
     shutil.copytree(swept, output)
     for folder in ("heatmaps", "tune", "fusion", "evaluation"):
         shutil.rmtree(output / folder)
-    cluster = RayCluster(tmp_path, head_cpus=0)
-    try:
-        nodes = [cluster.add_node() for _ in range(3)]
-        options = ["--data", str(cells), "--output", str(output), *SMALL, "--run.max_failures", "0"]
-        go = partial(start, *options, *SWEPT, str(sweep), env={**cluster.joined, **SLOWLY})
-        process = go()
+    options = ["--data", str(cells), "--output", str(output), *SMALL, "--run.max_failures", "0"]
+    go = partial(start, *options, *SWEPT, str(sweep), env={**cluster.joined, **SLOWLY})
+    process = go()
 
-        def busy(pattern: str, work: str) -> tuple[int, Node]:
-            """Where a stage works when it has stored something."""
-            return wait_for(process, lambda: worker_of(nodes, work) if any(output.glob(pattern)) else None)
+    def busy(pattern: str, work: str) -> tuple[int, Node]:
+        """Where a stage works when it has stored something."""
+        return wait_for(process, lambda: worker_of(nodes, work) if any(output.glob(pattern)) else None)
 
-        def lose(node: Node) -> None:
-            nodes.remove(node)
-            kill_node(node)
+    def lose(node: Node) -> None:
+        nodes.remove(node)
+        kill_node(node)
 
-        predicting = "ray::MapWorker(MapBatches(Worker)).submit"
-        lose(busy("heatmaps/split=*/*.parquet", predicting)[1])
-        stopped = kill_when(process, lambda: any(output.glob("tune/.state-*/sweep/*/result.json")), signal.SIGINT)
-        assert stopped.status == 130, stopped.summary
-        assert not (output / "tune/_committed.json").exists()
-        process = go()
-        _, drained = busy("tune/.state-*/sweep/*/checkpoint_000000/state.json", "ray::ImplicitFunc.train")
-        cluster.drain(drained, notice=120)
-        states = partial(output.glob, "tune/.state-*/sweep/*/checkpoint_*/state.json")
-        wait_for(process, lambda: any(read_json(state)["part"] for state in states()))
-        nodes.append(cluster.add_node())
-        lose(drained)
-        lose(busy("fusion/.state-*/attempt-1/epoch_00000/state.json", "ray::RayTrainWorker")[1])
-        text, _ = process.communicate(timeout=400)
-        assert process.returncode == 1, text[-3000:]
-        assert "lost its worker or node; goes on from its last checkpoint" in text
-        assert "fusion: training stopped: " in text
-        assert "Traceback" not in text
-        nodes.append(cluster.add_node())
-        process = go()
-        lose(busy("fusion/_committed.json", predicting)[1])
-        text, _ = process.communicate(timeout=400)
-        assert process.returncode == 0, text[-3000:]
-        assert "tune_fusion: unchanged" in text
-    finally:
-        cluster.stop()
+    predicting = "ray::MapWorker(MapBatches(Worker)).submit"
+    lose(busy("heatmaps/split=*/*.parquet", predicting)[1])
+    stopped = kill_when(process, lambda: any(output.glob("tune/.state-*/sweep/*/result.json")), signal.SIGINT)
+    assert stopped.status == 130, stopped.summary
+    assert not (output / "tune/_committed.json").exists()
+    process = go()
+    _, drained = busy("tune/.state-*/sweep/*/checkpoint_000000/state.json", "ray::ImplicitFunc.train")
+    cluster.drain(drained, notice=120)
+    states = partial(output.glob, "tune/.state-*/sweep/*/checkpoint_*/state.json")
+    wait_for(process, lambda: any(read_growing(state).get("part") for state in states()))
+    nodes.append(cluster.add_node())
+    lose(drained)
+    lose(busy("fusion/.state-*/attempt-1/epoch_00000/state.json", "ray::RayTrainWorker")[1])
+    text, _ = process.communicate(timeout=400)
+    assert process.returncode == 1, text[-3000:]
+    assert "lost its worker or node; goes on from its last checkpoint" in text
+    assert "fusion: training stopped: " in text
+    assert "Traceback" not in text
+    nodes.append(cluster.add_node())
+    process = go()
+    lose(busy("fusion/_committed.json", predicting)[1])
+    text, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, text[-3000:]
+    assert "tune_fusion: unchanged" in text
     same = ["heatmaps/split=*/*.parquet", "tune/best.yaml", "fusion/model.safetensors", "evaluation/metrics.json"]
     for path in [path for pattern in same for path in swept.glob(pattern)]:
         assert (output / path.relative_to(swept)).read_bytes() == path.read_bytes(), path

@@ -30,19 +30,19 @@ def paths(files: Sequence[Entry]) -> list[str]:
     return [entry.path for entry in files]
 
 
-def by_id(found: SlideData) -> dict[str, SlideFiles]:
-    return {slide.slide_id: slide for slide in found.slides}
+def by_id(slide_data: SlideData) -> dict[str, SlideFiles]:
+    return {slide.slide_id: slide for slide in slide_data.slides}
 
 
 def test_slides_with_companions_and_splits() -> None:
-    found = find_slides(
+    slide_data = find_slides(
         entries(
             "train/a.mrxs", "train/a/Slidedat.ini", "train/a/Data0000.dat", "train/a/Index.dat", "train/b.svs",
             "Test slides/c ä.ndpi", "notes.txt", "d/d.vms", "d/d.opt", "d/map.jpg", "e/1.dcm", "e/2.dcm",
         ),
         heads=Heads({"e/1.dcm": "1.2", "e/2.dcm": "1.2"}, {"d/d.vms": frozenset({"d.opt", "map.jpg"})}),
     )  # fmt: skip
-    slides = by_id(found)
+    slides = by_id(slide_data)
     assert set(slides) == {"a", "b", "c ä", "d", "1"}
     assert paths(slides["a"].files) == [
         "train/a.mrxs", "train/a/Data0000.dat", "train/a/Index.dat", "train/a/Slidedat.ini",
@@ -50,8 +50,8 @@ def test_slides_with_companions_and_splits() -> None:
     assert (slides["a"].split, slides["c ä"].split, slides["d"].split) == ("train", "test", None)
     assert set(paths(slides["d"].files)) == {"d/d.vms", "d/d.opt", "d/map.jpg"}
     assert len(slides["1"].files) == 2
-    assert paths(found.ignored) == ["notes.txt"]
-    assert found.folders == ("Test slides (test)", "d (no split)", "e (no split)", "train (train)")
+    assert paths(slide_data.ignored) == ["notes.txt"]
+    assert slide_data.folders == ("Test slides (test)", "d (no split)", "e (no split)", "train (train)")
 
 
 # --- companions
@@ -61,14 +61,14 @@ def test_companions_swallow_no_slide_and_no_annotation() -> None:
     """One .dcm or .vms took every file of its folder."""
     heads = Heads({"a.dcm": "1.2", "b.dcm": "1.3", "c.dcm": "1.2"}, {"v.vms": frozenset({"v.opt", "x.svs", "x.xml"})})
     listed = entries("a.dcm", "b.dcm", "c.dcm", "v.vms", "V.opt", "v.xml", "x.svs", "x.xml", "b.geojson", "report.pdf")
-    found = find_slides(listed, heads=heads)
-    assert {slide.slide_id: paths(slide.files) for slide in found.slides} == {
+    slide_data = find_slides(listed, heads=heads)
+    assert {slide.slide_id: paths(slide.files) for slide in slide_data.slides} == {
         "a": ["a.dcm", "c.dcm"], "b": ["b.dcm"], "v": ["v.vms", "V.opt"], "x": ["x.svs"],
     }  # fmt: skip
-    assert {slide.slide_id: paths(slide.annotation) for slide in found.slides if slide.kind} == {
+    assert {slide.slide_id: paths(slide.annotation) for slide in slide_data.slides if slide.kind} == {
         "b": ["b.geojson"], "v": ["v.xml"], "x": ["x.xml"],
     }  # fmt: skip
-    assert paths(found.left.others) == ["report.pdf"]
+    assert paths(slide_data.left.others) == ["report.pdf"]
 
 
 @pytest.mark.parametrize(
@@ -76,8 +76,8 @@ def test_companions_swallow_no_slide_and_no_annotation() -> None:
 )
 def test_the_annotation_of_a_dicom_slide_is_called_after_a_file_the_folder_or_the_series(name: str) -> None:
     heads = Heads({"Case 7/a.dcm": "1.2.840.99", "Case 7/c.dcm": "1.2.840.99", "d.dcm": "1.4"})
-    found = find_slides(entries("Case 7/a.dcm", "Case 7/c.dcm", "d.dcm"), entries(f"{name}.geojson"), heads=heads)
-    assert {slide.slide_id: (slide.kind, slide.annotation_in) for slide in found.slides} == {
+    slide_data = find_slides(entries("Case 7/a.dcm", "Case 7/c.dcm", "d.dcm"), entries(f"{name}.geojson"), heads=heads)
+    assert {slide.slide_id: (slide.kind, slide.annotation_in) for slide in slide_data.slides} == {
         "a": ("geojson", "masks"), "d": (None, "data"),
     }  # fmt: skip
 
@@ -90,8 +90,8 @@ def test_the_folder_of_an_mrxs_in_any_case(name: str, folder: str) -> None:
 
 
 def test_two_mrxs_whose_names_differ_in_case_keep_their_folders() -> None:
-    found = find_slides(entries("a.mrxs", "A.mrxs", "a/Slidedat.ini", "A/Slidedat.ini"))
-    assert {slide.path: paths(slide.files)[1:] for slide in found.slides} == {
+    slide_data = find_slides(entries("a.mrxs", "A.mrxs", "a/Slidedat.ini", "A/Slidedat.ini"))
+    assert {slide.path: paths(slide.files)[1:] for slide in slide_data.slides} == {
         "a.mrxs": ["a/Slidedat.ini"], "A.mrxs": ["A/Slidedat.ini"],
     }  # fmt: skip
 
@@ -149,9 +149,9 @@ def test_heads_are_read(where: str, tmp_path: Path, request: pytest.FixtureReque
         "cut.dcm": "unreadable", "empty.dcm": "unsupported_slide", "none.dcm": "unreadable",
         "text.dcm": "unsupported_slide",
     }  # fmt: skip
-    found = find_slides(store.list(), heads=heads, root="d")
-    assert [slide.slide_id for slide in found.slides] == ["a", "v"]
-    assert {row.uri for row in found.rejects} == {"d/cut.dcm", "d/empty.dcm", "d/none.dcm", "d/text.dcm"}
+    slide_data = find_slides(store.list(), heads=heads, root="d")
+    assert [slide.slide_id for slide in slide_data.slides] == ["a", "v"]
+    assert {row.uri for row in slide_data.rejects} == {"d/cut.dcm", "d/empty.dcm", "d/none.dcm", "d/text.dcm"}
 
 
 def test_a_file_that_is_gone_is_its_own_reject(tmp_path: Path) -> None:
@@ -166,9 +166,9 @@ def test_real_dicom_of_several_series() -> None:
         pytest.skip(f"no real DICOM at {SHARED / 'data' / 'dicom'}")
     store = open_store(str(SHARED / "data" / "dicom"))
     listed = list(store.list())
-    found = find_slides(listed, heads=read_heads(store, listed))
-    assert sorted(len(slide.files) for slide in found.slides) == [1, 1, 4]
-    assert not found.rejects
+    slide_data = find_slides(listed, heads=read_heads(store, listed))
+    assert sorted(len(slide.files) for slide in slide_data.slides) == [1, 1, 4]
+    assert not slide_data.rejects
 
 
 # --- names
@@ -188,14 +188,14 @@ def test_real_dicom_of_several_series() -> None:
     ],
 )
 def test_each_slide_has_an_id_of_its_own(listed: list[str], expected: dict[str, str]) -> None:
-    found = find_slides(entries(*listed))
-    assert {slide.path: slide.slide_id for slide in found.slides} == expected
-    assert len({slide.image_id for slide in found.slides}) == len(listed)
+    slide_data = find_slides(entries(*listed))
+    assert {slide.path: slide.slide_id for slide in slide_data.slides} == expected
+    assert len({slide.image_id for slide in slide_data.slides}) == len(listed)
 
 
 def test_tile_ids_are_kept_where_nothing_clashes() -> None:
-    found = find_slides(entries("p/a.ome.tif", "p/b.svs", "p/c.svs", "p/c.tif"))
-    assert {slide.path: slide.image_id for slide in found.slides} == {
+    slide_data = find_slides(entries("p/a.ome.tif", "p/b.svs", "p/c.svs", "p/c.tif"))
+    assert {slide.path: slide.image_id for slide in slide_data.slides} == {
         "p/a.ome.tif": "p/a.ome", "p/b.svs": "p/b", "p/c.svs": "p/c.svs", "p/c.tif": "p/c.tif",
     }  # fmt: skip
 
@@ -228,10 +228,10 @@ def test_splits_of_folders(path: str, split: str | None) -> None:
 
 def test_a_folder_that_names_two_splits_is_refused_unless_a_table_gives_them() -> None:
     listed = entries("train_test/a.svs", "train_test/a.geojson", "train_test/val/b.svs")
-    found = find_slides(listed)
-    assert [(row.uri, row.code) for row in found.rejects] == [("/train_test/a.svs", "ambiguous_folder")]
-    assert paths(found.rejected[0]) == ["train_test/a.svs", "train_test/a.geojson"]
-    assert [slide.split for slide in found.slides] == ["val"]
+    slide_data = find_slides(listed)
+    assert [(row.uri, row.code) for row in slide_data.rejects] == [("/train_test/a.svs", "ambiguous_folder")]
+    assert paths(slide_data.rejected[0]) == ["train_test/a.svs", "train_test/a.geojson"]
+    assert [slide.split for slide in slide_data.slides] == ["val"]
     assert [slide.split for slide in find_slides(listed, split_given=True).slides] == [None, None]
 
 
@@ -296,9 +296,9 @@ def test_annotations_are_found_by_name(slide_path: str, path: str, kind: str, wh
 
 
 def test_annotations_elsewhere() -> None:
-    found = find_slides(entries("a.svs"), entries("deep/a.geojson", "deep/b.geojson"))
-    assert paths(found.slides[0].annotation) == ["deep/a.geojson"]
-    assert paths(found.left.strays) == ["deep/b.geojson"]
+    slide_data = find_slides(entries("a.svs"), entries("deep/a.geojson", "deep/b.geojson"))
+    assert paths(slide_data.slides[0].annotation) == ["deep/a.geojson"]
+    assert paths(slide_data.left.strays) == ["deep/b.geojson"]
 
 
 def test_annotations_of_no_slide_are_named() -> None:
@@ -323,11 +323,13 @@ def test_annotations_go_to_the_slide_that_they_name_in_full_or_lie_beside() -> N
     assert (cases["a"].kind, cases["A"].kind) == ("geojson", "xml")
 
 
-def test_what_cannot_be_told_apart_is_rejected() -> None:
-    found = find_slides(entries("a.svs", "a.geojson", "a.xml", "b.svs"), root="s3://x")
-    assert [(slide.slide_id, slide.kind) for slide in found.slides] == [("a", None), ("b", None)]
-    assert [(reject.uri, reject.code) for reject in found.rejects] == [("s3://x/a.geojson", "duplicate_annotation")]
-    assert all(name in found.rejects[0].reason for name in ("a.geojson", "a.xml"))
+def test_what_cannot_be_distinguished_is_rejected() -> None:
+    slide_data = find_slides(entries("a.svs", "a.geojson", "a.xml", "b.svs"), root="s3://x")
+    assert [(slide.slide_id, slide.kind) for slide in slide_data.slides] == [("a", None), ("b", None)]
+    assert [(reject.uri, reject.code) for reject in slide_data.rejects] == [
+        ("s3://x/a.geojson", "duplicate_annotation")
+    ]
+    assert all(name in slide_data.rejects[0].reason for name in ("a.geojson", "a.xml"))
     twice = find_slides(entries("p/a.svs", "q/a.svs"))
     assert [slide.slide_id for slide in twice.slides] == ["p/a", "q/a"]
     unclear = find_slides(entries("p/a.svs", "q/a.svs", "a.geojson"), root="d")
@@ -339,11 +341,11 @@ def test_what_cannot_be_told_apart_is_rejected() -> None:
 
 
 def test_an_annotation_in_both_places_is_refused() -> None:
-    found = find_slides(entries("a.svs", "a.geojson"), entries("a.png"), root="d", masks_root="m")
-    (reject,) = found.rejects
-    assert (reject.uri, reject.code, found.slides[0].kind) == ("d/a.geojson", "duplicate_annotation", None)
+    slide_data = find_slides(entries("a.svs", "a.geojson"), entries("a.png"), root="d", masks_root="m")
+    (reject,) = slide_data.rejects
+    assert (reject.uri, reject.code, slide_data.slides[0].kind) == ("d/a.geojson", "duplicate_annotation", None)
     assert "a.png (data.masks)" in reject.reason
-    assert paths(found.rejected[0]) == ["a.geojson", "a.png"]
+    assert paths(slide_data.rejected[0]) == ["a.geojson", "a.png"]
 
 
 @pytest.mark.parametrize(
@@ -360,20 +362,20 @@ def test_an_annotation_in_both_places_is_refused() -> None:
     ],
 )
 def test_pictures_yield_to_masks(others: list[str], kind: str | None, previews: list[str]) -> None:
-    found = find_slides(entries("a.svs", *others))
-    assert not found.rejects
-    assert found.slides[0].kind == kind
-    assert paths(found.left.previews) == previews
+    slide_data = find_slides(entries("a.svs", *others))
+    assert not slide_data.rejects
+    assert slide_data.slides[0].kind == kind
+    assert paths(slide_data.left.previews) == previews
 
 
 def test_fields_of_view_are_refused_one_by_one() -> None:
     listed = ["a.svs", "a_0_0.png", "a_5_5_mask.png", "a_5_5_mask.bmp", "a [d=2,x=0,y=9,w=8,h=8].png"]
-    found = find_slides(entries(*listed))
-    assert paths(found.slides[0].annotation) == ["a_0_0.png"]
-    assert sorted(reject.code for reject in found.rejects) == ["bad_annotation", "duplicate_annotation"]
+    slide_data = find_slides(entries(*listed))
+    assert paths(slide_data.slides[0].annotation) == ["a_0_0.png"]
+    assert sorted(reject.code for reject in slide_data.rejects) == ["bad_annotation", "duplicate_annotation"]
 
 
-def test_slides_and_images_are_told_apart() -> None:
+def test_slides_and_images_are_distinguished() -> None:
     assert is_slide("x/a.tif")
     assert not is_slide("masks/a.tif")
     assert not is_slide("x/a_mask.tif")
@@ -399,14 +401,16 @@ HIDDEN = [
 ]  # fmt: skip
 
 
-def test_hidden_and_system_files_are_ignored_and_told() -> None:
-    found = find_slides(entries("train/a.svs", *HIDDEN), entries(".Trash-1/a.geojson"))
-    assert [slide.path for slide in found.slides] == ["train/a.svs"]
-    assert paths(found.left.hidden) == [*sorted(HIDDEN), ".Trash-1/a.geojson"]
-    assert (found.left.others, found.left.strays) == ((), ())
-    told = str(found.left.describe())
-    assert f"{len(HIDDEN) + 1} x hidden or system file" in told
-    assert all(name in told for name in ("#recycle", ".Trash-1000", ".snapshot", "$RECYCLE.BIN", ".ipynb_checkpoints"))
+def test_hidden_and_system_files_are_ignored_and_reported() -> None:
+    slide_data = find_slides(entries("train/a.svs", *HIDDEN), entries(".Trash-1/a.geojson"))
+    assert [slide.path for slide in slide_data.slides] == ["train/a.svs"]
+    assert paths(slide_data.left.hidden) == [*sorted(HIDDEN), ".Trash-1/a.geojson"]
+    assert (slide_data.left.others, slide_data.left.strays) == ((), ())
+    sentence = str(slide_data.left.describe())
+    assert f"{len(HIDDEN) + 1} x hidden or system file" in sentence
+    assert all(
+        name in sentence for name in ("#recycle", ".Trash-1000", ".snapshot", "$RECYCLE.BIN", ".ipynb_checkpoints")
+    )
 
 
 FOLDERS = ["", "train/", "test/p1/", "Train_Val/", "a/", "A/", "train/a/", "masks/", ".Trash-1/", "#recycle/", "x\n/"]
@@ -447,21 +451,21 @@ def test_every_file_is_a_slide_s_or_rejected_or_ignored(
                 heads.refused[entry.path] = BadInput("unreadable", "cut")
             case "vms":
                 heads.named[entry.path] = frozenset(data.draw(st.lists(st.sampled_from(["a.opt", "a.svs", "b.jpg"]))))
-    found = find_slides(listed, masks, slide_regex=regex, root="d", masks_root="m", heads=heads)
-    placed = Counter(found.ignored)
-    for slide in found.slides:
+    slide_data = find_slides(listed, masks, slide_regex=regex, root="d", masks_root="m", heads=heads)
+    placed = Counter(slide_data.ignored)
+    for slide in slide_data.slides:
         placed.update((*slide.files, *slide.annotation))
         assert (slide.kind is None) == (not slide.annotation)
         assert set(slide.annotation) <= set(listed if slide.annotation_in == "data" else masks)
-    for files in found.rejected:
+    for files in slide_data.rejected:
         placed.update(files)
     assert placed == Counter([*listed, *masks])
-    assert len(found.rejects) == len(found.rejected)
-    assert len({slide.image_id for slide in found.slides}) == len(found.slides)
+    assert len(slide_data.rejects) == len(slide_data.rejected)
+    assert len({slide.image_id for slide in slide_data.slides}) == len(slide_data.slides)
     if regex is None:
-        assert len({slide.slide_id for slide in found.slides}) == len(found.slides)
+        assert len({slide.slide_id for slide in slide_data.slides}) == len(slide_data.slides)
     again = data.draw(st.permutations(listed))
-    assert find_slides(again, masks, slide_regex=regex, root="d", masks_root="m", heads=heads) == found
+    assert find_slides(again, masks, slide_regex=regex, root="d", masks_root="m", heads=heads) == slide_data
 
 
 def test_ten_thousand_files_take_seconds() -> None:
@@ -471,9 +475,9 @@ def test_ten_thousand_files_take_seconds() -> None:
         for suffix in (".tif", ".geojson", "_0_0_mask.png", ".txt")
     ]
     started = time.perf_counter()
-    found = find_slides(entries(*listed))
+    slide_data = find_slides(entries(*listed))
     assert time.perf_counter() - started < 10
-    assert len(found.slides) == 2500
+    assert len(slide_data.slides) == 2500
 
 
 def test_stems() -> None:
@@ -487,8 +491,8 @@ def test_real_folder_of_slides() -> None:
     folder = SHARED / "data" / "slides"
     if not folder.is_dir():
         pytest.skip(f"no real slides at {folder}")
-    found = find_slides(open_store(str(folder)).list())
-    assert len(found.slides) == 4
-    mirax = next(slide for slide in found.slides if slide.path.endswith(".mrxs"))
+    slide_data = find_slides(open_store(str(folder)).list())
+    assert len(slide_data.slides) == 4
+    mirax = next(slide for slide in slide_data.slides if slide.path.endswith(".mrxs"))
     assert Path(mirax.path).name == "Mirax2-Fluorescence-1.mrxs"
     assert len(mirax.files) == 6

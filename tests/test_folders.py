@@ -18,8 +18,8 @@ def listing(*paths, size=9):
     return [Entry(path, size, "v1") for path in paths]
 
 
-def codes(found):
-    return [reject.code for reject in found.rejects]
+def codes(folder_data):
+    return [reject.code for reject in folder_data.rejects]
 
 
 @pytest.mark.parametrize(
@@ -40,12 +40,12 @@ def codes(found):
     ],
 )
 def test_folders_give_split_and_role(image, mask, split):
-    found = find_pairs(listing(mask, image), slide_regex=None)
-    assert not found.rejects
-    (pair,) = found.pairs
+    folder_data = find_pairs(listing(mask, image), slide_regex=None)
+    assert not folder_data.rejects
+    (pair,) = folder_data.pairs
     assert (pair.split, pair.stem, pair.slide_id) == (split, "7", "7")
     assert (pair.image.path, pair.mask.path) == (image, mask)
-    assert is_folder_layout((*found.ignored, pair.image))
+    assert is_folder_layout((*folder_data.ignored, pair.image))
 
 
 @pytest.mark.parametrize(
@@ -55,9 +55,9 @@ def test_folders_give_split_and_role(image, mask, split):
 def test_other_folders_are_not_the_layout(folder):
     entries = listing(f"{folder}7.jpg")
     assert not is_folder_layout(entries)
-    found = find_pairs(entries)
-    assert found.ignored == tuple(entries)
-    assert not found.folders
+    folder_data = find_pairs(entries)
+    assert folder_data.ignored == tuple(entries)
+    assert not folder_data.folders
 
 
 @pytest.mark.parametrize(
@@ -78,16 +78,16 @@ def test_words_that_name_a_split(folder, splits):
 def test_patients_may_have_the_same_stems():
     listed = [f"train/{role}/{p}/i05.png" for role in ("input", "groundtruth") for p in ("p1", "p2")]
     listed += [f"{p}/Test_{role}/i05.png" for role in ("Input", "GroundTruth") for p in ("p1", "p2")]
-    found = find_pairs(listing(*listed, "val_input/p1/i05.png", "val_groundtruth/i05.png"))
-    assert not found.rejects
-    assert {(pair.slide_id, pair.image.path, pair.mask.path) for pair in found.pairs} == {
+    folder_data = find_pairs(listing(*listed, "val_input/p1/i05.png", "val_groundtruth/i05.png"))
+    assert not folder_data.rejects
+    assert {(pair.slide_id, pair.image.path, pair.mask.path) for pair in folder_data.pairs} == {
         ("train/p1/i05", "train/input/p1/i05.png", "train/groundtruth/p1/i05.png"),
         ("train/p2/i05", "train/input/p2/i05.png", "train/groundtruth/p2/i05.png"),
         ("test/p1/i05", "p1/Test_Input/i05.png", "p1/Test_GroundTruth/i05.png"),
         ("test/p2/i05", "p2/Test_Input/i05.png", "p2/Test_GroundTruth/i05.png"),
         ("val/i05", "val_input/p1/i05.png", "val_groundtruth/i05.png"),  # one of its stem, so its folder may differ
     }
-    assert len({pair.image_id for pair in found.pairs}) == 5
+    assert len({pair.image_id for pair in folder_data.pairs}) == 5
 
 
 def test_a_stem_in_several_places_is_not_joined_across_them():
@@ -97,13 +97,13 @@ def test_a_stem_in_several_places_is_not_joined_across_them():
         "train/groundtruth/p1/a.png",
         "train/groundtruth/p3/a.png",
     ]
-    found = find_pairs(listing(*listed))
-    assert [(pair.slide_id, pair.mask.path) for pair in found.pairs] == [("p1/a", "train/groundtruth/p1/a.png")]
-    assert {reject.uri: reject.code for reject in found.rejects} == {
+    folder_data = find_pairs(listing(*listed))
+    assert [(pair.slide_id, pair.mask.path) for pair in folder_data.pairs] == [("p1/a", "train/groundtruth/p1/a.png")]
+    assert {reject.uri: reject.code for reject in folder_data.rejects} == {
         "train/input/p2/a.png": "missing_mask",
         "train/groundtruth/p3/a.png": "missing_image",
     }
-    assert "train/groundtruth/p1/a.png" in found.rejects[0].reason
+    assert "train/groundtruth/p1/a.png" in folder_data.rejects[0].reason
 
 
 @pytest.mark.parametrize("mask", ["a_mask.png", "a-Mask.tif", "a masks.png", "a_GroundTruth.png", "a_label.png"])
@@ -126,9 +126,9 @@ def test_names_are_joined_by_stem_and_kept_verbatim():
 
 
 def test_stems_are_case_sensitive():
-    found = find_pairs(listing("Train_Input/a.jpg", "Train_GroundTruth/A.png"))
-    assert codes(found) == ["missing_image", "missing_mask"]
-    assert [reject.slide_id for reject in found.rejects] == ["A", "a"]
+    folder_data = find_pairs(listing("Train_Input/a.jpg", "Train_GroundTruth/A.png"))
+    assert codes(folder_data) == ["missing_image", "missing_mask"]
+    assert [reject.slide_id for reject in folder_data.rejects] == ["A", "a"]
 
 
 def test_a_stem_in_two_splits_is_two_slides():
@@ -138,10 +138,10 @@ def test_a_stem_in_two_splits_is_two_slides():
         for role in ("Input", "GroundTruth")
         for stem in "ab"
     ]
-    found = find_pairs(listing(*paths, "Val_Input/c.png", "Val_GroundTruth/c.png"))
-    assert [pair.slide_id for pair in found.pairs] == ["train/a", "train/b", "c", "test/a", "test/b"]
-    assert len({pair.image_id for pair in found.pairs}) == 5
-    assert found.shared_slides == ()
+    folder_data = find_pairs(listing(*paths, "Val_Input/c.png", "Val_GroundTruth/c.png"))
+    assert [pair.slide_id for pair in folder_data.pairs] == ["train/a", "train/b", "c", "test/a", "test/b"]
+    assert len({pair.image_id for pair in folder_data.pairs}) == 5
+    assert folder_data.shared_slides == ()
 
 
 def test_every_defect_has_its_code_and_root():
@@ -157,9 +157,9 @@ def test_every_defect_has_its_code_and_root():
         "Train_GroundTruth/zero.png",
         "Train_Test_Input/which.png",
     )
-    found = find_pairs([*ok, *bad, Entry("Train_Input/zero.jpg", 0, "v1")], root="s3://bucket/data set/")
-    assert [pair.stem for pair in found.pairs] == ["ok"]
-    by_uri = {reject.uri: reject for reject in found.rejects}
+    folder_data = find_pairs([*ok, *bad, Entry("Train_Input/zero.jpg", 0, "v1")], root="s3://bucket/data set/")
+    assert [pair.stem for pair in folder_data.pairs] == ["ok"]
+    by_uri = {reject.uri: reject for reject in folder_data.rejects}
     root = "s3://bucket/data set/"
     assert {uri.removeprefix(root): reject.code for uri, reject in by_uri.items()} == {
         "Train_Input/lonely.jpg": "missing_mask",
@@ -172,14 +172,14 @@ def test_every_defect_has_its_code_and_root():
     }
     reason = by_uri[root + "Train_GroundTruth/twice.png"].reason
     assert all(name in reason for name in ("twice.jpg", "twice.PNG", "twice.png"))
-    assert sum(map(len, found.rejected)) == len(bad) + 1
+    assert sum(map(len, folder_data.rejected)) == len(bad) + 1
 
 
 def test_normal_forms_of_one_stem_are_duplicates():
     stems = ["\u00e9", "e\u0301"]
-    found = find_pairs(listing(*(f"Train_Input/{stem}.jpg" for stem in stems), "Train_GroundTruth/\u00e9.png"))
-    assert codes(found) == ["duplicate_stem"]
-    assert len(found.rejected[0]) == 3
+    folder_data = find_pairs(listing(*(f"Train_Input/{stem}.jpg" for stem in stems), "Train_GroundTruth/\u00e9.png"))
+    assert codes(folder_data) == ["duplicate_stem"]
+    assert len(folder_data.rejected[0]) == 3
 
 
 @pytest.mark.parametrize(
@@ -199,9 +199,9 @@ def test_normal_forms_of_one_stem_are_duplicates():
     ],
 )
 def test_files_of_the_system_are_counted_as_ignored(path):
-    found = find_pairs(listing(path))
-    assert [entry.path for entry in found.ignored] == [path]
-    assert not found.rejects
+    folder_data = find_pairs(listing(path))
+    assert [entry.path for entry in folder_data.ignored] == [path]
+    assert not folder_data.rejects
 
 
 @pytest.mark.parametrize(
@@ -209,19 +209,19 @@ def test_files_of_the_system_are_counted_as_ignored(path):
     [(r"^([A-Z]+\d+)_", "S12"), (r"^[A-Z]+\d+", "S12"), (r"(x)?_(\d+)$", None), (r"^$", None)],
 )
 def test_slide_regex(regex, slide):
-    found = find_pairs(listing("Train_Input/S12_003.jpg", "Train_GroundTruth/S12_003.png"), slide_regex=regex)
+    folder_data = find_pairs(listing("Train_Input/S12_003.jpg", "Train_GroundTruth/S12_003.png"), slide_regex=regex)
     if slide is None:
-        assert codes(found) == ["bad_name"]
-        assert regex in found.rejects[0].reason
+        assert codes(folder_data) == ["bad_name"]
+        assert regex in folder_data.rejects[0].reason
     else:
-        assert [pair.slide_id for pair in found.pairs] == [slide]
+        assert [pair.slide_id for pair in folder_data.pairs] == [slide]
 
 
 def test_slides_in_two_splits_are_named():
     paths = [f"{split}_{role}/S1_{split}.png" for split in ("Train", "Test") for role in ("Input", "GroundTruth")]
-    found = find_pairs(listing(*paths), slide_regex=r"^(\w+)_")
-    assert found.shared_slides == ("S1",)
-    assert {pair.slide_id for pair in found.pairs} == {"S1"}
+    folder_data = find_pairs(listing(*paths), slide_regex=r"^(\w+)_")
+    assert folder_data.shared_slides == ("S1",)
+    assert {pair.slide_id for pair in folder_data.pairs} == {"S1"}
 
 
 FOLDERS = [
@@ -256,25 +256,24 @@ ENTRIES = st.lists(
 
 @given(ENTRIES, st.sampled_from([None, r"_(\d)$", "."]), st.randoms())
 def test_every_entry_is_in_one_pair_one_reject_or_ignored(entries, regex, random):
-    found = find_pairs(entries, slide_regex=regex)
-    placed = Counter(found.ignored)
-    placed.update(entry for pair in found.pairs for entry in (pair.image, pair.mask))
-    placed.update(entry for unit in found.rejected for entry in unit)
+    folder_data = find_pairs(entries, slide_regex=regex)
+    placed = Counter(folder_data.ignored)
+    placed.update(entry for pair in folder_data.pairs for entry in (pair.image, pair.mask))
+    placed.update(entry for unit in folder_data.rejected for entry in unit)
     assert placed == Counter(entries)
-    assert len(found.rejects) == len(found.rejected)
-    assert all(
-        any(entry.path == r.uri for entry in unit) for r, unit in zip(found.rejects, found.rejected, strict=True)
-    )
-    assert len({pair.image_id for pair in found.pairs}) == len(found.pairs)
+    rejects, rejected = folder_data.rejects, folder_data.rejected
+    assert len(rejects) == len(rejected)
+    assert all(any(entry.path == r.uri for entry in unit) for r, unit in zip(rejects, rejected, strict=True))
+    assert len({pair.image_id for pair in folder_data.pairs}) == len(folder_data.pairs)
     if regex is None:
-        assert len({pair.slide_id for pair in found.pairs}) == len(found.pairs)
+        assert len({pair.slide_id for pair in folder_data.pairs}) == len(folder_data.pairs)
     random.shuffle(entries)
-    assert find_pairs(entries, slide_regex=regex) == found
+    assert find_pairs(entries, slide_regex=regex) == folder_data
 
 
 def test_real_cells(real_cells):
     paths = [path for path in real_cells.rglob("*") if path.is_file()]
-    found = find_pairs([Entry(p.relative_to(real_cells).as_posix(), p.stat().st_size, "v") for p in paths])
-    assert Counter(pair.split for pair in found.pairs) == {"train": 80, "test": 20}
-    assert not found.rejects
-    assert len(found.folders) == 4
+    folder_data = find_pairs([Entry(p.relative_to(real_cells).as_posix(), p.stat().st_size, "v") for p in paths])
+    assert Counter(pair.split for pair in folder_data.pairs) == {"train": 80, "test": 20}
+    assert not folder_data.rejects
+    assert len(folder_data.folders) == 4

@@ -53,8 +53,8 @@ def test_what_lies_below_data_masks_leaves_the_data(tmp_path: Path, monkeypatch:
         "link",
         "d/also",
     ):
-        found = roles(open_store(str(data)), masks)
-        assert found == ({"train/a.tif", "segments/c.tif"}, {"a.png", "deep/b.png"}), masks
+        paths_by_role = roles(open_store(str(data)), masks)
+        assert paths_by_role == ({"train/a.tif", "segments/c.tif"}, {"a.png", "deep/b.png"}), masks
 
 
 def test_data_below_data_masks_and_data_that_is_data_masks(tmp_path: Path) -> None:

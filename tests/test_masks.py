@@ -100,36 +100,36 @@ def vivid(count: int) -> list[tuple[int, int, int]]:
 def cases() -> dict[str, Case]:
     soft = np.clip(np.rint(np.linspace(0, 255, WIDTH))[None].repeat(HEIGHT, 0), 0, 255).astype(np.int64)
     same: dict[int | None, npt.NDArray[np.bool_] | str] = {None: CELLS, 1: CELLS, 200: CELLS}
-    found = {name: Case(CELLS.astype(dtype) * top, same) for name, dtype, top in BINARY}
+    cases = {name: Case(CELLS.astype(dtype) * top, same) for name, dtype, top in BINARY}
     for dtype in (np.uint8, np.uint16, np.int16, np.int32, np.uint32, np.float32, np.int8):
         name = np.dtype(dtype).name
-        found[f"labels {name}"] = Case(LABELS.astype(dtype), {None: GRAY, 1: LABELS > 0, 3: LABELS >= 3})
-        found[f"class {name}"] = Case((CELLS * 5).astype(dtype), {None: GRAY, 1: CELLS, 6: ~CELLS & CELLS})
-        found[f"nothing {name}"] = Case(np.zeros((HEIGHT, WIDTH), dtype), {None: ~CELLS & CELLS, 1: ~CELLS & CELLS})
+        cases[f"labels {name}"] = Case(LABELS.astype(dtype), {None: GRAY, 1: LABELS > 0, 3: LABELS >= 3})
+        cases[f"class {name}"] = Case((CELLS * 5).astype(dtype), {None: GRAY, 1: CELLS, 6: ~CELLS & CELLS})
+        cases[f"nothing {name}"] = Case(np.zeros((HEIGHT, WIDTH), dtype), {None: ~CELLS & CELLS, 1: ~CELLS & CELLS})
     for dtype in (np.uint16, np.int32, np.uint32, np.float32):
         name = np.dtype(dtype).name
         far = LABELS * 61  # 61 to 305: objects on both sides of a byte's end
         two = GRAY if dtype == np.uint16 else far >= 200
-        found[f"many {name}"] = Case(far.astype(dtype), {None: GRAY, 1: far > 0, 200: two})
-    found["soft uint8"] = Case(soft.astype(np.uint8), {None: GRAY, 128: soft >= 128, 1: soft >= 1})
-    found["soft uint16"] = Case((soft * 257).astype(np.uint16), {None: GRAY, 128: soft >= 128})
+        cases[f"many {name}"] = Case(far.astype(dtype), {None: GRAY, 1: far > 0, 200: two})
+    cases["soft uint8"] = Case(soft.astype(np.uint8), {None: GRAY, 128: soft >= 128, 1: soft >= 1})
+    cases["soft uint16"] = Case((soft * 257).astype(np.uint16), {None: GRAY, 128: soft >= 128})
     odd = (soft * 250).astype(np.uint16)
-    found["odd uint16"] = Case(odd, {None: GRAY, 1: odd >= 1, 128: GRAY})
-    found["fractions"] = Case(np.linspace(0, 1, WIDTH, dtype=np.float32)[None].repeat(HEIGHT, 0), REFUSED)
-    found["negative"] = Case(CELLS.astype(np.int32) - 1, REFUSED)
-    found["no numbers"] = Case(np.where(CELLS, np.nan, 0).astype(np.float32), REFUSED)
-    found["doubles"] = Case(CELLS.astype(np.float64), REFUSED)
+    cases["odd uint16"] = Case(odd, {None: GRAY, 1: odd >= 1, 128: GRAY})
+    cases["fractions"] = Case(np.linspace(0, 1, WIDTH, dtype=np.float32)[None].repeat(HEIGHT, 0), REFUSED)
+    cases["negative"] = Case(CELLS.astype(np.int32) - 1, REFUSED)
+    cases["no numbers"] = Case(np.where(CELLS, np.nan, 0).astype(np.float32), REFUSED)
+    cases["doubles"] = Case(CELLS.astype(np.float64), REFUSED)
     index = CELLS.astype(np.uint8)
-    found["palette of two"] = Case(index, same, palette=[(90, 0, 90), (0, 220, 0)])
-    found["palette, light first"] = Case(index, {None: ~CELLS, 9: ~CELLS}, palette=[(255, 255, 255), (0, 0, 0)])
+    cases["palette of two"] = Case(index, same, palette=[(90, 0, 90), (0, 220, 0)])
+    cases["palette, light first"] = Case(index, {None: ~CELLS, 9: ~CELLS}, palette=[(255, 255, 255), (0, 0, 0)])
     labels = LABELS.astype(np.uint8)
-    found["palette of labels"] = Case(labels, {None: GRAY, 1: LABELS > 0, 3: GRAY}, palette=vivid(6))
+    cases["palette of labels"] = Case(labels, {None: GRAY, 1: LABELS > 0, 3: GRAY}, palette=vivid(6))
     grays = [(40 * number,) * 3 for number in range(6)]
-    found["palette of grays"] = Case(labels, {None: GRAY, 1: LABELS > 0, 80: LABELS >= 2}, palette=grays)
+    cases["palette of grays"] = Case(labels, {None: GRAY, 1: LABELS > 0, 80: LABELS >= 2}, palette=grays)
     white = [(255, 255, 255), *vivid(6)[1:]]  # Glasbey's table begins with white
-    found["palette on white"] = Case(labels, {None: GRAY, 1: GRAY}, palette=white)
-    found["one label on white"] = Case(5 * index, {None: GRAY, 1: GRAY}, palette=white)
-    return found
+    cases["palette on white"] = Case(labels, {None: GRAY, 1: GRAY}, palette=white)
+    cases["one label on white"] = Case(5 * index, {None: GRAY, 1: GRAY}, palette=white)
+    return cases
 
 
 BINARY = [

@@ -183,7 +183,7 @@ def test_slides_add_up_to_the_pooled_counts() -> None:
 
 def test_slides_are_resampled_from_five_on() -> None:
     rows = {slides: table(noisy_tiles(12, slides)) for slides in (1, 4, 5)}
-    units = {slides: summarize(found, MODELS, 0)["fusion"]["ci_unit"] for slides, found in rows.items()}
+    units = {slides: summarize(table, MODELS, 0)["fusion"]["ci_unit"] for slides, table in rows.items()}
     assert units == {1: "tile", 4: "tile", 5: "slide"}
 
 
@@ -233,13 +233,13 @@ def test_a_paired_comparison_sees_what_two_intervals_do_not() -> None:
             }
         rows.append(row)
     made = pa.Table.from_pylist(rows, per_tile_schema(MODELS))
-    metrics, found = summarize(made, MODELS, 0), compare(made, MODELS, "fusion", 0)["otsu"]
+    metrics, comparison = summarize(made, MODELS, 0), compare(made, MODELS, "fusion", 0)["otsu"]
     assert metrics["fusion"]["dice_ci95"][0] < metrics["otsu"]["dice_ci95"][1]
-    assert found["significant"]
-    assert 0 < found["ci95"][0] < found["dice_difference"] < found["ci95"][1]
-    assert found["dice_difference"] == pytest.approx(metrics["fusion"]["dice"] - metrics["otsu"]["dice"])
+    assert comparison["significant"]
+    assert 0 < comparison["ci95"][0] < comparison["dice_difference"] < comparison["ci95"][1]
+    assert comparison["dice_difference"] == pytest.approx(metrics["fusion"]["dice"] - metrics["otsu"]["dice"])
     other_way = compare(made, MODELS, "otsu", 0)["fusion"]
-    assert other_way["ci95"] == pytest.approx([-bound for bound in reversed(found["ci95"])])
+    assert other_way["ci95"] == pytest.approx([-bound for bound in reversed(comparison["ci95"])])
 
 
 def test_equal_models_are_not_told_apart() -> None:
@@ -247,8 +247,8 @@ def test_equal_models_are_not_told_apart() -> None:
     same = rows.select([name for name in rows.column_names if not name.startswith("otsu_")])
     for name in [name for name in same.column_names if name.startswith("fusion_")]:
         same = same.append_column(name.replace("fusion", "mean"), same[name])
-    found = compare(same, ("fusion", "mean"), "fusion", 0)["mean"]
-    assert (found["dice_difference"], found["ci95"], found["significant"]) == (0.0, [0.0, 0.0], False)
+    comparison = compare(same, ("fusion", "mean"), "fusion", 0)["mean"]
+    assert (comparison["dice_difference"], comparison["ci95"], comparison["significant"]) == (0.0, [0.0, 0.0], False)
 
 
 def test_ratios_of_arrays() -> None:
@@ -287,8 +287,8 @@ def test_boundary_iou_is_pooled_and_stricter_than_iou() -> None:
 
 def test_objects_match_one_to_one_from_half() -> None:
     true = np.array([[1, 1, 1, 1, 0, 2, 2, 2, 2, 0, 3, 3]])
-    found = np.array([[1, 1, 1, 0, 0, 2, 0, 4, 0, 5, 5, 0]])
-    assert match_objects(found, true) == {"objects_tp": 1, "objects_fp": 3, "objects_fn": 2}
+    predicted = np.array([[1, 1, 1, 0, 0, 2, 0, 4, 0, 5, 5, 0]])
+    assert match_objects(predicted, true) == {"objects_tp": 1, "objects_fp": 3, "objects_fn": 2}
 
 
 def test_two_halves_are_one_match() -> None:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
-from support.runs import SMALL, run, start
+from support.runs import SMALL, Once, run, start
 from support.slide_files import write_slide, write_tiff
 from test_annotations import collection, polygon
 
@@ -60,17 +60,19 @@ def test_what_a_run_leaves(undisturbed: Path) -> None:
     assert not [path for path in undisturbed.rglob("*") if path.name.startswith((".state-", ".done-"))]
 
 
-def test_the_same_command_again_does_nothing(undisturbed: Path, cells: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*.parquet")}
-    done = run("--data", str(cells), "--output", str(undisturbed), *SMALL)
+def test_the_same_command_again_does_nothing(undisturbed: Path, cells: Path, tmp_path: Path) -> None:
+    output = tmp_path / "again"
+    shutil.copytree(undisturbed, output)
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*.parquet")}
+    done = run("--data", str(cells), "--output", str(output), *SMALL)
     assert done.status == 0, done.summary
     assert done.text.count("unchanged, not done again") == 5
-    assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*.parquet")} == before
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*.parquet")} == before
 
 
-def test_a_held_run_is_refused(undisturbed: Path, cells: Path) -> None:
-    held = Lease.acquire(open_store(str(undisturbed)))
-    done = run("--data", str(cells), "--output", str(undisturbed), *SMALL)
+def test_a_held_run_is_refused(cells: Path, tmp_path: Path) -> None:
+    held = Lease.acquire(open_store(str(tmp_path / "run")))
+    done = run("--data", str(cells), "--output", str(tmp_path / "run"), *SMALL)
     held.release()
     assert done.status == 1
     assert f"held by process {os.getpid()}" in done.text
@@ -97,11 +99,10 @@ def test_changed_fusion_settings_redo_fusion_and_evaluation_only(undisturbed: Pa
 @pytest.mark.parametrize(
     "how",
     [
-        "searcher: optuna\nconcurrency: 1\n",
+        "searcher: optuna\nconcurrency: 1\nresources: {cpu: 0.4, workers: 2}\nscheduler: {kind: async_hyperband}\n",
         "scheduler: {kind: pbt, interval: 1}\n",
-        "resources: {cpu: 0.4, workers: 2}\nscheduler: {kind: async_hyperband}\n",
     ],
-    ids=["optuna", "pbt", "several workers"],
+    ids=["optuna and several workers", "pbt"],
 )
 def test_other_ways_to_sweep(undisturbed: Path, cells: Path, tmp_path: Path, how: str) -> None:
     output = tmp_path / "swept"
@@ -143,8 +144,8 @@ def test_killed_and_resumed_the_numbers_are_the_same(undisturbed: Path, cells: P
     assert [line.split(",")[0] for line in (output / "fusion/history.csv").read_text().splitlines()[1:]] == ["0", "1"]
 
 
-def test_ctrl_c_ends_a_run_cleanly(cells: Path, tmp_path: Path) -> None:
-    output = tmp_path / "stopped"
+def test_ctrl_c_ends_a_run_cleanly(cells: Path, untrained: Path) -> None:
+    output = untrained
     process = start("--data", str(cells), "--output", str(output), *SMALL)
     done = kill_when(process, lambda: any(output.glob("members/*/.state-*/attempt-1")), signal.SIGINT)
     assert done.status == 130, done.summary
@@ -173,9 +174,12 @@ def test_bad_input_is_rejected_and_the_limit_is_kept(cells: Path, tmp_path: Path
 
 
 @pytest.fixture(scope="session")
-def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def slides(once: Once) -> Path:
     """Slides of several kinds, one of them with QuPath's polygons and a bounds offset, and two that do not open."""
-    folder = tmp_path_factory.mktemp("data") / "my slides"
+    return once("slides", lambda folder: write_slides(folder / "my slides")) / "my slides"
+
+
+def write_slides(folder: Path) -> None:
     for number, spec in enumerate(slide_specs(5, 512, 384, train=2, test=2)):
         rgb, cells = render(spec)
         path = folder / spec.split / f"slïde {number}"
@@ -192,20 +196,29 @@ def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "train/broken.svs").write_bytes(b"no slide" * 100)
     write_slide(folder / "test/gone.mrxs", rgb)
     (folder / "test/gone/Data0000.dat").unlink()
-    return folder
 
 
 TILES = ["--tiles.size", "128", "--tiles.shard", "4", "--tiles.image_format", "png"]
+
+
+@pytest.fixture(scope="session")
+def tiled(slides: Path, once: Once) -> Path:
+    """A run of `ingest.py` on the slides, undisturbed, in `run`, and in `text` what it printed."""
+
+    def make(output: Path) -> None:
+        done = run("--data", str(slides), "--output", str(output / "run"), *TILES, script="ingest.py")
+        assert done.status == 0, done.summary
+        (output / "text").write_text(done.text)
+
+    return once("tiled", make)
 
 
 def tile_table(output: Path) -> dict[str, dict[str, Any]]:
     return {row["tile_id"]: row for row in pq.read_table(output / "tiles").to_pylist()}
 
 
-def test_slides_become_tiles(slides: Path, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    done = run("--data", str(slides), "--output", str(output), *TILES, script="ingest.py")
-    assert done.status == 0, done.summary
+def test_slides_become_tiles(tiled: Path) -> None:
+    output, text = tiled / "run", (tiled / "text").read_text()
     record = read_json(output / "run.json")
     assert record["stages"]["ingest"]["result"]["units"] == {"listed": 6, "used": 4, "rejected": 2}
     assert record["stages"]["ingest"]["result"]["engines"] == {"openslide": 1, "vips": 3}
@@ -213,7 +226,7 @@ def test_slides_become_tiles(slides: Path, tmp_path: Path) -> None:
     found = {Path(row["uri"]).name: row for row in pq.read_table(rejects).to_pylist()}
     assert (found["broken.svs"]["code"], found["gone.mrxs"]["code"]) == ("unsupported_slide", "missing_file")
     assert "Data0000.dat" in found["gone.mrxs"]["reason"]
-    assert "no mpp" in done.text
+    assert "no mpp" in text
     assert found["slïde 0.geojson"]["reason"].startswith("annotation 1:")  # the polygon without area
     rows = tile_table(output)
     assert {row["downsample"] for row in rows.values()} == {1.0}
@@ -233,9 +246,9 @@ def test_slides_become_tiles(slides: Path, tmp_path: Path) -> None:
             assert np.array_equal(decode_pixels(row["mask"]), part)
 
 
-def test_killed_slides_resume_to_the_same_shards_also_from_s3(slides: Path, s3: str, tmp_path: Path) -> None:
-    plain = tmp_path / "plain"
-    assert run("--data", str(slides), "--output", str(plain), *TILES, script="ingest.py").status == 0
+def test_killed_slides_resume_to_the_same_shards_also_from_s3(
+    slides: Path, tiled: Path, s3: str, tmp_path: Path
+) -> None:
     data = open_store(f"{s3}/the slides")
     for path in slides.rglob("*.*"):
         if path.is_file():
@@ -247,7 +260,7 @@ def test_killed_slides_resume_to_the_same_shards_also_from_s3(slides: Path, s3: 
         assert died.status == -signal.SIGKILL
     done = run(*options, script="ingest.py")
     assert done.status == 0, done.summary
-    first, second = tile_table(plain), tile_table(killed)
+    first, second = tile_table(tiled / "run"), tile_table(killed)
     assert first.keys() == second.keys()
     for name, row in first.items():
         for column in ("image", "mask", "x", "y", "split", "tissue_fraction", "focus"):

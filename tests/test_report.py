@@ -369,7 +369,7 @@ def test_pictures_are_small_in_the_page_and_still_the_picture() -> None:
     html = build_report(context(pictures=[TilePicture("best", 1, "t", "s", "c", png)]))
     encoded = re.search(r'src="data:image/jpeg;base64,([^"]+)"', html)
     assert encoded is not None
-    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded[1]))), np.int64)
+    embedded = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded[1]))), np.int64)
     stored = np.asarray(Image.open(io.BytesIO(png)), np.int64)
-    assert shown.shape == stored.shape
-    assert np.abs(shown - stored).mean() < 3
+    assert embedded.shape == stored.shape
+    assert np.abs(embedded - stored).mean() < 3

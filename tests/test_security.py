@@ -127,7 +127,7 @@ def planted(s3: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def messages(store: storage.Store) -> Iterator[str]:
-    """What goes wrong with every way to use a store, as it is told."""
+    """What goes wrong with every way to use a store, as it is printed."""
     store = store.with_timeout(0)
     uses: list[Callable[[], object]] = [
         lambda: list(store.list()),
@@ -143,24 +143,24 @@ def messages(store: storage.Store) -> Iterator[str]:
             use()
         except ApacsError as error:
             yield str(error)
-        except OSError as error:  # of pyarrow, which reads: these pass `redact` where they are told
+        except OSError as error:  # of pyarrow, which reads: these pass `redact` where they are printed
             yield redact(str(error))
 
 
 def test_no_failure_of_a_store_tells_a_secret(planted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     endpoint = os.environ["AWS_ENDPOINT_URL"]
-    told = list(messages(open_store("s3://no-such-bucket-here/run")))
-    with proxy(endpoint) as between:  # a store that repeats what it was told, as some do to be helpful
+    printed = list(messages(open_store("s3://no-such-bucket-here/run")))
+    with proxy(endpoint) as between:  # a store that repeats what it was sent, as some do to be helpful
         between.behavior.refuse = lambda *_: f"Denied {KEY_ID} with {SECRET} and {TOKEN}"
         monkeypatch.setenv("AWS_ENDPOINT_URL", between.url)
-        told += messages(open_store(f"{planted}/run"))
+        printed += messages(open_store(f"{planted}/run"))
         closed = between.url
     monkeypatch.setenv("AWS_ENDPOINT_URL", closed.replace("://", f"://user:{TOKEN}@"))
     store = open_store(f"{planted}/run")
     assert isinstance(store, S3Store)
-    told += [*messages(store), repr(store), f"{store.access}"]
-    assert len(told) > 18
-    assert clear_of_secrets("\n".join(told))
+    printed += [*messages(store), repr(store), f"{store.access}"]
+    assert len(printed) > 18
+    assert clear_of_secrets("\n".join(printed))
 
 
 def test_what_a_stage_dies_of_is_kept_and_told_without_secrets(planted: str, tmp_path: Path) -> None:
@@ -227,11 +227,11 @@ def test_no_secret_reaches_the_state_the_runtime_environment_or_the_logs_of_a_sw
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
         state = open_store(f"{planted}/run")
-        kept = {entry.path: state.read(entry.path) for entry in state.list()}
-        assert any(path.endswith("tuner.pkl") for path in kept)
+        objects = {entry.path: state.read(entry.path) for entry in state.list()}
+        assert any(path.endswith("tuner.pkl") for path in objects)
         logs = {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and not path.is_symlink()}
         assert any(path.endswith("runtime_env_agent.log") for path in logs)
-        for path, content in {**kept, **logs, "stdout and stderr": (done.stdout + done.stderr).encode()}.items():
+        for path, content in {**objects, **logs, "stdout and stderr": (done.stdout + done.stderr).encode()}.items():
             assert clear_of_secrets(content), path
             assert token.encode() not in content, path
     finally:
@@ -460,11 +460,11 @@ def test_a_checkpoint_is_its_own_files_only(tmp_path: Path, outside: Path) -> No
         assert complete_checkpoints(store, "s") == []
     state["files"] = dict.fromkeys(FILES, evil)
     store.write(f"{path}/state.json", json.dumps(state).encode())
-    (found,) = complete_checkpoints(store, "s")
+    (checkpoint,) = complete_checkpoints(store, "s")
     (tmp_path / "here").mkdir()
-    found.state["files"][name] = evil
-    fetch(store, found, tmp_path / "here")
-    (tmp_path / "here/state.json").write_text(json.dumps(found.state))
+    checkpoint.state["files"][name] = evil
+    fetch(store, checkpoint, tmp_path / "here")
+    (tmp_path / "here/state.json").write_text(json.dumps(checkpoint.state))
     keep_checkpoint(store, "s", 2, tmp_path / "here")
     assert {file.name for file in (tmp_path / "here").iterdir()} == {*FILES, "state.json"}
     assert [file.name for file in outside.iterdir()] == ["kept"]
@@ -526,11 +526,11 @@ def test_folders_with_names_that_others_can_guess_must_be_our_own(tmp_path: Path
 def test_names_that_are_no_paths_are_rejected_and_the_rest_goes_on() -> None:
     bad = ["Train_Input/../../x.png", "Train_Input//x.png", "Train_Input/x\0.png", "Train_Input/x\udcff.png"]
     good = [f"{part}/{name.replace('/', '')}.png" for part in ("Train_Input", "Train_GroundTruth") for name in NAMES]
-    found = find_pairs([Entry(path, 1, "v") for path in [*bad, *good]], root="/data")
-    assert [reject.code for reject in found.rejects] == ["bad_name"] * 3
-    assert [entry.path for entry in found.ignored] == bad[:1]
-    assert len(found.pairs) == len(NAMES)
-    pa.table({"uri": [reject.uri for reject in found.rejects]})  # can be stored
+    data = find_pairs([Entry(path, 1, "v") for path in [*bad, *good]], root="/data")
+    assert [reject.code for reject in data.rejects] == ["bad_name"] * 3
+    assert [entry.path for entry in data.ignored] == bad[:1]
+    assert len(data.pairs) == len(NAMES)
+    pa.table({"uri": [reject.uri for reject in data.rejects]})  # can be stored
     slides = ["train/../x.svs", "train//y.svs", "train/z\0.svs", "train/\udcff.svs", "/etc/a.svs", "train/ok.svs"]
     companions = ["test/m.mrxs", "test/m/../../../etc/passwd", "train/ok.geojson"]
     listed = find_slides([Entry(path, 1, "v") for path in [*slides, *companions]], root="/data")
@@ -555,9 +555,9 @@ def test_hostile_names_go_through_ingest(tmp_path: Path) -> None:
                 Image.fromarray(pixels).save(folder / f"{name.replace('/', '')}.png")
     os.link(folder / f"{names[0]}.png", os.fsencode(folder) + b"/\xff.png")
     data, output = LocalStore(str(tmp_path / "data")), LocalStore(str(tmp_path / "run"))
-    found = find_pairs(data.list(), root=data.uri)
-    assert [reject.code for reject in found.rejects] == ["bad_name"]
-    sources = [probe_pair(data, pair, 10**6) for pair in found.pairs]
+    folder_data = find_pairs(data.list(), root=data.uri)
+    assert [reject.code for reject in folder_data.rejects] == ["bad_name"]
+    sources = [probe_pair(data, pair, 10**6) for pair in folder_data.pairs]
     settings = TilesSettings(size=TILE)
     manifest = plan_tiles(
         [source for source in sources if isinstance(source, Source)], settings, DataSettings(), seed=0
@@ -587,9 +587,11 @@ def test_annotations_that_would_explode() -> None:
     points = (np.random.default_rng(0).random((3000, 2)) * 1000).tolist()
     on_a_line = [[x, 0.0] for x, _ in points]
     square = [[0, 0], [9, 0], [9, 9], [0, 0]]
-    found = read_annotations(collection(*(polygon([*ring, ring[0]]) for ring in (square, points, on_a_line))), "a")
-    assert [defect.reason for defect in found.defects] == ["it crosses itself more than 1000 times"] * 2
-    assert len(found.areas) == 1
+    annotations = read_annotations(
+        collection(*(polygon([*ring, ring[0]]) for ring in (square, points, on_a_line))), "a"
+    )
+    assert [defect.reason for defect in annotations.defects] == ["it crosses itself more than 1000 times"] * 2
+    assert len(annotations.areas) == 1
     many = [polygon(square), *[{"type": "Point", "coordinates": [0, 0]}] * 3000]
     defects = read_annotations(json.dumps(many).encode(), "a").defects
     assert (len(defects), defects[-1].reason) == (1001, "and 2000 more after this one have no area either")
@@ -648,7 +650,7 @@ def test_a_comb_of_an_annotation_is_drawn_in_parts(monkeypatch: pytest.MonkeyPat
     ring = np.array([*teeth, [100.0, -9.0], [-1.0, -9.0], teeth[0]])
     whole, in_parts = np.zeros((2, 64, 64), bool)
     fill(whole, [ring], 5.2, 3.1, 1.0)
-    monkeypatch.setattr(polygons, "AT_ONCE", 100)
+    monkeypatch.setattr(polygons, "CROSSINGS_AT_ONCE", 100)
     fill(in_parts, [ring], 5.2, 3.1, 1.0)
     assert 0 < whole.sum() < whole.size
     assert np.array_equal(whole, in_parts)

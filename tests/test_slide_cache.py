@@ -93,20 +93,20 @@ def test_a_full_disk_is_one_clear_line(
     assert staged(cache) == 0
 
 
-def _stage(uri: str, folder: str, slide: SlideFiles, found: multiprocessing.Queue) -> None:  # type: ignore[type-arg]
+def _stage(uri: str, folder: str, slide: SlideFiles, queue: multiprocessing.Queue) -> None:  # type: ignore[type-arg]
     with SlideCache(Path(folder), 1 << 30).staged(open_store(uri), slide.files) as place:
-        found.put((place / "a/Data 0.dat").stat().st_ino)
+        queue.put((place / "a/Data 0.dat").stat().st_ino)
 
 
 def test_two_processes_copy_it_once(tmp_path: Path, slides: tuple[str, list[SlideFiles]]) -> None:
     context = multiprocessing.get_context("spawn")
-    found = context.Queue()
+    queue = context.Queue()
     processes = [
-        context.Process(target=_stage, args=(slides[0], str(tmp_path / "cache"), slides[1][0], found)) for _ in range(2)
+        context.Process(target=_stage, args=(slides[0], str(tmp_path / "cache"), slides[1][0], queue)) for _ in range(2)
     ]
     for process in processes:
         process.start()
-    inodes = {found.get(timeout=60) for _ in processes}
+    inodes = {queue.get(timeout=60) for _ in processes}
     for process in processes:
         process.join()
     assert len(inodes) == 1

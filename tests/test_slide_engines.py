@@ -65,7 +65,7 @@ def test_the_largest_image_is_the_slide(order: tuple[int, int], tmp_path: Path) 
     assert any("largest" in note for note in slide.info.notes) == (order[0] == 64)
 
 
-def test_a_focal_plane_is_chosen_and_told(tmp_path: Path) -> None:
+def test_a_focal_plane_is_chosen_and_reported(tmp_path: Path) -> None:
     sharp = picture(256, 256)
     blurred = np.full_like(sharp, sharp.mean())
     stack = np.stack([blurred, blurred, sharp, blurred])
@@ -166,8 +166,8 @@ def test_levels_of_other_scales() -> None:
     ],
 )
 def test_one_rule_for_what_is_said_of_the_scale(scale: tuple[float, float], mpp: float | None, noted: bool) -> None:
-    found, note = square_mpp(scale)
-    assert found == mpp
+    known, note = square_mpp(scale)
+    assert known == mpp
     assert (note is not None) == noted
 
 

@@ -156,8 +156,8 @@ def test_a_threshold_does_not_solve_it(slides: list[Rendered]) -> None:
         for y in range(0, HEIGHT, 256):
             for x in range(0, WIDTH - 255, 256):
                 green, truth = rgb[y : y + 256, x : x + 256, 1], mask[y : y + 256, x : x + 256]
-                found = green <= otsu_threshold(green)
-                both, dark, cell = both + (found & truth).sum(), dark + found.sum(), cell + truth.sum()
+                below = green <= otsu_threshold(green)
+                both, dark, cell = both + (below & truth).sum(), dark + below.sum(), cell + truth.sum()
     assert 0.5 < 2 * both / (dark + cell) < 0.82
 
 

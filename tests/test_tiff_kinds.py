@@ -47,23 +47,23 @@ def read_or_refusal(path: Path) -> np.ndarray | BadInput:
         return defect
 
 
-def test_every_kind_of_tiff_is_shown_right_or_refused(tmp_path: Path) -> None:
+def test_every_kind_of_tiff_is_read_right_or_refused(tmp_path: Path) -> None:
     outcomes: Counter[str] = Counter()
     wrong = []
     for number, kind in enumerate(all_kinds()):
         path = tmp_path / f"{number}.tif"
-        shown = write(path, kind, picture())
-        if shown is None:
+        expected_rgb = write(path, kind, picture())
+        if expected_rgb is None:
             outcomes["not written"] += 1
             continue
-        found = read_or_refusal(path)
-        if isinstance(found, BadInput):
-            assert is_unsupported(kind), f"{kind}: {found}"
-            assert found.code == "unsupported_slide", f"{kind}: {found}"
+        answer = read_or_refusal(path)
+        if isinstance(answer, BadInput):
+            assert is_unsupported(kind), f"{kind}: {answer}"
+            assert answer.code == "unsupported_slide", f"{kind}: {answer}"
             outcomes["refused"] += 1
             continue
         assert not is_unsupported(kind), f"{kind} is read now: take it off the list"
-        difference = int(np.abs(found - shown.astype(int)).max())
+        difference = int(np.abs(answer - expected_rgb.astype(int)).max())
         limit = LEVELS if kind.lossy else 1 if "+" in kind.layout else 0  # an alpha rounds once more
         if difference > limit:
             wrong.append(f"{kind}: {difference} levels")
@@ -125,12 +125,12 @@ def test_damage_is_refused_unless_no_decoder_can_tell(tmp_path: Path) -> None:
             if offset + size < len(content) - 8 and how == "cut":
                 continue  # something else follows the pixels
             path.write_bytes(damaged(content, offset, size, how, rng))
-            found = read_or_refusal(path)
-            if isinstance(found, BadInput):
-                assert found.reason
+            answer = read_or_refusal(path)
+            if isinstance(answer, BadInput):
+                assert answer.reason
                 outcomes[kind.compression, "refused"] += 1
             else:
-                same = np.array_equal(found, expected)
+                same = np.array_equal(answer, expected)
                 outcomes[kind.compression, "same pixels" if same else "no decoder can tell"] += 1
                 assert same or not judged_damaged(path), f"{kind}, {how}: wrong pixels, and tifffile would have known"
             os.unlink(path)
@@ -164,8 +164,8 @@ def test_tiles_that_the_file_leaves_out_are_background(compression: str, tmp_pat
         counts[5] = offsets[5] = 0
         tags["TileByteCounts"].overwrite(counts)
         tags["TileOffsets"].overwrite(offsets)
-    found = read_whole(fresh)
+    answer = read_whole(fresh)
     hole = np.s_[TILE : 2 * TILE, TILE : 2 * TILE]
-    assert (found[hole] == 255).all()
-    found[hole] = whole[hole]
-    assert np.array_equal(found, whole)
+    assert (answer[hole] == 255).all()
+    answer[hole] = whole[hole]
+    assert np.array_equal(answer, whole)

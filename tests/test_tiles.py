@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from slide_files import write_tiff
+from support.slide_files import write_tiff
 
 from apacs_ray.config.settings import DataSettings, TilesSettings
 from apacs_ray.data.folders import find_pairs

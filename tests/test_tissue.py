@@ -21,7 +21,7 @@ from apacs_ray.config.settings import TilesSettings
 from apacs_ray.data.grid import Box
 from apacs_ray.slides import tissue as tissue_module
 from apacs_ray.slides.open import open_slide
-from apacs_ray.slides.preview import COLORS, picture_of
+from apacs_ray.slides.preview import COLORS, draw_preview
 from apacs_ray.slides.reader import Level, SlideInfo
 from apacs_ray.slides.regions import closed, grown, opened
 from apacs_ray.slides.slide_grid import TilePlan, tiles_of
@@ -54,9 +54,9 @@ def test_cells_of_a_smear_are_found(seed: int) -> None:
         rgb, cells = render(spec)
         small = np.asarray(Image.fromarray(rgb).reduce(8))
         truth = np.asarray(Image.fromarray(cells.astype(np.uint8) * 255).reduce(8)) / 255
-        found = tissue_mask(small)
-        assert found[truth > 0.7].mean() > 0.85
-        assert found[truth == 0].mean() < 0.35  # mucus and neutrophils
+        tissue = tissue_mask(small)
+        assert tissue[truth > 0.7].mean() > 0.85
+        assert tissue[truth == 0].mean() < 0.35  # mucus and neutrophils
 
 
 def test_pen_bubbles_edges_and_dust_are_not_tissue(glass: Image.Image) -> None:
@@ -67,13 +67,13 @@ def test_pen_bubbles_edges_and_dust_are_not_tissue(glass: Image.Image) -> None:
     draw.line([(0, 330), (599, 322)], fill=(140, 140, 140), width=2)  # coverslip edge
     for x in range(300, 580, 35):
         draw.point((x, 380), fill=(60, 60, 60))  # dust
-    found = drawn(glass)
-    assert found.mean() < 0.01
+    tissue = drawn(glass)
+    assert tissue.mean() < 0.01
     draw.ellipse([350, 150, 364, 164], fill=(190, 140, 170))  # a cell
     draw.ellipse([420, 180, 450, 205], fill=(150, 190, 200))  # a clump
-    found = drawn(glass)
-    assert found[150:165, 350:365].mean() > 0.6
-    assert found[182:203, 422:448].mean() > 0.8
+    tissue = drawn(glass)
+    assert tissue[150:165, 350:365].mean() > 0.6
+    assert tissue[182:203, 422:448].mean() > 0.8
 
 
 def test_the_black_of_no_scan_is_no_tissue() -> None:
@@ -121,9 +121,9 @@ LIGHTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("light", LIGHTS)
 @pytest.mark.parametrize("name", ["dense", "sparse", "bare"])
 def test_cells_are_found_under_any_light(name: str, light: str, scenes: dict[str, Scene]) -> None:
-    found = score(lit(scenes[name], **LIGHTS[light]), scenes[name])
-    assert found.recall >= 0.97
-    assert found.false <= 4  # of tiles that touch those with cells, most of them
+    scores = score(lit(scenes[name], **LIGHTS[light]), scenes[name])
+    assert scores.recall >= 0.97
+    assert scores.false <= 4  # of tiles that touch those with cells, most of them
 
 
 def _lines(color: tuple[int, int, int], width: int) -> Paint:
@@ -172,9 +172,9 @@ def test_positions_that_were_not_scanned_are_neither_glass_nor_tissue(
     holes = np.kron(np.random.default_rng(7).random((SIDE // side, SIDE // side)) < 0.33, np.ones((side, side), bool))
     rgb = lit(scenes[name], glass=(222, 223, 220))
     rgb[holes] = fill
-    found = score(rgb, scenes[name].without(holes))
-    assert found.recall >= 0.97
-    assert found.false <= 4
+    scores = score(rgb, scenes[name].without(holes))
+    assert scores.recall >= 0.97
+    assert scores.false <= 4
 
 
 @pytest.mark.parametrize("surround", [(2, 2, 2), (75, 75, 75), (255, 255, 255), (238, 238, 232)])
@@ -183,9 +183,9 @@ def test_what_surrounds_the_scan_is_no_tissue(surround: tuple[int, int, int], sc
     outside[128:-128, 200:-150] = False
     rgb = lit(scenes["sparse"], glass=(222, 223, 220))
     rgb[outside] = surround
-    found = score(rgb, scenes["sparse"].without(outside))
-    assert found.recall >= 0.97
-    assert found.false <= 2
+    scores = score(rgb, scenes["sparse"].without(outside))
+    assert scores.recall >= 0.97
+    assert scores.false <= 2
 
 
 def test_a_chain_of_small_cells_is_no_line() -> None:
@@ -196,9 +196,9 @@ def test_a_chain_of_small_cells_is_no_line() -> None:
 
 
 def test_a_slide_that_does_not_say_its_scale(scenes: dict[str, Scene]) -> None:
-    found = score(lit(scenes["dense"]), scenes["dense"], mpp=None)
-    assert found.recall >= 0.97
-    assert found.false <= 4
+    scores = score(lit(scenes["dense"]), scenes["dense"], mpp=None)
+    assert scores.recall >= 0.97
+    assert scores.false <= 4
 
 
 def test_strong_compression_is_no_tissue(scenes: dict[str, Scene]) -> None:
@@ -220,9 +220,9 @@ def test_real_fields_on_a_canvas(real_pap: Path) -> None:
             mask = Image.open(real_pap / "Train_GroundTruth" / f"{path.stem}.png").convert("L")
             scene.cells[place] = np.asarray(mask.reduce(4)) > 127
             scene.things[place] = True
-        found = score(rgb, scene)
-        assert found.recall >= 0.95
-        assert found.false <= 1
+        scores = score(rgb, scene)
+        assert scores.recall >= 0.95
+        assert scores.false <= 1
 
 
 def test_a_level_that_is_there_is_read_and_no_finer_one() -> None:
@@ -251,9 +251,9 @@ def test_a_single_cell_keeps_its_tile_at_the_default_size() -> None:
     places = [(250, 250), (750, 250), (500, 760), (1250, 1250)]
     scene = singles(1500, places)
     tiles = plan_of(lit(scene))
-    kept = {(tile.box.x // 2000, tile.box.y // 2000) for tile in tiles if tile.skipped is None}
+    tiled = {(tile.box.x // 2000, tile.box.y // 2000) for tile in tiles if tile.skipped is None}
     # the third, a small one, lies on the border of two tiles: at least one has enough of it
-    assert kept - {(0, 1)} == {(0, 0), (1, 0), (1, 1), (2, 2)}
+    assert tiled - {(0, 1)} == {(0, 0), (1, 0), (1, 1), (2, 2)}
     assert all(0 < tile.tissue < 0.02 for tile in tiles if tile.skipped is None)
     by_share = plan_of(lit(scene), min_tissue_um2=np.inf)
     assert all(tile.skipped == "background" for tile in by_share)
@@ -274,7 +274,7 @@ def test_the_preview_shows_every_tile_and_why() -> None:
     tissue = find_tissue(slide)
     tiles = tiles_of(TilesSettings(size=1024), slide.info, tissue, 1.0, 0.5)
     picture = np.asarray(
-        Image.open(io.BytesIO(picture_of(tissue, slide.info.bounds, [(t.area, t.skipped) for t in tiles])))
+        Image.open(io.BytesIO(draw_preview(tissue, slide.info.bounds, [(t.area, t.skipped) for t in tiles])))
     )
     assert {tuple(color) for color in picture.reshape(-1, 3)} >= set(COLORS.values())
 

@@ -71,14 +71,14 @@ class _File:
 
 @dataclass(frozen=True)
 class _Unit:
-    """What could be a pair. `apart` are files of the same split and stem in other places."""
+    """Files that together could be a pair. `apart` are files of the same split and stem in other places."""
 
     files: Sequence[_File]
     apart: Sequence[_File] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What its slide may be called, from short to long."""
+        """Possible names of its slide, from short to long."""
         split, stem, place = self.files[0].split, self.files[0].stem, "/".join(self.files[0].place)
         within = f"{place}/{stem}" if place else f"{split}/{stem}"
         return stem, f"{split}/{stem}", within, f"{split}/{within}" if place else within
@@ -171,7 +171,7 @@ def _names(path: str) -> tuple[frozenset[Split], frozenset[Role]] | None:
 
 
 def _place(entry: Entry) -> _File | None:
-    """Return where a file belongs; None when it lies outside the layout. Raises BadInput where none can be told."""
+    """Return where a file belongs; None when it lies outside the layout. Raises BadInput where that is not clear."""
     named = None if _is_left(entry.path) else _names(entry.path)
     if named is None:
         return None

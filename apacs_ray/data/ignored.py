@@ -1,4 +1,4 @@
-"""Files of a listing that are not used: which are hidden or the system's, and what a person is told of the others."""
+"""Files of a listing that are not used: which ones are hidden or the system's, and how all of them are reported."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Ignored:
         return {kind: len(entries) for kind, entries in kinds.items() if entries}
 
     def describe(self) -> str | None:
-        """Return what a person is told of them: counts and the first few names; None when there are none."""
+        """Return a sentence about them, with counts and the first few names; None when there are none."""
         # name one file of each hidden place, so that each trash and snapshot is listed
         hidden: dict[str | None, Entry] = {}
         for entry in self.hidden:

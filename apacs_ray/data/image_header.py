@@ -63,7 +63,12 @@ BUFFER = 1 << 16
 
 @dataclass(frozen=True)
 class Header:
-    """A file whose header was read: `image` has no pixels yet, `bits` of a channel are used (None: not told)."""
+    """A file whose header was read.
+
+    Attributes:
+        image: without pixels yet.
+        bits: how many bits of a channel are used; None where the file does not say.
+    """
 
     image: ImageFile.ImageFile
     bits: int | None

@@ -104,7 +104,7 @@ def plan_tiles(sources: Sequence[Source], tiles: TilesSettings, data: DataSettin
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "val": [], "test": []}
     ordered = sorted(sources, key=lambda source: (source.pair.split, source.pair.slide_id, source.pair.image.path))
     for source in ordered:
-        rows[source.pair.split].extend(tiles_of(source, tiles))
+        rows[source.pair.split].extend(manifest_rows(source, tiles))
     val_unit = "given"
     if not rows["val"]:
         known = data.slide_regex is not None
@@ -117,7 +117,7 @@ def plan_tiles(sources: Sequence[Source], tiles: TilesSettings, data: DataSettin
     return Manifest(shards, val_unit, sum(len(part) for part in rows.values()))
 
 
-def tiles_of(source: Source, tiles: TilesSettings) -> list[dict[str, Any]]:
+def manifest_rows(source: Source, tiles: TilesSettings) -> list[dict[str, Any]]:
     """Return the tiles of one source, as rows of the manifest that have no split and shard yet."""
     pair = source.pair
     common = {
@@ -143,7 +143,7 @@ def _split_off_val(
 
 @dataclass(frozen=True)
 class ShardTask:
-    """What every shard of an ingest has in common."""
+    """The settings and stores that all shards of an ingest have in common."""
 
     data: Store
     output: Store
@@ -183,7 +183,7 @@ def write_shard(task: ShardTask, plan: pa.Table) -> Receipt:
 
 
 class _Pixels:
-    """The decoded source of the tile at hand: tiles of a source follow each other, so one is enough."""
+    """The decoded source of the current tile: tiles of a source follow each other, so one is enough."""
 
     def __init__(self, task: ShardTask) -> None:
         self.culprit = ""  # the file that the last BadInput is about

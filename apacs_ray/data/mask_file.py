@@ -1,9 +1,9 @@
-"""A mask's file, opened: its size and how it is stored, and its pixels by region, from memory or from a local file.
+"""An open mask file: its size, how it is stored, and its pixels by region, from memory or from a local file.
 
 Both layouts read masks here, so that a file means the same in each. libvips decodes PNG, JPEG and most TIFF, by region
-where the TIFF is tiled; what it lacks (BMP, the numbers of a PNG's colors, TIFF in ZSTD or LZMA, tiles of separate
-planes) Pillow decodes as a whole. Where a decoder passes over damage in silence, the streams are checked by a stricter
-one (`streams`).
+where the TIFF is tiled. Pillow decodes as a whole what libvips lacks: BMP, the numbers of a PNG's colors, TIFF in ZSTD
+or LZMA, tiles of separate planes. Streams whose damage a decoder does not report are checked by a stricter one
+(`streams`).
 """
 
 from __future__ import annotations

@@ -27,7 +27,21 @@ PHOTOMETRICS = {"MINISWHITE", "MINISBLACK", "RGB", "PALETTE", "YCBCR"}
 
 @dataclass(frozen=True)
 class Stored:
-    """How a mask is stored. `width` and `height` are px before its orientation is applied."""
+    """The way in which a mask is stored.
+
+    Attributes:
+        width: px, before its orientation is applied.
+        height: px, before its orientation is applied.
+        orientation: EXIF's, 1..8.
+        palette: of its colors, if it has one.
+        lossy: its pixels are not exact.
+        by_pillow: libvips does not read it.
+        tile: (width, height) px of its tiles, if it has some.
+        compression: of a TIFF tifffile's name, else the format.
+        offsets: of a TIFF's tiles or strips.
+        sizes: bytes of each.
+        tables: of its JPEG streams.
+    """
 
     width: int
     height: int

@@ -26,7 +26,7 @@ ADVICE = "data.mask_threshold N takes values of at least N as cell"
 
 @dataclass(frozen=True)
 class CellRule:
-    """A pixel is cell when its value (of colors: their luminance, Rec. 601) is at least this."""
+    """The rule of a mask: a pixel is cell when its value (of colors: the luminance, Rec. 601) is at least this."""
 
     at_least: int
 

@@ -29,7 +29,7 @@ READERS = 16  # threads that read footers, waiting for the store
 
 @dataclass(frozen=True)
 class Receipt:
-    """What became of the rows of one shard."""
+    """The account of one shard: what became of its rows."""
 
     path: str
     rows_in: int
@@ -111,7 +111,7 @@ def write_table(store: Store, table: pa.Table, receipt: Receipt, group: int | No
 
 @dataclass(frozen=True)
 class Place:
-    """Where one tile is stored."""
+    """The place where one tile is stored."""
 
     path: str
     group: int
@@ -121,7 +121,17 @@ class Place:
 
 @dataclass(frozen=True)
 class TileIndex:
-    """Where every tile of a split is, without its pixels: shard paths, and per tile its shard, row group and row."""
+    """The places of all tiles of a split, without their pixels.
+
+    Attributes:
+        paths: of the shards.
+        shard: (N,) int32, of each tile its number in `paths`.
+        group: (N,) int32, its row group.
+        row: (N,) int32, its row in the group.
+        tile_ids: of each tile.
+        slide_ids: of each tile.
+        largest: px, width x height of the largest tile.
+    """
 
     paths: tuple[str, ...]
     shard: np.ndarray[Any, np.dtype[np.int32]]

@@ -24,7 +24,7 @@ CHUNK = 1 << 20  # bytes
 
 
 def require_sound_jpeg(content: bytes) -> None:
-    """Refuse damage within a JPEG file, over which Pillow passes in silence.
+    """Refuse a JPEG file that is damaged within its stream, which Pillow does not report.
 
     What libjpeg-turbo cannot judge is left to Pillow. A few bytes between the pixels and the end of the file are a
     camera's padding; many are pixels that a decoder that lost its way did not reach.
@@ -58,7 +58,7 @@ def joined_jpeg(stream: bytes, tables: bytes, adobe: bytes = b"") -> bytes:
 
 
 def jpeg_size(content: bytes) -> tuple[int, int]:
-    """Return (height, width) in px that a JPEG stream says of itself. Raises ValueError for what is none."""
+    """Return (height, width) in px as a JPEG stream states them. Raises ValueError for another stream."""
     height, width, *_ = simplejpeg.decode_jpeg_header(content)
     return height, width
 

@@ -44,7 +44,7 @@ _UNSAFE = re.compile(r"[^\w.-]")
 
 @dataclass(frozen=True)
 class TilePlace:
-    """Where a tile lies in its source, and in the grid that it was cut by.
+    """The place of a tile in its source, and in the grid that it was cut by.
 
     Attributes:
         tile_id: `tile_id` of the source's name and the place.
@@ -77,12 +77,12 @@ class TilePlace:
 
 @dataclass(frozen=True)
 class TilePixels:
-    """What was read of a tile.
+    """The content of a tile.
 
     Attributes:
         image: (H, W, 3) uint8 sRGB, or the same as a picture of Pillow's.
         mask: (H, W) bool, True on cells; None where nobody annotated.
-        tissue: share of it (0..1) that is tissue: the number by which it was kept.
+        tissue: share of it (0..1) that is tissue: the number that `tiles.min_tissue` was compared with.
         focus: `quality.focus` of it, gray levels squared.
     """
 

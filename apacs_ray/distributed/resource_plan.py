@@ -118,8 +118,8 @@ def plan_training(
     names: Sequence[str],
     cluster: Cluster,
     *,
+    batch_size: int,
     workers: int = 0,
-    batch_size: int = 4,
     mode: Literal["auto", "parallel", "together"] = "parallel",
 ) -> TrainingPlan:
     """Resources for training `names` on `cluster`.

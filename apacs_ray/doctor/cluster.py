@@ -21,7 +21,7 @@ CONNECT_TIMEOUT = 3.0  # s
 ADVICE = "unset RAY_ADDRESS to run on this machine, or start the cluster (ray start --head) and give its address"
 
 
-def check_cluster(command: Command, look: Callable[[], Survey] = survey) -> Iterator[Finding]:
+def check_cluster(command: Command, probe: Callable[[], Survey] = survey) -> Iterator[Finding]:
     """Check the plans on the cluster at `RAY_ADDRESS`, else on this machine, where Ray is not started."""
     address = os.environ.get("RAY_ADDRESS", "")
     if not address or address == "local":
@@ -34,7 +34,7 @@ def check_cluster(command: Command, look: Callable[[], Survey] = survey) -> Iter
         yield Finding("cluster", "failed", f"RAY_ADDRESS {address}: {problem}", ADVICE)
         return
     try:
-        probed = look()
+        probed = probe()
     except ApacsError as error:
         advice = "set RAY_AUTH_MODE=token and the cluster's RAY_AUTH_TOKEN here; run the same Ray and Python there"
         yield Finding("cluster", "failed", f"RAY_ADDRESS {address}: {error}", advice)

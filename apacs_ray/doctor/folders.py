@@ -98,7 +98,7 @@ def _missing(folder: Path) -> list[Path]:
 
 
 def _remove(folder: Path, path: str, made: list[Path]) -> None:
-    for left in folder.glob(f".*{path}*") if folder.is_dir() else ():  # the file, its lock guard, what was cut short
+    for left in folder.glob(f".*{path}*") if folder.is_dir() else ():  # the file, its lock guard, unfinished writes
         left.unlink(missing_ok=True)
     (folder / path).unlink(missing_ok=True)
     for part in made:

@@ -14,10 +14,10 @@ from apacs_ray.storage import LocalStore, is_local, open_store
 
 GIB = 1 << 30
 SHARED_MEMORY = Path("/dev/shm")
-# what Ray gives its object store, unless told: a share of the free memory, within these bounds
+# what Ray gives its object store by default: a share of the free memory, within these bounds
 STORE_SHARE = 0.3
 STORE_MOST = 200 * 10**9
-STORE_BEYOND_SHARED_MEMORY = 10**10  # a larger store is cut down to shared memory
+STORE_BEYOND_SHARED_MEMORY = 10**10  # a larger store is limited to shared memory
 FULLEST = 0.95  # share of a disk from which on Ray warns and stops spilling to it
 SCARCE = 10 * GIB  # a run on real slides wants more
 TOO_LITTLE = GIB

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from apacs_ray.config.settings import DataSettings, TilesSettings
 from apacs_ray.data.folders import Pair
-from apacs_ray.data.image_tiles import ShardTask, Source, plan_tiles, probe_pair, tiles_of, write_shard
+from apacs_ray.data.image_tiles import ShardTask, Source, manifest_rows, plan_tiles, probe_pair, write_shard
 from apacs_ray.data.shards import open_table
 from apacs_ray.estimate.networks import SampleTile
 from apacs_ray.slides.manifest import SlideSummary, SlideTask, inspect_slide, read_manifest
@@ -82,7 +82,7 @@ def cut_pairs(store: Store, pairs: Sequence[Pair], tiles: TilesSettings, data: D
                 rows_out = open_table(stream, receipt.path).read(columns=["image", "mask"]).to_pylist()
         made, cut = receipt.rows_out / receipt.rows_in, _cut(rows_out, seconds)
         break
-    planned = [len(tiles_of(source, tiles)) if isinstance(source, Source) else 0 for source in sources]
+    planned = [len(manifest_rows(source, tiles)) if isinstance(source, Source) else 0 for source in sources]
     return Sample(tuple(made * count for count in planned), opening, cut)
 
 

@@ -10,7 +10,7 @@ from apacs_ray.evaluation.predictions import Mask
 
 Labels = npt.NDArray[np.int32]
 MATCH_IOU = 0.5  # from which a predicted object is the annotated one
-SMALLEST_OBJECT = 16  # px; smaller components are specks, neither found nor missed
+SMALLEST_OBJECT = 16  # px; smaller components are specks, which do not count
 EIGHT = np.ones((3, 3), bool)
 
 

@@ -39,7 +39,7 @@ STYLE = {
 WIDTH, ROW = 7.2, 0.28  # inches: a chart with a row a model
 PANEL = (3.0, 2.1)  # inches: one of several charts in a row
 SLIDES_DRAWN = 200  # a model at most
-FLOOR = "otsu"  # no rival of the fusion; it must not set the scale on which rivals are told apart
+FLOOR = "otsu"  # no rival of the fusion; it must not set the scale on which rivals are compared
 Rows = Mapping[str, Mapping[str, Any]]
 
 

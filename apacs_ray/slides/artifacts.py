@@ -1,4 +1,4 @@
-"""What on a small picture of a slide is neither glass nor smear: fill, ink and other opaque even things, lines, specks.
+"""Artifacts on a small picture of a slide, neither glass nor smear: fill, ink and other even things, lines, specks.
 
 Lengths and areas are um; a picture has `um` um per px, about 8, where a cell is a few px.
 """
@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from apacs_ray.data.images import Mask, Rgb
 from apacs_ray.slides.glass import DENSITY, Densities, Stain
-from apacs_ray.slides.regions import Components, Mask, grown, opened
+from apacs_ray.slides.regions import Components, grown, opened
 
-Picture = npt.NDArray[np.uint8]
 BLACK = 8  # gray level: what was not scanned is often black
 FILL_SHARE = 0.002  # a color that covers less than this share of a picture is no fill
 FILL_COLORS = 3
@@ -33,7 +33,7 @@ SPECK_AREA, DUST_AREA, DUST_OPAQUE = 300.0, 170.0, 700  # um2, um2, thousandths 
 PEAK = 1.75  # tissue somewhere exceeds the threshold by this factor; JPEG's steps on bare glass do not
 
 
-def fill(picture: Picture, outside: Mask) -> Mask:
+def fill(picture: Rgb, outside: Mask) -> Mask:
     """Find opaque areas of one color with straight edges: what a scanner or reader put where it had not scanned.
 
     Bare glass can be as even as fill, but the outline of its even parts is ragged.
@@ -60,7 +60,7 @@ def fill(picture: Picture, outside: Mask) -> Mask:
     return filled
 
 
-def _even_colors(picture: Picture, outside: Mask) -> list[tuple[int, int, int]]:
+def _even_colors(picture: Rgb, outside: Mask) -> list[tuple[int, int, int]]:
     """Return the commonest colors of blocks of 5 x 5 px that are of one color, brightest first."""
     color = picture[..., 0].astype(np.int32) << 16 | picture[..., 1].astype(np.int32) << 8 | picture[..., 2]
     if min(color.shape) < 5:
@@ -103,7 +103,7 @@ def _runs(edge: Mask, length: int) -> Mask:
     return out
 
 
-def even_things(picture: Picture, stain: Stain, known: Mask, um: float) -> Mask:
+def even_things(picture: Rgb, stain: Stain, known: Mask, um: float) -> Mask:
     """Find what is opaque, and of one density over more than any cell: ink, bubble rims, hair, blood.
 
     Args:

@@ -1,4 +1,4 @@
-"""The files that a slide needs beside the one that is opened, found by content.
+"""The companions of slides: files that a slide needs beside the one that is opened, found by content.
 
 DICOM: the files of its folder with its SeriesInstanceUID. VMS and VMU: the names inside it. MRXS: its own folder.
 A slide or an annotation is no other slide's companion. Only `read_heads` reads anything.
@@ -33,7 +33,7 @@ _NAMED = re.compile(
 
 @dataclass(frozen=True)
 class Heads:
-    """What the heads of files say, by path.
+    """The heads of files, by path: what they say of a slide's companions.
 
     Attributes:
         series: of DICOM files, their SeriesInstanceUID.

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from apacs_ray.slides.regions import Mask
+from apacs_ray.data.images import Mask
 
 Densities = npt.NDArray[np.int16]
 DENSITY = np.rint(-1000 * np.log(np.maximum(np.arange(256), 1) / 255)).astype(np.int16)  # by gray level
@@ -117,12 +117,12 @@ def _lamp(minima: Densities, known: Mask) -> Densities:
 
 
 def _opening(minima: Densities, width: float) -> Densities:
-    """Return a gray opening by squares of `width` blocks: what is narrower than that is not in it.
+    """Return a gray opening by squares of `width` blocks, which removes what is narrower than that.
 
-    What is unknown takes no part, and a window of which too little is known is passed over.
+    Unknown blocks are ignored, and so are windows of which too little is known.
 
     Returns:
-        As `minima`; NONE where all windows are passed over.
+        As `minima`; NONE where all windows are ignored.
     """
     side = max(1, round(width) | 1)
     known = ndimage.uniform_filter((minima[..., 0] < UNKNOWN).astype(np.float32), side, mode="constant")
@@ -137,7 +137,7 @@ def _opening(minima: Densities, width: float) -> Densities:
 
 @dataclass(frozen=True)
 class Stain:
-    """How much denser px are than the glass, thousandths, (H, W) int16 each.
+    """The density of px beyond that of the glass, thousandths, (H, W) int16 each.
 
     Attributes:
         most: of the channel that absorbs most, beside the glass near by.

@@ -27,7 +27,7 @@ from apacs_ray.slides.annotations.names import fov_origin
 from apacs_ray.slides.cache import SlideCache
 from apacs_ray.slides.mask_sources import NO_MASK, MaskSource, open_masks
 from apacs_ray.slides.open import open_slide
-from apacs_ray.slides.preview import picture_of
+from apacs_ray.slides.preview import draw_preview
 from apacs_ray.slides.reader import Slide, SlideInfo
 from apacs_ray.slides.slide_files import SlideFiles
 from apacs_ray.slides.slide_grid import TilePlan, grid_size, tiles_of
@@ -52,7 +52,7 @@ MANIFEST_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class SlideSummary:
-    """What is known of one slide before any tile is read."""
+    """The account of one slide before any tile is read."""
 
     slide: SlideFiles
     engine: str = ""
@@ -102,7 +102,7 @@ class SlideSummary:
 
 @dataclass(frozen=True)
 class SlideTask:
-    """What the inspection of every slide has in common."""
+    """The settings and stores that the inspection of all slides has in common."""
 
     data: Store
     masks: Store | None
@@ -145,11 +145,11 @@ def inspect_slide(task: SlideTask, number: int, slide: SlideFiles) -> SlideSumma
             info = reader.info
             tissue = find_tissue(reader, mpp_of(task, slide, info))
             tiles, summary = plan_slide(task, slide, info, tissue)
-            picture = picture_of(tissue, info.bounds, [(tile.area, tile.skipped) for tile in tiles])
+            preview = draw_preview(tissue, info.bounds, [(tile.area, tile.skipped) for tile in tiles])
             summary = _with_annotation(task, summary, info)
     except BadInput as defect:
         return SlideSummary(slide, reject=Reject.of(defect, task.data.uri_of(slide.path), slide.slide_id))
-    task.output.write(path.replace(".parquet", ".png"), picture)
+    task.output.write(path.replace(".parquet", ".png"), preview)
     rows = [_row(slide.image_id, tile) for tile in tiles if tile.skipped is None]
     table = pa.Table.from_pylist(rows, MANIFEST_SCHEMA.with_metadata({FOOTER: summary.to_json().encode()}))
     sink = io.BytesIO()

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from apacs_ray.config.settings import DataSettings
 from apacs_ray.data.grid import Box
+from apacs_ray.data.images import Mask
 from apacs_ray.data.mask_file import MaskFile, require_fits
 from apacs_ray.data.masks import CellRule, find_rule
 from apacs_ray.errors import BadInput
@@ -23,8 +24,7 @@ from apacs_ray.slides.annotations.read import read_annotations
 from apacs_ray.slides.annotations.shapes import LARGEST_FILE
 from apacs_ray.slides.reader import SlideInfo
 
-Mask = npt.NDArray[np.bool_]
-MAX_PIXELS = 400_000_000
+MAX_PIXELS: int = DataSettings.model_fields["max_pixels"].default
 NO_MASK = "no_mask"  # code of a picture beside a slide that is no mask of it: a note, no reject
 # codes that say that a doubtful image is no mask
 PICTURE_CODES = {NO_MASK, "grey_mask", "size_mismatch", "unsupported_mode", "multiple_frames"}

@@ -28,7 +28,7 @@ Order = Literal["first", "second", "never"]
 
 @dataclass(frozen=True)
 class FileFormat:
-    """What a file's content says: its first 4 bytes, and which of OpenSlide's formats it has (None: none of them)."""
+    """The format of a file by its content: its first 4 bytes, and which of OpenSlide's formats it has (None: none)."""
 
     path: Path
     magic: bytes

@@ -16,10 +16,10 @@ from openslide import lowlevel
 from PIL import Image
 
 from apacs_ray.data.grid import Box
-from apacs_ray.data.images import as_picture
+from apacs_ray.data.images import Mask, Rgb, as_picture
 from apacs_ray.errors import BadInput
 from apacs_ray.slides.mpp import square_mpp
-from apacs_ray.slides.reader import WHITE, Level, Mask, Rgb, SlideInfo, level_downsample
+from apacs_ray.slides.reader import WHITE, Level, SlideInfo, level_downsample
 
 PIXEL = ctypes.POINTER(ctypes.c_uint32)
 OPAQUE = np.uint32(0xFF000000)

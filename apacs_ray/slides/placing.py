@@ -26,10 +26,10 @@ NAMED_BY_ALL = {"dcm"}  # annotations may be named after any file of such a slid
 
 
 class Placing:
-    """The slides of a listing, and where each file that is none comes: to a slide, or to what is refused or left."""
+    """The slides of a listing, and where each other file belongs: to a slide, to the rejects, or to no slide."""
 
     def __init__(self, parts: Sequence[SlideParts], owners: dict[str, str | None], root: str, masks_root: str) -> None:
-        """Begin with the slides and no other file.
+        """Start with the slides; the other files follow by `place`.
 
         Args:
             parts: the slides' own files.

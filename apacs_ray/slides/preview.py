@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from apacs_ray.data.grid import Box
-from apacs_ray.slides.small_picture import Picture
+from apacs_ray.data.images import Rgb
 from apacs_ray.slides.tissue import ARTIFACT, OUT, SkipReason, Tissue
 
 SMALLEST, LARGEST = 640, 1600  # px, the longer side
@@ -29,7 +29,7 @@ WORDS: dict[SkipReason | None, str] = {
 LEGEND = 22  # px
 
 
-def picture_of(tissue: Tissue, bounds: Box, tiles: Sequence[tuple[Box, SkipReason | None]]) -> bytes:
+def draw_preview(tissue: Tissue, bounds: Box, tiles: Sequence[tuple[Box, SkipReason | None]]) -> bytes:
     """Draw the preview of a slide, with every tile framed in the color of what became of it.
 
     Glass is grayed, artifacts are orange, what was not scanned is striped; a line below says how many tiles are what.
@@ -60,7 +60,7 @@ def picture_of(tissue: Tissue, bounds: Box, tiles: Sequence[tuple[Box, SkipReaso
     return sink.getvalue()
 
 
-def _shaded(tissue: Tissue) -> Picture:
+def _shaded(tissue: Tissue) -> Rgb:
     picture = tissue.picture.copy()
     glass = ~tissue.mask
     faded = picture[glass].astype(np.float32)

@@ -1,4 +1,4 @@
-"""What a whole slide is to its readers, whichever engine reads it.
+"""The interface of an open slide, whichever engine reads it.
 
 Pixels are 8-bit RGB as stored, without color management; what a slide does not hold is its background color.
 `slides.open` chooses the engine.
@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from apacs_ray.data.grid import Box
+from apacs_ray.data.images import Mask, Rgb
 
-Rgb = npt.NDArray[np.uint8]
-Mask = npt.NDArray[np.bool_]
 Engine = Literal["auto", "vips", "openslide"]
 WHITE = (255, 255, 255)
 
@@ -33,7 +31,7 @@ class Level:
 
 @dataclass(frozen=True)
 class SlideInfo:
-    """What a slide says of itself.
+    """The properties of a slide, as its file states them.
 
     Attributes:
         engine: that reads it.
@@ -53,12 +51,12 @@ class SlideInfo:
 
     @property
     def width(self) -> int:
-        """Of level 0, px."""
+        """Width of level 0, px."""
         return self.levels[0].width
 
     @property
     def height(self) -> int:
-        """Of level 0, px."""
+        """Height of level 0, px."""
         return self.levels[0].height
 
     def level_for(self, downsample: float) -> int:

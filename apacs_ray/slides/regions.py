@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-Mask = npt.NDArray[np.bool_]
+from apacs_ray.data.images import Mask
+
 EIGHT = np.ones((3, 3), bool)  # neighbors by side or corner
 
 

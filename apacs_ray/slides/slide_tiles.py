@@ -1,4 +1,4 @@
-"""Shards of slides' tiles: which shard holds which tiles of which slide, and the writing of one shard.
+"""Shards of slides' tiles: the assignment of tiles to shards, and the writing of one shard.
 
 A shard holds tiles of one slide, neighbors in reading order, so that one task opens one slide once; a large slide is
 many shards and keeps all workers busy, and many small slides do so as well.

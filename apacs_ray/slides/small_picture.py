@@ -6,15 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from apacs_ray.data.grid import Box
+from apacs_ray.data.images import Mask, Rgb
 from apacs_ray.errors import BadInput
 from apacs_ray.slides.reader import KnowsHoles, Slide
-from apacs_ray.slides.regions import Mask
 
-Picture = npt.NDArray[np.uint8]
 UM_PER_PIXEL = 8.0  # a cell is a few px, and 200 000 x 100 000 px of 0.25 um are 20 Mpx
 COARSEST = 1.4  # a level may be coarser than UM_PER_PIXEL by this factor, else a finer one is read
 STRIP = 4096  # px, side of the squares in which a level is read
@@ -33,7 +31,7 @@ class SmallPicture:
         damaged: (H, W) bool, True where it cannot be read.
     """
 
-    picture: Picture
+    picture: Rgb
     outside: Mask
     damaged: Mask
 
@@ -86,7 +84,7 @@ def read_small(slide: Slide, number: int, shrink: int) -> SmallPicture:
     return SmallPicture(picture, outside, damaged)
 
 
-def _parts(slide: Slide, number: int, shrink: int) -> Iterator[tuple[Box, tuple[Picture, Mask] | None]]:
+def _parts(slide: Slide, number: int, shrink: int) -> Iterator[tuple[Box, tuple[Rgb, Mask] | None]]:
     """Yield a level in squares of `STRIP` px; around damage in smaller ones, of which the smallest are None."""
     level = slide.info.levels[number]
     strip = max(1, STRIP // shrink) * shrink
@@ -115,7 +113,7 @@ def _parts(slide: Slide, number: int, shrink: int) -> Iterator[tuple[Box, tuple[
             yield box, part
 
 
-def _read(slide: Slide, number: int, box: Box) -> tuple[Picture, Mask]:
+def _read(slide: Slide, number: int, box: Box) -> tuple[Rgb, Mask]:
     """Read a part of a level, and what of it the slide holds: all, where it cannot tell."""
     place = box.x, box.y, box.width, box.height
     if isinstance(slide, KnowsHoles):

@@ -1,4 +1,4 @@
-"""What a TIFF slide holds: its largest image, that image's levels and focal planes, and how their tiles are encoded."""
+"""The directory of a TIFF slide: its largest image, that image's levels and focal planes, and how tiles are encoded."""
 
 from __future__ import annotations
 

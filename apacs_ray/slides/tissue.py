@@ -1,9 +1,9 @@
 """Tissue: where a slide holds cells, found on a small picture of it, as in the paper from its intensity.
 
 Tissue is what is denser than the glass beside it, in the channel that absorbs most: faintly so where glass lies within
-a fifth of a millimeter (cells however pale; lamp, tint and vignette cancel), clearly so where it lies within a
-millimeter and a half (sheets of cells). What is not known or no smear is left out before and after (`artifacts`).
-All limits are in um on a picture of about 8 um per px, whatever the slide's size.
+a fifth of a millimeter (pale cells are found; lamp, tint and vignette cancel), clearly so where it lies within a
+millimeter and a half (sheets of cells). Parts that were not scanned and artifacts (`artifacts`) are excluded. All
+limits are in um on a picture of about 8 um per px, whatever the slide's size.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ import numpy as np
 import numpy.typing as npt
 
 from apacs_ray.data.grid import Box
+from apacs_ray.data.images import Mask, Rgb
 from apacs_ray.slides import artifacts
 from apacs_ray.slides.glass import BLOCK, Glass, block_minima, glass_of, stain_of
 from apacs_ray.slides.reader import Slide
-from apacs_ray.slides.regions import Mask, closed, grown
-from apacs_ray.slides.small_picture import UM_PER_PIXEL, Picture, level_to_read, read_small
+from apacs_ray.slides.regions import closed, grown
+from apacs_ray.slides.small_picture import UM_PER_PIXEL, level_to_read, read_small
 
 Excluded = npt.NDArray[np.uint8]
 SkipReason = Literal["background", "artifact", "unscanned"]
-Array = TypeVar("Array", Picture, Mask)
+Array = TypeVar("Array", Rgb, Mask)
 ASSUMED_MPP = 0.25  # um per px of a slide that does not say: cells of 2x or 0.5x the size are found all the same
 FAINTEST, FAINT_AT_MOST, DEVIATIONS = 20, 50, 4.5  # thousandths of density; standard deviations of the glass
 CLEAR = 110  # thousandths of density beyond the glass of the wide surroundings
@@ -47,7 +48,7 @@ class Tissue:
     """
 
     mask: Mask
-    picture: Picture
+    picture: Rgb
     downsample: float
     excluded: Excluded | None = None
 
@@ -113,7 +114,7 @@ def find_tissue(slide: Slide, mpp: float | None = None) -> Tissue:
     return Tissue(mask, small.picture, downsample, excluded)
 
 
-def tissue_mask(picture: Picture, um: float = UM_PER_PIXEL, outside: Mask | None = None) -> Mask:
+def tissue_mask(picture: Rgb, um: float = UM_PER_PIXEL, outside: Mask | None = None) -> Mask:
     """Return the (H, W) bool tissue of a small picture.
 
     Args:
@@ -127,8 +128,8 @@ def tissue_mask(picture: Picture, um: float = UM_PER_PIXEL, outside: Mask | None
     return split_picture(picture, um, outside)[0]
 
 
-def split_picture(picture: Picture, um: float, outside: Mask | None = None) -> tuple[Mask, Excluded]:
-    """Return the tissue of a small picture, and what of it takes no part.
+def split_picture(picture: Rgb, um: float, outside: Mask | None = None) -> tuple[Mask, Excluded]:
+    """Return the tissue of a small picture, and what was excluded from the search.
 
     Args:
         picture: (H, W, 3) uint8 sRGB.
@@ -182,7 +183,7 @@ def bands(height: int, width: int) -> Iterator[Band]:
         yield Band(slice(top, bottom), slice(first, end), slice(top - first, bottom - first), (first, end))
 
 
-def _hidden(picture: Picture, outside: Mask | None) -> Mask:
+def _hidden(picture: Rgb, outside: Mask | None) -> Mask:
     """Return what no scanner saw, with the px around it, which are a mixture of both."""
     black = np.ones(picture.shape[:2], bool)
     for channel in range(3):
@@ -198,7 +199,7 @@ def _whole_blocks(part: Array) -> Array:
     return np.pad(part, more, mode="edge")
 
 
-def faintest_stain(picture: Picture, known: Mask, glass: Glass) -> int:
+def faintest_stain(picture: Rgb, known: Mask, glass: Glass) -> int:
     """Return the least density that is no noise of this slide's glass, thousandths."""
     height, width = (side // BLOCK * BLOCK for side in known.shape)
     step = max(1, round((height * width / SAMPLES) ** 0.5)) * BLOCK  # whole blocks: the glass is known by blocks
@@ -215,7 +216,7 @@ def faintest_stain(picture: Picture, known: Mask, glass: Glass) -> int:
     return round(min(max(FAINTEST, lower + (0.674 + DEVIATIONS) * deviation), FAINT_AT_MOST))
 
 
-def _tissue_of(picture: Picture, known: Mask, glass: Glass, threshold: int, um: float) -> tuple[Mask, Mask]:
+def _tissue_of(picture: Rgb, known: Mask, glass: Glass, threshold: int, um: float) -> tuple[Mask, Mask]:
     """Return the tissue of a band, and the artifacts that were taken out."""
     height, width = known.shape
     stain = stain_of(_whole_blocks(picture), glass).cut(height, width)

@@ -14,11 +14,11 @@ import pyvips
 from PIL import Image
 
 from apacs_ray.data.grid import Box
-from apacs_ray.data.images import as_picture
+from apacs_ray.data.images import Mask, Rgb, as_picture
 from apacs_ray.data.quality import focus
 from apacs_ray.data.vips import open_vips, reason
 from apacs_ray.errors import BadInput
-from apacs_ray.slides.reader import Level, Mask, Rgb, SlideInfo, filled, level_downsample
+from apacs_ray.slides.reader import Level, SlideInfo, filled, level_downsample
 from apacs_ray.slides.tiff import OtherEngine, Pyramid
 from apacs_ray.slides.tiff_tiles import STRICTLY_DECODED, Pixels, TiffTiles
 

@@ -37,7 +37,7 @@ class Stamp:
 
 @dataclass(frozen=True)
 class CellTraits:
-    """What one cell looks like; lengths in um."""
+    """The traits of one cell; lengths in um."""
 
     radius: float
     corners: int

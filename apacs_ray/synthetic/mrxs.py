@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
-from apacs_ray.data.images import encode_image
+from apacs_ray.data.images import Rgb, encode_image
 
-Rgb = npt.NDArray[np.uint8]
 Source = Callable[[int, int, int, int], Rgb | None]  # x, y, width, height (level-0 px) -> (H, W, 3), or None: empty
 
 VERSION = b"01.02"
@@ -30,7 +28,19 @@ DATA_FILE = 1 << 30  # bytes after which a new Data*.dat begins: offsets are 31 
 
 @dataclass(frozen=True)
 class MrxsLayout:
-    """How a slide is stored. `image` is the side of a stored image, px; `width` and `height` are level-0 px."""
+    """The way in which a slide is stored.
+
+    Attributes:
+        width: level-0 px.
+        height: level-0 px.
+        levels: of the pyramid, each half as wide as the one before.
+        mpp: um per level-0 px.
+        image: side of a stored image, px.
+        codec: of the stored images.
+        quality: of JPEG, 1..100.
+        fill: the background color that the slide states, RGB 0..255.
+        slide_id: 32 hexadecimal digits.
+    """
 
     width: int
     height: int

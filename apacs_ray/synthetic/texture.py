@@ -1,4 +1,4 @@
-"""Randomness that belongs to a place: regions of a slide that are drawn apart fit together exactly."""
+"""Random fields and textures that belong to places: regions of a slide that are drawn apart fit together exactly."""
 
 from __future__ import annotations
 

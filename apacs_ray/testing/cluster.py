@@ -1,4 +1,4 @@
-"""A Ray cluster of a test's own on this machine: head and raylets as child processes, with ports and token apart."""
+"""A Ray cluster of several nodes on one machine: head and raylets as child processes, with ports and a token apart."""
 
 from __future__ import annotations
 
@@ -13,22 +13,50 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-Node = subprocess.Popen[bytes] | subprocess.Popen[str]  # `ray start --block`, or a driver with a Ray of its own
+
+class Node(Protocol):
+    """`ray start --block`, or a driver with a Ray of its own: what is used here of `subprocess.Popen`."""
+
+    @property
+    def pid(self) -> int:
+        """Its process id, also that of its session."""
+
+    def poll(self) -> int | None:
+        """Return the exit status, or None as long as it runs."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end and return the exit status."""
+
+
 DEFAULT_PORT = 6379  # of Ray's head
 FAKE_NODES = "[{cpus: 1, gpus: 0, count: 3}, {cpus: 1, gpus: 1, count: 1}]"  # as cluster/local.yaml says
+START_TIMEOUT = 90  # s in which a head or a node starts
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 
 class RayCluster:
-    """Starts with a head of `head_cpus`; `env` is what joins or submits to it.
+    """A head and the nodes that are added to it, until `stop`.
 
-    With an `autoscaling` config this starts nodes by itself. They dial the default port, so that must be free.
+    Attributes:
+        head: The head's process, `ray start --block`.
+        nodes: The nodes beside it, also those that have ended.
+        env: The environment in which `ray job` submits to it.
+        metrics: URL of the head's metrics, for Prometheus.
     """
 
     def __init__(self, folder: Path, head_cpus: int = 2, autoscaling: Path | None = None) -> None:
+        """Start the head and wait until it answers.
+
+        Args:
+            folder: Where the token lies.
+            head_cpus: CPUs of the head.
+            autoscaling: The config of an autoscaler, which starts nodes by itself. They dial Ray's default port, so
+                that must be free.
+        """
         gcs, dashboard, agent, metrics = _free_ports(4)
         scaled = [f"--autoscaling-config={autoscaling}", "--num-gpus=0"] if autoscaling else []
         fake = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "APACS_RAY_NODES": FAKE_NODES}
@@ -47,26 +75,24 @@ class RayCluster:
             "RAY_health_check_initial_delay_ms": "500",
             **(fake if autoscaling else {}),
         }
-        self.metrics = f"http://127.0.0.1:{metrics}/metrics"  # of the head, for Prometheus
+        self.metrics = f"http://127.0.0.1:{metrics}/metrics"
         self.env = {**self._env, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
         self._parts: list[Node] = []
+        self.nodes: list[Node] = []
         self.head = self._start(
             "--head", f"--port={gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",
             "--node-ip-address=127.0.0.1", f"--temp-dir={self._folder}", f"--num-cpus={head_cpus}",
             f"--dashboard-agent-listen-port={agent}", "--include-dashboard=true",
             f"--metrics-export-port={metrics}", *scaled,
         )  # fmt: skip
-        deadline = time.monotonic() + 60
-        while True:
-            with contextlib.suppress(OSError):
-                self.ask("api/jobs/")
-                return
-            assert self.head.poll() is None, "the head did not start"
-            assert time.monotonic() < deadline, "the head does not answer"
-            time.sleep(0.1)
+        try:
+            self._wait(self._answers, self.head, "the head")
+        except BaseException:
+            self.stop()
+            raise
 
     def ask(self, path: str) -> Any:
-        """What the head's dashboard says at a path: the commands of `ray job` do no more, and import all of Ray."""
+        """Return what the head's dashboard says at a path, as `ray job` asks it without importing all of Ray."""
         token = Path(self._env["RAY_AUTH_TOKEN_PATH"]).read_text()
         request = urllib.request.Request(
             f"{self.env['RAY_API_SERVER_ADDRESS']}/{path}", headers={"Authorization": f"Bearer {token}"}
@@ -80,16 +106,19 @@ class RayCluster:
         return {**self._env, "RAY_ADDRESS": self._address}
 
     def add_node(self, cpus: int = 2, temporary: Path | None = None) -> Node:
-        """Another raylet, with CPUs and maybe a temporary folder of its own; returns when it is there.
+        """Start another raylet, wait until it is there and return its process.
 
         Two that start at the same moment choose the same names for their sockets, and one of them ends.
+
+        Args:
+            cpus: Its CPUs.
+            temporary: Its `TMPDIR`.
         """
         (agent,) = _free_ports(1)
         options = (f"--address={self._address}", f"--num-cpus={cpus}", f"--dashboard-agent-listen-port={agent}")
         node = self._start(*options, env={"TMPDIR": str(temporary)} if temporary else {})
-        while not any(title.startswith("ray::RuntimeEnvAgent") for title in processes(node).values()):
-            assert node.poll() is None, "a node did not start"
-            time.sleep(0.05)
+        self._wait(lambda: any(t.startswith("ray::RuntimeEnvAgent") for t in processes(node).values()), node, "a node")
+        self.nodes.append(node)
         return node
 
     def drain(self, node: Node, notice: int) -> None:
@@ -101,6 +130,7 @@ class RayCluster:
         subprocess.run([*command, "--deadline-remaining-seconds", str(notice)], env=self._env, check=True)
 
     def stop(self) -> None:
+        """End the nodes and the head, with all that runs there."""
         for part in reversed(self._parts):
             if part.poll() is None:
                 os.killpg(part.pid, signal.SIGTERM)
@@ -110,6 +140,19 @@ class RayCluster:
             except subprocess.TimeoutExpired:  # it waits half a minute for its parts, which have ended
                 kill_node(part)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(OSError):
+            self.ask("api/jobs/")
+            return True
+        return False
+
+    def _wait(self, reached: Callable[[], bool], process: Node, name: str) -> None:
+        deadline = time.monotonic() + START_TIMEOUT
+        while not reached():
+            assert process.poll() is None, f"{name} did not start"
+            assert time.monotonic() < deadline, f"{name} does not answer"
+            time.sleep(0.1)
 
     def _start(self, *options: str, env: dict[str, str] | None = None) -> Node:
         process = subprocess.Popen(
@@ -124,7 +167,7 @@ class RayCluster:
 
 
 def processes(node: Node) -> dict[int, str]:
-    """Command lines of a node's processes by pid. Ray's workers, each in a process group, name themselves there."""
+    """Return the command lines of a node's processes by pid; Ray's workers name themselves there."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -136,7 +179,7 @@ def processes(node: Node) -> dict[int, str]:
 
 
 def listening(node: Node) -> set[str]:
-    """Addresses at which a node's processes, or a driver's and those of its own Ray, wait for connections."""
+    """Return the addresses at which a node's, or a driver's and its own Ray's, processes wait for connections."""
     at: dict[str, str] = {}
     for table in ("tcp", "tcp6"):
         for line in Path("/proc/net", table).read_text().splitlines()[1:]:
@@ -156,7 +199,7 @@ def listening(node: Node) -> set[str]:
 
 
 def kill_node(process: Node) -> None:
-    """A raylet and all its workers, at once."""
+    """Kill a raylet, or a driver, and all that it started, at once."""
     os.killpg(process.pid, signal.SIGKILL)
     for pid in processes(process):
         with contextlib.suppress(ProcessLookupError):

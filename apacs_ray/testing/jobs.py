@@ -1,4 +1,4 @@
-"""Pipeline scripts as jobs on a cluster of a test's own."""
+"""Pipeline scripts as jobs on a cluster."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ class Job:
         self.id = told.partition("Job '")[2].partition("'")[0]
 
     def status(self) -> str:
-        """As in `SUCCEEDED`."""
+        """Return its status, as in `SUCCEEDED`."""
         return str(self._cluster.ask(f"api/jobs/{self.id}")["status"])
 
     def logs(self) -> str:
+        """Return what it printed."""
         return self._ray("logs", self.id)
 
     def stop(self) -> None:
+        """Ask it to end, by SIGTERM."""
         self._ray("stop", self.id)
 
     def until(self, reached: Callable[[], T]) -> T:
@@ -42,7 +44,7 @@ class Job:
         return found
 
     def end(self) -> str:
-        """Wait for the end; its status."""
+        """Wait for the end and return its status."""
         self.until(lambda: self.status() in ENDED)
         return self.status()
 

@@ -1,4 +1,4 @@
-"""An HTTP proxy in front of an S3 endpoint that a test can make deny, forget and lie, or fail at random."""
+"""An HTTP proxy in front of an S3 endpoint that can be made to deny, forget and lie, or fail at random."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Draw = Callable[[], str | None]  # what the next request meets, of `KINDS`
 
 
 def at_random(rates: Mapping[str, float], seed: int) -> Draw:
-    """Each kind at its rate; a request meets one at most."""
+    """Draw each kind at its rate; a request meets one at most."""
     assert set(rates) <= set(KINDS)
     generator, lock = random.Random(seed), threading.Lock()
     kinds, weights = [*rates, None], [*rates.values(), 1 - sum(rates.values())]
@@ -45,7 +45,7 @@ def at_random(rates: Mapping[str, float], seed: int) -> Draw:
 
 
 def in_turn(*kinds: str | None) -> Draw:
-    """These, one a request, and nothing after them."""
+    """Draw these, one a request, and nothing after them."""
     left = list(kinds)
     return lambda: left.pop(0) if left else None
 
@@ -63,7 +63,7 @@ class Behavior:
 
 
 def refusing_writes() -> Behavior:
-    """A store that answers everything but writes."""
+    """Return the behavior of a store that answers everything but writes."""
     return Behavior(lambda method, listing: "SlowDown" if method in ("PUT", "POST") else None, status=503)
 
 
@@ -86,13 +86,13 @@ class Proxy:
     requests: list[Request] = field(default_factory=list)
 
     def met(self) -> Counter[str]:
-        """How many requests met what."""
+        """Return how many requests met what."""
         return Counter(request.fault for request in self.requests if request.fault)
 
 
 @contextmanager
 def proxy(endpoint: str) -> Iterator[Proxy]:
-    """A proxy before `endpoint` while the block runs."""
+    """Run a proxy before `endpoint` while the block runs, and yield it."""
     there = urlsplit(endpoint).netloc
     running = Proxy()
 

@@ -152,10 +152,9 @@ class ForkServer:
         return self._ended.get(pid)
 
     def close(self) -> None:
-        """End it. What it forked is ended by those who asked for it."""
+        """End it, with what it forked."""
         self._socket.close()
-        self._process.kill()
-        self._process.wait()
+        self._process.wait(timeout=30)
 
     def _hear(self) -> dict[str, Any]:
         while b"\n" not in self._unread:
@@ -167,6 +166,14 @@ class ForkServer:
         if said["what"] == "ended":
             self._ended[said["pid"]] = os.waitstatus_to_exitcode(said["status"])
         return said
+
+
+def end_session(leader: int) -> None:
+    """End a driver and its Ray at once, all that runs in its session."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if os.getsid(int(folder.name)) == leader:
+                os.kill(int(folder.name), signal.SIGKILL)
 
 
 def serve(asked: socket.socket) -> None:
@@ -181,17 +188,19 @@ def serve(asked: socket.socket) -> None:
     os.set_blocking(woken, False)
     signal.set_wakeup_fd(woken)
     signal.signal(signal.SIGCHLD, lambda *_: None)
+    running: set[int] = set()
     while True:
         ready, _, _ = select.select([asked, wake], [], [])
         if wake in ready:
             os.read(wake, 1 << 10)
             with contextlib.suppress(ChildProcessError):
                 while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                    running.discard(ended[0])
                     _tell(asked, what="ended", pid=ended[0], status=ended[1])
         if asked in ready:
             size, descriptors, _, _ = socket.recv_fds(asked, 4, 1)
             if not size:
-                return
+                break
             (output,) = descriptors
             message = b""
             while len(message) < int.from_bytes(size, "big"):
@@ -202,7 +211,10 @@ def serve(asked: socket.socket) -> None:
                     os.close(descriptor)
                 _become(json.loads(message), output)
             os.close(output)
+            running.add(pid)
             _tell(asked, what="started", pid=pid)
+    for pid in running:  # also where the tests were killed
+        end_session(pid)
 
 
 def _tell(asked: socket.socket, **said: Any) -> None:

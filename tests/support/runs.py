@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
+from pathlib import Path
 
-from support.forks import ForkedProcess, ForkServer
+from support.forks import ForkedProcess, ForkServer, end_session
 
-from apacs_ray.testing.cluster import processes
 from apacs_ray.testing.runs import ROOT, TIMEOUT, Done, environment
 
 TILE = 64
@@ -21,6 +18,8 @@ SMALL = [
     "--fusion.epochs", "2", "--fusion.crop", "56", "--fusion.learning_rate", "0.0001", "--fusion.from_best", "false",
 ]  # fmt: skip
 SWEPT = ["--fusion.from_best", "true", "--tune.config"]  # the path of a sweep follows
+
+Once = Callable[[str, Callable[[Path], None]], Path]  # the fixture `once`
 
 _running: list[ForkedProcess] = []
 
@@ -50,8 +49,5 @@ def end_all() -> None:
     while _running:
         process = _running.pop()
         if process.poll() is None:
-            process.kill()
-            for pid in processes(process):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            end_session(process.pid)
         process.stdout.close()

@@ -37,8 +37,8 @@ class Chosen:
 def choose_annotation(candidates: Sequence[Candidate]) -> Chosen:
     """Choose the annotation of a slide among the files of its name.
 
-    A picture whose name does not say that it is a mask yields to any other annotation, and a JPEG is never one. Of
-    several that are meant none is used: which is right, nobody knows.
+    A picture whose name does not say that it is a mask yields to any other annotation, and a JPEG is never a mask. Of
+    several annotations none is used, because nothing says which is right.
 
     Args:
         candidates: files that may annotate one slide.

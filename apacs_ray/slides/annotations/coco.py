@@ -1,4 +1,4 @@
-"""COCO's JSON of one slide, or of several of which one is it: polygons and run lengths, of any category."""
+"""COCO's JSON of one or several slides: the polygons and run lengths that belong to one of them, of any category."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the name of a file says of the slide that it annotates: whose annotation it is, of which kind, of which part.
+"""Names of annotation files: which slide a file annotates, in which format, and which part of it.
 
 An annotation is called as its slide, with or without the slide's own suffix: NAME.geojson, NAME.svs.geojson; JSON and
 XML may be compressed (.gz, .zip). A mask image may say that it is one (NAME_mask.png), and of which field of view it
@@ -39,7 +39,14 @@ def stem_of(path: str) -> str:
 
 @dataclass(frozen=True)
 class Fov:
-    """A field of view: where it begins, px of the full resolution, and such px per mask px."""
+    """A field of view.
+
+    Attributes:
+        x: left edge, px of the full resolution.
+        y: top edge, px of the full resolution.
+        downsample: px of the full resolution per mask px.
+        from_bounds: counted from the slide's bounds, as QuPath does, and not from its corner.
+    """
 
     x: int
     y: int
@@ -66,7 +73,7 @@ class AnnotationName:
 
     @property
     def says_mask(self) -> bool:
-        """Whether its name or folder leaves no other meaning, whosever it is."""
+        """Whether its name or folder can only mean an annotation, even if its slide is not known."""
         tile = any(reading.fov and reading.fov.from_bounds for reading in self.readings)
         return self.kind != "image" or self.in_masks or tile or any(reading.word for reading in self.readings)
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import shapely
 
+from apacs_ray.data.images import Mask
 from apacs_ray.slides.annotations.areas import Ring, rings_of
 from apacs_ray.slides.annotations.read import Annotations
 
-Mask = npt.NDArray[np.bool_]
 CROSSINGS_AT_ONCE = 4_000_000  # crossings of rows and edges that are counted at a time
 
 

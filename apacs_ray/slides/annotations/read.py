@@ -1,6 +1,7 @@
-"""Annotations of a slide, read from a file of any known format, which its content tells and not its name.
+"""Annotations of a slide, read from a file of any known format; its content tells the format, not its name.
 
-Annotations that cannot be used are listed one by one. A file of which none can is refused: it must not say "no cell".
+Annotations that cannot be used are listed one by one. A file with annotations, none of which can be used, is refused:
+else it would say that there is no cell.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ def _drawing(text: str, name: str) -> Drawing:
 
 
 class _Collected:
-    """What is gathered while the shapes of a file are checked."""
+    """The areas, holes and defects of a file's shapes."""
 
     def __init__(self) -> None:
         self.areas: dict[int, list[tuple[int, Polygon]]] = defaultdict(list)  # by layer, each with its index

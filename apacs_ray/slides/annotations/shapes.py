@@ -1,4 +1,4 @@
-"""What the readers of annotation files have in common: shapes as drawn, unchecked, and bounds on what is parsed."""
+"""Shapes of annotation files as drawn, unchecked, and limits on what is parsed: common to all readers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Drawing:
-    """All shapes of a file that was understood; none: nobody drew anything.
+    """All shapes of a file that was understood; there are none where nobody drew anything.
 
     Attributes:
         file_format: what the file is, for a person.

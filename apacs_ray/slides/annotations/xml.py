@@ -87,7 +87,7 @@ def _asap_polygon(annotation: Element) -> Polygon | str:
 
 
 def _number(point: Element, name: str) -> float:
-    """Return a coordinate; a comma is the decimal point of some countries, nobody writes one for the thousands."""
+    """Return a coordinate; a comma is the decimal mark of some countries and never a separator of thousands."""
     return float(point.attrib[name].replace(",", "."))
 
 
