@@ -177,7 +177,7 @@ class Ways:
         """Return the tasks of the pipeline on a Ray of `WORKERS` CPUs; the first call starts or joins it."""
         if "ray" not in sys.modules:
             start_ray(WORKERS)
-        from apacs_ray.distributed.slides import write_slide_shards
+        from apacs_ray.distributed.data import write_slide_shards
 
         task, summary = self._cutting.fresh(), self._cutting.summary
         return lambda: sum(r.rows_out for r in write_slide_shards(task, [summary], self._shards, lambda done: None))

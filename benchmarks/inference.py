@@ -20,11 +20,11 @@ import torch
 from measure import Elsewhere, alternate, forward_flops, matmul_peak, medians, options, require, show
 from torch import nn
 
-from apacs_ray.distributed.session import KEEP_MEMORY
+from apacs_ray.distributed.tasks import KEEP_MEMORY
 from apacs_ray.inference.predictor import Predictor
 from apacs_ray.models.ensemble import Ensemble
-from apacs_ray.models.fcn import build_member
 from apacs_ray.models.fusion import build_fusion
+from apacs_ray.models.registry import build_member
 from apacs_ray.models.spec import MEMBERS, Head, ModelSpec
 
 REFINED = "ours bfloat16, refined head"

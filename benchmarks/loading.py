@@ -1,9 +1,9 @@
 """Training samples a second and core, from Parquet shards of 2000 x 2000 tiles to augmented pixels.
 
-Bare: libjpeg-turbo's decoding of the same JPEGs (quality 95, 4:4:4) from memory, nothing else. Ours: `Feed.load` in
-the order and block size of training, that is reading row groups, decoding image and mask, flips and quarter turns, with
-a random crop of 1024 px (the default) and with whole tiles. One thread. Stain jitter runs on the training device, after
-the crop; its seconds a crop on this CPU are a row of their own.
+Bare: libjpeg-turbo's decoding of the same JPEGs (quality 95, 4:4:4) from memory, nothing else. Ours:
+`TileDataset.load` in the order and block size of training, that is reading row groups, decoding image and mask, flips
+and quarter turns, with a random crop of 1024 px (the default) and with whole tiles. One thread. Stain jitter runs on
+the training device, after the crop; its seconds a crop on this CPU are a row of their own.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from tiles import write_tiles
 
 from apacs_ray.data.shards import TileIndex, read_index, read_rows
 from apacs_ray.storage import LocalStore, Store
+from apacs_ray.training.augment import Augmentation, jitter_stain
 from apacs_ray.training.batch import Sample
-from apacs_ray.training.dataset import Crop, Feed
-from apacs_ray.training.jitter import jitter_stain
+from apacs_ray.training.dataset import TileDataset
 from apacs_ray.training.sampler import schedule
 
-SIDE, BLOCK = 2000, 2  # px of a tile; tiles of a block, as the feed of a run makes them
+SIDE, BLOCK = 2000, 2  # px of a tile; tiles of a block, as a run's tasks load them
 
 
 def main() -> None:
@@ -76,10 +76,10 @@ def main() -> None:
 
 def _epoch(store: Store, index: TileIndex, crop: int) -> Iterator[list[Sample]]:
     """Return the samples of one epoch in training order, block by block."""
-    feed = Feed(store, None, Crop(crop, True, True))
+    dataset = TileDataset(store, None, Augmentation(crop, True, True))
     refs = list(schedule(index.groups(), 0, epochs=range(1), batch_size=4, rank=0, world=1, seed=0))
     wanted = [(ref, index.place(ref.row)) for ref in refs]
-    return (feed.load(wanted[start : start + BLOCK]) for start in range(0, len(wanted), BLOCK))
+    return (dataset.load(wanted[start : start + BLOCK]) for start in range(0, len(wanted), BLOCK))
 
 
 if __name__ == "__main__":

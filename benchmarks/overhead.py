@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,22 +20,25 @@ import torch
 from measure import Elsewhere, medians, options, require, show, start_ray
 from tiles import write_tiles
 
+from apacs_ray.config.settings import TrainingSettings
 from apacs_ray.data.shards import read_index
 from apacs_ray.distributed.resource_plan import Cluster, Nodes, cluster_of, plan_training
-from apacs_ray.distributed.session import KEEP_MEMORY
-from apacs_ray.distributed.train import NetworkTask, TrainingTask, train
+from apacs_ray.distributed.tasks import KEEP_MEMORY
+from apacs_ray.distributed.train import train
+from apacs_ray.distributed.worker import NetworkTask, TrainingTask
 from apacs_ray.models.spec import ModelSpec
 from apacs_ray.models.weights import build
 from apacs_ray.runs.provenance import source_hash
 from apacs_ray.storage import LocalStore, Store
+from apacs_ray.training.augment import Augmentation
 from apacs_ray.training.checkpoints import complete_checkpoints
-from apacs_ray.training.config import TrainConfig
-from apacs_ray.training.dataset import Crop, Feed, in_memory
+from apacs_ray.training.dataset import TileDataset, in_memory
+from apacs_ray.training.device import default_device
 from apacs_ray.training.loop import Trainer
 from apacs_ray.training.sampler import schedule
 
 SIDE, BATCH = 512, 2
-FEED = Crop(0, True, True)
+AUGMENTATION = Augmentation(0, True, True)
 
 
 def main() -> None:
@@ -58,8 +62,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_tiles(LocalStore(folder), side, {"train": tiles, "val": 1})
         for name in (arguments.members or members).split(","):
-            config = TrainConfig(2, BATCH, 0, precision="auto")
-            task = _task(LocalStore(folder), name, width, config, cluster)
+            settings = TrainingSettings(epochs=2, batch_size=BATCH, dice_weight=0, jitter=0, patience=0)
+            task = _task(LocalStore(folder), name, width, settings, cluster)
             alone = Elsewhere(partial(_alone, task), KEEP_MEMORY["env_vars"])
             seconds: dict[str, list[float]] = {"alone": [], "Ray": []}
             for repetition in range(repetitions):
@@ -73,20 +77,17 @@ def main() -> None:
     show(f"an epoch of {tiles} tiles of {side} px, {task.plan.describe()}", rows, arguments.json)
 
 
-def _task(store: Store, name: str, width: float, config: TrainConfig, cluster: Cluster) -> TrainingTask:
-    network = NetworkTask(name, ModelSpec("member", name, width=width), config, "state", name)
+def _task(store: Store, name: str, width: float, settings: TrainingSettings, cluster: Cluster) -> TrainingTask:
+    network = NetworkTask(name, ModelSpec("member", name, width=width), settings, "state", name)
     indices = {split: read_index(store, split) for split in ("train", "val")}
     (plan,) = plan_training([name], cluster, batch_size=BATCH).networks
-    return TrainingTask((network,), Feed(store, None, FEED), indices, plan, 0, source_hash())
+    return TrainingTask((network,), TileDataset(store, None, AUGMENTATION), indices, plan, 0, 0, source_hash())
 
 
 def _with_ray(task: TrainingTask, state: str) -> float:
     """Return the seconds of the second epoch of a run on Ray."""
     (network,) = task.networks
-    fresh = TrainingTask(
-        (NetworkTask(network.name, network.spec, network.config, state, network.curves),),
-        task.feed, task.indices, task.plan, 0, task.source,
-    )  # fmt: skip
+    fresh = replace(task, networks=(replace(network, state=state),))
     train([fresh], parallel=True, on_progress=lambda name, now: None)
     seconds = complete_checkpoints(task.store, state)[-1].state["history"][1]["seconds"]
     task.store.delete_folder(state)
@@ -97,14 +98,13 @@ def _alone(task: TrainingTask) -> Any:
     """Set up the same epochs without Ray, from decoded tiles."""
     torch.set_num_threads(task.plan.threads)
     (network,) = task.networks
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes = task.indices["train"].groups(), len(task.indices["val"])
 
     def work() -> float:
         torch.manual_seed(0)
-        trainer = Trainer(build(network.spec), network.config, device=device)
+        trainer = Trainer(build(network.spec), network.settings, seed=0, device=default_device())
         refs = list(schedule(*sizes, epochs=range(2), batch_size=BATCH, rank=0, world=1, seed=0))
-        samples = list(in_memory(task.feed, task.indices, refs))
+        samples = list(in_memory(task.dataset, task.indices, refs))
         history = trainer.run(iter(samples), len(task.indices["train"]) // BATCH, lambda record, state: None)
         return history[1].seconds
 

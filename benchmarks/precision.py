@@ -9,7 +9,6 @@ from __future__ import annotations
 import statistics
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -18,11 +17,13 @@ import torch
 from measure import options, require, show
 from tiles import write_tiles
 
+from apacs_ray.config.settings import TrainingSettings
 from apacs_ray.data.shards import read_index
-from apacs_ray.models.fcn import build_member
+from apacs_ray.models.registry import build_member
 from apacs_ray.storage import LocalStore
-from apacs_ray.training.config import TrainConfig
-from apacs_ray.training.dataset import Crop, Feed, in_memory
+from apacs_ray.training.augment import Augmentation
+from apacs_ray.training.dataset import TileDataset, in_memory
+from apacs_ray.training.device import default_device
 from apacs_ray.training.history import EpochRecord
 from apacs_ray.training.loop import Trainer
 from apacs_ray.training.sampler import schedule
@@ -51,8 +52,10 @@ def main() -> None:
         for seed in range(arguments.first, arguments.first + seeds):
             row: dict[str, float | int | str] = {"seed": seed}
             for precision in ("float32", "bfloat16"):
-                config = TrainConfig(epochs, BATCH, seed, learning_rate=1e-3, dice_weight=0.5)
-                history = _train(store, replace(config, precision=precision), width)
+                settings = TrainingSettings(
+                    epochs=epochs, batch_size=BATCH, learning_rate=1e-3, jitter=0, patience=0, precision=precision
+                )
+                history = _train(store, settings, seed, width)
                 require([r.epoch for r in history] == list(range(epochs)), f"epochs of {precision}: {history}")
                 require(history[-1].train_loss < history[0].train_loss, f"{precision} learns nothing: {history}")
                 require(all(0 <= r.val_dice <= 1 for r in history), f"val Dice of {precision}: {history}")
@@ -72,14 +75,13 @@ def main() -> None:
     )
 
 
-def _train(store: LocalStore, config: TrainConfig, width: float) -> tuple[EpochRecord, ...]:
+def _train(store: LocalStore, settings: TrainingSettings, seed: int, width: float) -> tuple[EpochRecord, ...]:
     indices = {split: read_index(store, split) for split in ("train", "val")}
     sizes = indices["train"].groups(), len(indices["val"])
-    refs = schedule(*sizes, epochs=range(config.epochs), batch_size=BATCH, rank=0, world=1, seed=config.seed)
-    torch.manual_seed(config.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trainer = Trainer(build_member("fcn8", width=width, dropout=0.1), config, device=device)
-    samples = in_memory(Feed(store, None, Crop(0, True, True)), indices, refs)
+    refs = schedule(*sizes, epochs=range(settings.epochs), batch_size=BATCH, rank=0, world=1, seed=seed)
+    torch.manual_seed(seed)
+    trainer = Trainer(build_member("fcn8", width=width, dropout=0.1), settings, seed=seed, device=default_device())
+    samples = in_memory(TileDataset(store, None, Augmentation(0, True, True)), indices, refs)
     return trainer.run(samples, len(indices["train"]) // BATCH, lambda record, state: None)
 
 

@@ -110,7 +110,7 @@ def _write(task: SlideTask, summary: SlideSummary, shard: SlideShard) -> int:
 def _driver(work: Cutting, nodes: int) -> Callable[[], object]:
     """Set up a driver on the cluster of this process's environment."""
     start_ray()
-    from apacs_ray.distributed.slides import write_slide_shards
+    from apacs_ray.distributed.data import write_slide_shards
 
     work.turns = itertools.count(nodes * 1_000_000)
 

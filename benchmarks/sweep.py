@@ -26,13 +26,13 @@ from apacs_ray.data.shards import Receipt, read_index, write_table
 from apacs_ray.distributed.heatmaps import HEATMAP_SCHEMA
 from apacs_ray.inference.predictor import Predictor
 from apacs_ray.models.ensemble import Ensemble
-from apacs_ray.models.fcn import build_member
-from apacs_ray.models.spec import MEMBERS, fusion_spec
+from apacs_ray.models.registry import MEMBERS, build_member
+from apacs_ray.models.spec import fusion_spec
 from apacs_ray.models.weights import build
 from apacs_ray.storage import LocalStore, Store
+from apacs_ray.training.augment import Augmentation
 from apacs_ray.training.batch import Sample
-from apacs_ray.training.config import TrainConfig
-from apacs_ray.training.dataset import Crop, Feed, Heatmaps, decode_pixels, encode_heatmaps, one_by_one
+from apacs_ray.training.dataset import Heatmaps, TileDataset, decode_pixels, encode_heatmaps, one_by_one
 from apacs_ray.training.loop import Trainer
 from apacs_ray.training.sampler import schedule
 
@@ -78,11 +78,11 @@ def main() -> None:
 def _store_heatmaps(store: Store, predictor: Predictor) -> None:
     for split in ("train", "val"):
         index = read_index(store, split)
-        feed = Feed(store, None, Crop(0, False, False))
+        dataset = TileDataset(store, None, Augmentation(0, False, False))
         rows = []
         for number in range(len(index)):
             place = index.place(number)
-            rgb, _ = feed.decode(place)
+            rgb, _ = dataset.decode(place)
             rows.append({"tile_id": place.tile_id, "heatmaps": encode_heatmaps(predictor.probabilities(rgb))})
         path = Heatmaps(MEMBERS, FINGERPRINT).path(index.paths[0])
         write_table(store, pa.Table.from_pylist(rows, HEATMAP_SCHEMA), Receipt(path, len(rows), len(rows)))
@@ -101,18 +101,17 @@ def _epoch(store: Store, width: float, side: int, live: Predictor | None, *, aug
     Returns:
         The training loss.
     """
-    settings = FusionSettings(crop=side, batch_size=4)
-    config = replace(TrainConfig.of(settings, 0, epochs=1), precision="auto")
+    settings = FusionSettings(crop=side, batch_size=4, epochs=1)
     indices = {split: read_index(store, split) for split in ("train", "val")}
-    feed = Feed(store, Heatmaps(settings.members, FINGERPRINT), Crop(side, augmented, augmented))
+    dataset = TileDataset(store, Heatmaps(settings.members, FINGERPRINT), Augmentation(side, augmented, augmented))
     refs = schedule(
         indices["train"].groups(), len(indices["val"]), epochs=range(1), batch_size=4, rank=0, world=1, seed=0
     )
-    samples = one_by_one(feed, indices, refs)
+    samples = one_by_one(dataset, indices, refs)
     if live is not None:
         samples = (_through_members(sample, live) for sample in samples)
     torch.manual_seed(0)
-    trainer = Trainer(build(fusion_spec(settings, width)), config, device=torch.device("cpu"))
+    trainer = Trainer(build(fusion_spec(settings, width)), settings, seed=0, device=torch.device("cpu"))
     (record,) = trainer.run(samples, -(-len(indices["train"]) // 4), lambda record, state: None)
     return record.train_loss
 

@@ -1,7 +1,7 @@
-"""A training step of each member: this pipeline's epoch loop against a textbook float32 loop over the same networks.
+"""A training step of each member: this pipeline's step against a textbook float32 step over the same networks.
 
-Textbook: contiguous layout, float32, plain Adam, one `loss.item()` a step. Ours: `training.loop.Trainer` as a run uses
-it (channels_last, bfloat16 autocast where the device computes it fast, fused Adam, freed memory kept), fed from memory;
+Textbook: contiguous layout, float32, plain Adam, one `loss.item()` a step. Ours: `training.step` as a run uses it
+(channels_last, bfloat16 autocast where the device computes it fast, fused Adam, freed memory kept), fed from memory;
 each in a process of its own. Both pass the same uint8 tiles, dropout and binary cross-entropy. CPU: 512 x 512, batch 2.
 GPU: 2000 x 2000, by batch size. The share of the measured bfloat16 peak is the model FLOPs utilization (MFU).
 """
@@ -23,12 +23,13 @@ import torch.nn.functional as F
 from measure import Elsewhere, alternate, forward_flops, matmul_peak, medians, options, require, show
 from torch import nn
 
-from apacs_ray.distributed.session import KEEP_MEMORY
-from apacs_ray.models.fcn import build_member
-from apacs_ray.training.batch import Sample
-from apacs_ray.training.config import TrainConfig
-from apacs_ray.training.loop import Trainer
+from apacs_ray.config.settings import TrainingSettings
+from apacs_ray.distributed.tasks import KEEP_MEMORY
+from apacs_ray.models.registry import build_member
+from apacs_ray.training.batch import Sample, batches
+from apacs_ray.training.optim import make_optimizer
 from apacs_ray.training.sampler import SampleRef
+from apacs_ray.training.step import train_step
 
 BACKWARD = 2  # times the cost of a forward pass
 
@@ -136,21 +137,23 @@ class Textbook:
 
 
 class Ours:
-    """One epoch of one step by the trainer of a run."""
+    """One step as a run takes it."""
 
     def __init__(self, case: Case, compiled: bool = False) -> None:
-        config = TrainConfig(
-            epochs=1, batch_size=case.batch, seed=0, optimizer="adam", schedule="constant", precision="auto"
-        )
-        network = torch.compile(case.network()) if compiled else case.network()
-        self._trainer = Trainer(network, config, device=torch.device(case.device))
+        self._settings = TrainingSettings(optimizer="adam", dice_weight=0, jitter=0)
+        self._device = torch.device(case.device)
+        network = case.network().to(self._device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        self._model = torch.compile(network) if compiled else network
+        self._optimizer = make_optimizer(self._model, self._settings)
+        self._batch = case.batch
         refs = [SampleRef(0, "train", 0, row, 1 / case.batch, row) for row in range(case.batch)]
         self._samples = [Sample(ref, f"t{ref.row}", *tile) for ref, tile in zip(refs, case.tiles(), strict=True)]
 
     def __call__(self) -> float:
-        """Train one epoch and return its loss."""
-        self._trainer.history = ()
-        return self._trainer.run(iter(self._samples), 1, lambda record, state: None)[0].train_loss
+        """Train one step and return its loss."""
+        (batch,) = batches(iter(self._samples), self._batch)
+        output = train_step(self._model, self._optimizer, batch, self._settings, self._device)
+        return float(output.losses.mean())
 
 
 def _profile(work: Ours) -> dict[str, float]:

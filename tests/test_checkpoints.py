@@ -83,7 +83,8 @@ def test_a_damaged_one_takes_no_place(tmp_path: Path) -> None:
     folder = "members/fcn8/.state-1"
     keep(store, [0.1, 0.2, 0.9], tmp_path / "0")
     damaged = tmp_path / "run" / folder / "attempt-1/epoch_00002/model.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     fresh = keep(store, [0.1, 0.2], tmp_path / "1", attempt=2)
     found = complete_checkpoints(store, folder)
     assert [checkpoint.epoch for checkpoint in found] == [1, 2]

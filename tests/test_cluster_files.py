@@ -34,10 +34,10 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from apacs_ray.config.settings import Settings
 from apacs_ray.config.sweep import read_sweep
 from apacs_ray.distributed.autoscaler import startable_nodes
-from apacs_ray.distributed.pool import plan_pool
 from apacs_ray.distributed.resource_plan import Nodes, TrainingPlan, cluster_of, plan_training
+from apacs_ray.distributed.tasks import plan_pool
 from apacs_ray.errors import UsageError
-from apacs_ray.models.spec import MEMBERS
+from apacs_ray.models.registry import MEMBERS
 
 ROOT = Path(__file__).resolve().parent.parent
 CLUSTER = ROOT / "cluster"

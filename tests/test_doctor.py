@@ -22,7 +22,7 @@ from ray._common.utils import get_default_ray_temp_dir
 
 from apacs_ray.commands.doctor import doctor
 from apacs_ray.config.command_line import parse
-from apacs_ray.distributed.probe import Survey, cause
+from apacs_ray.distributed.probe import ClusterProbe, cause
 from apacs_ray.distributed.resource_plan import Nodes, cluster_of
 from apacs_ray.distributed.session import _private_sessions
 from apacs_ray.doctor import cluster, codecs, devices, folders, machine, objects, tables, versions
@@ -391,7 +391,7 @@ def test_the_plan_for_this_machine_and_for_a_cluster(monkeypatch: pytest.MonkeyP
     assert [finding.name for finding in cluster.check_cluster(here)] == ["cluster", "plan", "sweep"]
     with socket.create_server(("127.0.0.1", 0)) as head:
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{head.getsockname()[1]}")
-        two = Survey(cluster_of([Nodes(16, 2, 2)], []), 2)
+        two = ClusterProbe(cluster_of([Nodes(16, 2, 2)], []), 2)
         states = [(finding.name, finding.state) for finding in cluster.check_cluster(here, lambda: two)]
         assert states == [
             ("cluster", "ok"),
@@ -406,7 +406,7 @@ def test_the_plan_for_this_machine_and_for_a_cluster(monkeypatch: pytest.MonkeyP
         assert "GPU" in findings[1].message
         assert "20 trials, 16 at a time" in findings[2].message
 
-        def refused() -> Survey:
+        def refused() -> ClusterProbe:
             raise ApacsError("Ray did not join: version mismatch")
 
         assert "version mismatch" in only(cluster.check_cluster(remote, refused)).message

@@ -9,7 +9,7 @@ import torch
 from support.runs import SMALL, run
 
 from apacs_ray.commands.estimate import _count
-from apacs_ray.config.settings import DataSettings, TilesSettings
+from apacs_ray.config.settings import DataSettings, TilesSettings, TrainingSettings
 from apacs_ray.config.sweep import Distribution, Scheduler, Sweep
 from apacs_ray.data.folders import Pair, find_pairs
 from apacs_ray.distributed.resource_plan import Cluster, NetworkPlan, TrainingPlan, plan_training
@@ -20,7 +20,6 @@ from apacs_ray.estimate.networks import ASSUMED_GPU, Inference, SampleTile, Trai
 from apacs_ray.models.spec import ModelSpec
 from apacs_ray.storage import Entry, LocalStore
 from apacs_ray.testing.runs import read_json
-from apacs_ray.training.config import TrainConfig
 
 TILES = Tiles(train=100, val=20, test=40, size=1e6)
 MEMBERS = ["fcn32", "fcn16", "fcn8"]
@@ -37,7 +36,7 @@ def test_tiling_is_shared_by_all_cpus() -> None:
 
 def test_members_at_the_same_time_share_the_cores() -> None:
     """Three runs of one thread on two cores: all their work, over two."""
-    plan = plan_training(MEMBERS, Cluster(2, 0, 1, 2), batch_size=4)
+    plan = plan_training(MEMBERS, Cluster(2, 0, 1, 2))
     line = training("train_members", TILES, 10, COSTS, plan, cpus=2)
     work = sum(10 * (100 * (one.train + 0.1) + 20 * (one.validate + 0.1)) for one in COSTS)
     assert line.cpu_seconds == pytest.approx(work)
@@ -46,7 +45,7 @@ def test_members_at_the_same_time_share_the_cores() -> None:
 
 
 def test_members_together_read_a_tile_once() -> None:
-    plan = plan_training(MEMBERS, Cluster(1, 0, 1, 1), batch_size=4, mode="together")
+    plan = plan_training(MEMBERS, Cluster(1, 0, 1, 1), mode="together")
     line = training("train_members", TILES, 1, COSTS, plan, cpus=1)
     assert line.wall == pytest.approx(100 * (15 + 0.1) + 20 * (5 + 0.1) + lines.RUN)
 
@@ -124,10 +123,10 @@ def tile(undisturbed: Path) -> SampleTile:
 def test_networks_are_measured(tile: SampleTile) -> None:
     """On this machine, and assumed for a GPU, where seconds are as FLOPs."""
     threads = torch.get_num_threads()
-    config = TrainConfig(1, 2, 0)
+    settings = TrainingSettings(batch_size=2, crop=48)
     specs = [ModelSpec("member", "fcn8", width=width) for width in (0.05, 0.2)]
     fusion = ModelSpec("fusion", "fusion", width=0.05)
-    trainings = [Training(spec, config, 48, 1, 1) for spec in (*specs, fusion)]
+    trainings = [Training(spec, settings, 1, 1) for spec in (*specs, fusion)]
     inference = Inference({"fusion": fusion}, 0.05, 1, "float32")
     found = measure(tile, trainings, inference)
     assert all(min(one.train, one.validate, one.load) > 0 for one in found.trainings)

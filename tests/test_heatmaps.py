@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from apacs_ray.data.shards import TileIndex
 from apacs_ray.distributed.heatmaps import encode_heatmaps
 from apacs_ray.models.ensemble import Ensemble
-from apacs_ray.models.fcn import build_member
 from apacs_ray.models.fusion import build_fusion, fuse
-from apacs_ray.models.spec import MEMBERS, ModelSpec
+from apacs_ray.models.registry import MEMBERS, build_member
+from apacs_ray.models.spec import ModelSpec
 from apacs_ray.stages.heatmaps import assign_folds
 from apacs_ray.synthetic.slide import render_region, slide_specs
 from apacs_ray.training.dataset import decode_pixels

@@ -41,12 +41,11 @@ def test_a_job_is_stopped_and_goes_on_when_submitted_again(
         job.until(lambda: any(untrained.glob("members/fcn8/.state-*/attempt-1/epoch_00000/state.json")))
         wanted = {
             'ray_apacs_ray_stage_running{stage="train_members"}',
-            'ray_apacs_ray_rows{stage="train_members",what="fcn8"}',
-            'ray_apacs_ray_rows_per_second{stage="train_members",what="fcn8"}',
+            'ray_apacs_ray_rows_total{stage="train_members",what="fcn8"}',
         }
         seen = job.until(lambda: found if wanted <= (found := measured(cluster)).keys() else None)
         assert seen['ray_apacs_ray_stage_running{stage="train_members"}'] == 1
-        assert seen['ray_apacs_ray_rows{stage="train_members",what="fcn8"}'] > 0
+        assert seen['ray_apacs_ray_rows_total{stage="train_members",what="fcn8"}'] > 0
         job.stop()
         assert job.end() == "STOPPED"
         assert "the same command goes on from here" in job.logs()

@@ -19,7 +19,8 @@ from apacs_ray.evaluation.bootstrap import resample
 from apacs_ray.evaluation.metrics import compare, dice_of, iou_of, summarize
 from apacs_ray.evaluation.objects import boundary, label_objects, match_objects
 from apacs_ray.evaluation.per_tile import confusion, per_tile_schema, tile_row
-from apacs_ray.evaluation.predictions import MEMBERS, MODEL_KEYS, otsu, predictions, sigmoid
+from apacs_ray.evaluation.predictions import MODEL_KEYS, otsu, predictions, sigmoid
+from apacs_ray.models.registry import MEMBERS
 
 MODELS = ("fusion", "otsu")
 PIXELS = ("tp", "fp", "tn", "fn")

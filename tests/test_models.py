@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,13 +15,17 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.golden import image, published, reference
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
+from apacs_ray.config.settings import FusionSettings, MemberName
 from apacs_ray.errors import ApacsError
 from apacs_ray.models.ensemble import Ensemble
-from apacs_ray.models.fcn import FCN8, FCN16, SMALLEST, AlexTrunk, Upsample, build_member, sufficient
-from apacs_ray.models.fusion import RefinedFusion, build_fusion, mean_logit, start_from_fcn32
-from apacs_ray.models.spec import MEMBERS, ModelSpec
-from apacs_ray.models.weights import build, from_published, load_model, weights_bytes
+from apacs_ray.models.fcn import FCN8, FCN16, SMALLEST, AlexTrunk, Upsample, sufficient
+from apacs_ray.models.fusion import RefinedFusion, build_fusion, load_fcn32_trunk, mean_logit
+from apacs_ray.models.registry import COST_SIDE, MEMBERS, NETWORKS, build_member
+from apacs_ray.models.spec import ModelSpec
+from apacs_ray.models.weights import build, from_released, load_model, weights_bytes
 
 GOLDEN = json.loads((Path(__file__).parent / "support/golden_logits.json").read_text())
 WHOLE = Path(__file__).resolve().parents[2] / "shared/reference/published-outputs-176.npz"
@@ -179,18 +186,18 @@ def test_the_fusion_may_start_on_the_trunk_of_fcn32() -> None:
     torch.manual_seed(1)
     member = build_member("fcn32", width=TINY)
     network = build_fusion("published", ("fcn16", "fcn8"), width=TINY, heatmap_init="zero").eval()
-    start_from_fcn32(network, member.state_dict(), "zero")
+    load_fcn32_trunk(network, member.state_dict(), "zero")
     inputs = torch.rand(1, 5, 60, 70)
     with torch.inference_mode():
         ours, theirs = network.trunk(inputs), member.eval().trunk(inputs[:, 2:])
     for mine, other in zip(ours, theirs, strict=True):  # without a say of the heatmaps it sees what FCN-32 sees
         torch.testing.assert_close(mine, other)
-    start_from_fcn32(network, member.state_dict(), "mean")
+    load_fcn32_trunk(network, member.state_dict(), "mean")
     filters = network.trunk.conv1.weight
     for channel in range(2):
         torch.testing.assert_close(filters[:, channel], member.trunk.conv1.weight.mean(dim=1))
     with pytest.raises(ApacsError, match=r"members\.width"):
-        start_from_fcn32(network, build_member("fcn32", width=0.5).state_dict(), "zero")
+        load_fcn32_trunk(network, build_member("fcn32", width=0.5).state_dict(), "zero")
 
 
 def test_models_travel_as_safetensors_and_json() -> None:
@@ -206,7 +213,7 @@ def test_models_travel_as_safetensors_and_json() -> None:
     with pytest.raises(ApacsError, match="lack"):
         load_model(weights_bytes(model), ModelSpec("member", "fcn8", width=TINY))
     with pytest.raises(ApacsError, match="lacks"):
-        from_published("fcn8", {})
+        from_released("fcn8", {})
 
 
 def test_bfloat16_training_on_the_cpu_is_sound() -> None:
@@ -228,3 +235,27 @@ def test_bfloat16_training_on_the_cpu_is_sound() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
+
+
+class TestRegistry:
+    def test_costs_are_the_counted_operations(self) -> None:
+        for name, entry in NETWORKS.items():
+            spec = ModelSpec(entry.kind, name, head="published" if name == "fusion_published" else "refined")
+            channels = 3 if entry.kind == "member" else 3 + len(MEMBERS)
+            with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+                build(spec)(torch.empty(1, channels, COST_SIDE, COST_SIDE))
+            assert round(counter.get_total_flops() / 1e9, 1) == entry.gflops, name
+
+    def test_the_settings_name_its_members(self) -> None:
+        assert get_args(MemberName) == MEMBERS
+        assert FusionSettings().members == MEMBERS
+
+    def test_it_needs_no_torch(self) -> None:
+        code = "import sys, apacs_ray.models.registry; sys.exit('torch' in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+    def test_a_network_that_is_none_is_named(self) -> None:
+        with pytest.raises(ApacsError, match="fcn4: no such member; there is fcn32, fcn16, fcn8"):
+            build_member("fcn4")
+        with pytest.raises(ApacsError, match="fusion: no such member"):
+            build_member("fusion")

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from apacs_ray.models.ensemble import Ensemble
-from apacs_ray.models.fcn import build_member
 from apacs_ray.models.fusion import RefinedFusion, build_fusion
 from apacs_ray.models.onnx import export_onnx
+from apacs_ray.models.registry import build_member
 from apacs_ray.models.spec import MEMBERS, Head, ModelSpec
 
 WIDTH = 0.05

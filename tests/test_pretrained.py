@@ -12,16 +12,16 @@ from support.golden import weight
 from torch import Tensor, nn
 
 from apacs_ray.errors import ApacsError
-from apacs_ray.models.fcn import build_member
-from apacs_ray.models.start import (
+from apacs_ray.models.pretrained import (
     DEVIATION,
     MEAN,
     download_imagenet,
+    load_imagenet,
+    load_released,
     read_checkpoint,
-    start_from_imagenet,
-    start_from_released,
 )
-from apacs_ray.models.weights import PUBLISHED_NAMES
+from apacs_ray.models.registry import build_member
+from apacs_ray.models.weights import NETWORKS
 
 
 def _normalized(image: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def test_alexnet_features_are_torchvisions_inside_the_frame() -> None:
     torch.manual_seed(0)
     theirs = torchvision.models.alexnet(weights=None).eval()
     ours = build_member("fcn32").eval()
-    start_from_imagenet(ours, "fcn32", theirs.state_dict())
+    load_imagenet(ours, "fcn32", theirs.state_dict())
     image = torch.rand(1, 3, 322, 322)
     with torch.inference_mode():
         conv1 = theirs.features[:2](_normalized(image))[..., 2:70, 2:70]  # clear of their padding
@@ -51,7 +51,7 @@ def test_alexnet_features_are_torchvisions_inside_the_frame() -> None:
 def test_vgg_features_are_torchvisions_inside_the_frame(vgg: nn.Module, name: Any) -> None:
     """With 3 px cut off, 100 px of padding begin 96 px before theirs: 12 px of pool3."""
     ours = build_member(name).eval()
-    start_from_imagenet(ours, name, vgg.state_dict())
+    load_imagenet(ours, name, vgg.state_dict())
     image = torch.rand(1, 3, 291, 291)
     with torch.inference_mode():
         pool3 = vgg.features[:17](_normalized(image))
@@ -64,7 +64,7 @@ def test_vgg_features_are_torchvisions_inside_the_frame(vgg: nn.Module, name: An
 
 def test_the_classifier_becomes_convolutions(vgg: nn.Module) -> None:
     ours = build_member("fcn8")
-    start_from_imagenet(ours, "fcn8", vgg.state_dict())
+    load_imagenet(ours, "fcn8", vgg.state_dict())
     features = torch.rand(1, 512, 7, 7)
     with torch.inference_mode():
         dense = vgg.classifier[0](features.flatten(1))
@@ -73,9 +73,9 @@ def test_the_classifier_becomes_convolutions(vgg: nn.Module) -> None:
 
 def test_narrow_networks_cannot_take_them(vgg: nn.Module) -> None:
     with pytest.raises(ApacsError, match=r"members\.width 1\.0"):
-        start_from_imagenet(build_member("fcn8", width=0.25), "fcn8", vgg.state_dict())
+        load_imagenet(build_member("fcn8", width=0.25), "fcn8", vgg.state_dict())
     with pytest.raises(ApacsError, match=r"lack features\.0\.weight"):
-        start_from_imagenet(build_member("fcn8", width=0.25), "fcn8", {})
+        load_imagenet(build_member("fcn8", width=0.25), "fcn8", {})
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def _released(name: str, prefix: str) -> dict[str, Tensor]:
     shapes = build_member(name).state_dict()  # type: ignore[arg-type]
     return {
         f"{prefix}{theirs}.{part}": weight(f"{name}.{theirs}.{part}", tuple(shapes[f"{ours}.{part}"].shape))
-        for ours, theirs in PUBLISHED_NAMES[name].items()
+        for ours, theirs in NETWORKS[name].released.items()
         for part in ("weight", "bias")
         if f"{ours}.{part}" in shapes
     }
@@ -107,10 +107,10 @@ def test_a_released_checkpoint_is_read_as_tensors_only(prefix: str) -> None:
     torch.save(_released("fcn32", prefix), sink)
     state = read_checkpoint(sink.getvalue(), "fcn32.pth")
     network = build_member("fcn32")
-    start_from_released(network, "fcn32", state)
+    load_released(network, "fcn32", state)
     assert torch.equal(network.score.weight, weight("fcn32.score_fr.weight", (1, 4096, 1, 1)))
     with pytest.raises(ApacsError, match="shape"):
-        start_from_released(build_member("fcn32", width=0.25), "fcn32", state)
+        load_released(build_member("fcn32", width=0.25), "fcn32", state)
 
 
 class _Harm:

@@ -18,7 +18,8 @@ from PIL import Image
 from apacs_ray.config.settings import Settings
 from apacs_ray.evaluation.metrics import compare, summarize
 from apacs_ray.evaluation.per_tile import per_tile_schema, tile_row
-from apacs_ray.evaluation.predictions import MEMBERS, MODEL_KEYS
+from apacs_ray.evaluation.predictions import MODEL_KEYS
+from apacs_ray.models.registry import MEMBERS
 from apacs_ray.report.charts import VARIABLES, dice_chart, difference_chart, slide_chart, sweep_charts, training_charts
 from apacs_ray.report.overlays import COLORS, LARGEST, overlay, panel
 from apacs_ray.report.page import ReportContext, TilePicture, build_report

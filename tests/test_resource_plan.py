@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from apacs_ray.distributed.resource_plan import Cluster, Nodes, TrainingPlan, cluster_of, plan_training, plan_trials
 from apacs_ray.errors import ApacsError
-from apacs_ray.models.spec import MEMBERS
+from apacs_ray.models.registry import MEMBERS
 
 COUNT = st.integers(1, 64)
 
@@ -49,14 +49,14 @@ def test_a_plan_is_feasible(cpus: int, gpus: int, workers: int, batch: int, mode
 
 
 def test_two_cpus_train_all_three_at_once() -> None:
-    plan = plan_training(MEMBERS, machine(2), batch_size=4)
+    plan = plan_training(MEMBERS, machine(2))
     assert plan.mode == "parallel"
     assert [network.threads for network in plan.networks] == [1, 1, 1]
     assert "fcn8: 1 worker x 0.66 CPU (1 torch thread, 1 data task)" in plan.describe()
 
 
 def test_one_cpu_trains_in_turn() -> None:
-    assert plan_training(MEMBERS, machine(1), batch_size=4).mode == "in turn"
+    assert plan_training(MEMBERS, machine(1)).mode == "in turn"
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_gpus_go_where_the_work_is(gpus: int, workers: tuple[int, ...]) -> None:
     ],
 )
 def test_one_gpu_or_one_cpu_steps_the_members_together(cluster: Cluster, mode: str) -> None:
-    plan = plan_training(MEMBERS, cluster, batch_size=4, mode="auto")
+    plan = plan_training(MEMBERS, cluster, mode="auto")
     assert plan.mode == mode
     if mode == "together":
         ((names, network),) = plan.runs(MEMBERS)

@@ -12,7 +12,7 @@ from support.slide_files import picture, write_slide, write_tiff
 
 from apacs_ray.config.settings import DataSettings, TilesSettings
 from apacs_ray.data.grid import Box
-from apacs_ray.distributed.slides import of_one_slide, shard_rows, shards_a_task, write_rows
+from apacs_ray.distributed.data import of_one_slide, shard_rows, shards_a_task, write_rows
 from apacs_ray.errors import BadInput
 from apacs_ray.slides.cache import SlideCache
 from apacs_ray.slides.find import find_slides

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from apacs_ray.config.settings import Settings
-from apacs_ray.distributed.session import joined_machines, refuse_local
+from apacs_ray.distributed.cluster import joined_machines, refuse_local
 from apacs_ray.errors import ApacsError, UsageError
 from apacs_ray.runs import lease as lease_module
 from apacs_ray.runs.lease import LOCK, Holder, Lease, LeaseHeld

@@ -23,7 +23,7 @@ from torch import nn
 
 from apacs_ray.data.shards import Receipt, read_rows, write_table
 from apacs_ray.errors import ApacsError, StoreTroubleError
-from apacs_ray.models.spec import MEMBERS
+from apacs_ray.models.registry import MEMBERS
 from apacs_ray.runs import lease
 from apacs_ray.runs.lease import LOCK, Lease, LeaseHeld
 from apacs_ray.slides.cache import SlideCache

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from tensorboardX.crc32c import crc32c
@@ -12,8 +11,7 @@ from tensorboardX.crc32c import crc32c
 from apacs_ray.config.settings import DataSettings, Settings
 from apacs_ray.data.rejects import Reject
 from apacs_ray.data.shards import Receipt
-from apacs_ray.distributed import metrics as gauges_module
-from apacs_ray.distributed.metrics import Gauges
+from apacs_ray.distributed.metrics import RunMetrics
 from apacs_ray.distributed.session import RaySession
 from apacs_ray.errors import ApacsError
 from apacs_ray.runs.run import Run
@@ -97,61 +95,63 @@ def test_records_carry_their_checksums_and_a_cut_file_gives_its_whole_events(sto
     assert b"| head | refined |" in setting.tensor.string_val[0]
 
 
-class Watched:
-    """Gauges under a clock that stands until a test moves it."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.gauges = Gauges()
-
-    def rate(self, what: str = "fcn8", stage: str = "heatmaps") -> float:
-        self.gauges.tell()
-        return value(self.gauges, "rows_per_second", stage=stage, what=what)
+def value(metrics: RunMetrics, name: str, **tags: str) -> float:
+    return metrics.totals[name, tuple(tags.items())]
 
 
-def value(gauges: Gauges, name: str, **tags: str) -> float:
-    return gauges._values[name, tuple(tags.items())]
+class FakeMetric:
+    """Records what Prometheus would be given."""
+
+    def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
+        self.values: dict[tuple[str, ...], float] = {}
+        FAKES[name] = self
+
+    def inc(self, more: float, tags: dict[str, str]) -> None:
+        assert more > 0  # Ray refuses others
+        key = tuple(tags.values())
+        self.values[key] = self.values.get(key, 0.0) + more
+
+    def set(self, value: float, tags: dict[str, str]) -> None:
+        self.values[tuple(tags.values())] = value
+
+
+FAKES: dict[str, FakeMetric] = {}
 
 
 @pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
-    found = Watched()
-    monkeypatch.setattr(gauges_module, "time", SimpleNamespace(monotonic=lambda: found.now))
-    return found
+def exported(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeMetric]:
+    FAKES.clear()
+    for kind in ("Counter", "Gauge"):
+        monkeypatch.setattr(f"ray.util.metrics.{kind}", FakeMetric)
+    return FAKES
 
 
-def test_a_rate_is_of_the_last_minute_also_when_nothing_more_comes(watched: Watched) -> None:
-    for second in range(0, 200, 10):
-        watched.now = float(second)
-        watched.gauges.rows("heatmaps", "fcn8", second * (1 if second < 100 else 2))
-    assert watched.rate() == 2
-    watched.now += 30
-    assert watched.rate() == pytest.approx(1, rel=0.2)
-    watched.now += 60
-    assert watched.rate() == 0
+def test_what_was_done_before_ray_started_is_counted_too(exported: dict[str, FakeMetric]) -> None:
+    metrics = RunMetrics()
+    metrics.running("ingest", now=True)
+    for done in (0, 30, 30):
+        metrics.rows("ingest", "tiles", done)
+    metrics.open()
+    metrics.rows("ingest", "tiles", 70)
+    metrics.rejects("ingest", 2)
+    metrics.running("ingest", now=False)
+    metrics.close()
+    metrics.rows("ingest", "tiles", 90)  # Ray is gone
+    assert exported["apacs_ray_rows"].values == {("ingest", "tiles"): 70}
+    assert exported["apacs_ray_rejects"].values == {("ingest",): 2}
+    assert exported["apacs_ray_stage_running"].values == {("ingest",): 0}
+    assert value(metrics, "rows", stage="ingest", what="tiles") == 90
 
 
-def test_a_stage_that_has_ended_has_no_rate(watched: Watched) -> None:
-    for stage in ("ingest", "heatmaps"):
-        watched.gauges.running(stage, now=True)
-        for done in (0, 40):
-            watched.now += 10
-            watched.gauges.rows(stage, "tiles", done)
-    watched.gauges.running("ingest", now=False)
-    assert watched.rate("tiles", stage="ingest") == 0
-    assert watched.rate("tiles", stage="heatmaps") == 4
-    assert value(watched.gauges, "rows", stage="ingest", what="tiles") == 40
-
-
-def test_a_counter_that_starts_again_gives_no_negative_rate(watched: Watched) -> None:
+def test_a_counter_only_grows_when_work_of_the_same_name_begins_anew(exported: dict[str, FakeMetric]) -> None:
     """`heatmaps.folds` trains networks of the same names again and again."""
-    rates = []
+    metrics = RunMetrics()
+    metrics.open()
     for _ in range(2):
         for done in (0, 100, 200):
-            watched.now += 10
-            watched.gauges.rows("heatmaps", "fcn8", done)
-            rates.append(watched.rate())
-    assert rates == [0, 10, 10] * 2
+            metrics.rows("heatmaps", "fcn8", done)
+    metrics.close()
+    assert exported["apacs_ray_rows"].values == {("heatmaps", "fcn8"): 400}
 
 
 def test_rejects_count_units_and_tiles_also_where_they_are_too_many(
@@ -171,4 +171,4 @@ def test_rejects_count_units_and_tiles_also_where_they_are_too_many(
     with pytest.raises(ApacsError, match="2 of 4 pairs rejected"):
         run_stage(run, ray, Ingest(Source.of(run.store, run.data, run.settings)))
     run.close()
-    assert value(ray.gauges, "rejects", stage="ingest") == 5
+    assert value(ray.metrics, "rejects", stage="ingest") == 5

@@ -21,32 +21,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from apacs_ray.config.settings import TrainingSettings
 from apacs_ray.data.images import encode_mask
 from apacs_ray.errors import ApacsError, TrainingError, gpu_too_small
 from apacs_ray.inference.predictor import Predictor
 from apacs_ray.models.ensemble import Ensemble
-from apacs_ray.models.fcn import build_member
-from apacs_ray.models.spec import MEMBERS
-from apacs_ray.training.batch import Move, Sample, augment, batches
-from apacs_ray.training.config import TrainConfig
+from apacs_ray.models.registry import MEMBERS, build_member
+from apacs_ray.training.augment import Augmentation, augment, jitter_stain
+from apacs_ray.training.batch import Sample, batches
 from apacs_ray.training.dataset import decode_mask
-from apacs_ray.training.history import EpochRecord, history_csv, read_history
-from apacs_ray.training.jitter import jitter_stain
-from apacs_ray.training.loop import (
-    Trainer,
-    earliest_place,
-    epochs_since_best,
-    make_optimizer,
-    rate_factor,
-    train_epochs,
-)
+from apacs_ray.training.history import EpochRecord, epochs_since_best, history_csv, read_history
+from apacs_ray.training.loop import Trainer, earliest_place, train_epochs
 from apacs_ray.training.loss import tile_losses
+from apacs_ray.training.optim import learning_rate_factor, make_optimizer
+from apacs_ray.training.ranks import Ranks
 from apacs_ray.training.sampler import SampleRef, schedule
 from apacs_ray.training.state import TrainState, load_state, save_state
 
 CPU = torch.device("cpu")
 GROUPS, N_TRAIN, N_VAL = [5, 4], 9, 3
-CONFIG = TrainConfig(epochs=4, batch_size=4, seed=1, learning_rate=1e-2, dice_weight=0.5)
+SEED = 1
+CONFIG = TrainingSettings(
+    epochs=4, batch_size=4, learning_rate=1e-2, dice_weight=0.5, jitter=0, precision="float32", patience=0
+)
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -56,6 +53,10 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def changed(settings: TrainingSettings, **changes: Any) -> TrainingSettings:
+    return TrainingSettings.model_validate({**settings.model_dump(), **changes})
 
 
 class Tiny(nn.Module):
@@ -94,7 +95,7 @@ def tile(number: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
 
 
 def stream(
-    config: TrainConfig, first: int = 0, rank: int = 0, world: int = 1, crop: int = 12, first_step: int = 0
+    config: TrainingSettings, first: int = 0, rank: int = 0, world: int = 1, crop: int = 12, first_step: int = 0
 ) -> Iterator[Sample]:
     refs = schedule(
         GROUPS,
@@ -104,17 +105,17 @@ def stream(
         batch_size=config.batch_size,
         rank=rank,
         world=world,
-        seed=1,
+        seed=SEED,
     )
     for ref in refs:
         number = ref.row + (N_TRAIN if ref.phase == "val" else 0)
         inputs, mask = tile(number)
         if ref.phase == "train":
-            inputs, mask = augment(inputs, mask, ref.seed, crop=crop, flips=True, turns=True)
+            inputs, mask = augment(inputs, mask, ref.seed, Augmentation(crop, True, True))
         yield Sample(ref, f"t{number}", inputs, mask)
 
 
-def steps(config: TrainConfig) -> int:
+def steps(config: TrainingSettings) -> int:
     return -(-N_TRAIN // config.batch_size)
 
 
@@ -132,7 +133,7 @@ def timeless(trainer: Trainer) -> list[EpochRecord]:
 
 
 def after(count: int) -> Callable[[], bool]:
-    """A notice that comes with the `count`-th step."""
+    """A preemption that is known after the `count`-th step."""
     asked = iter(range(1, count + 1))
     return lambda: next(asked) == count
 
@@ -160,7 +161,7 @@ class TestSamples:
         mask = np.random.default_rng(0).integers(0, 2, (30, 40), dtype=np.uint8)
         inputs = np.stack([mask * 200, mask * 100, mask, mask], axis=2)
         for seed in range(40):
-            moved, moved_mask = augment(inputs, mask, seed, crop=25, flips=True, turns=True)
+            moved, moved_mask = augment(inputs, mask, seed, Augmentation(25, True, True))
             assert moved.shape == (25, 25, 4)
             assert moved.dtype == moved_mask.dtype == np.uint8
             assert (moved[..., 0] == moved_mask * 200).all()
@@ -169,23 +170,23 @@ class TestSamples:
     def test_all_eight_orientations_come_and_the_seed_fixes_them(self) -> None:
         mask = np.arange(16, dtype=np.uint8).reshape(4, 4)
         inputs = np.repeat(mask[..., None], 3, axis=2)
-        seen = {augment(inputs, mask, seed, crop=0, flips=True, turns=True)[1].tobytes() for seed in range(80)}
+        seen = {augment(inputs, mask, seed, Augmentation(0, True, True))[1].tobytes() for seed in range(80)}
         assert len(seen) == 8
-        same = [augment(inputs, mask, 5, crop=2, flips=True, turns=True)[1] for _ in range(2)]
+        same = [augment(inputs, mask, 5, Augmentation(2, True, True))[1] for _ in range(2)]
         assert (same[0] == same[1]).all()
-        plain, _ = augment(inputs, mask, 5, crop=0, flips=False, turns=False)
+        plain, _ = augment(inputs, mask, 5, Augmentation(0, False, False))
         assert (plain == inputs).all()
 
     @given(st.integers(1, 150), st.integers(1, 150), st.sampled_from([(), (1,), (3,), (6,)]), st.integers(0, 99))
-    def test_a_move_is_the_window_flipped_and_turned(
+    def test_a_transform_is_the_window_flipped_and_turned(
         self, height: int, width: int, channels: tuple[int, ...], seed: int
     ) -> None:
         picture = np.random.default_rng(seed).integers(0, 256, (height, width, *channels), dtype=np.uint8)
-        move = Move.draw(seed, (height, width), crop=100, flips=True, turns=True)
-        window = picture[move.top : move.top + 100, move.left : move.left + 100]
-        window = window[::-1] if move.down else window
-        window = window[:, ::-1] if move.across else window
-        assert np.array_equal(move.of(picture), np.rot90(window, move.quarters))
+        transform = Augmentation(100, True, True).draw(seed, (height, width))
+        window = picture[transform.top : transform.top + 100, transform.left : transform.left + 100]
+        window = window[::-1] if transform.flip_rows else window
+        window = window[:, ::-1] if transform.flip_columns else window
+        assert np.array_equal(transform.apply(picture), np.rot90(window, transform.quarters))
 
     def test_a_window_of_a_stored_mask(self) -> None:
         mask = np.random.default_rng(0).integers(0, 2, (30, 41)).astype(bool)
@@ -195,14 +196,14 @@ class TestSamples:
 
     def test_a_tile_smaller_than_the_crop_stays_whole(self) -> None:
         inputs, mask = tile(0)
-        cropped, cropped_mask = augment(inputs, mask, 1, crop=18, flips=False, turns=False)
+        cropped, cropped_mask = augment(inputs, mask, 1, Augmentation(18, False, False))
         assert cropped.shape == (16, 18, 3)
         assert cropped_mask.shape == (16, 18)
 
     def test_crops_reach_every_corner(self) -> None:
         mask = np.arange(9, dtype=np.uint8).reshape(3, 3)
         inputs = np.repeat(mask[..., None], 3, axis=2)
-        corners = {int(augment(inputs, mask, seed, crop=2, flips=False, turns=False)[1][0, 0]) for seed in range(60)}
+        corners = {int(augment(inputs, mask, seed, Augmentation(2, False, False))[1][0, 0]) for seed in range(60)}
         assert corners == {0, 1, 3, 4}
 
     def test_batches_end_with_their_step_and_pad(self) -> None:
@@ -293,8 +294,8 @@ class TestLoss:
 
 class TestRate:
     def test_warm_up_then_cosine(self) -> None:
-        config = replace(CONFIG, epochs=10, warmup_epochs=2, schedule="cosine")
-        rates = [rate_factor(config, epoch, step, 4) for epoch in range(10) for step in range(4)]
+        config = changed(CONFIG, epochs=10, warmup_epochs=2, schedule="cosine")
+        rates = [learning_rate_factor(config, epoch, step, 4) for epoch in range(10) for step in range(4)]
         assert rates[:8] == pytest.approx([(number + 1) / 8 for number in range(8)])
         assert rates[8] == 1.0
         assert rates[24] == pytest.approx(0.5)
@@ -304,15 +305,15 @@ class TestRate:
     @pytest.mark.parametrize("warmup", [0.0, 0.001, 0.4, 3.0, 50.0])
     @pytest.mark.parametrize("schedule_", ["constant", "cosine"])
     def test_it_stays_between_0_and_1(self, warmup: float, schedule_: Any) -> None:
-        config = replace(CONFIG, epochs=3, warmup_epochs=warmup, schedule=schedule_)
-        assert all(0 < rate_factor(config, epoch, step, 5) <= 1 for epoch in range(3) for step in range(5))
+        config = changed(CONFIG, epochs=3, warmup_epochs=warmup, schedule=schedule_)
+        assert all(0 < learning_rate_factor(config, epoch, step, 5) <= 1 for epoch in range(3) for step in range(5))
 
 
 class TestTraining:
     def test_it_learns_in_bfloat16_too(self) -> None:
         for precision in ("float32", "bfloat16"):
-            config = replace(CONFIG, epochs=12, precision=precision, learning_rate=3e-2, jitter=0.05)
-            trainer = Trainer(tiny(0.0), config, device=CPU)
+            config = changed(CONFIG, epochs=12, precision=precision, learning_rate=3e-2, jitter=0.05)
+            trainer = Trainer(tiny(0.0), config, seed=SEED, device=CPU)
             history = trainer.run(stream(config), steps(config), nothing)
             assert history[-1].val_dice > 0.9
             assert history[-1].train_loss < history[0].train_loss / 2
@@ -322,8 +323,8 @@ class TestTraining:
     def test_accumulation_changes_nothing(self) -> None:
         runs = []
         for accumulate in (1, 2, 4):
-            config = replace(CONFIG, accumulate=accumulate, optimizer="sgd")
-            trainer = Trainer(tiny(0.0), config, device=CPU)
+            config = changed(CONFIG, accumulate=accumulate, optimizer="sgd")
+            trainer = Trainer(tiny(0.0), config, seed=SEED, device=CPU)
             history = trainer.run(stream(config), steps(config), nothing)
             runs.append((flat(trainer.model), history[-1].train_loss, history[-1].val_dice))
         for weights, loss, dice in runs[1:]:
@@ -331,8 +332,8 @@ class TestTraining:
             assert (loss, dice) == pytest.approx(runs[0][1:], abs=1e-6)
 
     def test_one_step_is_a_step_along_the_mean_gradient_of_the_batch(self) -> None:
-        config = replace(CONFIG, epochs=1, batch_size=9, accumulate=3, optimizer="sgd", dice_weight=0.3)
-        trainer = Trainer(tiny(0.0), config, device=CPU)
+        config = changed(CONFIG, epochs=1, batch_size=9, accumulate=3, optimizer="sgd", dice_weight=0.3)
+        trainer = Trainer(tiny(0.0), config, seed=SEED, device=CPU)
         trainer.run(stream(config), 1, nothing)
         model = tiny(0.0)
         train = [item for item in stream(config) if item.ref.phase == "train"]
@@ -346,8 +347,8 @@ class TestTraining:
         assert torch.allclose(flat(trainer.model), flat(model), atol=1e-7)
 
     def test_validation_is_pooled_over_all_pixels_of_all_tiles(self) -> None:
-        config = replace(CONFIG, epochs=1)
-        trainer = Trainer(tiny(), config, device=CPU)
+        config = changed(CONFIG, epochs=1)
+        trainer = Trainer(tiny(), config, seed=SEED, device=CPU)
         (record,) = trainer.run(stream(config), steps(config), nothing)
         overlap = predicted = true = 0
         losses = []
@@ -365,7 +366,7 @@ class TestTraining:
         assert record.val_loss == pytest.approx(sum(losses) / 3, rel=1e-5)
 
     def test_repeats_of_weight_0_count_nowhere(self) -> None:
-        config = replace(CONFIG, epochs=1, optimizer="sgd")
+        config = changed(CONFIG, epochs=1, optimizer="sgd")
 
         def with_repeats() -> Iterator[Sample]:
             for item in stream(config):
@@ -373,7 +374,7 @@ class TestTraining:
                 if item.ref.phase == "train":
                     yield replace(item, ref=replace(item.ref, weight=0.0))
 
-        plain, repeated = (Trainer(tiny(0.0), config, device=CPU) for _ in range(2))
+        plain, repeated = (Trainer(tiny(0.0), config, seed=SEED, device=CPU) for _ in range(2))
         plain.run(stream(config), steps(config), nothing)
         repeated.run(with_repeats(), steps(config), nothing)
         assert torch.allclose(flat(plain.model), flat(repeated.model), atol=1e-6)
@@ -381,7 +382,7 @@ class TestTraining:
         assert repeated.history[0].train_dice == pytest.approx(plain.history[0].train_dice, rel=1e-5)
 
     def test_a_loss_that_is_not_finite_stops_before_the_checkpoint_and_names_tiles(self) -> None:
-        config = replace(CONFIG, epochs=2, batch_size=1)
+        config = changed(CONFIG, epochs=2, batch_size=1)
 
         def marked() -> Iterator[Sample]:
             for item in stream(config):
@@ -391,24 +392,26 @@ class TestTraining:
 
         (turn,) = [i.ref.step for i in marked() if (i.tile_id, i.ref.epoch, i.ref.phase) == ("t5", 1, "train")]
         ends: list[int] = []
-        trainer = Trainer(Breaks(), config, device=CPU)
+        trainer = Trainer(Breaks(), config, seed=SEED, device=CPU)
         with pytest.raises(ApacsError, match=rf"epoch 1, train step {turn}: .*\(tiles t5\)"):
             trainer.run(marked(), steps(config), lambda record, _: ends.append(record.epoch))
         assert ends == [0]
 
     def test_weights_that_the_last_step_broke_never_reach_a_checkpoint(self) -> None:
-        config = replace(CONFIG, batch_size=N_TRAIN, learning_rate=1e38)  # one step an epoch, with a finite loss
+        config = changed(CONFIG, batch_size=N_TRAIN, learning_rate=1e38)  # one step an epoch, with a finite loss
         ends: list[int] = []
         with pytest.raises(ApacsError, match="epoch 0, val step 0: the loss is not finite"):
-            Trainer(tiny(), config, device=CPU).run(stream(config), 1, lambda record, _: ends.append(record.epoch))
+            Trainer(tiny(), config, seed=SEED, device=CPU).run(
+                stream(config), 1, lambda record, _: ends.append(record.epoch)
+            )
         assert ends == []
 
     def test_a_stream_that_lacks_steps_is_an_error(self) -> None:
         lost = [item for item in stream(CONFIG) if (item.ref.epoch, item.ref.step) != (1, 2)]
         with pytest.raises(ApacsError, match="epoch 1: 2 of 3 steps arrived"):
-            Trainer(tiny(), CONFIG, device=CPU).run(iter(lost), steps(CONFIG), nothing)
+            Trainer(tiny(), CONFIG, seed=SEED, device=CPU).run(iter(lost), steps(CONFIG), nothing)
         with pytest.raises(ApacsError, match="epoch 1: 0 of 3"):
-            Trainer(tiny(), CONFIG, device=CPU).run(
+            Trainer(tiny(), CONFIG, seed=SEED, device=CPU).run(
                 (item for item in stream(CONFIG) if item.ref.epoch == 0), steps(CONFIG), nothing
             )
 
@@ -420,25 +423,25 @@ class TestTraining:
         assert epochs_since_best(history(0.1, 0.5, 0.5, 0.4)) == 2
         assert epochs_since_best(history(math.nan, math.nan)) == 1
         assert epochs_since_best(history(math.nan, 0.0)) == 0
-        trainer = Trainer(tiny(), replace(CONFIG, epochs=9, patience=2), device=CPU)
+        trainer = Trainer(tiny(), changed(CONFIG, epochs=9, patience=2), seed=SEED, device=CPU)
         trainer.history = history(0.1, 0.5, 0.5)
         assert not trainer.finished()
         trainer.history = history(0.1, 0.5, 0.5, 0.4)
         assert trainer.finished()
 
     def test_early_stopping_ends_the_run(self) -> None:
-        config = replace(CONFIG, epochs=9, patience=2, learning_rate=1e-12)  # nothing is learned
-        history = Trainer(tiny(), config, device=CPU).run(stream(config), steps(config), nothing)
+        config = changed(CONFIG, epochs=9, patience=2, learning_rate=1e-12)  # nothing is learned
+        history = Trainer(tiny(), config, seed=SEED, device=CPU).run(stream(config), steps(config), nothing)
         assert len(history) == 3
 
 
 class TestTogether:
     def test_each_network_gets_what_it_gets_alone(self) -> None:
-        config = replace(CONFIG, jitter=0.1)
-        alone = [Trainer(tiny(dropout), config, device=CPU) for dropout in (0.0, 0.5)]
+        config = changed(CONFIG, jitter=0.1)
+        alone = [Trainer(tiny(dropout), config, seed=SEED, device=CPU) for dropout in (0.0, 0.5)]
         for trainer in alone:
             trainer.run(stream(config), steps(config), nothing)
-        both = [Trainer(tiny(dropout), config, device=CPU) for dropout in (0.0, 0.5)]
+        both = [Trainer(tiny(dropout), config, seed=SEED, device=CPU) for dropout in (0.0, 0.5)]
         ends: list[tuple[int, int]] = []
         train_epochs(
             both, stream(config), steps(config), lambda who, record: ends.append((both.index(who), record.epoch))
@@ -450,32 +453,32 @@ class TestTogether:
 
     def test_a_network_that_is_ahead_waits_for_the_others(self, tmp_path: Path) -> None:
         """As after a kill between the checkpoints of two networks."""
-        straight = Trainer(tiny(), CONFIG, device=CPU)
+        straight = Trainer(tiny(), CONFIG, seed=SEED, device=CPU)
         straight.run(stream(CONFIG), steps(CONFIG), nothing)
-        ahead = Trainer(tiny(), CONFIG, device=CPU)
+        ahead = Trainer(tiny(), CONFIG, seed=SEED, device=CPU)
 
         def keep(record: EpochRecord, state: TrainState) -> None:
             if record.epoch == 1:
                 save_state(tmp_path, state)
 
-        Trainer(tiny(), CONFIG, device=CPU).run(stream(CONFIG), steps(CONFIG), keep)
+        Trainer(tiny(), CONFIG, seed=SEED, device=CPU).run(stream(CONFIG), steps(CONFIG), keep)
         ahead.resume(tmp_path)
-        behind = Trainer(tiny(), CONFIG, device=CPU)
+        behind = Trainer(tiny(), CONFIG, seed=SEED, device=CPU)
         train_epochs([ahead, behind], stream(CONFIG), steps(CONFIG), lambda who, record: None)
         for trainer in (ahead, behind):
             assert torch.equal(flat(trainer.model), flat(straight.model))
             assert [record.epoch for record in trainer.history] == list(range(CONFIG.epochs))
 
     def test_one_may_stop_early(self) -> None:
-        slow = Trainer(tiny(), replace(CONFIG, patience=1, learning_rate=1e-12), device=CPU)
-        whole = Trainer(tiny(), CONFIG, device=CPU)
+        slow = Trainer(tiny(), changed(CONFIG, patience=1, learning_rate=1e-12), seed=SEED, device=CPU)
+        whole = Trainer(tiny(), CONFIG, seed=SEED, device=CPU)
         train_epochs([slow, whole], stream(CONFIG), steps(CONFIG), lambda who, record: None)
         assert len(slow.history) == 2
         assert len(whole.history) == CONFIG.epochs
 
     def test_one_that_stopped_early_holds_nobody_back_when_training_starts_again(self) -> None:
-        slow = Trainer(tiny(), replace(CONFIG, patience=1, learning_rate=1e-12), device=CPU)
-        whole = Trainer(tiny(), CONFIG, device=CPU)
+        slow = Trainer(tiny(), changed(CONFIG, patience=1, learning_rate=1e-12), seed=SEED, device=CPU)
+        whole = Trainer(tiny(), CONFIG, seed=SEED, device=CPU)
         seen: list[int] = []
 
         def die(trainer: Trainer, record: EpochRecord) -> None:
@@ -495,15 +498,15 @@ class TestTogether:
         """One of several in its batch, so that every step is still there."""
 
         def leaky() -> Iterator[Sample]:
-            samples = list(stream(replace(CONFIG, epochs=1)))
+            samples = list(stream(changed(CONFIG, epochs=1)))
             at = next(number for number, sample in enumerate(samples) if sample.ref.phase == lost)
             yield from samples[:at] + samples[at + 1 :]
 
         tiles = (N_TRAIN, N_VAL)
-        Trainer(tiny(), CONFIG, device=CPU).run(stream(CONFIG), steps(CONFIG), nothing, tiles)
+        Trainer(tiny(), CONFIG, seed=SEED, device=CPU).run(stream(CONFIG), steps(CONFIG), nothing, tiles)
         came = f"{N_TRAIN - (lost == 'train')} training and {N_VAL - (lost == 'val')} validation tiles came"
         with pytest.raises(TrainingError, match=came):
-            Trainer(tiny(), CONFIG, device=CPU).run(leaky(), steps(CONFIG), nothing, tiles)
+            Trainer(tiny(), CONFIG, seed=SEED, device=CPU).run(leaky(), steps(CONFIG), nothing, tiles)
 
 
 class KilledError(Exception):
@@ -520,26 +523,26 @@ def checkpoint(tmp_path: Path) -> Path:
             raise KilledError
 
     with pytest.raises(KilledError):
-        Trainer(tiny(), RESUMED, device=CPU).run(stream(RESUMED), steps(RESUMED), keep)
+        Trainer(tiny(), RESUMED, seed=SEED, device=CPU).run(stream(RESUMED), steps(RESUMED), keep)
     return tmp_path
 
 
-RESUMED = replace(CONFIG, accumulate=2, jitter=0.2, warmup_epochs=1, weight_decay=0.01)
+RESUMED = changed(CONFIG, accumulate=2, jitter=0.2, warmup_epochs=1, weight_decay=0.01)
 
 
 class TestResume:
     @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
     def test_it_equals_an_undisturbed_run_bit_for_bit(self, tmp_path: Path, optimizer: Any) -> None:
-        config = replace(RESUMED, optimizer=optimizer)
+        config = changed(RESUMED, optimizer=optimizer)
 
         def keep(record: EpochRecord, state: TrainState) -> None:
             if record.epoch == 1:
                 save_state(tmp_path, state)
 
-        straight = Trainer(tiny(), config, device=CPU)
+        straight = Trainer(tiny(), config, seed=SEED, device=CPU)
         straight.run(stream(config), steps(config), keep)
         torch.manual_seed(99)  # whatever the new process drew before
-        again = Trainer(tiny(), config, device=CPU)
+        again = Trainer(tiny(), config, seed=SEED, device=CPU)
         again.resume(tmp_path)
         assert again.next_epoch == 2
         again.run(stream(config, first=2), steps(config), nothing)
@@ -549,13 +552,13 @@ class TestResume:
 
     @pytest.mark.parametrize("count", [2, 3, 7, 9])
     def test_left_in_the_middle_of_an_epoch_it_comes_to_the_same(self, tmp_path: Path, count: int) -> None:
-        straight = Trainer(tiny(), RESUMED, device=CPU)
+        straight = Trainer(tiny(), RESUMED, seed=SEED, device=CPU)
         straight.run(stream(RESUMED), steps(RESUMED), nothing)
-        left = Trainer(tiny(), RESUMED, device=CPU)
-        told = train_epochs([left], stream(RESUMED), steps(RESUMED), lambda who, record: None, after(count))
-        assert told == [left]
+        left = Trainer(tiny(), RESUMED, seed=SEED, device=CPU)
+        unfinished = train_epochs([left], stream(RESUMED), steps(RESUMED), lambda who, record: None, after(count))
+        assert unfinished == [left]
         save_state(tmp_path, left.state())
-        again = Trainer(tiny(), RESUMED, device=CPU)
+        again = Trainer(tiny(), RESUMED, seed=SEED, device=CPU)
         again.resume(tmp_path)
         assert again.place == ((count - 1) // steps(RESUMED), 1 + (count - 1) % steps(RESUMED))
         first, first_step = again.place
@@ -567,30 +570,30 @@ class TestResume:
         assert again.place == (RESUMED.epochs, 0)
 
     def test_left_in_the_middle_it_waits_for_one_that_was_not(self, tmp_path: Path) -> None:
-        straight = Trainer(tiny(), RESUMED, device=CPU)
+        straight = Trainer(tiny(), RESUMED, seed=SEED, device=CPU)
         straight.run(stream(RESUMED), steps(RESUMED), nothing)
-        left = Trainer(tiny(), RESUMED, device=CPU)
+        left = Trainer(tiny(), RESUMED, seed=SEED, device=CPU)
         train_epochs([left], stream(RESUMED), steps(RESUMED), lambda who, record: None, after(steps(RESUMED) + 2))
         save_state(tmp_path, left.state())
-        ahead, behind = Trainer(tiny(), RESUMED, device=CPU), Trainer(tiny(), RESUMED, device=CPU)
+        ahead, behind = Trainer(tiny(), RESUMED, seed=SEED, device=CPU), Trainer(tiny(), RESUMED, seed=SEED, device=CPU)
         ahead.resume(tmp_path)
-        short = Trainer(tiny(), replace(RESUMED, epochs=1), device=CPU)  # ends before `ahead` has to begin
+        short = Trainer(tiny(), changed(RESUMED, epochs=1), seed=SEED, device=CPU)  # ends before `ahead` has to begin
         for others in ([behind], [short]):
             train_epochs([ahead, *others], stream(RESUMED), steps(RESUMED), lambda who, record: None)
             assert torch.equal(flat(ahead.model), flat(straight.model))
             assert timeless(ahead) == timeless(straight)
-            ahead = Trainer(tiny(), RESUMED, device=CPU)
+            ahead = Trainer(tiny(), RESUMED, seed=SEED, device=CPU)
             ahead.resume(tmp_path)
 
     def test_broken_weights_are_not_left_behind(self) -> None:
         items = list(stream(CONFIG))
         items[0].inputs[0, 0, 0] = 255
-        trainer = Trainer(Breaks(), CONFIG, device=CPU)
+        trainer = Trainer(Breaks(), CONFIG, seed=SEED, device=CPU)
         with pytest.raises(ApacsError, match="the loss is not finite"):
             train_epochs([trainer], iter(items), steps(CONFIG), lambda who, record: None, after(1))
 
     def test_moments_have_the_layout_of_their_weights(self, checkpoint: Path) -> None:
-        trainer = Trainer(tiny(), RESUMED, device=CPU)
+        trainer = Trainer(tiny(), RESUMED, seed=SEED, device=CPU)
         trainer.resume(checkpoint)
         for parameter in trainer.model.parameters():
             assert trainer.optimizer.state[parameter]["exp_avg"].stride() == parameter.stride()
@@ -657,10 +660,10 @@ def test_history_survives_its_file() -> None:
 # ------------------------------------------------------------- several workers
 
 SPREAD = [
-    replace(CONFIG, epochs=7, optimizer="sgd", batch_size=4, accumulate=1, dice_weight=0.0),  # 21 steps
-    replace(CONFIG, epochs=2, optimizer="sgd", batch_size=5, accumulate=2),  # ranks with unequal parts
-    replace(CONFIG, epochs=7, optimizer="adam", batch_size=4, accumulate=1, learning_rate=1e-3),
-    replace(CONFIG, epochs=2, optimizer="adamw", batch_size=4, accumulate=2, learning_rate=1e-3),
+    changed(CONFIG, epochs=7, optimizer="sgd", batch_size=4, accumulate=1, dice_weight=0.0),  # 21 steps
+    changed(CONFIG, epochs=2, optimizer="sgd", batch_size=5, accumulate=2),  # ranks with unequal parts
+    changed(CONFIG, epochs=7, optimizer="adam", batch_size=4, accumulate=1, learning_rate=1e-3),
+    changed(CONFIG, epochs=2, optimizer="adamw", batch_size=4, accumulate=2, learning_rate=1e-3),
 ]
 WORLDS = (2, 4)
 
@@ -678,10 +681,6 @@ def _worker(rank: int, world: int, folder: str) -> None:
         timeout=datetime.timedelta(seconds=300),
     )
 
-    def all_reduce(tensor: Tensor) -> Tensor:
-        dist.all_reduce(tensor)
-        return tensor
-
     results = []
     for config in SPREAD:
         travels: list[int] = []
@@ -693,7 +692,7 @@ def _worker(rank: int, world: int, folder: str) -> None:
         layout = torch.contiguous_format if config.optimizer == "sgd" else torch.channels_last
         model = nn.parallel.DistributedDataParallel(tiny(0.0).to(memory_format=layout))
         model.register_comm_hook(travels, count)
-        trainer = Trainer(model, config, device=CPU, rank=rank, world=world, all_reduce=all_reduce)
+        trainer = Trainer(model, config, seed=SEED, device=CPU, ranks=Ranks(rank, world))
         history = trainer.run(stream(config, rank=rank, world=world), steps(config), nothing)
         results.append((flat(model), [replace(record, seconds=0) for record in history], len(travels)))
     message = ""
@@ -702,16 +701,16 @@ def _worker(rank: int, world: int, folder: str) -> None:
         items[0].inputs[0, 0, 0] = 255
     try:
         model = nn.parallel.DistributedDataParallel(Breaks().to(memory_format=torch.channels_last))
-        trainer = Trainer(model, CONFIG, device=CPU, rank=rank, world=world, all_reduce=all_reduce)
+        trainer = Trainer(model, CONFIG, seed=SEED, device=CPU, ranks=Ranks(rank, world))
         trainer.run(iter(items), steps(CONFIG), nothing)
     except ApacsError as error:
         message = str(error)
-    torch.save((results, message, _left_and_resumed(rank, world, folder, all_reduce)), f"{folder}/result-{rank}")
+    torch.save((results, message, _left_and_resumed(rank, world, folder)), f"{folder}/result-{rank}")
     dist.barrier()
     os._exit(0)  # an end with gloo's threads still there now and then aborts ("terminate called ...")
 
 
-def _left_and_resumed(rank: int, world: int, folder: str, all_reduce: Any) -> Any:
+def _left_and_resumed(rank: int, world: int, folder: str) -> Any:
     """Weights and history of a training that was left in its second epoch, with ranks of unequal parts."""
     import torch.distributed as dist
 
@@ -719,7 +718,7 @@ def _left_and_resumed(rank: int, world: int, folder: str, all_reduce: Any) -> An
 
     def fresh() -> Trainer:
         model = nn.parallel.DistributedDataParallel(tiny(0.0).to(memory_format=torch.contiguous_format))
-        return Trainer(model, config, device=CPU, rank=rank, world=world, all_reduce=all_reduce)
+        return Trainer(model, config, seed=SEED, device=CPU, ranks=Ranks(rank, world))
 
     def keep(who: Trainer, record: EpochRecord) -> None:
         """Only where it was left is of interest."""
@@ -748,7 +747,7 @@ class TestSeveralWorkers:
     @pytest.mark.parametrize("number", range(len(SPREAD)))
     def test_they_get_what_one_gets(self, workers: list[Any], number: int) -> None:
         config = SPREAD[number]
-        alone = Trainer(tiny(0.0), config, device=CPU)
+        alone = Trainer(tiny(0.0), config, seed=SEED, device=CPU)
         history = alone.run(stream(config), steps(config), nothing)
         for results, _, _ in workers:
             weights, theirs, travels = results[number]

@@ -16,21 +16,21 @@ from apacs_ray.config.settings import Settings
 from apacs_ray.config.sweep import read_sweep
 from apacs_ray.console import cell, console, say
 from apacs_ray.data.folders import Pair
-from apacs_ray.distributed.measure import measured
-from apacs_ray.distributed.pool import plan_pool
+from apacs_ray.distributed.cluster import has_gpus
 from apacs_ray.distributed.resource_plan import Cluster, NetworkPlan, TrainingPlan, plan_sweep, plan_training
 from apacs_ray.distributed.session import RaySession
+from apacs_ray.distributed.tasks import plan_pool, run_in_task
 from apacs_ray.errors import ApacsError
 from apacs_ray.estimate.cutting import PAIRS, SLIDES, cut_pairs, cut_slides, spread
 from apacs_ray.estimate.lines import REPORT, Line, Seconds, Tiles, pool, sweep, tiling, training
 from apacs_ray.estimate.networks import ASSUMED_GPU, Inference, SampleTile, Times, Training, assume, measure
-from apacs_ray.models.spec import MEMBERS, ModelSpec
+from apacs_ray.models.registry import MEMBERS
+from apacs_ray.models.spec import ModelSpec
 from apacs_ray.runs.run import Run
 from apacs_ray.slides.slide_files import SlideFiles
 from apacs_ray.stages.ingest_slides import make_smears, slide_task
 from apacs_ray.stages.source import Source
 from apacs_ray.stages.train_fusion import fusion_specs
-from apacs_ray.training.config import TrainConfig
 
 HOUR = 3600.0
 U = TypeVar("U", Pair, SlideFiles)
@@ -45,7 +45,7 @@ def estimate(run: Run, ray: RaySession, names: Sequence[str]) -> None:
     ray.start()
     cluster = ray.cluster()
     tiles, tile, cut = _look_at_data(run, cluster, trains=set(names) != {"ingest"})
-    networks = _Networks(run.settings, cluster, tiles, tile, assumed=cluster.gpus > 0 and not ray.has_gpus())
+    networks = _Networks(run.settings, cluster, tiles, tile, assumed=cluster.gpus > 0 and not has_gpus())
     lines: dict[str, Callable[[], list[Line]]] = {
         "ingest": lambda: [cut],
         "train_members": lambda: [networks.members()],
@@ -85,7 +85,7 @@ def _look_at_data(run: Run, cluster: Cluster, *, trains: bool) -> tuple[Tiles, S
         listed, chosen, cut = source.slides, few, partial(cut_slides, slide_task(source, run.store, "estimate"), few)
     if not listed:
         raise ApacsError(f"{store.uri}: nothing to cut")
-    sample = measured(cut, cpus=min(1.0, cluster.cpus), gpus=0)
+    sample = run_in_task(cut, cpus=min(1.0, cluster.cpus), gpus=0)
     if sample.cut.tile is None:
         raise ApacsError(f"{store.uri}: none of the {len(chosen)} that were tried gives a tile; --dry-run says why")
     count = _count(listed, chosen, sample.tiles, settings.data.val_fraction)
@@ -189,7 +189,7 @@ class _Networks:
         inference = Inference(fusions, self._settings.members.width, how.threads, how.precision)
         work = partial(assume if self.assumed else measure, self._tile, trainings, inference)
         gpus = 1.0 if self._cluster.gpus and not self.assumed else 0.0
-        return measured(work, cpus=min(1.0, self._cluster.cpus), gpus=gpus)
+        return run_in_task(work, cpus=min(1.0, self._cluster.cpus), gpus=gpus)
 
     def _plan(self, specs: Sequence[ModelSpec], mode: str) -> TrainingPlan:
         how = self._settings.members if specs is self._member_specs else self._settings.fusion
@@ -202,8 +202,7 @@ class _Networks:
 
     def _training(self, spec: ModelSpec, network: NetworkPlan) -> Training:
         how = self._settings.members if spec.kind == "member" else self._settings.fusion
-        config = TrainConfig.of(how, self._settings.run.seed)
-        return Training(spec, config, how.crop, network.threads, network.workers)
+        return Training(spec, how, network.threads, network.workers)
 
     def _trained(self, stage: str, plan: TrainingPlan, first: int) -> Line:
         how = self._settings.members if first == 0 else self._settings.fusion

@@ -30,7 +30,7 @@ def _work(argv: Sequence[str]) -> int:
     from apacs_ray.console import print_log
     from apacs_ray.inference.predictor import load_ensemble
     from apacs_ray.models.onnx import export_onnx
-    from apacs_ray.models.spec import MEMBERS
+    from apacs_ray.models.registry import MEMBERS
     from apacs_ray.runs.markers import require_committed_weights, require_current
     from apacs_ray.storage import open_store
 

@@ -16,13 +16,7 @@ LARGEST_YAML = 1 << 20  # bytes
 
 
 def find_config(name: str) -> Path:
-    """Find a YAML file.
-
-    Args:
-        name: Its path from the working directory, else from the repository, else from where the package is installed.
-
-    Returns:
-        The path of the file that is there.
+    """Return the path of a YAML file: `name` in the working directory, else in the repository, else as installed.
 
     Raises:
         UsageError: It is in none of them.
@@ -34,10 +28,7 @@ def find_config(name: str) -> Path:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read the mapping in a YAML file.
-
-    Returns:
-        Its keys and plain values; nothing for an empty file.
+    """Return the mapping in a YAML file.
 
     Raises:
         UsageError: The file cannot be read, is too large, or holds no mapping of plain values; in one line with the
@@ -59,10 +50,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str) -> Any:
-    """Read YAML of plain values, without aliases: a few lines of them may stand for gigabytes.
-
-    Returns:
-        Dicts, lists, strings, numbers, booleans, dates and None.
+    """Return the plain values in `text`, which has no aliases: a few lines of them may stand for gigabytes.
 
     Raises:
         yaml.YAMLError: `text` is not YAML, has an alias or another type of value, or gives a key twice.

@@ -17,9 +17,13 @@ BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")  # where `ray up` leaves the clu
 
 
 def startable_nodes() -> list[Nodes]:
-    """What `APACS_RAY_NODES` says, or the cluster's file that `ray up` left on this machine; empty without either.
+    """Return the nodes that an autoscaler may start.
 
-    Raises UsageError for a variable that says nothing of the kind.
+    Returns:
+        What `APACS_RAY_NODES` says, or the cluster's file that `ray up` left on this machine; empty without either.
+
+    Raises:
+        UsageError: The variable names no nodes.
     """
     text = os.environ.get(VARIABLE)
     if text:

@@ -1,9 +1,14 @@
-"""Ingest on Ray Data: pairs -> probed sources, and manifest shards -> receipts. Pixels stay in the tasks."""
+"""Ingest on Ray Data: pairs -> probed sources, slides -> manifests and summaries, shards -> receipts.
+
+Pixels stay in the tasks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
@@ -12,7 +17,11 @@ from apacs_ray.data.folders import Pair
 from apacs_ray.data.image_tiles import ShardTask, Source, probe_pair, write_shard
 from apacs_ray.data.rejects import Reject
 from apacs_ray.data.shards import Receipt
-from apacs_ray.distributed.session import map_blocks
+from apacs_ray.distributed.cluster import joined_cluster, joined_machines
+from apacs_ray.distributed.tasks import map_blocks
+from apacs_ray.slides.manifest import SlideSummary, SlideTask, inspect_slide
+from apacs_ray.slides.slide_files import SlideFiles
+from apacs_ray.slides.slide_tiles import SlideShard, write_slide_shard
 from apacs_ray.storage import Entry, Store
 from apacs_ray.synthetic.slide import SlideSpec
 from apacs_ray.synthetic.write import write_smear
@@ -35,7 +44,7 @@ def render_smears(store: Store, specs: Sequence[SlideSpec]) -> None:
 def probe_pairs(
     store: Store, pairs: Sequence[Pair], max_pixels: int, on_done: Callable[[int], None]
 ) -> tuple[list[Source], list[Reject]]:
-    """Read every pair's headers, in tasks of `PROBES_A_TASK`."""
+    """Read every pair's headers, in tasks of `PROBES_A_TASK`; `on_done` hears how many are read."""
 
     def probe(block: pa.Table) -> pa.Table:
         rows = []
@@ -64,14 +73,14 @@ def probe_pairs(
 
 
 def write_shards(task: ShardTask, shards: Sequence[pa.Table], on_done: Callable[[int], None]) -> list[Receipt]:
-    """Write every shard, one task each; only receipts come back."""
+    """Write every shard, one task each, and return their receipts."""
     return receipts_of(lambda plan: [write_shard(task, plan)], shards, on_done)
 
 
 def receipts_of(
     write: Callable[[pa.Table], list[Receipt]], blocks: Sequence[pa.Table], on_done: Callable[[int], None]
 ) -> list[Receipt]:
-    """What `write` returns for all blocks, in order; `on_done` hears how many tiles are settled."""
+    """Return what `write` returns for all blocks, in order; `on_done` hears how many tiles are settled."""
     receipts: list[Receipt] = []
     settled = 0
     for row in map_blocks(lambda block: _receipt_table(write(block)), blocks):
@@ -79,6 +88,75 @@ def receipts_of(
         settled += receipts[-1].rows_in
         on_done(settled)
     return receipts
+
+
+def inspect_slides(task: SlideTask, slides: Sequence[SlideFiles], on_done: Callable[[int], None]) -> list[SlideSummary]:
+    """Return the summary of every slide, in order; manifests are in the run."""
+
+    def inspect(block: pa.Table) -> pa.Table:
+        inspected = [inspect_slide(task, number, slides[number]) for number in block["number"].to_pylist()]
+        return pa.table({"summary": [summary.to_json() for summary in inspected]})
+
+    summaries: list[SlideSummary] = []
+    for row in map_blocks(inspect, [pa.table({"number": [number]}) for number in range(len(slides))]):
+        summaries.append(SlideSummary.from_json(row["summary"]))
+        on_done(len(summaries))
+    return summaries
+
+
+def write_slide_shards(
+    task: SlideTask, summaries: Sequence[SlideSummary], shards: Sequence[SlideShard], on_done: Callable[[int], None]
+) -> list[Receipt]:
+    """Write every shard and return their receipts, in order.
+
+    A task writes a shard, or several of a slide that has to be fetched: each node that cuts a slide fetches all of it.
+
+    Returns:
+        A receipt for each shard.
+    """
+    alone = task.data.is_local or joined_machines() == 1
+    most = 1 if alone else shards_a_task(len(shards), joined_cluster().tiling_cpus)
+    blocks = [shard_rows(summaries, group) for group in of_one_slide(shards, most)]
+    return receipts_of(partial(write_rows, task), blocks, on_done)
+
+
+def shard_rows(summaries: Sequence[SlideSummary], shards: Sequence[SlideShard]) -> pa.Table:
+    """Return what a task needs to know of the shards it writes, a row each."""
+    return pa.Table.from_pylist([{**asdict(shard), "summary": summaries[shard.slide].to_json()} for shard in shards])
+
+
+def write_rows(task: SlideTask, block: pa.Table) -> list[Receipt]:
+    """Write the shards of `shard_rows`, one after the other, and return their receipts."""
+    return [
+        write_slide_shard(
+            task,
+            SlideSummary.from_json(row["summary"]),
+            SlideShard(row["split"], row["number"], row["slide"], tuple(row["rows"])),
+        )
+        for row in block.to_pylist()
+    ]
+
+
+def shards_a_task(shards: int, cpus: float) -> int:
+    """Return how many shards of a fetched slide one task may write.
+
+    Fetching takes longer than cutting, so that a task for every fourth CPU keeps disks and network busy.
+
+    Args:
+        shards: Of the run.
+        cpus: For work that needs no GPU.
+
+    Returns:
+        At least 1.
+    """
+    return max(1, int(4 * shards / cpus))
+
+
+def of_one_slide(shards: Sequence[SlideShard], most: int) -> Iterator[list[SlideShard]]:
+    """Yield neighboring shards of the same slide, at most `most` together."""
+    for _, same in groupby(shards, key=lambda shard: shard.slide):
+        part = list(same)
+        yield from (part[start : start + most] for start in range(0, len(part), most))
 
 
 REJECT_SCHEMA = pa.schema(

@@ -12,9 +12,10 @@ import pyarrow as pa
 
 from apacs_ray.config.settings import EvaluateSettings
 from apacs_ray.data.shards import open_table
-from apacs_ray.distributed.pool import PoolPlan, map_shards
+from apacs_ray.distributed.tasks import PoolPlan, map_shards
 from apacs_ray.evaluation.per_tile import PLACE, per_tile_schema, tile_row
-from apacs_ray.evaluation.predictions import MEMBERS, MODEL_KEYS, predictions
+from apacs_ray.evaluation.predictions import MODEL_KEYS, predictions
+from apacs_ray.models.registry import MEMBERS
 from apacs_ray.report.overlays import panel
 from apacs_ray.storage import Store
 from apacs_ray.training.dataset import decode_pixels

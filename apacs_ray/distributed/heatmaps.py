@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from apacs_ray.data.shards import Receipt, open_table, read_receipt, write_table
-from apacs_ray.distributed.pool import PoolPlan, map_shards
+from apacs_ray.distributed.tasks import PoolPlan, map_shards
 from apacs_ray.storage import Store
 from apacs_ray.training.dataset import Heatmaps, decode_pixels, encode_heatmaps
 

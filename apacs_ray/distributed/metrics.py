@@ -1,99 +1,103 @@
 """What a run does, as Prometheus metrics on the endpoint of the node where its driver runs.
 
-`ray_apacs_ray_stage_running{stage}` is 1 while a stage works, `..._rows{stage, what}` what it has done,
-`..._rows_per_second{stage, what}` that of the last minute, 0 when it has ended, `..._rejects{stage}` what it refused.
+`ray_apacs_ray_stage_running{stage}` is 1 while a stage works, else 0. The counters
+`ray_apacs_ray_rows_total{stage, what}` and `ray_apacs_ray_rejects_total{stage}` say what it has done and refused;
+PromQL gives rates, as in `rate(ray_apacs_ray_rows_total[1m])`.
 """
 
 from __future__ import annotations
 
 import threading
-import time
-from collections import defaultdict, deque
 from typing import Any
 
-WINDOW = 60.0  # s over which a rate is taken
-TELL_EVERY = 5.0  # s
-PREFIX = "apacs_ray"  # to which Ray adds its own
+REPEAT_EVERY = 5.0  # s: Ray forgets a gauge that is not set again
+PREFIX = "apacs_ray"  # to which Ray adds its own, and `_total` to counters
+
+Series = tuple[str, tuple[tuple[str, str], ...]]
 
 
-class Gauges:
-    """Set from the driver. Before `open` (a run starts Ray late, or not at all) values are only remembered."""
+class RunMetrics:
+    """Set from the driver. Before `open` (a run starts Ray late, or not at all) values are only remembered.
+
+    Attributes:
+        totals: What each series stands at: name and tags -> value.
+    """
 
     def __init__(self) -> None:
-        self._open: dict[str, Any] | None = None
-        self._values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
-        self._seen: defaultdict[tuple[str, str], deque[tuple[float, int]]] = defaultdict(deque)
+        self.totals: dict[Series, float] = {}
+        self._exported: dict[Series, float] = {}
+        self._done: dict[Series, int] = {}  # of the present round of work with this name
+        self._metrics: dict[str, Any] | None = None
         self._mutex = threading.Lock()
         self._closed = threading.Event()
 
     def open(self) -> None:
-        """Once this process has joined Ray. From then on a thread tells, so that a stage that stalls is seen."""
-        from ray.util.metrics import Gauge
+        """Export the metrics; call once this process has joined Ray."""
+        from ray.util.metrics import Counter, Gauge
 
         kinds = {
-            "stage_running": ("1 while the stage works, else 0", ("stage",)),
-            "rows": ("tiles (slides, headers, trials: `what`) done by the stage in this run", ("stage", "what")),
-            "rows_per_second": (f"of the last {WINDOW:.0f} s", ("stage", "what")),
-            "rejects": ("inputs and tiles that the stage refused", ("stage",)),
+            "stage_running": (Gauge, "1 while the stage works, else 0", ("stage",)),
+            "rows": (
+                Counter,
+                "tiles (slides, headers, trials: `what`) done by the stage in this run",
+                ("stage", "what"),
+            ),
+            "rejects": (Counter, "inputs and tiles that the stage refused", ("stage",)),
         }
-        self._open = {
-            name: Gauge(f"{PREFIX}_{name}", description=text, tag_keys=tags) for name, (text, tags) in kinds.items()
-        }
-        self.tell()
-        threading.Thread(target=self._tell_on, name="gauges", daemon=True).start()
+        with self._mutex:
+            self._metrics = {
+                name: kind(f"{PREFIX}_{name}", description=text, tag_keys=tags)
+                for name, (kind, text, tags) in kinds.items()
+            }
+            for series in self.totals:
+                self._export(series)
+        threading.Thread(target=self._repeat, name="metrics", daemon=True).start()
 
     def close(self) -> None:
-        """Before this process leaves Ray."""
+        """Stop exporting; call before this process leaves Ray."""
         self._closed.set()
         with self._mutex:
-            self._open = None
+            self._metrics = None
 
     def running(self, stage: str, *, now: bool) -> None:
-        """A stage begins or ends."""
-        with self._mutex:
-            self._set("stage_running", float(now), stage=stage)
-            if not now:
-                for key in [key for key in self._seen if key[0] == stage]:
-                    del self._seen[key]
-                    self._set("rows_per_second", 0.0, stage=stage, what=key[1])
+        """Record that a stage begins or ends."""
+        self._set(_series("stage_running", stage=stage), float(now))
 
     def rows(self, stage: str, what: str, done: int) -> None:
-        """A stage has done so many in all."""
-        with self._mutex:
-            seen = self._seen[stage, what]
-            if seen and done < seen[-1][1]:  # the same name anew: the members of the next fold
-                seen.clear()
-            seen.append((time.monotonic(), done))
-            self._set("rows", done, stage=stage, what=what)
-            self._set_rate(stage, what)
+        """Record that a stage has done `done` of `what` in all.
+
+        Fewer than before are of a new round: the members of the next fold have the names of those of the last.
+        """
+        series = _series("rows", stage=stage, what=what)
+        before = self._done.get(series, 0)
+        self._done[series] = done
+        self._set(series, self.totals.get(series, 0.0) + (done - before if done >= before else done))
 
     def rejects(self, stage: str, count: int) -> None:
-        """A stage refused so many inputs and tiles."""
+        """Record that a stage refused `count` inputs and tiles in all."""
+        self._set(_series("rejects", stage=stage), count)
+
+    def _set(self, series: Series, value: float) -> None:
         with self._mutex:
-            self._set("rejects", count, stage=stage)
+            self.totals[series] = value
+            self._export(series)
 
-    def tell(self) -> None:
-        """Rates as they are by now, and all values again: Ray loses those set before its agent on this node listens."""
-        with self._mutex:
-            for stage, what in self._seen:
-                self._set_rate(stage, what)
-            for (name, tags), value in self._values.items():
-                if self._open is not None:
-                    self._open[name].set(value, tags=dict(tags))
+    def _export(self, series: Series) -> None:
+        name, tags = series
+        if self._metrics is None:
+            return
+        if name == "stage_running":
+            self._metrics[name].set(self.totals[series], tags=dict(tags))
+        elif (more := self.totals[series] - self._exported.get(series, 0.0)) > 0:
+            self._metrics[name].inc(more, tags=dict(tags))
+            self._exported[series] = self.totals[series]
 
-    def _tell_on(self) -> None:
-        while not self._closed.wait(TELL_EVERY):
-            self.tell()
+    def _repeat(self) -> None:
+        while not self._closed.wait(REPEAT_EVERY):
+            with self._mutex:
+                for series in self.totals:
+                    self._export(series)
 
-    def _set_rate(self, stage: str, what: str) -> None:
-        now, seen = time.monotonic(), self._seen[stage, what]
-        while len(seen) > 1 and now - seen[1][0] > WINDOW:
-            seen.popleft()
-        elapsed = now - seen[0][0]
-        rate = (seen[-1][1] - seen[0][1]) / elapsed if elapsed else 0.0
-        self._set("rows_per_second", rate, stage=stage, what=what)
 
-    def _set(self, name: str, value: float, **tags: str) -> None:
-        self._values[name, tuple(tags.items())] = value
-        if self._open is not None:
-            self._open[name].set(value, tags=tags)
+def _series(name: str, **tags: str) -> Series:
+    return name, tuple(tags.items())

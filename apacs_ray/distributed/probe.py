@@ -13,35 +13,35 @@ from apacs_ray.distributed.resource_plan import Cluster
 from apacs_ray.errors import ApacsError
 from apacs_ray.runs.provenance import ROOT
 
-LIMIT = 40.0  # s
+TIMEOUT = 40.0  # s that joining may take
 
 
 @dataclass(frozen=True)
-class Survey:
+class ClusterProbe:
     """Resources of all nodes together, and how many machines they are."""
 
     cluster: Cluster
     machines: int
 
 
-def survey(limit: float = LIMIT) -> Survey:
-    """Join, look and leave. Raises ApacsError with Ray's reason."""
+def probe_cluster(timeout: float = TIMEOUT) -> ClusterProbe:
+    """Join, look and leave within `timeout` s. Raises ApacsError with Ray's reason."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "apacs_ray.distributed.probe"]
     environment = {**os.environ, "PYTHONPATH": path}
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired as error:
-        raise ApacsError(f"Ray did not join within {limit:g} s") from error
+        raise ApacsError(f"Ray did not join within {timeout:g} s") from error
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         raise ApacsError(f"Ray did not join: {cause(done.stderr) or f'exit status {done.returncode}'}")
     tree = json.loads(lines[-1])
-    return Survey(Cluster(**tree["cluster"]), tree["machines"])
+    return ClusterProbe(Cluster(**tree["cluster"]), tree["machines"])
 
 
 def cause(text: str) -> str:
-    """The error that the others followed from, out of what a process wrote; else its last line. Cut to a sentence."""
+    """Return the error in a process's output that the others followed from, else its last line, cut to a sentence."""
     errors = re.findall(r"^[\w.]*(?:Error|Exception): .+", text, re.MULTILINE)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors.sort(key=lambda line: "Authentication" not in line)  # Ray goes on from a wrong token to other troubles
@@ -49,14 +49,15 @@ def cause(text: str) -> str:
 
 
 def main() -> None:
-    """Print the survey as one line of JSON."""
-    from apacs_ray.distributed.session import joined_cluster, joined_machines, prepare_ray
+    """Print the probe as one line of JSON."""
+    from apacs_ray.distributed.cluster import joined_cluster, joined_machines
+    from apacs_ray.distributed.session import prepare_ray
 
     prepare_ray()
     import ray
 
     ray.init(log_to_driver=False, logging_level="ERROR")
-    print(json.dumps(asdict(Survey(joined_cluster(), joined_machines()))), flush=True)
+    print(json.dumps(asdict(ClusterProbe(joined_cluster(), joined_machines()))), flush=True)
     ray.shutdown()
 
 

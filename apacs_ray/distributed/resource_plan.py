@@ -1,25 +1,26 @@
 """Who trains where: the resources of each network's training run, from what the cluster has. Pure arithmetic.
 
-FCN-16 and FCN-8 cost 7 times FCN-32 (FLOPs of a forward pass at 1000 x 1000: 1.10, 1.10 and 0.15 TFLOP), so an equal
-split of GPUs wastes them. Nothing is asked for that cannot come. A worker reserves the CPUs of the tasks that decode
-for it with its own, and they run on its node: whoever has a worker can decode, also when nodes were lost since.
+FCN-16 and FCN-8 cost 7 times FCN-32 (`models.registry.cost`), so an equal split of GPUs wastes them. Nothing is asked
+for that cannot come. A worker reserves the CPUs of the tasks that decode for it with its own, and they run on its node:
+whoever has a worker can decode, also when nodes were lost since.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 from apacs_ray.config.sweep import Sweep
 from apacs_ray.errors import ApacsError
+from apacs_ray.models.registry import cost
 
-COST: Mapping[str, float] = {"fcn32": 1.0, "fcn16": 7.0, "fcn8": 7.0, "fusion": 1.0, "fusion_published": 1.0}
 TOGETHER = "together"
 TRAINING_PER_DECODING = 8  # CPUs: a core decodes tiles faster than 8 train on them
-SHARED_GPU = 0.2  # of a GPU, for an FCN-32 that shares it with a larger member
+SHARED_GPU = 0.2  # of a GPU, for a small network that shares it with a larger one
+SMALL = 0.25  # share of the cost of the largest network, below which one is small
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,16 @@ class Nodes:
 
 
 def cluster_of(alive: Sequence[Nodes], startable: Sequence[Nodes]) -> Cluster:
-    """What can be planned with: the nodes there are, or all that an autoscaler may start, where that is more.
+    """Return what can be planned with: the nodes there are, or all that an autoscaler may start, where that is more.
 
     Kinds of equal resources are stand-ins for each other (spot and on demand) and counted once.
+
+    Args:
+        alive: The nodes there are.
+        startable: Those that an autoscaler may start.
+
+    Returns:
+        Their resources together.
     """
     kinds: dict[tuple[float, float], int] = {}
     for nodes in startable:
@@ -83,7 +91,7 @@ class NetworkPlan:
     data_tasks: int  # for each worker; 0: it decodes alone
 
     def describe(self) -> str:
-        """For a person, as in `fcn8: 1 worker x 0.66 CPU (1 torch thread, 1 data task)`."""
+        """Return this for a person, as in `fcn8: 1 worker x 0.66 CPU (1 torch thread, 1 data task)`."""
         device = f"{self.gpus:g} GPU + {self.cpus:g} CPU" if self.gpus else f"{self.cpus:g} CPU"
         workers = f"{self.workers} worker{'s' * (self.workers > 1)}"
         threads = f"{self.threads} torch thread{'s' * (self.threads > 1)}"
@@ -104,12 +112,13 @@ class TrainingPlan:
     mode: Mode
 
     def runs(self, items: Sequence[T]) -> list[tuple[Sequence[T], NetworkPlan]]:
-        """What each run trains, of `items` in the order of the names that were planned, and its resources."""
+        """Return what each run trains, of `items` in the order of the names that were planned, and its resources."""
         if self.mode == "together":
             return [(items, self.networks[0])]
         return [([item], network) for item, network in zip(items, self.networks, strict=True)]
 
     def describe(self) -> str:
+        """Return this for a person, in a line."""
         how = {"parallel": "at the same time", "in turn": "in turn", "together": "together"}[self.mode]
         return f"training {how}: " + "; ".join(network.describe() for network in self.networks)
 
@@ -118,18 +127,27 @@ def plan_training(
     names: Sequence[str],
     cluster: Cluster,
     *,
-    batch_size: int,
     workers: int = 0,
+    batch_size: int = 4,
     mode: Literal["auto", "parallel", "together"] = "parallel",
 ) -> TrainingPlan:
-    """Resources for training `names` on `cluster`.
+    """Plan resources for training `names` on `cluster`.
 
-    On CPUs each worker gets an equal fraction of a node; on GPUs the split that ends first by `COST`, and of a node's
-    CPUs what a worker gets of its GPUs. `workers` > 0 fixes the DDP workers of each network; a worker gets at least one
-    tile of a batch. `together`: one run for all of them, which decodes each batch once; `auto`: that on one GPU or one
-    CPU, which runs of their own would only fight for. On two CPUs it would save 16 s and 38 CPU seconds, mostly of
-    starting processes (`benchmarks/modes.py`); but its threads wait for each other: beside another busy program, tried
-    once, an epoch took some ten times as long.
+    On CPUs each worker gets an equal fraction of a node; on GPUs the split that ends first by the networks' costs, and
+    of a node's CPUs what a worker gets of its GPUs. A worker gets at least one tile of a batch.
+
+    Args:
+        names: Of the networks, as in `models.registry`.
+        cluster: What there is.
+        workers: DDP workers of each network; 0: as the cluster allows.
+        batch_size: Tiles a step, over all workers.
+        mode: `together`: one run for all of them, which decodes each batch once; `auto`: that on one GPU or one CPU,
+            which runs of their own would only fight for. On two CPUs it would save 16 s and 38 CPU seconds, mostly of
+            starting processes (`benchmarks/modes.py`); but its threads wait for each other: beside another busy
+            program, tried once, an epoch took some ten times as long.
+
+    Returns:
+        The runs of Ray Train, and the resources of each.
     """
     if mode == "auto":
         mode = "together" if math.floor(cluster.gpus) == 1 or cluster.cpus < 2 else "parallel"
@@ -151,12 +169,18 @@ def plan_training(
 def plan_trials(
     cluster: Cluster, *, workers: int, cpu: float, gpu: float, batch_size: int, trials: int, concurrency: int = 0
 ) -> tuple[NetworkPlan, int]:
-    """Resources of each worker of a trial, and how many of `trials` may run at a time.
+    """Plan the resources of each worker of a trial, and how many of `trials` may run at a time.
 
     A trial of one worker is a process of Ray Tune's own. One of several starts them with Ray Train, one after the
     other: more such trials than fit would wait for each other forever. Their workers decode for themselves, as Ray Data
     would heed what trials that were stopped had reserved for minutes after. A worker lies on one node and one GPU;
-    where it asks for more CPUs than a node has, it gets those. Raises ApacsError when the GPUs are too few.
+    where it asks for more CPUs than a node has, it gets those.
+
+    Returns:
+        Resources of each worker of a trial, and how many trials run at a time.
+
+    Raises:
+        ApacsError: The GPUs are too few.
     """
     workers = min(workers, batch_size)
     gpu = gpu if cluster.gpus else 0.0
@@ -206,13 +230,13 @@ def _on_gpus(
 def _gpu_shares(names: Sequence[str], gpus: int, batch_size: int) -> dict[str, tuple[int, float]]:
     """Workers and GPUs a worker for each network: what ends first, and of equals what takes fewer GPUs.
 
-    Either whole GPUs for each, or FCN-32 on the side of a larger member. A step takes a worker as long as its largest
-    part of a batch: four tiles take three workers as long as two.
+    Either whole GPUs for each, or a small network (FCN-32) on the side of a larger one. A step takes a worker as long
+    as its largest part of a batch: four tiles take three workers as long as two.
     """
     useful = sorted({-(-batch_size // part) for part in range(1, batch_size + 1)})
 
     def steps(name: str, count: int) -> float:
-        return COST.get(name, 1.0) * math.ceil(batch_size / count)
+        return cost(name) * math.ceil(batch_size / count)
 
     def best(among: Sequence[str]) -> tuple[float, int, tuple[int, ...]] | None:
         """When the slowest ends, GPUs, and workers of each."""
@@ -221,9 +245,10 @@ def _gpu_shares(names: Sequence[str], gpus: int, batch_size: int) -> dict[str, t
         return min(ends, default=None)
 
     whole = best(names)
-    large = [name for name in names if name != "fcn32"]
-    shared = best(large) if 0 < len(large) < len(names) and gpus > 1 else None
-    if shared and (whole is None or shared[0] + steps("fcn32", 1) < whole[0]):
+    large = [name for name in names if cost(name) >= SMALL * max(map(cost, names))]
+    small = [name for name in names if name not in large]
+    shared = best(large) if len(small) == 1 and gpus > 1 else None
+    if shared and (whole is None or shared[0] + steps(small[0], 1) < whole[0]):
         shares = {name: (count, 1 - SHARED_GPU) for name, count in zip(large, shared[2], strict=True)}
         return {name: shares.get(name, (1, SHARED_GPU)) for name in names}
     if whole:

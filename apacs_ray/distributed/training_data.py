@@ -15,11 +15,12 @@ import numpy as np
 import pyarrow as pa
 
 from apacs_ray.data.shards import Place, TileIndex
+from apacs_ray.distributed.ray_internals import dataset_from_blocks
 from apacs_ray.distributed.resource_plan import NetworkPlan
-from apacs_ray.distributed.session import configure_data
+from apacs_ray.distributed.tasks import configure_data
 from apacs_ray.runs.provenance import require_source
 from apacs_ray.training.batch import Sample
-from apacs_ray.training.dataset import Feed
+from apacs_ray.training.dataset import TileDataset
 from apacs_ray.training.sampler import SampleRef
 
 BLOCK_BYTES = 32 * 2**20  # of decoded pixels a task returns
@@ -27,22 +28,24 @@ DATASET_BYTES = 256 * 2**20  # of decoded pixels a dataset holds in the object s
 
 
 def ray_samples(
-    feed: Feed, indices: Mapping[str, TileIndex], refs: Iterator[SampleRef], plan: NetworkPlan, source: str
+    dataset: TileDataset, indices: Mapping[str, TileIndex], refs: Iterator[SampleRef], plan: NetworkPlan, source: str
 ) -> Iterator[Sample]:
-    """Samples for `refs`, in order, decoded by Ray Data's tasks on this node.
+    """Yield samples for `refs`, in order, decoded by Ray Data's tasks on this node.
 
     The tasks ask for no CPUs, as this worker has reserved theirs with its own: tasks that had to ask would wait forever
-    when workers have taken all CPUs of a cluster that lost a node. `from_arrow` would start one of those.
+    when workers have taken all CPUs of a cluster that lost a node (`ray_internals.dataset_from_blocks`).
     The next dataset is computed while this one is consumed. Each is small enough to be computed to its end: a
     streaming dataset whose consumer is slower than its tasks spins in the consumer's process and takes half of it.
+
+    Yields:
+        A sample for each of `refs`.
     """
     import ray
-    from ray.data.read_api import from_blocks
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)  # a drained node refuses
-    channels = 3 + (len(feed.heatmaps.members) if feed.heatmaps else 0)
-    side = feed.augmentation.crop
+    channels = 3 + (len(dataset.heatmaps.members) if dataset.heatmaps else 0)
+    side = dataset.augmentation.crop
     largest = {split: index.largest for split, index in indices.items()}
     pixels = max(min(largest["train"], side * side or largest["train"]), largest["val"])
     rows = max(1, min(32, BLOCK_BYTES // (pixels * (channels + 1))))
@@ -50,13 +53,13 @@ def ray_samples(
 
     def load(block: pa.Table) -> pa.Table:
         require_source(source)
-        return _pack(feed.load([_unref(row) for row in block.to_pylist()]))
+        return _pack(dataset.load([_unref(row) for row in block.to_pylist()]))
 
     def compute() -> list[Any]:
         blocks = _blocks(indices, islice(refs, rows_ahead), rows)
         if not blocks:
             return []
-        dataset = from_blocks(blocks).map_batches(
+        computed = dataset_from_blocks(blocks).map_batches(
             load,
             batch_size=None,
             batch_format="pyarrow",
@@ -64,7 +67,7 @@ def ray_samples(
             scheduling_strategy=here,
             compute=ray.data.TaskPoolStrategy(size=plan.data_tasks),
         )
-        return list(dataset.materialize().to_arrow_refs())
+        return list(computed.materialize().to_arrow_refs())
 
     configure_data()
     with ThreadPoolExecutor(1) as pool:

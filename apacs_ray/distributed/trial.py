@@ -8,24 +8,31 @@ taken away.
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from apacs_ray.config.settings import FusionSettings
 from apacs_ray.data.shards import TileIndex
-from apacs_ray.distributed.preemption import NodeNotice
+from apacs_ray.distributed.preemption import NodePreemption
 from apacs_ray.distributed.resource_plan import NetworkPlan
-from apacs_ray.distributed.train import NetworkTask, TrainingTask, fit
+from apacs_ray.distributed.train import fit
+from apacs_ray.distributed.worker import NetworkTask, TrainingTask, WorkerHooks, train_worker
 from apacs_ray.errors import ApacsError, gpu_too_small
 from apacs_ray.models.spec import fusion_spec
 from apacs_ray.runs.provenance import require_source
 from apacs_ray.storage import Store
-from apacs_ray.training.config import TrainConfig
-from apacs_ray.training.dataset import Crop, Feed, Heatmaps, in_memory, one_by_one
+from apacs_ray.training.augment import Augmentation
+from apacs_ray.training.dataset import Heatmaps, TileDataset, in_memory, one_by_one
+from apacs_ray.training.history import progress_metrics
 from apacs_ray.training.tensorboard import write_curves
+
+if TYPE_CHECKING:
+    from apacs_ray.training.batch import Sample
+    from apacs_ray.training.loop import Trainer
+    from apacs_ray.training.sampler import SampleRef
 
 TRIAL_CURVES = "tune"
 IN_MEMORY = 2**30  # bytes of decoded tiles that a trial may keep
@@ -49,115 +56,99 @@ class TrialTask:
     plan: NetworkPlan | None = None
 
     def settings(self, config: dict[str, Any]) -> FusionSettings:
-        """The fusion's settings with those that Ray Tune drew."""
-        return FusionSettings.model_validate({**self.fusion.model_dump(), **plain_setting(config)})
+        """Return the fusion's settings with those that Ray Tune drew; the scheduler ends a trial early, no patience."""
+        how = {"epochs": self.epochs, "patience": 0}
+        return FusionSettings.model_validate({**self.fusion.model_dump(), **plain_setting(config), **how})
 
-    def training(self, settings: FusionSettings) -> TrainConfig:
-        """How a trial trains; when it ends is the scheduler's matter."""
-        return replace(TrainConfig.of(settings, self.seed, epochs=self.epochs), patience=0)
+    def training(self, config: dict[str, Any], trial_id: str) -> TrainingTask:
+        """Return the training of a trial, the weights that it begins with written to its folder in the run."""
+        from apacs_ray.models.pretrained import pretrained_fusion
 
-    def feed(self, settings: FusionSettings) -> Feed:
-        """The samples of a trial."""
-        heatmaps = Heatmaps(settings.members, self.heatmaps)
-        return Feed(self.store, heatmaps, Crop(settings.crop, settings.flips, settings.turns))
+        settings = self.settings(config)
+        state = f"{self.state}/trials/{trial_id}"
+        spec = fusion_spec(settings, self.width)
+        pretrained = None
+        if (weights := pretrained_fusion(self.store, spec, settings.trunk, self.seed)) is not None:
+            pretrained = f"{state}/pretrained.safetensors"
+            self.store.write(pretrained, weights)
+        network = NetworkTask("fusion", spec, settings, state, f"{TRIAL_CURVES}/{trial_id}", pretrained, config)
+        augmentation = Augmentation(settings.crop, settings.flips, settings.turns)
+        dataset = TileDataset(self.store, Heatmaps(settings.members, self.heatmaps), augmentation)
+        plan = self.plan or NetworkPlan("fusion", 1, self.threads, 0.0, self.threads, 0)
+        return TrainingTask((network,), dataset, self.indices, plan, self.seed, self.max_failures, self.source)
 
 
 def plain_setting(config: dict[str, Any]) -> dict[str, Any]:
-    """A trial's setting as `FusionSettings` takes it: members as a list again."""
+    """Return a trial's setting as `FusionSettings` takes it: members as a list again."""
     return {name: value.split("+") if name == "members" else value for name, value in config.items()}
 
 
 def run_trial(config: dict[str, Any], task: TrialTask) -> None:
-    """What Ray Tune calls with the setting it drew."""
-    require_source(task.source)
-    settings = task.settings(config)
-    if task.plan is None:
-        _in_this_process(config, settings, task)
-    else:
-        _by_workers(config, settings, task, task.plan)
+    """Train one trial; Ray Tune calls this with the setting it drew.
 
-
-def _curves() -> str:
-    """The name of this trial's curves."""
-    from ray import tune
-
-    return f"{TRIAL_CURVES}/{tune.get_context().get_trial_id()}"
-
-
-def _by_workers(config: dict[str, Any], settings: FusionSettings, task: TrialTask, plan: NetworkPlan) -> None:
+    Raises:
+        ApacsError: The GPU's memory is too small, or as `training.loop.train_epochs`.
+    """
     from ray import tune
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    from apacs_ray.models.start import fusion_weights
-
-    state = f"{task.state}/trials/{tune.get_context().get_trial_id()}"
-    spec = fusion_spec(settings, task.width)
-    start = None
-    if (weights := fusion_weights(task.store, spec, settings.trunk, task.seed)) is not None:
-        start = f"{state}/start.safetensors"
-        task.store.write(start, weights)
-    network = NetworkTask("fusion", spec, task.training(settings), state, _curves(), start, config)
-    training = TrainingTask((network,), task.feed(settings), task.indices, plan, task.max_failures, task.source)
-    fit(training, [TuneReportCallback()])
+    require_source(task.source)
+    training = task.training(config, tune.get_context().get_trial_id())
+    if task.plan is None:
+        _in_this_process(training)
+    else:
+        fit(training, [TuneReportCallback()])
 
 
-def _in_this_process(config: dict[str, Any], settings: FusionSettings, task: TrialTask) -> None:
+def _in_this_process(task: TrainingTask) -> None:
     import torch
-    from ray import tune
 
-    from apacs_ray.models.start import fusion_weights
-    from apacs_ray.models.weights import build, load_model
-    from apacs_ray.training.history import EpochRecord, told
-    from apacs_ray.training.loop import Trainer, train_epochs
-    from apacs_ray.training.sampler import schedule
-    from apacs_ray.training.state import save_state
+    from apacs_ray.training.device import default_device
+    from apacs_ray.training.ranks import Ranks
 
-    torch.set_num_threads(task.threads)
-    spec, how = fusion_spec(settings, task.width), task.training(settings)
-    weights = fusion_weights(task.store, spec, settings.trunk, task.seed)
-    torch.manual_seed(task.seed)
-    network = build(spec) if weights is None else load_model(weights, spec)
-    trainer = Trainer(network, how, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    with contextlib.ExitStack() as stack:
-        checkpoint = tune.get_checkpoint()
-        if checkpoint is not None:
-            trainer.resume(Path(stack.enter_context(checkpoint.as_directory())))
-            for group in trainer.optimizer.param_groups:  # PBT may have changed it since
-                group["weight_decay"] = how.weight_decay
-    train_index, val_index = task.indices["train"], task.indices["val"]
-    epoch, step = trainer.place
-    refs = schedule(
-        train_index.groups(),
-        len(val_index),
-        epochs=range(epoch, task.epochs),
-        first_step=step,
-        batch_size=settings.batch_size,
-        rank=0,
-        world=1,
-        seed=task.seed,
+    train, val = task.indices["train"], task.indices["val"]
+    size = (len(train) + len(val)) * max(train.largest, val.largest) * 7
+
+    def samples(refs: Iterator[SampleRef]) -> Iterator[Sample]:
+        return (in_memory if size <= IN_MEMORY else one_by_one)(task.dataset, task.indices, refs)
+
+    def on_epoch(trainer: Trainer, network: NetworkTask) -> None:
+        write_curves(task.store, network.curves, trainer.history, network.setting)
+        _report(trainer, network)
+
+    preemption = NodePreemption()
+    hooks = WorkerHooks(
+        wrap=lambda network: network,
+        resume=_resume,
+        samples=samples,
+        on_epoch=on_epoch,
+        on_leave=_report,  # returns when Ray Tune knows of the checkpoint
+        preempted=preemption,
     )
-    size = (len(train_index) + len(val_index)) * max(train_index.largest, val_index.largest) * 7
-    samples = (in_memory if size <= IN_MEMORY else one_by_one)(task.feed(settings), task.indices, refs)
-
-    curves = _curves()
-
-    def report() -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            save_state(Path(folder), trainer.state())
-            tune.report(told(trainer.history), checkpoint=tune.Checkpoint.from_directory(folder))
-
-    def on_epoch(_: Trainer, record: EpochRecord) -> None:
-        write_curves(task.store, curves, trainer.history, config)
-        report()
-
-    notice = NodeNotice()
-    steps = -(-len(train_index) // settings.batch_size)
     try:
-        left = train_epochs([trainer], samples, steps, on_epoch, notice, (len(train_index), len(val_index)))
+        if not train_worker(task, hooks, device=default_device(), ranks=Ranks()):
+            preemption.await_end()
     except torch.OutOfMemoryError as error:
         raise ApacsError(
             f"{gpu_too_small(error, 'fusion')}; or let fewer trials share a GPU (resources.gpu)"
         ) from error
-    if left:
-        report()  # returns when Ray Tune knows of the checkpoint
-        notice.await_end()
+
+
+def _resume(trainer: Trainer, network: NetworkTask) -> None:
+    from ray import tune
+
+    checkpoint = tune.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            trainer.resume(Path(folder))
+
+
+def _report(trainer: Trainer, network: NetworkTask) -> None:
+    """Give Ray Tune the metrics and a checkpoint."""
+    from ray import tune
+
+    from apacs_ray.training.state import save_state
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_state(Path(folder), trainer.state())
+        tune.report(progress_metrics(trainer.history), checkpoint=tune.Checkpoint.from_directory(folder))

@@ -18,7 +18,8 @@ from ray.tune import Callback
 
 from apacs_ray.config.sweep import MUTABLE, Distribution, Sweep
 from apacs_ray.console import say
-from apacs_ray.distributed.credentials import forward_no_keys, ray_filesystem
+from apacs_ray.distributed.credentials import ray_filesystem
+from apacs_ray.distributed.ray_internals import keep_aws_variables_from_trials
 from apacs_ray.distributed.resource_plan import Cluster, plan_sweep
 from apacs_ray.distributed.trial import TRIAL_CURVES, TrialTask, plain_setting, run_trial
 from apacs_ray.redact import redact
@@ -40,7 +41,7 @@ class TrialResult:
 
 
 class _Listener(Callback):  # type: ignore[misc]
-    """Tells how many trials have ended, and what befell them. Ray Tune pickles it; `on_done` stays behind."""
+    """Tells how many trials have ended, and whether they failed. Ray Tune pickles it; `on_done` stays behind."""
 
     def __init__(self, on_done: Callable[[int], None]) -> None:
         self._on_done: Callable[[int], None] | None = on_done
@@ -62,7 +63,14 @@ class _Listener(Callback):  # type: ignore[misc]
 
 
 def sweep(task: TrialTask, plan: Sweep, cluster: Cluster, on_done: Callable[[int], None]) -> list[TrialResult]:
-    """Run or restore the sweep whose state lies in `task.state` of the run."""
+    """Run or restore the sweep whose state lies in `task.state` of the run.
+
+    Returns:
+        Every trial, in the order of Ray Tune.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; the state is kept.
+    """
     from ray import tune
 
     each, concurrency = plan_sweep(plan, cluster, task.fusion.batch_size)
@@ -73,7 +81,7 @@ def sweep(task: TrialTask, plan: Sweep, cluster: Cluster, on_done: Callable[[int
     trainable = tune.with_resources(tune.with_parameters(run_trial, task=task), resources)
     store = task.store.child(task.state)
     filesystem = ray_filesystem(store)
-    forward_no_keys()
+    keep_aws_variables_from_trials()
     path = f"{store.full_path()}/sweep"
     tuner = None
     if tune.Tuner.can_restore(path, storage_filesystem=filesystem):

@@ -9,19 +9,19 @@ from urllib.parse import urlsplit
 
 from apacs_ray.config.command_line import Command
 from apacs_ray.config.sweep import read_sweep
-from apacs_ray.distributed.probe import Survey, survey
+from apacs_ray.distributed.cluster import refuse_local
+from apacs_ray.distributed.probe import ClusterProbe, probe_cluster
 from apacs_ray.distributed.resource_plan import Cluster, Nodes, cluster_of, plan_sweep, plan_training
-from apacs_ray.distributed.session import refuse_local
 from apacs_ray.doctor.finding import Finding
 from apacs_ray.doctor.machine import usable_cpus
 from apacs_ray.errors import ApacsError
-from apacs_ray.models.spec import MEMBERS
+from apacs_ray.models.registry import MEMBERS
 
 CONNECT_TIMEOUT = 3.0  # s
 ADVICE = "unset RAY_ADDRESS to run on this machine, or start the cluster (ray start --head) and give its address"
 
 
-def check_cluster(command: Command, probe: Callable[[], Survey] = survey) -> Iterator[Finding]:
+def check_cluster(command: Command, probe: Callable[[], ClusterProbe] = probe_cluster) -> Iterator[Finding]:
     """Check the plans on the cluster at `RAY_ADDRESS`, else on this machine, where Ray is not started."""
     address = os.environ.get("RAY_ADDRESS", "")
     if not address or address == "local":

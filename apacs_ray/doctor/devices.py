@@ -52,7 +52,7 @@ def _no_gpu(warnings_of_torch: list[str], driver_file: Path) -> Finding:
 def _gpu(device: object, settings: Settings, driver_file: Path) -> Finding:
     import torch
 
-    from apacs_ray.training.loop import resolve_precision
+    from apacs_ray.training.device import uses_bfloat16
 
     assert isinstance(device, torch.device)
     properties = torch.cuda.get_device_properties(device)
@@ -60,7 +60,7 @@ def _gpu(device: object, settings: Settings, driver_file: Path) -> Finding:
     with torch.cuda.device(device):
         bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         try:
-            half = resolve_precision(settings.members.precision, device)
+            half = uses_bfloat16(settings.members.precision, device)
             with torch.autocast("cuda", torch.bfloat16, enabled=half):
                 layer = torch.nn.Conv2d(3, 4, 3).to(device)
                 layer(torch.ones(1, 3, 32, 32, device=device)).sum().backward()
@@ -94,13 +94,13 @@ def check_cpu(settings: Settings) -> Iterator[Finding]:
     """Check whether training on the CPU would use bfloat16, and name it."""
     import torch
 
-    from apacs_ray.training.loop import describe_device, resolve_precision
+    from apacs_ray.training.device import describe_device, uses_bfloat16
 
     device = torch.device("cpu")
     amx, avx = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
     units = [name for name, there in (("AMX", amx), ("AVX512-BF16", avx)) if there]
     message = f"{describe_device(device)}; " + (f"bfloat16 by {' and '.join(units)}" if units else "no bfloat16")
-    if settings.members.precision == "bfloat16" and not resolve_precision("auto", device):
+    if settings.members.precision == "bfloat16" and not uses_bfloat16("auto", device):
         yield Finding("CPU", "warning", message, "bfloat16 is emulated and slow here: --members.precision auto")
     else:
         yield Finding("CPU", "ok", message)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -14,18 +14,22 @@ from PIL import Image, ImageFilter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from apacs_ray.config.settings import TrainingSettings
 from apacs_ray.estimate.lines import Seconds
 from apacs_ray.evaluation.per_tile import tile_row
 from apacs_ray.evaluation.predictions import predictions
 from apacs_ray.inference.predictor import Predictor
 from apacs_ray.models.ensemble import Ensemble
-from apacs_ray.models.spec import MEMBERS, ModelSpec
+from apacs_ray.models.registry import MEMBERS
+from apacs_ray.models.spec import ModelSpec
 from apacs_ray.models.weights import build
-from apacs_ray.training.batch import Sample, augment
-from apacs_ray.training.config import TrainConfig
+from apacs_ray.training.augment import Augmentation, augment
+from apacs_ray.training.batch import Sample, batches, micro_batch_size
 from apacs_ray.training.dataset import decode_mask, decode_pixels, encode_heatmaps
-from apacs_ray.training.loop import Trainer
+from apacs_ray.training.device import default_device
+from apacs_ray.training.optim import make_optimizer
 from apacs_ray.training.sampler import SampleRef
+from apacs_ray.training.step import train_step
 
 BACKWARD = 2  # times the cost of a forward pass
 CPU_BUDGET, GPU_BUDGET = 3e12, 2e14  # FLOPs of a measured step; of larger tiles a part is measured
@@ -38,13 +42,13 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class SampleTile:
-    """A stored tile, to decode and to judge."""
+    """A stored tile, encoded: to decode and to evaluate."""
 
     image: bytes
     mask: bytes | None
 
     def pixels(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-        """RGB (H, W, 3) and mask (H, W) in {0, 1}."""
+        """Return RGB (H, W, 3) uint8 and mask (H, W) uint8 in {0, 1}."""
         rgb = decode_pixels(self.image)
         mask = np.zeros(rgb.shape[:2], np.uint8) if self.mask is None else decode_mask(self.mask)
         return rgb, mask
@@ -52,11 +56,10 @@ class SampleTile:
 
 @dataclass(frozen=True)
 class Training:
-    """A network to be trained: how, on crops of `crop` px (0: whole tiles), with `threads`, by `workers`."""
+    """A network to be trained: as `settings` say, with `threads` torch threads, by `workers`."""
 
     spec: ModelSpec
-    config: TrainConfig
-    crop: int
+    settings: TrainingSettings
     threads: int
     workers: int
 
@@ -77,8 +80,13 @@ class Inference:
 
 @dataclass(frozen=True)
 class Times:
-    """What was asked for: a `Seconds` for each training; s a tile through the members, its heatmaps stored, and
-    through everything, judged; bytes of the heatmaps.
+    """What networks take on a tile.
+
+    Attributes:
+        trainings: `Seconds` of each training.
+        members: Seconds through the members, its heatmaps stored.
+        everything: Seconds through members and fusions, and the masks counted.
+        heatmaps: Bytes of the heatmaps.
     """
 
     trainings: list[Seconds]
@@ -88,8 +96,8 @@ class Times:
 
 
 def measure(tile: SampleTile, trainings: Sequence[Training], inference: Inference) -> Times:
-    """Take the steps on the device of this process."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Measure steps on the device of this process."""
+    device = default_device()
     load = _seconds_to_load(tile)
     store, size = _storing(tile)
     members, everything = _time_inference(tile, inference, device)
@@ -99,12 +107,12 @@ def measure(tile: SampleTile, trainings: Sequence[Training], inference: Inferenc
 
 
 def assume(tile: SampleTile, trainings: Sequence[Training], inference: Inference) -> Times:
-    """The same for a GPU that is not there: from FLOPs; reading and judging are measured, here."""
+    """Return the same for a GPU that is not there: from FLOPs; reading and counting are measured, here."""
     load, judge = _seconds_to_load(tile), _seconds_to_judge(tile, inference)
     whole = tile.pixels()[1].shape
     seconds = []
     for training in trainings:
-        forward = flops([training.spec], _cropped(whole, training.crop)) / ASSUMED_GPU
+        forward = flops([training.spec], _cropped(whole, training.settings.crop)) / ASSUMED_GPU
         seconds.append(Seconds((1 + BACKWARD) * forward, flops([training.spec], whole) / ASSUMED_GPU, load))
     members = flops(inference.members, whole) / ASSUMED_GPU
     fusions = flops(list(inference.fusions.values()), whole) / ASSUMED_GPU
@@ -113,7 +121,7 @@ def assume(tile: SampleTile, trainings: Sequence[Training], inference: Inference
 
 
 def flops(specs: Sequence[ModelSpec], size: Size) -> int:
-    """Floating-point operations of one forward pass of networks on a tile, without doing it."""
+    """Return the floating-point operations of one forward pass of networks on a tile, without doing it."""
     total = 0
     for spec in specs:
         with FakeTensorMode(), FlopCounterMode(display=False) as counter:
@@ -131,8 +139,8 @@ def _cropped(size: Size, crop: int) -> Size:
 
 
 def _seconds_to_load(tile: SampleTile) -> float:
-    """Decoding, and the moves of augmentation."""
-    return _fastest(lambda: augment(*tile.pixels(), 1, crop=0, flips=True, turns=True))
+    """Decoding and augmentation."""
+    return _fastest(lambda: augment(*tile.pixels(), 1, Augmentation(0, True, True)))
 
 
 def _storing(tile: SampleTile) -> tuple[float, int]:
@@ -155,19 +163,22 @@ def _seconds_to_judge(tile: SampleTile, inference: Inference) -> float:
 
 def _time_training(tile: SampleTile, training: Training, load: float, device: torch.device) -> Seconds:
     torch.set_num_threads(training.threads)
-    spec, batch = training.spec, training.config.micro_batch(training.workers)
+    spec, settings = training.spec, training.settings
+    batch = micro_batch_size(settings, training.workers)
     whole = tile.pixels()[1].shape
-    rgb, mask = augment(*tile.pixels(), 1, crop=training.crop, flips=True, turns=True)
+    rgb, mask = augment(*tile.pixels(), 1, Augmentation(settings.crop, True, True))
     part = _part([spec], mask.shape, batch * (1 + BACKWARD), device)
     inputs = np.concatenate([np.repeat(rgb[..., :1], _channels(spec) - 3, axis=2), rgb], axis=2)[: part[0], : part[1]]
     refs = [SampleRef(0, "train", 0, row, 1 / batch, row) for row in range(batch)]
     samples = [Sample(ref, "", inputs, mask[: part[0], : part[1]]) for ref in refs]
     torch.manual_seed(0)
-    trainer = Trainer(build(spec), replace(training.config, epochs=1, batch_size=batch, accumulate=1), device=device)
+    model = build(spec).to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    optimizer = make_optimizer(model, settings)
 
     def step() -> None:
-        trainer.history = ()
-        trainer.run(iter(samples), 1, lambda record, state: None)
+        (whole_step,) = batches(iter(samples), batch)
+        output = train_step(model, optimizer, whole_step, settings, device)
+        output.losses.cpu()  # waits for the device
 
     a_tile = _fastest(step) / batch
     train = a_tile * flops([spec], mask.shape) / flops([spec], part)

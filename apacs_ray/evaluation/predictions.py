@@ -8,20 +8,20 @@ import numpy as np
 import numpy.typing as npt
 
 from apacs_ray.errors import ApacsError
+from apacs_ray.models.registry import FUSIONS, MEMBERS
 
 Mask = npt.NDArray[np.bool_]
-MEMBERS = ("fcn32", "fcn16", "fcn8")
-MODEL_KEYS = ("fcn32", "fcn16", "fcn8", "majority", "mean", "fusion", "fusion_published", "otsu")
+MODEL_KEYS = (*MEMBERS, "majority", "mean", *FUSIONS, "otsu")
 
 
 def predictions(logits: Mapping[str, npt.NDArray[np.float32]], rgb: npt.NDArray[np.uint8]) -> dict[str, Mask]:
     """Threshold the networks' logits, and combine those of the members.
 
-    A network's pixel is cell where its logit >= 0 (probability 0.5). `majority`: at least 2 of the 3 thresholded
+    A network's pixel is cell where its logit >= 0 (probability 0.5). `majority`: more than half of the thresholded
     members; `mean`: mean probability >= 0.5; `otsu`: Otsu's threshold on the green channel, dark is cell.
 
     Args:
-        logits: Network -> (H, W) float32, of all three members and of any fusions.
+        logits: Network -> (H, W) float32, of all members and of any fusions.
         rgb: (H, W, 3) uint8.
 
     Returns:
@@ -34,7 +34,7 @@ def predictions(logits: Mapping[str, npt.NDArray[np.float32]], rgb: npt.NDArray[
         if not np.isfinite(output).all():
             raise ApacsError(f"{name}: logits are not finite; its weights are damaged or its training diverged")
     masks = {name: output >= 0 for name, output in logits.items()}
-    masks["majority"] = np.sum([masks[name] for name in MEMBERS], axis=0) >= 2
+    masks["majority"] = np.sum([masks[name] for name in MEMBERS], axis=0) > len(MEMBERS) / 2
     masks["mean"] = np.mean([sigmoid(logits[name]) for name in MEMBERS], axis=0) >= 0.5
     masks["otsu"] = otsu(rgb[:, :, 1])
     return {key: masks[key] for key in MODEL_KEYS if key in masks}

@@ -38,9 +38,16 @@ class Predictor:
 
     @torch.inference_mode()
     def logits(self, rgb: npt.NDArray[np.uint8]) -> dict[str, Array]:
-        """Logits (H, W) float32 of every network for one tile (H, W, 3) uint8.
+        """Run all networks on one tile.
 
-        Raises ApacsError when the GPU's memory is too small for it.
+        Args:
+            rgb: (H, W, 3) uint8.
+
+        Returns:
+            Model key -> logits (H, W) float32.
+
+        Raises:
+            ApacsError: The GPU's memory is too small for it.
         """
         try:
             return self._logits(rgb)
@@ -60,7 +67,7 @@ class Predictor:
         return {name: output[0, 0].float().cpu().numpy() for name, output in outputs.items()}
 
     def probabilities(self, rgb: npt.NDArray[np.uint8]) -> dict[str, Array]:
-        """Probabilities (H, W) float32 in 0..1 of every network."""
+        """Return probabilities (H, W) float32 in 0..1 of every network."""
         return {name: sigmoid(logits) for name, logits in self.logits(rgb).items()}
 
 
@@ -72,7 +79,7 @@ def _halve_convolutions(network: nn.Module) -> None:
 
 
 def load_ensemble(store: Store, folders: Mapping[str, str]) -> Ensemble:
-    """The networks in `folders` (model key -> folder in the store): three members, and fusions by key."""
+    """Return the networks in `folders` (model key -> folder in the store): three members, and fusions by key."""
     members: dict[MemberName, torch.nn.Module] = {}
     fusions: dict[str, tuple[ModelSpec, torch.nn.Module]] = {}
     for key, folder in folders.items():

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from apacs_ray.config.settings import MemberName
 from apacs_ray.models.fusion import fuse
-from apacs_ray.models.spec import MEMBERS, ModelSpec
+from apacs_ray.models.registry import MEMBERS
+from apacs_ray.models.spec import ModelSpec
 
 
 class Ensemble(nn.Module):
@@ -25,7 +26,7 @@ class Ensemble(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """RGB (N, 3, H, W) in 0..1 -> logits (N, 1, H, W) float32 of every member and every fusion."""
+        """Return, for RGB (N, 3, H, W) in 0..1, logits (N, 1, H, W) float32 of every member and every fusion."""
         logits: dict[str, Tensor] = {name: member(image) for name, member in self.members.items()}
         probabilities = {name: torch.sigmoid(output.float()) for name, output in logits.items()}
         for key, network in self.fusions.items():

@@ -8,20 +8,20 @@ Scores and upsampling run in float32 outside autocast: better numerically, and o
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apacs_ray.config.settings import MemberName
-
+N = TypeVar("N", bound=nn.Module)
 SMALLEST = 32  # px: what is smaller, such as a sliver at a slide's edge, is padded
 BRIGHTNESS, CONTRAST = 0.84, 0.11  # mean and standard deviation of RGB in a stained smear, about
 MARGIN = 100  # px of zeros around the input: the first convolution's padding
 
 
 def scaled(channels: int, width: float) -> int:
-    """A published channel count at `width`: a multiple of 8, at least 8."""
+    """Return a published channel count at `width`: a multiple of 8, at least 8."""
     return max(8, round(channels * width / 8) * 8)
 
 
@@ -58,12 +58,12 @@ class Score(nn.Conv2d):
 
 
 def crop(x: Tensor, offset: int, height: int, width: int) -> Tensor:
-    """`height` x `width` of `x` (N, C, ., .) from `offset` in both directions."""
+    """Return `height` x `width` of `x` (N, C, ., .) from `offset` in both directions."""
     return x[:, :, offset : offset + height, offset : offset + width]
 
 
 def sufficient(size: int, produced: Callable[[int], int]) -> int:
-    """The smallest side >= `size` for which the network yields at least `size` pixels."""
+    """Return the smallest side >= `size` for which the network yields at least `size` pixels."""
     side = max(size, SMALLEST)
     while produced(side) < size:
         side += 1
@@ -71,18 +71,21 @@ def sufficient(size: int, produced: Callable[[int], int]) -> int:
 
 
 def pad_to(x: Tensor, produced: Callable[[int], int]) -> Tensor:
-    """`x` zero-padded right and bottom until the network yields every pixel."""
+    """Return `x` zero-padded right and bottom until the network yields every pixel."""
     height, width = x.shape[2:]
     bottom = sufficient(height, produced) - height
     right = sufficient(width, produced) - width
     return F.pad(x, (0, right, 0, bottom)) if bottom or right else x
 
 
-def initialize(network: nn.Module, heatmaps: int = 0) -> None:
-    """Random start without pretrained weights, as in the paper: He initialization, biases at zero.
+def initialize(network: N, heatmaps: int = 0) -> N:
+    """Start a network at random, as in the paper, and return it: He initialization, biases at zero.
 
     Stained cells on bright glass fill a small part of 0..1, which alone makes the first epochs idle. So the first
     convolution starts as if RGB were normalized by `BRIGHTNESS` and `CONTRAST`; `heatmaps` channels before RGB are not.
+
+    Returns:
+        `network`.
     """
     first = True
     for module in network.modules():
@@ -96,6 +99,7 @@ def initialize(network: nn.Module, heatmaps: int = 0) -> None:
                     module.weight[:, heatmaps:] /= CONTRAST
                     module.bias -= BRIGHTNESS * module.weight[:, heatmaps:].sum(dim=(1, 2, 3))
         first = False
+    return network
 
 
 class AlexTrunk(nn.Module):
@@ -114,7 +118,7 @@ class AlexTrunk(nn.Module):
         self.dropout = nn.Dropout2d(dropout)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Features after conv1 (stride 4), pool1 (8), pool2 (16) and fc7 (32)."""
+        """Return features after conv1 (stride 4), pool1 (8), pool2 (16) and fc7 (32)."""
         conv1 = F.relu(self.conv1(x))
         pool1 = F.max_pool2d(conv1, 3, 2)
         pool2 = F.max_pool2d(F.relu(self.conv2(pool1)), 3, 2)
@@ -128,7 +132,7 @@ class AlexTrunk(nn.Module):
 
     @staticmethod
     def produced(side: int) -> int:
-        """Pixels that FCN-32 yields for an input side: its upsampled score less the crop offset 43."""
+        """Return the pixels that FCN-32 yields for an input side: its upsampled score less the crop offset 43."""
         conv1 = (side + 2 * MARGIN - 11) // 4 + 1
         pool2 = ((conv1 - 3) // 2 + 1 - 3) // 2 + 1
         fc6 = -(-(pool2 - 3) // 2) + 1 - 5
@@ -179,7 +183,7 @@ class VGGTrunk(nn.Module):
         self.pool3_channels, self.pool4_channels, self.channels = c256, c512, c4096
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Features after pool3 (stride 8), pool4 (16) and fc7 (32)."""
+        """Return features after pool3 (stride 8), pool4 (16) and fc7 (32)."""
         pool3 = self.block3(self.block2(self.block1(x)))
         pool4 = self.block4(pool3)
         y = self.dropout(F.relu(self.fc6(self.block5(pool4))))
@@ -188,7 +192,7 @@ class VGGTrunk(nn.Module):
 
     @staticmethod
     def fc7_side(side: int) -> int:
-        """Side of fc7's features for an input side."""
+        """Return the side of fc7's features for an input side."""
         return (side + 2 * MARGIN - 2) // 32 - 6
 
 
@@ -214,7 +218,7 @@ class FCN16(nn.Module):
 
     @classmethod
     def produced(cls, side: int) -> int:
-        """Pixels that the network yields for an input side."""
+        """Return the pixels that the network yields for an input side."""
         fc7 = VGGTrunk.fc7_side(side)
         return (2 * fc7 + 1) * 16 + 32 - cls.OFFSET if fc7 > 0 else 0
 
@@ -245,14 +249,6 @@ class FCN8(nn.Module):
 
     @classmethod
     def produced(cls, side: int) -> int:
-        """Pixels that the network yields for an input side."""
+        """Return the pixels that the network yields for an input side."""
         fc7 = VGGTrunk.fc7_side(side)
         return (2 * (2 * fc7 + 2) + 1) * 8 + 16 - cls.OFFSET if fc7 > 0 else 0
-
-
-def build_member(name: MemberName, *, width: float = 1.0, dropout: float = 0.5) -> nn.Module:
-    """A freshly initialized member; at width 1 exactly the published network."""
-    classes: dict[str, type[nn.Module]] = {"fcn32": FCN32, "fcn16": FCN16, "fcn8": FCN8}
-    network = classes[name](width=width, dropout=dropout)
-    initialize(network)
-    return network

@@ -63,7 +63,7 @@ class RefinedFusion(nn.Module):
 
 
 def mean_logit(heatmaps: Tensor) -> Tensor:
-    """(N, M, H, W) probabilities -> (N, 1, H, W) float32 mean of their clamped logits."""
+    """Return the mean (N, 1, H, W) float32 of the clamped logits of probabilities (N, M, H, W)."""
     with torch.autocast(heatmaps.device.type, enabled=False):
         return torch.logit(heatmaps.float(), eps=CLAMP).mean(dim=1, keepdim=True)
 
@@ -76,11 +76,14 @@ def build_fusion(
     dropout: float = 0.5,
     heatmap_init: HeatmapInit = "random",
 ) -> nn.Module:
-    """A freshly initialized fusion network.
+    """Return a freshly initialized fusion network.
 
     Input (N, M + 3, H, W) in 0..1, the probabilities of `members` first, then RGB; output logits (N, 1, H, W).
     `heatmap_init`: how the first layer treats the heatmaps at the start: like any channel (`random`), not at all
     (`zero`), or as the mean over the RGB filters (`mean`).
+
+    Returns:
+        The network, in training mode.
     """
     count = len(members)
     network: FCN32 | RefinedFusion
@@ -101,11 +104,14 @@ def build_fusion(
     return network
 
 
-def start_from_fcn32(network: nn.Module, member: Mapping[str, Tensor], heatmap_init: HeatmapInit) -> None:
+def load_fcn32_trunk(network: nn.Module, member: Mapping[str, Tensor], heatmap_init: HeatmapInit) -> None:
     """Put the trunk of a trained FCN-32 of the same width into a fusion, which has the same shapes behind its input.
 
     In the first layer the filters on RGB are FCN-32's; those on heatmaps stay as `build_fusion` started them, and as
-    the `mean` are that of FCN-32's. Raises ApacsError.
+    the `mean` are that of FCN-32's.
+
+    Raises:
+        ApacsError: The fusion has another width.
     """
     wanted = network.state_dict()
     tensors = {key: value.clone() for key, value in member.items() if key.startswith("trunk.")}
@@ -120,6 +126,6 @@ def start_from_fcn32(network: nn.Module, member: Mapping[str, Tensor], heatmap_i
 
 
 def fuse(network: nn.Module, probabilities: Tensor, image: Tensor) -> Tensor:
-    """Logits of the fusion for member probabilities (N, M, H, W) and RGB (N, 3, H, W)."""
+    """Return logits of the fusion for member probabilities (N, M, H, W) and RGB (N, 3, H, W)."""
     fused: Tensor = network(torch.cat([probabilities, image], dim=1))
     return fused

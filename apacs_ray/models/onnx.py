@@ -30,7 +30,10 @@ def export_onnx(ensemble: Ensemble, path: Path, *, height: int, width: int, fusi
     """Write `path`: input `image` (N, 3, height, width) float32 in 0..1, output `logits` (N, 1, height, width) float32.
 
     N is free; height and width are fixed, since padding and cropping depend on them. A pixel is cell where the logit
-    is at least 0. Raises ApacsError without the packages of the extra `onnx`.
+    is at least 0.
+
+    Raises:
+        ApacsError: The packages of the extra `onnx` are missing.
     """
     try:
         import onnxscript  # noqa: F401 - torch wants it, and says so in many lines

@@ -9,8 +9,8 @@ from typing import Literal
 
 from apacs_ray.config.settings import FusionSettings, HeatmapInit, MemberName
 from apacs_ray.errors import ApacsError
+from apacs_ray.models.registry import MEMBERS
 
-MEMBERS: tuple[MemberName, ...] = ("fcn32", "fcn16", "fcn8")
 Head = Literal["published", "refined"]
 
 
@@ -30,12 +30,12 @@ class ModelSpec:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> bytes:
-        """As `model.json`."""
+        """Return the text of `model.json`."""
         return json.dumps(asdict(self), indent=1, sort_keys=True).encode()
 
     @classmethod
     def from_json(cls, content: bytes) -> ModelSpec:
-        """From `model.json`. Raises ApacsError when it is none."""
+        """Return what `model.json` says. Raises ApacsError when it is none."""
         try:
             spec = cls(**json.loads(content))
             if not (0 < spec.width <= 1 and 0 <= spec.dropout < 1 and set(spec.members) <= set(MEMBERS)):
@@ -46,7 +46,7 @@ class ModelSpec:
 
 
 def fusion_spec(settings: FusionSettings, width: float, name: str = "fusion") -> ModelSpec:
-    """The fusion network that settings describe."""
+    """Return the fusion network that settings describe."""
     return ModelSpec(
         "fusion",
         name,

@@ -12,28 +12,26 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from apacs_ray.errors import ApacsError
-from apacs_ray.models.fcn import build_member
 from apacs_ray.models.fusion import build_fusion
-from apacs_ray.models.spec import MEMBERS, ModelSpec
+from apacs_ray.models.registry import NETWORKS, build_member
+from apacs_ray.models.spec import ModelSpec
 
 
 def build(spec: ModelSpec) -> nn.Module:
-    """A freshly initialized network."""
+    """Return a freshly initialized network. Raises ApacsError when there is no such member."""
     if spec.kind == "member":
-        if spec.name not in MEMBERS:
-            raise ApacsError(f"{spec.name}: no such member; there is {', '.join(MEMBERS)}")
         return build_member(spec.name, width=spec.width, dropout=spec.dropout)
     return build_fusion(spec.head, spec.members, width=spec.width, dropout=spec.dropout, heatmap_init=spec.heatmap_init)
 
 
 def weights_bytes(model: nn.Module) -> bytes:
-    """The weights as safetensors (contiguous, on the CPU), without a DDP wrapper's prefix."""
+    """Return the weights as safetensors (contiguous, on the CPU), without a DDP wrapper's prefix."""
     tensors = {name.removeprefix("module."): value for name, value in model.state_dict().items()}
     return save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
 
 
 def load_model(weights: bytes, spec: ModelSpec) -> nn.Module:
-    """The trained network, in eval mode. Raises ApacsError naming what does not fit."""
+    """Return the trained network that `spec` describes, in eval mode. Raises ApacsError naming what does not fit."""
     with _Undrawn():
         model = build(spec)
     try:
@@ -73,14 +71,22 @@ def _assign(model: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
     model.load_state_dict(dict(tensors), assign=True)
 
 
-def from_published(name: str, state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Tensors of a released checkpoint under our names.
+def from_released(name: str, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a released checkpoint under our names.
 
-    `name`: fcn32, fcn16, fcn8 or fusion. Keys may carry a `module.` prefix. Raises ApacsError for a missing key.
+    Args:
+        name: A network of the registry that has been released.
+        state: The checkpoint; keys may carry a `module.` prefix.
+
+    Raises:
+        ApacsError: A tensor is missing.
+
+    Returns:
+        Tensors by our names.
     """
     plain = {key.removeprefix("module."): value for key, value in state.items()}
     renamed = {}
-    for ours, theirs in PUBLISHED_NAMES[name].items():
+    for ours, theirs in NETWORKS[name].released.items():
         for part in ("weight", "bias"):
             if part == "bias" and ours.startswith("up"):
                 continue
@@ -89,24 +95,3 @@ def from_published(name: str, state: Mapping[str, Any]) -> dict[str, Tensor]:
                 raise ApacsError(f"{name}: the released checkpoint lacks {key}")
             renamed[f"{ours}.{part}"] = plain[key]
     return renamed
-
-
-def _vgg_names() -> dict[str, str]:
-    theirs = [f"pool3.{index}" for index in (0, 2, 5, 7, 10, 12, 14)]
-    theirs += [f"pool4.{index}" for index in (0, 2, 4)] + [f"conv7.{index}" for index in (0, 2, 4)]
-    ours = [f"trunk.block{block}.{2 * conv}" for block, convs in enumerate((2, 2, 3, 3, 3), 1) for conv in range(convs)]
-    names = dict(zip(ours, theirs, strict=True))
-    names |= {"trunk.fc6": "conv7.7", "trunk.fc7": "conv7.10"}
-    return names | {"score": "score_fr", "score_pool4": "score_pool4", "up_score": "upsample2"}
-
-
-_ALEX = [f"conv{number}" for number in range(1, 6)] + ["fc6", "fc7"]
-PUBLISHED_NAMES: dict[str, dict[str, str]] = {
-    "fcn32": {f"trunk.{part}": part for part in _ALEX} | {"score": "score_fr", "upscore": "upscore"},
-    "fcn16": _vgg_names() | {"up_final": "upsample16"},
-    "fcn8": _vgg_names() | {"score_pool3": "score_pool3", "up_pool4": "upsample_pool4", "up_final": "upsample8"},
-    "fusion": {
-        f"trunk.{part}": f"convolution.{index}" for part, index in zip(_ALEX, (0, 3, 6, 8, 10, 14, 17), strict=True)
-    }
-    | {"score": "score_fr", "upscore": "upscore"},
-}

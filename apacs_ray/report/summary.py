@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from apacs_ray.evaluation.predictions import MEMBERS
+from apacs_ray.models.registry import MEMBERS
 from apacs_ray.training.history import EpochRecord, score
 
 # accuracy, IoU, Dice on APACS23's own test slides (Scientific Data 11:733, 2024)

@@ -19,6 +19,8 @@ import uuid
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import psutil
+
 from apacs_ray.errors import ApacsError, StoreTroubleError
 from apacs_ray.storage import Conflict, Store
 
@@ -239,7 +241,11 @@ def _pid_namespace() -> str | None:
 
 
 def _start_ticks(pid: int) -> int | None:
-    """Return the clock ticks between boot and start of a process (field 22 of its stat); None when it is gone."""
+    """Return the clock ticks between boot and start of a process (field 22 of its stat); None when it is gone.
+
+    Not psutil's `create_time`, which adds the time of the boot: when the machine's clock is set, a process that lives
+    would look like another, and lose its run.
+    """
     try:
         content = Path(f"/proc/{pid}/stat").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
@@ -258,13 +264,6 @@ def _await_orphans(ray_session: str) -> None:
 
 
 def _processes_naming(text: str) -> list[int]:
-    pids = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                command = (folder / "cmdline").read_bytes()
-            except (FileNotFoundError, ProcessLookupError, PermissionError):
-                continue
-            if text.encode() in command:
-                pids.append(int(folder.name))
-    return pids
+    """Return the pids of processes whose command line holds `text`."""
+    processes = psutil.process_iter(["cmdline"])
+    return [process.pid for process in processes if any(text in part for part in process.info["cmdline"] or ())]

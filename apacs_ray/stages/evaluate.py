@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 from apacs_ray.config.settings import Settings
 from apacs_ray.data.shards import open_table, read_index
 from apacs_ray.distributed.evaluation import EvaluateTask, draw_tiles, evaluate_tiles
-from apacs_ray.distributed.pool import plan_pool
+from apacs_ray.distributed.tasks import plan_pool
 from apacs_ray.errors import ApacsError
 from apacs_ray.evaluation.metrics import compare, dice_of, pixel_counts, summarize
-from apacs_ray.models.spec import MEMBERS
+from apacs_ray.models.registry import MEMBERS
 from apacs_ray.report.page import ReportContext, TilePicture, build_report
 from apacs_ray.runs.markers import Counts
 from apacs_ray.runs.provenance import environment, fingerprint, git_commit

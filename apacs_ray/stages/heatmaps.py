@@ -11,8 +11,8 @@ from apacs_ray.config.settings import Settings
 from apacs_ray.console import say
 from apacs_ray.data.shards import TileIndex, shard_paths
 from apacs_ray.distributed.heatmaps import ALL, HeatmapTask, write_heatmaps
-from apacs_ray.distributed.pool import plan_pool
-from apacs_ray.models.spec import MEMBERS
+from apacs_ray.distributed.tasks import plan_pool
+from apacs_ray.models.registry import MEMBERS
 from apacs_ray.runs.markers import Counts
 from apacs_ray.runs.provenance import fingerprint
 from apacs_ray.stages.ingest_result import IngestResult

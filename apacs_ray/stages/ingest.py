@@ -87,7 +87,7 @@ class Ingest(Stage[IngestResult]):
         _write_rejects(job.store, fingerprint, rejects)
         _delete_other_shards(job.store, {receipt.path for receipt in written.receipts})
         rejected = len(written.rejects) + len(written.annotation_rejects) + len(tile_rejects)
-        job.ray.gauges.rejects(self.name, rejected)  # before they end the stage
+        job.ray.metrics.rejects(self.name, rejected)  # before they end the stage
         if not counts.rows_out:
             raise ApacsError(_nothing_left(written, job.store))
         _require_within_limit(job, written.unit, len(written.rejects), written.units.listed)

@@ -14,8 +14,7 @@ from apacs_ray.data.rejects import Reject
 from apacs_ray.data.shards import Receipt
 from apacs_ray.data.slide_tables import read_mpps, read_table_text
 from apacs_ray.data.words import Split
-from apacs_ray.distributed.data import render_smears
-from apacs_ray.distributed.slides import inspect_slides, write_slide_shards
+from apacs_ray.distributed.data import inspect_slides, render_smears, write_slide_shards
 from apacs_ray.errors import BadInput
 from apacs_ray.slides.cache import SlideCache, default_cache
 from apacs_ray.slides.manifest import SlideSummary, SlideTask

@@ -63,7 +63,7 @@ class Job:
 
     def progress(self) -> AbstractContextManager[Bars]:
         """Show progress bars while the block runs; Prometheus is told the same."""
-        return bars(self.stage, partial(self.ray.gauges.rows, self.stage))
+        return bars(self.stage, partial(self.ray.metrics.rows, self.stage))
 
 
 class Stage(ABC, Generic[R]):
@@ -118,7 +118,7 @@ def run_stage(run: Run, ray: RaySession, stage: Stage[R], later: Sequence[str] =
         say(f"{stage.name}: unchanged, not done again")
         return _decoded(stage, marker)
     say(f"{stage.name}: starts")
-    ray.gauges.running(stage.name, now=True)
+    ray.metrics.running(stage.name, now=True)
     started = time.time()
     run.record_start(stage.name, later, fingerprint=fingerprint, started=started)
     run.uncommit(stage.folder)
@@ -131,7 +131,7 @@ def run_stage(run: Run, ray: RaySession, stage: Stage[R], later: Sequence[str] =
             run.record(stage.name, state=state, error=redact(str(error)))
         raise
     finally:
-        ray.gauges.running(stage.name, now=False)
+        ray.metrics.running(stage.name, now=False)
     seconds = round(time.time() - started, 2)
     marker = Marker(
         stage.name,

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from apacs_ray.config.settings import FusionSettings, Settings
 from apacs_ray.console import say
+from apacs_ray.models.pretrained import pretrained_fusion
 from apacs_ray.models.spec import ModelSpec, fusion_spec
-from apacs_ray.models.start import fusion_weights
 from apacs_ray.runs.markers import Counts
 from apacs_ray.runs.provenance import fingerprint
 from apacs_ray.stages.heatmaps import HeatmapsResult
@@ -43,6 +43,7 @@ class TrainFusion(Stage[TrainingResult]):
             heatmaps=self.heatmaps.fingerprint,
             fusion=self._trained_settings(settings).fingerprint_inputs(),
             keys=sorted(fusion_folders(settings)),
+            width=settings.fusion_width,
             seed=settings.run.seed,
         )
 
@@ -84,8 +85,8 @@ def fusion_specs(settings: Settings, fusion: FusionSettings) -> dict[str, tuple[
         key: fusion if key == "fusion" else fusion.model_copy(update={"head": "published"})
         for key in fusion_folders(settings)
     }
-    return {key: (how, fusion_spec(how, how.width, key)) for key, how in hows.items()}
+    return {key: (how, fusion_spec(how, settings.fusion_width, key)) for key, how in hows.items()}
 
 
 def _start(job: Job, spec: ModelSpec, how: FusionSettings) -> Callable[[], bytes | None]:
-    return lambda: fusion_weights(job.store, spec, how.trunk, job.settings.run.seed)
+    return lambda: pretrained_fusion(job.store, spec, how.trunk, job.settings.run.seed)

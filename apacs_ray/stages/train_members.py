@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from apacs_ray.config.settings import MemberName, Settings
-from apacs_ray.models.spec import MEMBERS, ModelSpec
+from apacs_ray.models.pretrained import pretrained_member, pretrained_version
+from apacs_ray.models.registry import MEMBERS
+from apacs_ray.models.spec import ModelSpec
 from apacs_ray.runs.markers import Counts
 from apacs_ray.runs.provenance import fingerprint
 from apacs_ray.stages.ingest_result import IngestResult
 from apacs_ray.stages.stage import Committed, Job, Stage
-from apacs_ray.stages.start import start_version, start_weights
 from apacs_ray.stages.train_networks import Network, TrainingResult, forget_state, train_networks
 from apacs_ray.storage import Store
 
@@ -33,7 +34,7 @@ class TrainMembers(Stage[TrainingResult]):
             stage=self.name,
             tiles=self.ingest.fingerprint,
             members=settings.members.fingerprint_inputs(),
-            start={name: start_version(settings.members, name) for name in MEMBERS},
+            start={name: pretrained_version(settings.members, name) for name in MEMBERS},
             seed=settings.run.seed,
         )
 
@@ -56,7 +57,7 @@ def member_network(settings: Settings, name: MemberName, folder: str) -> Network
     """Return one member as the settings describe it, its model to lie in `folder`."""
     members = settings.members
     spec = ModelSpec("member", name, width=members.width, dropout=members.dropout)
-    return Network(name, spec, folder, members, start=lambda: start_weights(members, name))
+    return Network(name, spec, folder, members, start=lambda: pretrained_member(members, name))
 
 
 def _networks(settings: Settings) -> list[Network]:

@@ -11,15 +11,16 @@ from apacs_ray.config.settings import MembersSettings, TrainingSettings
 from apacs_ray.console import say
 from apacs_ray.data.shards import TileIndex, read_index
 from apacs_ray.distributed.resource_plan import NetworkPlan, plan_training
-from apacs_ray.distributed.train import NetworkTask, TrainingTask, read_progress, train
+from apacs_ray.distributed.train import read_progress, train
+from apacs_ray.distributed.worker import NetworkTask, TrainingTask
 from apacs_ray.errors import ApacsError
 from apacs_ray.models.spec import ModelSpec
 from apacs_ray.runs.provenance import source_hash
 from apacs_ray.stages.stage import Job, StageResult
 from apacs_ray.storage import Store
+from apacs_ray.training.augment import Augmentation
 from apacs_ray.training.checkpoints import best_checkpoint, best_weights, complete_checkpoints
-from apacs_ray.training.config import TrainConfig
-from apacs_ray.training.dataset import Crop, Feed, Heatmaps
+from apacs_ray.training.dataset import Heatmaps, TileDataset
 from apacs_ray.training.history import EpochRecord, history_csv
 
 START = "start.safetensors"
@@ -165,14 +166,14 @@ def _task(
     for network in group:
         state = state_folder(network, fingerprint)
         start = _write_start(store, f"{state}/{START}", network)
-        config = TrainConfig.of(network.settings, run.seed)
         spec = replace(network.spec, training_data=training_data)
-        networks.append(NetworkTask(network.name, spec, config, state, network.folder, start))
+        networks.append(NetworkTask(network.name, spec, network.settings, state, network.folder, start))
     return TrainingTask(
         tuple(networks),
-        Feed(store, group[0].heatmaps, Crop(how.crop, how.flips, how.turns)),
+        TileDataset(store, group[0].heatmaps, Augmentation(how.crop, how.flips, how.turns)),
         group[0].indices or indices,
         resources,
+        run.seed,
         run.max_failures,
         source_hash(),
     )

@@ -53,6 +53,7 @@ class TuneFusion(Stage[SweepResult]):
             heatmaps=self.heatmaps.fingerprint,
             sweep=plan.fingerprint_inputs(),
             fusion=fixed,
+            width=settings.fusion_width,
             seed=settings.run.seed,
         )
 
@@ -72,7 +73,7 @@ class TuneFusion(Stage[SweepResult]):
             store,
             read_indices(store),
             settings.fusion,
-            settings.fusion.width,
+            settings.fusion_width,
             self.heatmaps.fingerprint,
             plan.epochs,
             settings.run.seed,

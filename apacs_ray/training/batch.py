@@ -1,6 +1,6 @@
-"""Samples and batches: numpy uint8 from decoding to the device. No torch: tasks that only decode import this.
+"""Samples and batches of training: numpy uint8 from decoding to the device.
 
-Augmentation moves image, heatmaps and mask together.
+Tasks that only decode import this, so it does not import torch.
 """
 
 from __future__ import annotations
@@ -11,15 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from apacs_ray.config.settings import TrainingSettings
+from apacs_ray.training.augment import Pixels
 from apacs_ray.training.sampler import Phase, SampleRef
-
-Pixels = npt.NDArray[np.uint8]
-STRIP = 64  # columns of a picture that are written at a time
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One tile's turn with its pixels, uint8: inputs (H, W, C), heatmaps then RGB; mask (H, W) in {0, 1}."""
+    """One tile of an epoch with its pixels, uint8: inputs (H, W, C), heatmaps then RGB; mask (H, W) in {0, 1}."""
 
     ref: SampleRef
     tile_id: str
@@ -49,66 +48,19 @@ class Batch:
     tile_ids: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Move:
-    """What augmentation does to a picture: a window of it, which is then flipped and turned."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-    down: bool
-    across: bool
-    quarters: int
-
-    @classmethod
-    def draw(cls, seed: int, size: tuple[int, int], *, crop: int, flips: bool, turns: bool) -> Move:
-        """For a tile of `size` (height, width): a window of side `crop` px (0 or a smaller tile: all of it)."""
-        rng = np.random.default_rng(seed)
-        height, width = size
-        top = left = 0
-        if crop:
-            top = int(rng.integers(max(height - crop, 0) + 1))
-            left = int(rng.integers(max(width - crop, 0) + 1))
-            height, width = min(height, crop), min(width, crop)
-        down, across, quarters = rng.integers(2), rng.integers(2), int(rng.integers(4))
-        return cls(top, left, height, width, bool(flips and down), bool(flips and across), quarters if turns else 0)
-
-    @property
-    def box(self) -> tuple[int, int, int, int]:
-        """The window as Pillow takes it: left, top, right, bottom."""
-        return self.left, self.top, self.left + self.width, self.top + self.height
-
-    def of(self, picture: Pixels) -> Pixels:
-        """The window of (H, W, C) or (H, W), flipped and turned."""
-        return self.turned(picture[self.top : self.top + self.height, self.left : self.left + self.width])
-
-    def turned(self, window: Pixels) -> Pixels:
-        """The window flipped and turned, in one copy."""
-        channels = window[..., None] if window.ndim == 2 else window
-        seen = np.rot90(channels[:: -1 if self.down else 1, :: -1 if self.across else 1], self.quarters)
-        moved = np.empty(seen.shape, np.uint8)
-        if seen.strides[1] == seen.shape[2]:  # whole rows at once
-            moved[:] = seen
-        else:  # one by one: faster by channels, and when the rows that are read at a time stay in the cache
-            width = STRIP if self.quarters % 2 else seen.shape[1]
-            for left in range(0, seen.shape[1], width):
-                for channel in range(seen.shape[2]):
-                    moved[:, left : left + width, channel] = seen[:, left : left + width, channel]
-        return moved.reshape(*seen.shape[:2], *window.shape[2:])
-
-
-def augment(inputs: Pixels, mask: Pixels, seed: int, *, crop: int, flips: bool, turns: bool) -> tuple[Pixels, Pixels]:
-    """A random crop of side `crop` px (0 or a smaller tile: all of it), flips and turns, from `seed`."""
-    move = Move.draw(seed, (mask.shape[0], mask.shape[1]), crop=crop, flips=flips, turns=turns)
-    return move.of(inputs), move.of(mask)
+def micro_batch_size(settings: TrainingSettings, world: int) -> int:
+    """Return how many tiles one of `world` workers passes through the network at once."""
+    return -(-settings.batch_size // (world * settings.accumulate))
 
 
 def batches(samples: Iterator[Sample], micro_batch: int) -> Iterator[Batch]:
-    """Consecutive samples of one step as batches of at most `micro_batch`; in val, of equal shapes only.
+    """Yield consecutive samples of one step as batches of at most `micro_batch` tiles.
 
-    Training tiles of unequal shapes are padded; validation tiles never are, as padding would reach into the
-    logits.
+    Training tiles of unequal shapes are padded. Validation tiles never are, as padding would reach into the logits:
+    their batches hold tiles of equal shapes only.
+
+    Yields:
+        Batches in the order of the samples.
     """
     waiting: list[Sample] = []
     for sample in samples:

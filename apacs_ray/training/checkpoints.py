@@ -35,6 +35,7 @@ class Checkpoint:
 
     @property
     def epoch(self) -> int:
+        """The epoch, from 0, at whose end or in which it was written."""
         return int(self.state["epoch"])
 
     @property
@@ -54,7 +55,7 @@ class Checkpoint:
 
 
 def complete_checkpoints(store: Store, folder: str) -> list[Checkpoint]:
-    """Every complete checkpoint below `folder`, the one that is furthest last."""
+    """Return every complete checkpoint below `folder`, the one that is furthest last."""
     sizes = {entry.path: entry.size for entry in store.list(folder)}
     found = []
     for path in sizes:
@@ -69,7 +70,13 @@ def keep_checkpoint(store: Store, folder: str, attempt: int, local: Path) -> Non
     """Put the checkpoint in a local folder into the run, and delete all others but the best there.
 
     `state.json` goes last. A store that is in trouble is given `TIMEOUT` seconds to recover: what is trained is not
-    lost for that. Raises ApacsError.
+    lost for that.
+
+    Args:
+        store: The run.
+        folder: Of the network's training state in it.
+        attempt: Number of this start of the training.
+        local: Folder of the checkpoint on this machine.
     """
     state = json.loads((local / STATE).read_text())
     part = f"_step_{state['part']['steps']:05d}" if state["part"] else ""
@@ -85,13 +92,13 @@ def keep_checkpoint(store: Store, folder: str, attempt: int, local: Path) -> Non
 
 
 def best_checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint | None:
-    """The highest validation Dice; the earlier epoch of equals. None when no epoch has ended."""
+    """Return the checkpoint of the highest validation Dice, the earlier of equals; None when no epoch has ended."""
     whole = [checkpoint for checkpoint in checkpoints if checkpoint.whole]
     return max(whole, key=lambda checkpoint: score(checkpoint.record), default=None)
 
 
 def best_weights(store: Store, checkpoints: Sequence[Checkpoint]) -> tuple[Checkpoint, bytes] | None:
-    """The best checkpoint whose weights are whole, and these; None when there is none."""
+    """Return the best checkpoint whose weights are whole, and these; None when there is none."""
     left = list(checkpoints)
     while (best := best_checkpoint(left)) is not None:
         weights = store.read(f"{best.path}/{MODEL}")
@@ -108,7 +115,7 @@ def fetch(store: Store, checkpoint: Checkpoint, into: Path) -> None:
 
 
 def attempts(store: Store, folder: str) -> Iterator[int]:
-    """Numbers of the attempts below `folder`, as often as they have files."""
+    """Yield numbers of the attempts below `folder`, as often as they have files."""
     for entry in store.list(folder):
         for part in entry.path.split("/"):
             if (match := re.fullmatch(r"attempt-(\d{1,9})", part)) is not None:

@@ -1,4 +1,4 @@
-"""The history of a training run, one record an epoch. No torch here."""
+"""The history of a training, one record an epoch, and which epoch is the best. No torch here."""
 
 from __future__ import annotations
 
@@ -30,27 +30,37 @@ class EpochPart:
 
 
 def score(record: EpochRecord) -> float:
-    """What decides which epoch's weights are kept: validation Dice, and of equals the earlier epoch.
+    """Return what decides which epoch's weights are kept: validation Dice, and of equals the earlier epoch.
 
     A Dice that is not defined (nothing true, nothing predicted) counts as the worst.
+
+    Returns:
+        Larger is better; at most 1.
     """
     return (-1.0 if math.isnan(record.val_dice) else record.val_dice) - 1e-9 * record.epoch
 
 
-def told(history: tuple[EpochRecord, ...]) -> dict[str, float]:
-    """What Ray and people hear: epochs done, validation Dice (0 where it is not defined, or before any), the best."""
+def epochs_since_best(history: tuple[EpochRecord, ...]) -> int:
+    """Return how many epochs came after the one with the highest validation Dice (the earlier of equals)."""
+    if not history:
+        return 0
+    return history[-1].epoch - max(history, key=score).epoch
+
+
+def progress_metrics(history: tuple[EpochRecord, ...]) -> dict[str, float]:
+    """Return what Ray and people hear: epochs done, validation Dice (0 where undefined, or before any), the best."""
     dice = [0.0 if math.isnan(record.val_dice) else record.val_dice for record in history] or [0.0]
     return {"epoch": len(history), "val_dice": dice[-1], "best_val_dice": max(dice)}
 
 
 def history_csv(history: tuple[EpochRecord, ...]) -> str:
-    """`history.csv`: a line an epoch."""
+    """Return the text of `history.csv`: a header, and a line an epoch."""
     header = ",".join(EpochRecord.__dataclass_fields__)
     return "\n".join([header, *(",".join(f"{value:.6g}" for value in asdict(r).values()) for r in history)]) + "\n"
 
 
 def read_history(text: str) -> tuple[EpochRecord, ...]:
-    """The records of a `history.csv`."""
+    """Return the records of a `history.csv`."""
     header, *lines = text.splitlines()
     rows = [dict(zip(header.split(","), map(float, line.split(",")), strict=True)) for line in lines]
     return tuple(EpochRecord(**{**row, "epoch": int(row["epoch"])}) for row in rows)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The loss of each tile, over its valid pixels only."""
+"""The loss of training: of each tile, over its valid pixels only."""
 
 from __future__ import annotations
 
@@ -10,9 +10,16 @@ SMOOTH = 1.0  # px: keeps the Dice term defined on a tile without cells
 
 
 def tile_losses(logits: Tensor, mask: Tensor, valid: Tensor, dice_weight: float) -> Tensor:
-    """Loss (N,) of each tile: mean binary cross-entropy (the paper's loss) + dice_weight * (1 - soft Dice).
+    """Return the loss (N,) of each tile: mean binary cross-entropy (the paper's) + dice_weight * (1 - soft Dice).
 
-    logits, mask, valid: (N, 1, H, W) float32; mask and valid in {0, 1}. A pixel with valid 0 takes no part.
+    Args:
+        logits: (N, 1, H, W) float32.
+        mask: (N, 1, H, W) float32 in {0, 1}; 1 is cell.
+        valid: (N, 1, H, W) float32 in {0, 1}; a pixel with 0 takes no part.
+        dice_weight: From 0; with 0 the Dice term is not computed.
+
+    Returns:
+        float32 (N,).
     """
     pixels = valid.sum(dim=(1, 2, 3)).clamp(min=1)
     entropy = F.binary_cross_entropy_with_logits(logits, mask, reduction="none")

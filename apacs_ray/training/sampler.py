@@ -41,13 +41,16 @@ def schedule(
     first_step: int = 0,
     window: int = WINDOW,
 ) -> Iterator[SampleRef]:
-    """What worker `rank` of `world` sees: for each epoch its training tiles in order, then its val tiles.
+    """Yield what worker `rank` of `world` sees: for each epoch its training tiles in order, then its val tiles.
 
     `groups` are the tiles in each row group of the training part, in index order. The first epoch begins with step
     `first_step`, for training that was left in the middle of it. The loss of a batch is the
     mean over its tiles; as DDP averages over ranks, each ref weighs world / (tiles in the batch). Every rank
     has the same number of refs in a step, so that all take the same backward passes: one with a tile less
     repeats the first of the batch with weight 0. Each validation tile is seen by one rank.
+
+    Yields:
+        A ref for each turn of a tile.
     """
     for epoch in epochs:
         order = permutation(groups, seed, epoch, window)
@@ -65,7 +68,7 @@ def schedule(
 
 
 def permutation(groups: Sequence[int], seed: int, epoch: int, window: int = WINDOW) -> list[int]:
-    """Row numbers of one epoch: row groups shuffled, then tiles inside windows of at least `window` tiles."""
+    """Return row numbers of one epoch: row groups shuffled, then tiles inside windows of at least `window` tiles."""
     rng = np.random.default_rng([seed, epoch])
     starts = np.concatenate([[0], np.cumsum(groups)]).astype(np.int64)
     order: list[int] = []
@@ -83,7 +86,7 @@ def permutation(groups: Sequence[int], seed: int, epoch: int, window: int = WIND
 
 
 def tile_seed(seed: int, epoch: int, row: int) -> int:
-    """64 bits for the augmentation of one tile in one epoch, the same for any number of workers."""
+    """Return 64 bits for the augmentation of one tile in one epoch, the same for any number of workers."""
     return int(np.random.SeedSequence([seed, epoch, row]).generate_state(1, np.uint64)[0])
 
 

@@ -25,7 +25,7 @@ MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.j
 
 @dataclass(frozen=True)
 class TrainState:
-    """What a checkpoint holds, as live objects; `part` is the epoch in progress, None at the end of one."""
+    """The content of a checkpoint as live objects; `part` is the epoch in progress, None at the end of one."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -36,7 +36,8 @@ class TrainState:
 def save_state(folder: Path, state: TrainState) -> None:
     """Write a checkpoint to a local folder; `state.json`, with size and hash of the others, comes last.
 
-    Raises ApacsError when it cannot be written.
+    Raises:
+        ApacsError: It cannot be written.
     """
     tensors, rest = _flatten(state.optimizer.state_dict())
     history = [asdict(record) for record in state.history]
@@ -56,9 +57,13 @@ def save_state(folder: Path, state: TrainState) -> None:
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
-    """Put a checkpoint into `model` and `optimizer`; returns them with its history and the epoch in progress.
+    """Put a checkpoint into `model` and `optimizer`.
 
-    Raises ApacsError for a missing or damaged file, and leaves both as they were.
+    Returns:
+        Both, with the history and the epoch in progress.
+
+    Raises:
+        ApacsError: A file is missing or damaged; both are left as they were.
     """
     tree = _read_tree(folder / STATE)
     for name in (MODEL, OPTIMIZER):
@@ -78,12 +83,12 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
 
 
 def bare_model(model: nn.Module) -> nn.Module:
-    """The network itself, without the wrapper that DDP puts around it."""
+    """Return the network itself, without the wrapper that DDP puts around it."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict on the CPU, contiguous, without a DDP wrapper's prefix."""
+    """Return the state dict on the CPU, contiguous, without a DDP wrapper's prefix."""
     return {name: value.detach().cpu().contiguous() for name, value in bare_model(model).state_dict().items()}
 
 

@@ -1,5 +1,7 @@
-"""Curves for TensorBoard: an event file a network, always the whole history, so that a resumed run leaves no gap; and
-the test metrics, a file a model.
+"""Curves for TensorBoard: an event file a network with its whole history, and one a model with its test metrics.
+
+The files are written whole, where tensorboardX's `SummaryWriter` appends: an object store cannot append, and each start
+of a training would have a file, which begins at its own time, so that a resumed run would leave a gap.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ def write_metrics(store: Store, metrics: Mapping[str, Mapping[str, Any]]) -> Non
 
 
 def read_events(content: bytes) -> list[Event]:
-    """The events of an event file; a cut one gives those that are whole."""
+    """Return the events of an event file; a cut one gives those that are whole."""
     events, start = [], 0
     while start + _HEAD.size <= len(content):
         (length, _) = _HEAD.unpack_from(content, start)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apacs_ray.models.spec import ModelSpec
-from apacs_ray.models.weights import PUBLISHED_NAMES, build, from_published
+from apacs_ray.models.weights import NETWORKS, build, from_released
 
 
 def weight(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -37,7 +37,7 @@ def released(name: str) -> dict[str, Tensor]:
     with torch.device("meta"):
         shapes = build(_spec(name)).state_dict()
     tensors = {}
-    for ours, theirs in PUBLISHED_NAMES[name].items():
+    for ours, theirs in NETWORKS[name].released.items():
         for part in ("weight", "bias"):
             if f"{ours}.{part}" in shapes:
                 tensors[f"{theirs}.{part}"] = weight(f"{name}.{theirs}.{part}", tuple(shapes[f"{ours}.{part}"].shape))
@@ -49,7 +49,7 @@ def published(name: str, prefix: str = "") -> tuple[ModelSpec, nn.Module]:
     with torch.device("meta"):
         model = build(_spec(name))
     state = {prefix + key: value for key, value in released(name).items()}
-    model.load_state_dict(from_published(name, state), assign=True)
+    model.load_state_dict(from_released(name, state), assign=True)
     return _spec(name), model.eval()
 
 

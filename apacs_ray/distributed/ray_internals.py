@@ -1,0 +1,154 @@
+"""Everything in Ray that it does not promise to keep, a small function each, with what relies on it.
+
+`tests/test_ray_internals.py` holds each of them to the installed Ray.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+KEY_VALUE_NAMESPACE = b"apacs_ray"
+
+
+def set_private_variables() -> None:
+    """Set the undocumented variables of Ray that a run relies on. Before Ray is imported; workers inherit them.
+
+    RAY_TRAIN_HEALTH_CHECK_INTERVAL_S: Ray Train looks at its workers this often (s), and a worker that has told of an
+    epoch waits for it; without it each epoch takes up to 2 s more.
+    RAY_DATA_METADATA_PREFETCH_ON_THREAD: Ray Data looks at its tasks every 0.1 s, and a thread of its own that fetches
+    what they say of their output makes it look twice or three times before it starts the next task; ours say little.
+    Without it a task starts 0.1 to 0.2 s later.
+    RAY_worker_maximum_startup_concurrency: how many processes a node may start at once; without it Ray warns on the
+    driver's terminal that there are more than CPUs, as our workers ask for parts of one.
+    """
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    os.environ.setdefault("RAY_DATA_METADATA_PREFETCH_ON_THREAD", "0")
+
+
+def listen_on_loopback() -> None:
+    """Let a Ray of our own open every port on the loopback address. Before Ray is imported.
+
+    Ray's variable for whether clusters of several machines may be: without them, its default on Windows and macOS, it
+    listens on 127.0.0.1. When Ray drops it, a local Ray listens on every address again (tests/test_security.py).
+    """
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+
+
+def session_folder_option(folder: str | None) -> dict[str, str | None]:
+    """Return the option of `ray.init` for the folder of its sockets and logs; None: Ray's default.
+
+    Ray documents only `RAY_TMPDIR`, which is read when Ray is imported. Without this the folder is open to every user
+    of the machine.
+
+    Returns:
+        A keyword argument for `ray.init`.
+    """
+    return {"_temp_dir": folder}
+
+
+def session_folder() -> str:
+    """Return the folder of the session that this process started, which the command lines of its processes name.
+
+    Without it a run that takes over from a killed one does not wait for the Ray processes of that.
+
+    Returns:
+        An absolute path.
+    """
+    import ray._private.worker
+
+    folder: str = ray._private.worker._global_node.get_session_dir_path()
+    return folder
+
+
+def start_datasets_soon() -> None:
+    """Let a dataset of Ray Data ask for resources every 0.2 s, not every second.
+
+    It begins without resources, one task at a time, until it asks a second time. Without it every dataset begins a
+    second later.
+    """
+    from ray.data._internal.execution.resource_manager import ResourceManager
+
+    ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = 0.2
+
+
+def dataset_from_blocks(blocks: Sequence[pa.Table]) -> Any:
+    """Return a dataset of tables that this process puts into the object store itself.
+
+    A developer API. The public `from_arrow` starts a task for it, which needs a CPU: where workers have taken all, as
+    in a cluster that lost a node, training would wait forever.
+
+    Returns:
+        A `ray.data.Dataset` with a block for each table.
+    """
+    from ray.data.read_api import from_blocks
+
+    return from_blocks(list(blocks))
+
+
+def torch_config_without_process_group() -> Any:
+    """Return the configuration of a `TorchTrainer` of one worker, which has nobody to meet.
+
+    Ray Train's own backend would have torch listen for others, on every address. `backend_cls` is how a
+    `BackendConfig` names its backend; without it the one worker opens a port.
+
+    Returns:
+        A `ray.train.torch.TorchConfig`.
+    """
+    from ray.train.backend import Backend
+    from ray.train.torch import TorchConfig
+
+    class AloneConfig(TorchConfig):  # type: ignore[misc]
+        """Of one worker."""
+
+        backend_cls = Backend
+
+    return AloneConfig()
+
+
+def draining_nodes() -> dict[str, float]:
+    """Return nodes that are to be taken away: id, and when they end (unix time, s; 0: nobody said when).
+
+    Ray Train looks there; Ray has no public question for it. Without it a trial in one process keeps no checkpoint
+    before its node ends, and does an epoch again.
+
+    Returns:
+        Node id -> unix time, s.
+    """
+    from ray._private.state import state
+
+    return {node: end / 1000 for node, end in state.get_draining_nodes().items()}  # ms
+
+
+def put_in_head(key: str, value: bytes) -> None:
+    """Keep bytes in the memory of Ray's head, for every process of the cluster; never in a file.
+
+    Without it the filesystem of Ray Tune would carry its keys (`distributed.credentials`).
+    """
+    from ray.experimental import internal_kv
+
+    internal_kv._internal_kv_put(key.encode(), value, namespace=KEY_VALUE_NAMESPACE)
+
+
+def get_from_head(key: str) -> bytes | None:
+    """Return what `put_in_head` kept; None in another cluster."""
+    from ray.experimental import internal_kv
+
+    value: bytes | None = internal_kv._internal_kv_get(key.encode(), namespace=KEY_VALUE_NAMESPACE)
+    return value
+
+
+def keep_aws_variables_from_trials() -> None:
+    """Keep Ray Tune from copying the driver's AWS variables into the runtime environment of trials, which Ray logs.
+
+    Without it the keys of a store stand in Ray's logs.
+    """
+    from ray.tune.execution import class_cache
+
+    names = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if not name.startswith("AWS_")}
+    class_cache.ENV_VARS_TO_PROPAGATE = names

@@ -1,0 +1,146 @@
+"""Work on Ray: functions as tasks over blocks of rows, as a pool of actors over shards, or as one task.
+
+Every process is held to the driver's copy of the source.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import pyarrow as pa
+
+from apacs_ray.distributed.cluster import joined_cluster
+from apacs_ray.distributed.ray_internals import start_datasets_soon
+from apacs_ray.distributed.resource_plan import Cluster
+from apacs_ray.runs.provenance import require_source, source_hash
+
+T = TypeVar("T")
+
+# For processes that run networks: glibc keeps large freed blocks instead of giving them back, so that a step does not
+# wait for the kernel to clear the pages of every tensor anew (a quarter of a CPU step). One arena: the others always
+# give back.
+KEEP_MEMORY = {
+    "env_vars": {
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_THRESHOLD_": str(2**31 - 1),
+        "MALLOC_TRIM_THRESHOLD_": str(2**63 - 1),
+    }
+}
+
+
+def map_blocks(
+    work: Callable[[pa.Table], pa.Table], blocks: Sequence[pa.Table], *, cpus: float = 1
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of the tables that `work(block)` returns, in the order of `blocks`; one Ray Data task a block.
+
+    No more tasks at a time, of `cpus` CPUs each, than nodes without GPUs hold: for more, an autoscaler would start GPU
+    nodes, too.
+
+    Yields:
+        A row as a dict, column -> value.
+    """
+    import ray
+
+    expected = source_hash()
+
+    def checked(block: pa.Table) -> pa.Table:
+        require_source(expected)
+        return work(block)
+
+    configure_data()
+    places = int(joined_cluster().tiling_cpus / cpus)
+    at_once = ray.data.TaskPoolStrategy(size=max(1, min(places, len(blocks))))
+    dataset = ray.data.from_arrow(list(blocks)).map_batches(
+        checked, batch_size=None, batch_format="pyarrow", num_cpus=cpus, compute=at_once
+    )
+    yield from dataset.iter_rows()
+
+
+@dataclass(frozen=True)
+class PoolPlan:
+    """A pool of actors: how many, and the CPUs and GPUs that each asks for."""
+
+    actors: int
+    cpus: float
+    gpus: float
+
+
+def plan_pool(cluster: Cluster, shards: int) -> PoolPlan:
+    """Plan an actor a GPU, else an actor a CPU; never more than there are shards."""
+    gpus = int(cluster.gpus)
+    if gpus:
+        return PoolPlan(max(1, min(gpus, shards)), min(1.0, cluster.cpus / (2 * gpus)), 1.0)
+    return PoolPlan(max(1, min(int(cluster.cpus), shards)), min(1.0, cluster.cpus), 0.0)
+
+
+def map_shards(
+    work: Callable[[], Callable[[str], pa.Table]], paths: Sequence[str], plan: PoolPlan
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of the tables that `work()(path)` returns for every path; `work()` runs once in each actor.
+
+    Results come in the order of `paths`, one table at a time.
+
+    Yields:
+        A row as a dict, column -> value.
+    """
+    import ray
+
+    expected = source_hash()
+
+    class Worker:
+        def __init__(self) -> None:
+            require_source(expected)
+            self._work = work()
+
+        def __call__(self, block: pa.Table) -> pa.Table:
+            return pa.concat_tables([self._work(path) for path in block["path"].to_pylist()])
+
+    configure_data()
+    blocks = [pa.table({"path": [path]}) for path in paths]
+    dataset = ray.data.from_arrow(blocks).map_batches(
+        Worker,
+        batch_size=1,  # a path; Ray Data wants a number where there are GPUs
+        batch_format="pyarrow",
+        num_cpus=plan.cpus,
+        num_gpus=plan.gpus or None,
+        compute=ray.data.ActorPoolStrategy(size=plan.actors),
+        runtime_env=KEEP_MEMORY,
+    )
+    yield from dataset.iter_rows()
+
+
+def run_in_task(work: Callable[[], T], *, cpus: float, gpus: float) -> T:
+    """Return what `work()` returns in a task: on a node, with the resources and in a process such as a run would use.
+
+    `work` takes its own time; a task that fails is not tried again.
+
+    Returns:
+        What `work()` returned.
+    """
+    import ray
+
+    expected = source_hash()
+
+    def task() -> T:
+        require_source(expected)
+        return work()
+
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, runtime_env=KEEP_MEMORY, max_retries=0)(task)
+    result: T = ray.get(remote.remote())
+    return result
+
+
+def configure_data() -> None:
+    """Set Ray Data up for this process: in order, quiet, nothing dropped. Before any dataset is built."""
+    from ray.data import DataContext
+
+    start_datasets_soon()
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    context.print_on_execution_start = False
+    context.max_errored_blocks = 0
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors reach the user as exceptions

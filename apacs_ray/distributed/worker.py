@@ -1,0 +1,155 @@
+"""The training worker: networks learn from one stream of samples, from their newest checkpoints to the end.
+
+A DDP worker of Ray Train runs it, and so does a trial of Ray Tune in one process: they differ in where checkpoints and
+metrics go, and in who says that the node is to be taken away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from apacs_ray.config.settings import TrainingSettings
+from apacs_ray.data.shards import TileIndex
+from apacs_ray.distributed.resource_plan import NetworkPlan
+from apacs_ray.models.spec import ModelSpec
+from apacs_ray.runs.provenance import require_source
+from apacs_ray.storage import Store
+from apacs_ray.training.dataset import TileDataset
+from apacs_ray.training.sampler import schedule
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from apacs_ray.training.batch import Sample
+    from apacs_ray.training.loop import Trainer
+    from apacs_ray.training.ranks import Ranks
+    from apacs_ray.training.sampler import SampleRef
+
+
+@dataclass(frozen=True)
+class NetworkTask:
+    """One network to train.
+
+    `spec` builds it, `settings` say how it learns, `state` is the folder of its checkpoints in the run, `curves` the
+    name of its curves, `pretrained` the safetensors it begins with (None: random), and `setting` what a sweep drew,
+    to be shown beside the curves.
+    """
+
+    name: str
+    spec: ModelSpec
+    settings: TrainingSettings
+    state: str
+    curves: str
+    pretrained: str | None = None
+    setting: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class TrainingTask:
+    """Everything the workers of one training need: networks that learn from one stream of samples, with one seed."""
+
+    networks: tuple[NetworkTask, ...]
+    dataset: TileDataset
+    indices: dict[str, TileIndex]
+    plan: NetworkPlan
+    seed: int
+    max_failures: int
+    source: str
+    attempt: int = 0
+
+    @property
+    def store(self) -> Store:
+        """The run."""
+        return self.dataset.store
+
+    @property
+    def state(self) -> str:
+        """The folder of Ray's own state and of what workers tell the driver."""
+        return self.networks[0].state
+
+    @property
+    def name(self) -> str:
+        """The names of its networks, for people."""
+        return ", ".join(network.name for network in self.networks)
+
+
+@dataclass(frozen=True)
+class WorkerHooks:
+    """What differs between a worker of Ray Train and a trial in one process."""
+
+    wrap: Callable[[nn.Module], nn.Module]  # a network that lies on its device: in DDP, or not at all
+    resume: Callable[[Trainer, NetworkTask], None]  # from the newest checkpoint, where there is one
+    samples: Callable[[Iterator[SampleRef]], Iterator[Sample]]
+    on_epoch: Callable[[Trainer, NetworkTask], None]  # checkpoint, curves and metrics of an epoch that has ended
+    on_leave: Callable[[Trainer, NetworkTask], None]  # a checkpoint in the middle of an epoch
+    preempted: Callable[[], bool]  # asked after every step
+
+
+def train_worker(task: TrainingTask, hooks: WorkerHooks, *, device: torch.device, ranks: Ranks) -> bool:
+    """Train the networks of `task` as one of its workers.
+
+    Args:
+        task: What to train.
+        hooks: Where checkpoints and metrics go.
+        device: The device of this worker.
+        ranks: This worker among all.
+
+    Returns:
+        Whether training came to its end; if not, a node is to be taken away, and `hooks.on_leave` has kept checkpoints.
+
+    Raises:
+        ApacsError: As `training.loop.train_epochs`, or for weights that do not fit.
+    """
+    import torch
+
+    from apacs_ray.training.loop import Trainer, earliest_place, train_epochs
+
+    require_source(task.source)
+    torch.set_num_threads(task.plan.threads)
+    tasks: dict[Trainer, NetworkTask] = {}
+    for network in task.networks:
+        model = hooks.wrap(initial_network(task, network).to(device))
+        trainer = Trainer(model, network.settings, seed=task.seed, device=device, ranks=ranks)
+        hooks.resume(trainer, network)
+        tasks[trainer] = network
+    trainers, settings = list(tasks), task.networks[0].settings
+    train, val = task.indices["train"], task.indices["val"]
+    epoch, step = earliest_place(trainers)
+    refs = schedule(
+        train.groups(),
+        len(val),
+        epochs=range(epoch, settings.epochs),
+        first_step=step,
+        batch_size=settings.batch_size,
+        rank=ranks.rank,
+        world=ranks.world,
+        seed=task.seed,
+    )
+    left = train_epochs(
+        trainers,
+        hooks.samples(refs),
+        -(-len(train) // settings.batch_size),
+        lambda trainer, _: hooks.on_epoch(trainer, tasks[trainer]),
+        hooks.preempted,
+        (len(train), len(val)),
+    )
+    for trainer in left:
+        hooks.on_leave(trainer, tasks[trainer])
+    return not left
+
+
+def initial_network(task: TrainingTask, network: NetworkTask) -> nn.Module:
+    """Return the network as its training starts, laid out before DDP wraps it: a later change gives wrong gradients."""
+    import torch
+
+    from apacs_ray.models.weights import build, load_model
+
+    torch.manual_seed(task.seed)
+    if network.pretrained is None:
+        model = build(network.spec)
+    else:
+        model = load_model(task.store.read(network.pretrained), network.spec)
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
