@@ -57,9 +57,29 @@ def carried_message(error: BaseException) -> str | None:
     Returns:
         One line, or None when the worker raised something else.
     """
-    kinds = "ApacsError|UsageError|StoreTroubleError|RefusedError"
-    messages = re.findall(rf"^(?:apacs_ray\.errors\.)?(?:{kinds}): (.+)$", str(error), re.MULTILINE)
+    return _apacs_message(str(error))
+
+
+def _apacs_message(text: str) -> str | None:
+    kinds = "ApacsError|UsageError|StoreTroubleError|RefusedError|TrainingError"
+    messages = re.findall(rf"^(?:apacs_ray\.errors\.)?(?:{kinds}): (.+)$", text, re.MULTILINE)
     return messages[-1] if messages else None
+
+
+def message_of(error: object) -> str:
+    """Return the message at the bottom of an error that came to the driver through Ray.
+
+    Ray Train keeps the errors of its workers beside its own, each with its cause; Ray Tune keeps their text.
+
+    Returns:
+        One line: the message of an ApacsError, else the last line of what there is.
+    """
+    failures = list(getattr(error, "worker_failures", {}).values())
+    inner: object = failures[0] if failures else error
+    while (deeper := getattr(inner, "cause", None) or getattr(inner, "__cause__", None)) is not None:
+        inner = deeper
+    text = str(inner).strip() or repr(inner)
+    return _apacs_message(text) or text.splitlines()[-1]
 
 
 def gpu_too_small(error: Exception, section: str) -> str:

@@ -21,7 +21,7 @@ from apacs_ray.distributed.ddp_worker import ERROR, PROGRESS, train_loop
 from apacs_ray.distributed.ray_internals import torch_config_without_process_group
 from apacs_ray.distributed.tasks import KEEP_MEMORY
 from apacs_ray.distributed.worker import TrainingTask
-from apacs_ray.errors import ApacsError, StoreTroubleError
+from apacs_ray.errors import ApacsError, StoreTroubleError, message_of
 from apacs_ray.storage import Store
 from apacs_ray.training.checkpoints import attempts
 
@@ -51,7 +51,7 @@ def train(tasks: Sequence[TrainingTask], *, parallel: bool, on_progress: Callabl
             time.sleep(POLL)  # the main thread stays here: only it hears Ctrl-C
             for name in errors.keys() - announced:
                 announced.add(name)
-                say(f"{name}: training stopped: {_cause(errors[name])}; what trains beside it goes on to its end")
+                say(f"{name}: training stopped: {message_of(errors[name])}; what trains beside it goes on to its end")
             if not group[0].store.is_local and time.monotonic() - polled < POLL_STORE:
                 continue
             polled = time.monotonic()
@@ -61,7 +61,7 @@ def train(tasks: Sequence[TrainingTask], *, parallel: bool, on_progress: Callabl
                         if (progress := read_progress(task.store.with_timeout(0), network.state)) is not None:
                             on_progress(network.name, progress)
         for name, error in errors.items():
-            raise ApacsError(f"{name}: training stopped: {_cause(error)}") from error
+            raise ApacsError(f"{name}: training stopped: {message_of(error)}") from error
 
 
 def read_progress(store: Store, state: str) -> dict[str, Any] | None:
@@ -131,13 +131,3 @@ def _fit_once(task: TrainingTask, callbacks: Sequence[Any]) -> bool:
     if finished is None:
         raise ApacsError(store.read(ERROR).decode())
     return bool(finished)
-
-
-def _cause(error: BaseException) -> str:
-    """The innermost message of a failure that traveled through Ray."""
-    failures = list(getattr(error, "worker_failures", {}).values())
-    inner: BaseException | None = failures[0] if failures else error
-    while inner is not None and (inner.__cause__ or getattr(inner, "cause", None)) is not None:
-        inner = getattr(inner, "cause", None) or inner.__cause__
-    lines = [line for line in str(inner).strip().splitlines() if line.strip()]
-    return lines[-1] if lines else repr(inner)

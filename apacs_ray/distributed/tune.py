@@ -22,6 +22,7 @@ from apacs_ray.distributed.credentials import ray_filesystem
 from apacs_ray.distributed.ray_internals import keep_aws_variables_from_trials
 from apacs_ray.distributed.resource_plan import Cluster, plan_sweep
 from apacs_ray.distributed.trial import TRIAL_CURVES, TrialTask, plain_setting, run_trial
+from apacs_ray.errors import message_of
 from apacs_ray.redact import redact
 from apacs_ray.training.tensorboard import CURVES
 
@@ -218,7 +219,7 @@ def _result(result: Any) -> TrialResult:
 
 def _line(error: object) -> str:
     """The last line of what ended a trial: its message."""
-    return redact((str(error).strip() or repr(error)).splitlines()[-1])[:LONGEST_ERROR]
+    return redact(message_of(error))[:LONGEST_ERROR]
 
 
 def _best_epoch(result: Any) -> tuple[dict[str, Any], float | None]:
