@@ -8,14 +8,17 @@ import json
 import re
 import subprocess
 import sys
+import textwrap
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 import apacs_ray
+from apacs_ray.__main__ import USAGE
 from apacs_ray.config.settings import Settings
 from apacs_ray.data.rejects import Reject
 from apacs_ray.data.shards import RECEIPT, Receipt
@@ -26,6 +29,7 @@ from apacs_ray.evaluation.metrics import compare, summarize
 from apacs_ray.evaluation.per_tile import per_tile_schema, tile_row
 from apacs_ray.evaluation.predictions import MODEL_KEYS
 from apacs_ray.models.spec import ModelSpec
+from apacs_ray.models.weights import build, weights_bytes
 from apacs_ray.runs.lease import Holder, Lease
 from apacs_ray.runs.markers import Counts, Marker
 from apacs_ray.runs.run import Run
@@ -37,6 +41,7 @@ from apacs_ray.stages.ingest_result import IngestResult
 from apacs_ray.stages.train_networks import TrainedNetwork, TrainingResult
 from apacs_ray.stages.tune_fusion import SweepResult, trials_csv
 from apacs_ray.storage import LocalStore
+from apacs_ray.synthetic.mrxs import MrxsLayout, write_mrxs
 from apacs_ray.training.history import history_csv
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -200,6 +205,14 @@ def test_settings_that_a_document_names_exist(document: Path) -> None:
         )
 
 
+def test_commands_that_documents_name_exist() -> None:
+    commands = set(re.findall(r"^  ([a-z-]+) {2,}", USAGE, re.M))
+    text = "\n".join(document.read_text() for document in DOCUMENTS)
+    named = set(re.findall(r"(?<![\w/-])apacs-ray +([a-z-]+)", text))
+    assert named
+    assert named <= commands
+
+
 def test_the_readme_tree_is_the_repository() -> None:
     readme = (ROOT / "README.md").read_text()
     assert readme.count("\n") < 150
@@ -216,6 +229,26 @@ def test_the_public_api_is_there_and_needs_no_torch() -> None:
         _ = apacs_ray.nothing_like_it
     code = "import sys, apacs_ray; apacs_ray.Settings; print({'torch', 'ray'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, rest = (ROOT / "README.md").read_text().partition("    from pathlib import Path\n")
+    code = "from pathlib import Path\n" + textwrap.dedent(rest.partition("\n## ")[0])
+    monkeypatch.chdir(tmp_path)
+    store = LocalStore(tmp_path / "runs/cells")
+    members = [ModelSpec("member", name, width=0.0625) for name in ("fcn32", "fcn16", "fcn8")]
+    for spec in [*members, ModelSpec("fusion", "fusion", width=0.0625)]:
+        folder = "fusion" if spec.kind == "fusion" else f"members/{spec.name}"
+        store.write(f"{folder}/model.safetensors", weights_bytes(build(spec)))
+        store.write(f"{folder}/model.json", spec.to_json())
+    width, height = 6100, 5100  # whose corner at 5000, 4000 is read
+    layout = MrxsLayout(width, height, 1, 0.5, image=1020, quality=50)
+    write_mrxs(tmp_path / "slide.mrxs", layout, lambda x, y, w, h: np.full((h, w, 3), 200, np.uint8))
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["cells"].shape == (1024, 1024)
+    assert names["cells"].dtype == bool
+    assert (names["rgb"] == 200).all()
 
 
 def test_the_console_command_and_the_types_are_part_of_the_package() -> None:

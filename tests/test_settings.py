@@ -202,11 +202,11 @@ FUSION_BEFORE: dict[str, dict[str, Any]] = {
     },
     "real_cells": {
         **{"epochs": 8, "batch_size": 2, "learning_rate": 5e-4, "dropout": 0.1, "crop": 300, "jitter": 0.05},
-        **{"patience": 0, "warmup_epochs": 0},  # the last by default, and the members' is 1
+        **{"patience": 0, "warmup_epochs": 0, "width": 0.25},  # the last two by default, and as members.width
     },
     "synthetic": {
         **{"epochs": 5, "batch_size": 1, "learning_rate": 1e-3, "dropout": 0.0, "crop": 512, "jitter": 0.02},
-        **{"patience": 0},
+        **{"patience": 0, "width": 0.125},  # the last as members.width
     },
 }
 
@@ -234,9 +234,12 @@ def test_the_fusion_trains_as_the_members_where_nothing_else_is_given(tmp_path: 
     assert (fusion.epochs, fusion.crop, fusion.dropout, fusion.jitter) == (7, 96, 0.2, 0.0)
     members = MembersSettings(epochs=7, width=0.5)
     settings = Settings(members=members, fusion=FusionSettings(crop=64))
-    assert (settings.fusion.epochs, settings.fusion.crop, settings.fusion.width) == (7, 64, None)
+    assert (settings.fusion.epochs, settings.fusion.crop, settings.fusion.width) == (7, 64, 0.5)
     assert Settings.model_validate(settings.model_dump()) == settings  # all of it is in the tree, as run.json has it
-    for name, value in {"epochs": "0", "crop": "3", "optimizer": "sgd"}.items():
+    own = ["--data", "x", "--config", "configs/real_cells.yaml", "--fusion.crop", "none", "--fusion.width", "null"]
+    fusion = command(*own, "--fusion.learning_rate", "none").settings.fusion
+    assert (fusion.crop, fusion.width, fusion.learning_rate) == (300, 0.25, 1e-3)  # none: as the members
+    for name, value in {"epochs": "0", "crop": "3", "optimizer": "lion"}.items():
         with pytest.raises(UsageError, match=rf"^members\.{name}: .*{value}"):
             command("--data", "x", f"--members.{name}", value)
 
@@ -246,7 +249,7 @@ def test_the_papers_fusion_learns_as_its_members_do() -> None:
     learning = TrainingSettings.model_fields.keys() & read_yaml(ROOT / "configs/paper.yaml")["members"].keys()
     assert len(learning) > 10
     assert settings.fusion.model_dump(include=learning) == settings.members.model_dump(include=learning)
-    assert settings.fusion_width == settings.members.width == 1
+    assert settings.fusion.width == settings.members.width == 1
 
 
 @pytest.mark.parametrize(
@@ -342,12 +345,11 @@ def test_configs_are_found_from_anywhere_also_those_of_an_installed_package(
 
 
 def test_a_fingerprint_leaves_out_what_is_marked_on_the_field() -> None:
-    """What it holds is what the stages gave it before the marks, so that their outputs stay reusable."""
     settings = Settings()
     left_out = {
         "data": {"max_rejects", "cache", "cache_gb"},
         "members": {"workers", "mode"},
-        "fusion": {"workers", "from_best", "compare", "width"},
+        "fusion": {"workers", "from_best", "compare"},
     }
     for name in Settings.model_fields:
         section = getattr(settings, name)

@@ -51,6 +51,9 @@ def parse(argv: Sequence[str], program: str, summary: str, sections: Collection[
         summary: What it does, for `--help`.
         sections: Those that its own stages read; `--help` shows what is common in them.
 
+    Returns:
+        The command, its settings merged from all layers and validated.
+
     Raises:
         UsageError: An option or a file of settings is not possible; in one line that names it.
     """
@@ -94,6 +97,9 @@ def merge_settings(layers: Sequence[tuple[str, dict[str, Any]]]) -> Settings:
 
     Args:
         layers: (source, tree), the source as an error names it.
+
+    Returns:
+        The settings, validated.
 
     Raises:
         UsageError: A key or a value is not possible; names the key and the source it is in.
@@ -150,9 +156,13 @@ def _parser(program: str, summary: str, sections: Collection[str], *, everything
 def _help(section: str, name: str, field: FieldInfo) -> str:
     text = field.description or ""
     if "(default:" not in text:
-        inherited = section == "fusion" and name in TrainingSettings.model_fields
-        text += f" (default: {f'members.{name}' if inherited else _shown(field.default)})"
+        text += f" (default: {f'members.{name}' if _inherits(section, name) else _shown(field.default)})"
     return text.replace("%", "%%")
+
+
+def _inherits(section: str, name: str) -> bool:
+    """Whether a setting that is not given has the members' value."""
+    return section == "fusion" and name in TrainingSettings.model_fields
 
 
 def _shown(default: Any) -> str:
@@ -181,10 +191,11 @@ def _nested(flat: dict[str, str]) -> dict[str, Any]:
     for key, text in flat.items():
         section, name = key.split(".")
         annotation = SECTIONS[section].model_fields[name].annotation
+        may_be_none = type(None) in typing.get_args(annotation) or _inherits(section, name)
         value: Any = text
         if typing.get_origin(annotation) is tuple:
             value = [part.strip() for part in text.split(",")]
-        elif text.lower() in ("none", "null") and type(None) in typing.get_args(annotation):
+        elif text.lower() in ("none", "null") and may_be_none:
             value = None
         tree.setdefault(section, {})[name] = value
     return tree

@@ -1,4 +1,4 @@
-"""The settings of a run: one typed, validated tree, which the command line and YAML fill (`config.command_line`).
+"""The settings of a run: one typed, validated tree with all defaults, filled by YAML and the command line.
 
 Nothing here imports torch or Ray, so `--help` answers at once.
 """
@@ -6,7 +6,7 @@ Nothing here imports torch or Ray, so `--help` answers at once.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -110,7 +110,7 @@ class TilesSettings(Section):
     mpp: Common[float | None] = Field(
         None, gt=0, description="um per px wanted (default: as scanned); whole slides only"
     )
-    min_tissue: Common[float | None] = Field(
+    min_tissue: float | None = Field(
         None,
         ge=0,
         le=1,
@@ -142,22 +142,25 @@ class TilesSettings(Section):
 class TrainingSettings(Section):
     """What training the members and training the fusion have in common.
 
-    In `Settings` the fusion has the members' value of each field that is not given for it.
+    In `Settings` the fusion has the members' value of each field that is not given for it, or given as None.
     """
 
+    width: Common[float] = Field(
+        1.0, gt=0, le=1, description="share of the published channel counts; 1.0: as published"
+    )
     epochs: Common[int] = Field(100, ge=1, description="passes over the training tiles")
     batch_size: Common[int] = Field(4, ge=1, description="tiles a step, over all workers")
     accumulate: int = Field(1, ge=1, description="forward passes that share one step (less memory)")
     learning_rate: Common[float] = Field(1e-4, gt=0, description="peak learning rate")
-    weight_decay: float = Field(0.0, ge=0, description="of the optimizer")
-    optimizer: Literal["adam", "adamw", "sgd"] = Field("adamw", description="optimizer")
-    schedule: Literal["constant", "cosine"] = Field("cosine", description="learning rate over the run")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay of the optimizer")
+    optimizer: Literal["adam", "adamw", "sgd"] = Field("adamw", description="optimizer of the weights")
+    schedule: Literal["constant", "cosine"] = Field("cosine", description="of the learning rate after its peak")
     warmup_epochs: float = Field(0.0, ge=0, description="epochs of linear warm-up")
     dice_weight: float = Field(0.5, ge=0, description="weight of the per-image soft Dice term beside BCE")
     crop: Common[int] = Field(1024, ge=0, description="px, side of the random training crop; 0: whole tiles")
-    flips: bool = Field(True, description="random flips of image and mask together")
-    turns: bool = Field(True, description="random turns by 90 degrees of image and mask together")
-    jitter: float = Field(0.1, ge=0, le=1, description="strength of the stain jitter; 0: none")
+    flips: bool = Field(True, description="augmentation: random flips of image and mask, both together")
+    turns: bool = Field(True, description="augmentation: random turns by 90 degrees, both together")
+    jitter: float = Field(0.1, ge=0, le=1, description="strength of the stain augmentation; 0: none")
     dropout: float = Field(0.5, ge=0, lt=1, description="Dropout2d probability")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 autocast where the device computes it fast, else float32"
@@ -178,9 +181,6 @@ class TrainingSettings(Section):
 class MembersSettings(TrainingSettings):
     """The three members FCN-32, FCN-16 and FCN-8."""
 
-    width: Common[float] = Field(
-        1.0, gt=0, le=1, description="share of the published channel counts; 1.0: as published"
-    )
     mode: Annotated[Literal["auto", "parallel", "together"], NOT_IN_FINGERPRINT] = Field(
         "auto",
         description="parallel: a training run for each member at the same time; together: one run steps all three on "
@@ -188,7 +188,7 @@ class MembersSettings(TrainingSettings):
     )
     init: Common[Literal["random", "imagenet", "published"]] = Field(
         "random",
-        description="start of the weights: random, imagenet (AlexNet, VGG-16 of torchvision) or published (released)",
+        description="initial weights: random, imagenet (AlexNet, VGG-16 of torchvision) or published (released)",
     )
     checkpoint: str | None = Field(
         None,
@@ -208,19 +208,16 @@ class MembersSettings(TrainingSettings):
 class FusionSettings(TrainingSettings):
     """The fusion network on RGB and the members' heatmaps, trained as the members are where nothing else is given."""
 
-    width: Annotated[float | None, NOT_IN_FINGERPRINT] = Field(
-        None, gt=0, le=1, description="as members.width (default: members.width)"
-    )
     head: Common[Literal["published", "refined"]] = Field(
         "refined",
         description="published: as released; refined: finer skips and a residual onto the members' mean",
     )
     members: tuple[MemberName, ...] = Field(
-        get_args(MemberName), description="members whose heatmaps it reads (two or all three)"
+        ("fcn32", "fcn16", "fcn8"), description="members whose heatmaps it reads (two or all three)"
     )
-    heatmap_init: HeatmapInit = Field("random", description="start of the heatmap channels in the first layer")
+    heatmap_init: HeatmapInit = Field("random", description="initial weights of the first layer for heatmaps")
     trunk: Literal["random", "fcn32"] = Field(
-        "random", description="start of the trunk: random, or that of the trained FCN-32 (of the same width)"
+        "random", description="initial weights of the trunk: random, or those of the trained FCN-32 (of the same width)"
     )
     from_best: Common[Annotated[bool, NOT_IN_FINGERPRINT]] = Field(
         True, description="train with the best setting of the sweep"
@@ -232,9 +229,9 @@ class FusionSettings(TrainingSettings):
     @field_validator("members")
     @classmethod
     def _two_or_three(cls, value: tuple[MemberName, ...]) -> tuple[MemberName, ...]:
-        order = get_args(MemberName)
+        order = ("fcn32", "fcn16", "fcn8")
         if len(set(value)) != len(value) or len(value) < 2:
-            raise ValueError(f"two or three different members of {', '.join(order)}")
+            raise ValueError("two or three different members of fcn32, fcn16, fcn8")
         return tuple(sorted(value, key=order.index))
 
 
@@ -261,7 +258,7 @@ class EvaluateSettings(Section):
     border: Common[int] = Field(
         0, ge=0, description="px left out at a tile's edge, where the data set leaves cut cells unannotated"
     )
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="of the networks")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="of the networks' forward pass")
     threads: int = Field(
         1, ge=1, description="torch threads a worker; fixed, so that counts do not depend on the machine"
     )
@@ -291,7 +288,7 @@ class Settings(Section):
     @model_validator(mode="before")
     @classmethod
     def _fusion_trains_as_the_members(cls, tree: Any) -> Any:
-        """Fill in, from `members`, the `TrainingSettings` that `fusion` is not given."""
+        """Fill in, from `members`, the `TrainingSettings` that `fusion` is not given, or None."""
         if not isinstance(tree, dict):
             return tree
         members, fusion = (
@@ -300,16 +297,12 @@ class Settings(Section):
         )
         if not isinstance(members, dict) or not isinstance(fusion, dict):
             return tree  # which is refused below, by name
-        inherited = {name: members[name] for name in TrainingSettings.model_fields if name in members}
-        return {**tree, "fusion": {**inherited, **fusion}}
+        shared = TrainingSettings.model_fields
+        own = {name: value for name, value in fusion.items() if value is not None or name not in shared}
+        return {**tree, "fusion": {**{name: members[name] for name in shared if name in members}, **own}}
 
     @model_validator(mode="after")
     def _trunk_fits(self) -> Settings:
-        if self.fusion.trunk == "fcn32" and self.fusion_width != self.members.width:
+        if self.fusion.trunk == "fcn32" and self.fusion.width != self.members.width:
             raise ValueError(f"fusion.trunk fcn32 needs fusion.width {self.members.width:g}, that of the members")
         return self
-
-    @property
-    def fusion_width(self) -> float:
-        """Width of the fusion network; the members' where it is not set."""
-        return self.members.width if self.fusion.width is None else self.fusion.width

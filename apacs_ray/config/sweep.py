@@ -60,7 +60,7 @@ class Distribution(Section):
         return self
 
     def ends(self) -> tuple[Any, ...]:
-        """Values that every drawn one lies between, or all there are; for checking against the settings."""
+        """Return the values that every drawn one lies between, or all there are; for checking against the settings."""
         return self.values[:2] if self.kind not in ("choice", "grid") else self.values
 
 
@@ -113,7 +113,7 @@ class Sweep(Section):
 
     @property
     def trunks(self) -> tuple[str, ...]:
-        """Starts of the trunk that trials may draw."""
+        """Initial weights of the trunk that trials may draw."""
         return self.space["trunk"].values if "trunk" in self.space else ()
 
     @field_validator("space")
@@ -129,7 +129,13 @@ class Sweep(Section):
 
 
 def read_sweep(name: str) -> Sweep:
-    """Return the sweep in a YAML file, looked up like `--config`.
+    """Read the sweep in a YAML file.
+
+    Args:
+        name: The file, looked up like `--config`.
+
+    Returns:
+        The sweep, validated.
 
     Raises:
         UsageError: There is no such file, or it is no sweep; names file and key.
@@ -156,7 +162,7 @@ def require_sweep(settings: Settings) -> None:
         sweep = read_sweep(tune.config)
     except UsageError as error:
         raise UsageError(f"tune.config: {error}") from error
-    if "fcn32" in sweep.trunks and settings.fusion_width != settings.members.width:
+    if "fcn32" in sweep.trunks and settings.fusion.width != settings.members.width:
         raise UsageError(f"tune.config: {tune.config}: trunk fcn32 needs fusion.width as members.width; leave it out")
     if sweep.searcher == "optuna" and importlib.util.find_spec("optuna") is None:
         raise UsageError(f"tune.config: {tune.config}: searcher optuna needs the package: pip install '.[optuna]'")

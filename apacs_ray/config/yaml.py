@@ -16,7 +16,13 @@ LARGEST_YAML = 1 << 20  # bytes
 
 
 def find_config(name: str) -> Path:
-    """Return the path of a YAML file: `name` in the working directory, else in the repository, else as installed.
+    """Find a YAML file.
+
+    Args:
+        name: Its path from the working directory, else from the repository, else from where the package is installed.
+
+    Returns:
+        The path of the file that is there.
 
     Raises:
         UsageError: It is in none of them.
@@ -28,7 +34,10 @@ def find_config(name: str) -> Path:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file.
+    """Read the mapping in a YAML file.
+
+    Returns:
+        Its keys and plain values; nothing for an empty file.
 
     Raises:
         UsageError: The file cannot be read, is too large, or holds no mapping of plain values; in one line with the
@@ -50,7 +59,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str) -> Any:
-    """Return the plain values in `text`, which has no aliases: a few lines of them may stand for gigabytes.
+    """Read YAML of plain values, without aliases: a few lines of them may stand for gigabytes.
+
+    Returns:
+        Dicts, lists, strings, numbers, booleans, dates and None.
 
     Raises:
         yaml.YAMLError: `text` is not YAML, has an alias or another type of value, or gives a key twice.

@@ -43,7 +43,6 @@ class TrainFusion(Stage[TrainingResult]):
             heatmaps=self.heatmaps.fingerprint,
             fusion=self._trained_settings(settings).fingerprint_inputs(),
             keys=sorted(fusion_folders(settings)),
-            width=settings.fusion_width,
             seed=settings.run.seed,
         )
 
@@ -85,7 +84,7 @@ def fusion_specs(settings: Settings, fusion: FusionSettings) -> dict[str, tuple[
         key: fusion if key == "fusion" else fusion.model_copy(update={"head": "published"})
         for key in fusion_folders(settings)
     }
-    return {key: (how, fusion_spec(how, settings.fusion_width, key)) for key, how in hows.items()}
+    return {key: (how, fusion_spec(how, how.width, key)) for key, how in hows.items()}
 
 
 def _start(job: Job, spec: ModelSpec, how: FusionSettings) -> Callable[[], bytes | None]:

@@ -53,7 +53,6 @@ class TuneFusion(Stage[SweepResult]):
             heatmaps=self.heatmaps.fingerprint,
             sweep=plan.fingerprint_inputs(),
             fusion=fixed,
-            width=settings.fusion_width,
             seed=settings.run.seed,
         )
 
@@ -73,7 +72,7 @@ class TuneFusion(Stage[SweepResult]):
             store,
             read_indices(store),
             settings.fusion,
-            settings.fusion_width,
+            settings.fusion.width,
             self.heatmaps.fingerprint,
             plan.epochs,
             settings.run.seed,
