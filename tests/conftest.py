@@ -138,16 +138,23 @@ def untrained(undisturbed: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def printed_log() -> Iterator[None]:
-    """What our modules log is printed, as in a driver."""
-    from apacs_ray.console import LOGGER, print_log
+def own_log() -> Iterator[None]:
+    """The log is set up as before when a test that prints it has ended."""
+    from apacs_ray.console import LOGGER
 
     logger = logging.getLogger(LOGGER)
     handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
-    print_log()
     yield
     logger.handlers[:], logger.propagate = handlers, propagate
     logger.setLevel(level)
+
+
+@pytest.fixture
+def printed_log(own_log: None) -> None:
+    """What our modules log is printed, as in a driver."""
+    from apacs_ray.console import print_log
+
+    print_log()
 
 
 @pytest.fixture(scope="session")

@@ -289,6 +289,12 @@ def test_the_ways_through_the_modules_go_down_and_name_what_is_there() -> None:
             above.append((len(indent), path))
 
 
+def test_functions_that_a_document_names_exist() -> None:
+    for document in DOCUMENTS:
+        for path, name in re.findall(r"`([\w/]+\.py)::([\w.]+)`", document.read_text()):
+            assert name in _defined(ROOT / "apacs_ray" / path), f"{document.name}: {path} has no {name}"
+
+
 def _defined(path: Path) -> set[str]:
     """Functions, classes, and methods as Class.method, of a module."""
     found = set()

@@ -14,6 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import tifffile
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from apacs_ray.config.settings import DataSettings, Settings, TilesSettings
 from apacs_ray.data.shards import Receipt, shard_path, write_table
@@ -23,6 +25,9 @@ from apacs_ray.errors import BadInput
 from apacs_ray.evaluation import registry as metrics
 from apacs_ray.evaluation.metrics import summarize
 from apacs_ray.evaluation.per_tile import per_tile_schema, tile_row
+from apacs_ray.models.registry import COST_SIDE, NETWORKS
+from apacs_ray.models.spec import ModelSpec
+from apacs_ray.models.weights import build, load_model, weights_bytes
 from apacs_ray.runs.markers import Counts
 from apacs_ray.runs.run import Run
 from apacs_ray.slides import find
@@ -35,6 +40,7 @@ from apacs_ray.stages.ingest_result import IngestResult, UnitCounts
 from apacs_ray.stages.stage import Committed, run_stage
 from apacs_ray.storage import LocalStore
 from apacs_ray.synthetic.slide import render, slide_specs
+from apacs_ray.training.loss import tile_losses
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/extending.md"
 LONGEST = 40  # lines of an example
@@ -51,7 +57,7 @@ def example(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     """The module that the code below a heading makes; the lists that it adds to are put back afterwards."""
     monkeypatch.setattr(slides, "READERS", [*slides.READERS])
     monkeypatch.setattr(find, "SUFFIXES", {*find.SUFFIXES})
-    original = [*metrics.METRICS]
+    original, networks = [*metrics.METRICS], dict(NETWORKS)
     path = tmp_path / "example.py"
     path.write_text(code(request.param))
     spec = importlib.util.spec_from_file_location("example", path)
@@ -62,14 +68,50 @@ def example(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     spec.loader.exec_module(module)
     yield module
     metrics.METRICS[:] = original
+    for name in set(NETWORKS) - set(networks):
+        del NETWORKS[name]
 
 
 def test_every_example_of_the_page_is_tried_and_short() -> None:
     headings = re.findall(r"^## (.+)", PAGE.read_text(), re.M)
-    assert headings == ["A slide reader", "A metric", "A stage"]
+    assert headings == ["A network", "A slide reader", "A metric", "A stage"]
     for heading in headings:
         lines = [line for line in code(heading).splitlines() if line.strip()]
         assert 0 < len(lines) < LONGEST, heading
+
+
+@pytest.mark.parametrize("example", ["A network"], indirect=True)
+def test_a_network(example: ModuleType) -> None:
+    spec = ModelSpec("member", "dilated", width=0.25, dropout=0.1)
+    torch.manual_seed(0)
+    model = build(spec)
+    assert isinstance(model, example.Dilated)
+    rng = np.random.default_rng(0)
+    mask = np.zeros((1, 1, 64, 64), np.float32)
+    mask[..., 16:48, 16:48] = 1
+    image = torch.from_numpy((0.9 - 0.4 * mask + 0.02 * rng.standard_normal(mask.shape)).astype(np.float32))
+    image, target = image.expand(-1, 3, -1, -1), torch.from_numpy(mask)
+    assert model(image[..., :40, :33]).shape == (1, 1, 40, 33)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    losses = []
+    for _ in range(30):
+        loss = tile_losses(model(image), target, torch.ones_like(target), 0.5).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.5 * losses[0]
+    loaded = load_model(weights_bytes(model), spec)
+    assert torch.equal(loaded(image), model.eval()(image))
+
+
+@pytest.mark.parametrize("example", ["A network"], indirect=True)
+def test_a_network_costs_what_its_entry_says(example: ModuleType) -> None:
+    model = example.build_dilated(1.0, 0.0)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, 3, 100, 100))
+    per_px = counter.get_total_flops() / 100**2
+    assert per_px * COST_SIDE**2 / 1e9 == pytest.approx(NETWORKS["dilated"].gflops, rel=0.01)
 
 
 @pytest.mark.parametrize("example", ["A slide reader"], indirect=True)

@@ -32,6 +32,7 @@ from test_annotations import INFO, collection, polygon
 from test_report import Page, context
 
 from apacs_ray import storage
+from apacs_ray.commands.shell import opened_run
 from apacs_ray.config.command_line import default_output, parse
 from apacs_ray.config.settings import DataSettings, Settings, TilesSettings
 from apacs_ray.config.yaml import read_yaml
@@ -64,7 +65,7 @@ from apacs_ray.slides.open import open_slide
 from apacs_ray.slides.tiff_tiles import TiffTiles
 from apacs_ray.stages.evaluate import read_rejects
 from apacs_ray.stages.stage import Job, Stage, StageResult, run_stage
-from apacs_ray.storage import Entry, LocalStore, S3Store, open_store
+from apacs_ray.storage import Entry, LocalStore, S3Store, open_store, retry
 from apacs_ray.storage.own_folder import own_folder
 from apacs_ray.testing.runs import ROOT, read_json
 from apacs_ray.testing.s3_proxy import proxy
@@ -268,6 +269,26 @@ def test_what_is_logged_is_printed_once_and_without_secrets(capsys: pytest.Captu
     assert "it broke" in second
     assert "OSError: refused: ***" in second
     assert clear_of_secrets(first + second)
+
+
+@pytest.mark.usefixtures("own_log")
+def test_a_command_prints_what_its_store_logs(
+    planted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clear = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    monkeypatch.setattr(retry, "LOGGED_AFTER", 0.0)
+    monkeypatch.setattr(retry, "PAUSE", 0.001)
+    refusals = iter([f"SlowDown, {SECRET}"] * 3)
+    with proxy(os.environ["AWS_ENDPOINT_URL"]) as between, mock.patch.dict(os.environ, clear, clear=True):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", between.url)
+        between.behavior.refuse, between.behavior.status = lambda *_: next(refusals, None), 503
+        with opened_run(parse(["--output", f"{planted}/run"], "full.py", "")) as (run, _):
+            run.store.write("x", b"")
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert f"run: {planted}/run" in first
+    assert re.search(rf"waiting for the store, \d+ s at most: {planted}/run/run.lock: cannot write", lines[0])
+    assert "the store answers again" in lines[1]
+    assert clear_of_secrets("\n".join(lines))
 
 
 # --- nothing is unpickled

@@ -118,7 +118,7 @@ def headline(
     row = comparison.get(member) if member else None
     if member and row and row["dice_difference"] is not None:
         words.append(
-            f"{NAMES[member]} was the best single network on validation; the fusion's Dice is "
+            f"{NAMES.get(member, member)} was the best single network on validation; the fusion's Dice is "
             f"{abs(row['dice_difference']):.3f} {'higher' if row['dice_difference'] >= 0 else 'lower'} than its own."
         )
         if row["ci95"]:
