@@ -80,7 +80,7 @@ def _sweep(command: Command, cluster: Cluster) -> Finding:
     except ApacsError as error:
         advice = f"lower resources in {config}, or train without the sweep: --fusion.from_best false"
         return Finding("sweep", "failed", str(error), advice)
-    return Finding("sweep", "ok", f"{config}: {sweep.trials} trials, {at_once} at a time")
+    return Finding("sweep", "ok", f"{config}: {sweep.trials_in_all} trials, {at_once} at a time")
 
 
 def _resources(cluster: Cluster) -> str:
