@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from support.runs import SMALL, SWEPT, Once, end_all, fork_server, run
 
 from apacs_ray.testing import runs
@@ -17,6 +18,10 @@ from apacs_ray.testing.s3_proxy import Behavior, Proxy, proxy
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
+
+# Examples are the same in every run of the tests, and may take as long as a busy machine needs.
+settings.register_profile("same", max_examples=60, deadline=None, derandomize=True)
+settings.load_profile("same")
 
 # Files with whole runs, the longest first: each of their tests goes to the process that is free. The other files stay
 # together, for their fixtures.
@@ -111,7 +116,7 @@ def undisturbed(cells: Path, once: Once) -> Path:
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small sweep whose trials take seconds, so that they can be met in the act."""
     path = tmp_path_factory.mktemp("sweep") / "sweep.yaml"
-    path.write_text("trials: 2\nepochs: 40\nspace: {learning_rate: {loguniform: [0.001, 0.002]}}\n")
+    path.write_text("trials: 2\nepochs: 25\nspace: {learning_rate: {loguniform: [0.001, 0.002]}}\n")
     return path
 
 

@@ -14,25 +14,16 @@ import shapely
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support.geojson import INFO, collection, polygon
 
 from apacs_ray.data.grid import Box
 from apacs_ray.errors import BadInput
 from apacs_ray.slides.annotations.rasterize import PolygonMask
 from apacs_ray.slides.annotations.read import Annotations, read_annotations
 from apacs_ray.slides.mask_sources import ImageMask, open_masks
-from apacs_ray.slides.reader import Level, SlideInfo
 
-INFO = SlideInfo("test", (Level(300, 200, 1.0),), 0.25, Box(40, 20, 200, 150))
 coordinate = st.floats(-20, 120, allow_nan=False, width=32)
 points = st.lists(st.tuples(coordinate, coordinate), min_size=3, max_size=12)
-
-
-def polygon(*rings: list[list[float]]) -> dict[str, Any]:
-    return {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [[*ring, ring[0]] for ring in rings]}}
-
-
-def collection(*features: Any) -> bytes:
-    return json.dumps({"type": "FeatureCollection", "features": features}).encode()
 
 
 def read_geojson(content: bytes, classes: Sequence[str] = ()) -> Annotations:

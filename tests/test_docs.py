@@ -252,24 +252,14 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_the_console_command_and_the_types_are_part_of_the_package() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    module, _, function = project["project"]["scripts"]["apacs-ray"].partition(":")
+    module, _, function = PROJECT["project"]["scripts"]["apacs-ray"].partition(":")
     assert callable(getattr(__import__(module, fromlist=[function]), function))
-    assert "py.typed" in project["tool"]["setuptools"]["package-data"]["apacs_ray"]
+    assert "py.typed" in PROJECT["tool"]["setuptools"]["package-data"]["apacs_ray"]
     assert (ROOT / "apacs_ray/py.typed").is_file()
 
 
-LAYERS = (
-    ("pipelines", "__main__"),
-    ("commands",),
-    ("stages",),
-    ("estimate", "doctor"),
-    ("distributed",),
-    ("runs", "data", "slides", "synthetic", "models", "training", "inference", "evaluation", "report"),
-    ("storage",),
-    ("config",),
-    ("errors", "redact", "console"),
-)
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+LAYERS = [row.split(" | ") for row in PROJECT["tool"]["importlinter"]["contracts"][0]["layers"]]
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 CALL = re.compile(r"^( *)([\w/]+\.py)::([\w.]+)", re.M)
 
@@ -287,6 +277,12 @@ def test_the_ways_through_the_modules_go_down_and_name_what_is_there() -> None:
             caller = above[-1][1] if above else path
             assert LAYER[caller.split("/")[0]] <= LAYER[path.split("/")[0]], f"{caller} calls up to {path}"
             above.append((len(indent), path))
+
+
+def test_the_drawing_of_the_layers_is_the_contract() -> None:
+    drawing = (ROOT / "docs/architecture.md").read_text().partition("## The layers")[2].split("```")[1]
+    rooms = [re.findall(r"(\w+)/?(?:  |$)", line[:31]) for line in drawing.splitlines() if line.strip()]
+    assert [sorted(set(row) - {"pipelines"}) for row in rooms] == [sorted(row) for row in LAYERS]
 
 
 def test_functions_that_a_document_names_exist() -> None:

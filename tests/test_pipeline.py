@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
+from support.geojson import collection, polygon
 from support.runs import SMALL, Once, run, start
 from support.slide_files import write_slide, write_tiff
-from test_annotations import collection, polygon
 
 from apacs_ray.data.grid import Box
 from apacs_ray.models.spec import ModelSpec

@@ -26,9 +26,9 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from support.geojson import INFO, collection, polygon
 from support.runs import TILE, run
 from support.slide_files import picture, write_tiff
-from test_annotations import INFO, collection, polygon
 from test_report import Page, context
 
 from apacs_ray import storage
@@ -45,7 +45,7 @@ from apacs_ray.data.slide_tables import read_mpps, read_splits
 from apacs_ray.data.tile_rows import tile_id
 from apacs_ray.distributed.session import RaySession, prepare_ray
 from apacs_ray.errors import ApacsError, BadInput, UsageError
-from apacs_ray.models import start
+from apacs_ray.models import pretrained
 from apacs_ray.models.spec import ModelSpec
 from apacs_ray.models.weights import load_model
 from apacs_ray.redact import redact
@@ -367,7 +367,7 @@ def test_no_other_file_is_unpickled_either(tmp_path: Path, gone_off: Path) -> No
             store.write(f"s/attempt-1/epoch_00000/{name}", content)
         assert complete_checkpoints(store, "s") == []
         readers: list[Callable[[], object]] = [
-            lambda c=content: start.read_checkpoint(c, "fcn8.pth"),
+            lambda c=content: pretrained.read_checkpoint(c, "fcn8.pth"),
             lambda c=content: load_model(c, ModelSpec("member", "fcn8", width=0.02)),
             lambda c=content: ModelSpec.from_json(c),
             lambda c=content: decode_image(c, 1000),
@@ -762,9 +762,9 @@ def test_models_that_would_explode(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     sink = io.BytesIO()
     with zipfile.ZipFile(sink, "w", zipfile.ZIP_DEFLATED) as parts:
         parts.writestr("archive/data/0", b"\0" * (1 << 22))
-    monkeypatch.setattr(start, "LARGEST", 1 << 21)
+    monkeypatch.setattr(pretrained, "LARGEST", 1 << 21)
     with pytest.raises(ApacsError, match="at most"):
-        start.read_checkpoint(sink.getvalue(), "fcn8.pth")
+        pretrained.read_checkpoint(sink.getvalue(), "fcn8.pth")
     store = LocalStore(str(tmp_path))
     store.write("a.csv", b"x" * 11)
     with pytest.raises(ApacsError, match="11 bytes"):

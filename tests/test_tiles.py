@@ -40,6 +40,7 @@ def coverage(width, height, boxes):
     return count
 
 
+@settings(deadline=None)
 @given(SIDES, SIDES, st.integers(1, 40))
 def test_keep_without_overlap_covers_each_pixel_once(width, height, size):
     boxes = grid(width, height, size, size, "keep")
@@ -110,6 +111,7 @@ def test_overlaps_are_cut_in_their_middle():
 SOURCES = st.text("aZ9_./~% -é\u0301", min_size=1, max_size=6)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(SOURCES, st.integers(0, 12), st.integers(0, 12)), unique=True, min_size=2, max_size=8))
 @example([("a_1", 2, 3), ("a", 1, 2)])
 @example([("a/b", 0, 0), ("a~b", 0, 0), ("a%2Fb", 0, 0), ("a b", 0, 0), ("a%20b", 0, 0)])

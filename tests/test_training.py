@@ -29,7 +29,7 @@ from apacs_ray.models.ensemble import Ensemble
 from apacs_ray.models.registry import MEMBERS, build_member
 from apacs_ray.training.augment import Augmentation, augment, jitter_stain
 from apacs_ray.training.batch import Sample, batches
-from apacs_ray.training.dataset import decode_mask
+from apacs_ray.training.dataset import decode_tile_mask
 from apacs_ray.training.history import EpochRecord, epochs_since_best, history_csv, read_history
 from apacs_ray.training.loop import Trainer, earliest_place, train_epochs
 from apacs_ray.training.loss import tile_losses
@@ -190,9 +190,9 @@ class TestSamples:
 
     def test_a_window_of_a_stored_mask(self) -> None:
         mask = np.random.default_rng(0).integers(0, 2, (30, 41)).astype(bool)
-        assert np.array_equal(decode_mask(encode_mask(mask)), mask)
-        assert np.array_equal(decode_mask(encode_mask(mask), (3, 5, 20, 30)), mask[5:30, 3:20])
-        assert decode_mask(encode_mask(mask)).dtype == np.uint8
+        assert np.array_equal(decode_tile_mask(encode_mask(mask)), mask)
+        assert np.array_equal(decode_tile_mask(encode_mask(mask), (3, 5, 20, 30)), mask[5:30, 3:20])
+        assert decode_tile_mask(encode_mask(mask)).dtype == np.uint8
 
     def test_a_tile_smaller_than_the_crop_stays_whole(self) -> None:
         inputs, mask = tile(0)

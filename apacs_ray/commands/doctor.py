@@ -94,4 +94,4 @@ def print_table(findings: Sequence[Finding]) -> None:
             message.append(f"\n-> {finding.advice}")
         table.add_row(Text(finding.name), Text(finding.state, COLORS[finding.state]), message)
     known = console.is_terminal or "COLUMNS" in os.environ
-    Console(width=console.width if known else PAGE).print(table)
+    Console(width=None if known else PAGE).print(table)

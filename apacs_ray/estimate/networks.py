@@ -25,7 +25,7 @@ from apacs_ray.models.spec import ModelSpec
 from apacs_ray.models.weights import build
 from apacs_ray.training.augment import Augmentation, augment
 from apacs_ray.training.batch import Sample, batches, micro_batch_size
-from apacs_ray.training.dataset import decode_mask, decode_pixels, encode_heatmaps
+from apacs_ray.training.dataset import decode_pixels, decode_tile_mask, encode_heatmaps
 from apacs_ray.training.device import default_device
 from apacs_ray.training.optim import make_optimizer
 from apacs_ray.training.sampler import SampleRef
@@ -50,7 +50,7 @@ class SampleTile:
     def pixels(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
         """Return RGB (H, W, 3) uint8 and mask (H, W) uint8 in {0, 1}."""
         rgb = decode_pixels(self.image)
-        mask = np.zeros(rgb.shape[:2], np.uint8) if self.mask is None else decode_mask(self.mask)
+        mask = np.zeros(rgb.shape[:2], np.uint8) if self.mask is None else decode_tile_mask(self.mask)
         return rgb, mask
 
 
@@ -75,6 +75,7 @@ class Inference:
 
     @property
     def members(self) -> list[ModelSpec]:
+        """The members, in registry order."""
         return [ModelSpec("member", name, width=self.width) for name in MEMBERS]
 
 

@@ -32,6 +32,7 @@ class Upsample(nn.ConvTranspose2d):
         super().__init__(channels, channels, kernel, stride=stride, bias=False)
 
     def reset_parameters(self) -> None:
+        """Start as bilinear interpolation, each channel by itself."""
         size = self.kernel_size[0]
         factor = (size + 1) // 2
         center = factor - 1 if size % 2 else factor - 0.5
@@ -42,6 +43,7 @@ class Upsample(nn.ConvTranspose2d):
                 self.weight[channel, channel] = torch.outer(ramp, ramp)
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Return `x` (N, C, H, W) upsampled, float32."""
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.float(), output_size)
 
@@ -53,6 +55,7 @@ class Score(nn.Conv2d):
         super().__init__(channels, classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return scores (N, classes, H, W) float32 of features (N, C, H, W)."""
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.float())
 
@@ -152,6 +155,7 @@ class FCN32(nn.Module):
         self.upscore = Upsample(1, 63, 32)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return logits (N, 1, H, W) for `x` (N, C, H, W) in 0..1."""
         height, width = x.shape[2:]
         *_, y = self.trunk(pad_to(x, AlexTrunk.produced))
         y = self.score(self.dropout(y))
@@ -210,6 +214,7 @@ class FCN16(nn.Module):
         self.up_final = Upsample(1, 32, 16)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return logits (N, 1, H, W) for `x` (N, C, H, W) in 0..1."""
         height, width = x.shape[2:]
         _, pool4, y = self.trunk(pad_to(x, self.produced))
         y = self.up_score(self.score(y))
@@ -239,6 +244,7 @@ class FCN8(nn.Module):
         self.up_final = Upsample(1, 16, 8)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return logits (N, 1, H, W) for `x` (N, C, H, W) in 0..1."""
         height, width = x.shape[2:]
         pool3, pool4, y = self.trunk(pad_to(x, self.produced))
         y = self.up_score(self.score(y))

@@ -53,6 +53,7 @@ class RefinedFusion(nn.Module):
         self.fine_score = Score(fine)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return logits (N, 1, H, W) for probabilities and RGB (N, M + 3, H, W) in 0..1."""
         height, width = x.shape[2:]
         *skips, deep = self.trunk(pad_to(x, AlexTrunk.produced))
         logits = mean_logit(x[:, : self.members]) + self.fine_score(self.fine(x))

@@ -56,7 +56,7 @@ class TrainFusion(Stage[TrainingResult]):
         networks = []
         for key, (how, spec) in fusion_specs(job.settings, fusion).items():
             heatmaps = Heatmaps(how.members, self.heatmaps.fingerprint)
-            networks.append(Network(key, spec, FOLDERS[key], how, heatmaps, start=_start(job, spec, how)))
+            networks.append(Network(key, spec, FOLDERS[key], how, heatmaps, pretrained=_pretrained(job, spec, how)))
         trained = train_networks(job, networks, fingerprint, self.ingest.fingerprint)
         return TrainingResult(Counts(len(trained), len(trained)), trained)
 
@@ -87,5 +87,5 @@ def fusion_specs(settings: Settings, fusion: FusionSettings) -> dict[str, tuple[
     return {key: (how, fusion_spec(how, how.width, key)) for key, how in hows.items()}
 
 
-def _start(job: Job, spec: ModelSpec, how: FusionSettings) -> Callable[[], bytes | None]:
+def _pretrained(job: Job, spec: ModelSpec, how: FusionSettings) -> Callable[[], bytes | None]:
     return lambda: pretrained_fusion(job.store, spec, how.trunk, job.settings.run.seed)

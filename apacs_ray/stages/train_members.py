@@ -57,7 +57,7 @@ def member_network(settings: Settings, name: MemberName, folder: str) -> Network
     """Return one member as the settings describe it, its model to lie in `folder`."""
     members = settings.members
     spec = ModelSpec("member", name, width=members.width, dropout=members.dropout)
-    return Network(name, spec, folder, members, start=lambda: pretrained_member(members, name))
+    return Network(name, spec, folder, members, pretrained=lambda: pretrained_member(members, name))
 
 
 def _networks(settings: Settings) -> list[Network]:

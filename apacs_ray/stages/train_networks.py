@@ -23,7 +23,7 @@ from apacs_ray.training.checkpoints import best_checkpoint, best_weights, comple
 from apacs_ray.training.dataset import Heatmaps, TileDataset
 from apacs_ray.training.history import EpochRecord, history_csv
 
-START = "start.safetensors"
+PRETRAINED = "pretrained.safetensors"
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Network:
         settings: How it is trained.
         heatmaps: What it learns from beside RGB.
         indices: The tiles it learns from, by split; None: all that are there.
-        start: Gives the safetensors to begin with; None from it: as the network is built.
+        pretrained: Gives the safetensors to begin with; None from it: as the network is built.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Network:
     settings: TrainingSettings
     heatmaps: Heatmaps | None = None
     indices: dict[str, TileIndex] | None = None
-    start: Callable[[], bytes | None] = lambda: None
+    pretrained: Callable[[], bytes | None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -165,9 +165,9 @@ def _task(
     networks = []
     for network in group:
         state = state_folder(network, fingerprint)
-        start = _write_start(store, f"{state}/{START}", network)
+        pretrained = _write_pretrained(store, f"{state}/{PRETRAINED}", network)
         spec = replace(network.spec, training_data=training_data)
-        networks.append(NetworkTask(network.name, spec, network.settings, state, network.folder, start))
+        networks.append(NetworkTask(network.name, spec, network.settings, state, network.folder, pretrained))
     return TrainingTask(
         tuple(networks),
         TileDataset(store, group[0].heatmaps, Augmentation(how.crop, how.flips, how.turns)),
@@ -179,10 +179,10 @@ def _task(
     )
 
 
-def _write_start(store: Store, path: str, network: Network) -> str | None:
+def _write_pretrained(store: Store, path: str, network: Network) -> str | None:
     """Put the weights that training starts from where its workers find them."""
     if store.version(path) is None:
-        weights = network.start()
+        weights = network.pretrained()
         if weights is None:
             return None
         store.write(path, weights)

@@ -17,6 +17,7 @@ from typing import IO, Any, Protocol, TypeVar
 from PIL import Image
 
 from apacs_ray.synthetic.slide import render_region, slide_specs
+from apacs_ray.testing.cluster import kill_node
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent.parent  # of the checkout, where the scripts are
@@ -115,7 +116,11 @@ def start(*argv: str, script: str = "full.py", env: Mapping[str, str] | None = N
 def run(*argv: str, script: str = "full.py", env: Mapping[str, str] | None = None) -> Done:
     """Run a script to its end; arguments as of `start`."""
     process = start(*argv, script=script, env=env)
-    text, _ = process.communicate(timeout=TIMEOUT)
+    try:
+        text, _ = process.communicate(timeout=TIMEOUT)
+    finally:
+        if process.poll() is None:  # it has hung
+            kill_node(process)
     return Done(process.returncode, text)
 
 

@@ -62,7 +62,7 @@ class TileDataset:
     def decode(self, place: Place) -> tuple[Pixels, Pixels]:
         """Return inputs (H, W, C) uint8 and mask (H, W) uint8 in {0, 1} of a tile."""
         (tile,) = self._read([place])
-        return self._inputs(tile), decode_mask(tile["mask"])
+        return self._inputs(tile), decode_tile_mask(tile["mask"])
 
     def _sample(self, ref: SampleRef, place: Place, tile: Mapping[str, bytes]) -> Sample:
         """One sample from encoded pixels.
@@ -72,9 +72,9 @@ class TileDataset:
         """
         inputs = self._inputs(tile)
         if ref.phase != "train":
-            return Sample(ref, place.tile_id, inputs, decode_mask(tile["mask"]))
+            return Sample(ref, place.tile_id, inputs, decode_tile_mask(tile["mask"]))
         transform = self.augmentation.draw(ref.seed, inputs.shape[:2])
-        mask = transform.flip_and_turn(decode_mask(tile["mask"], transform.box))
+        mask = transform.flip_and_turn(decode_tile_mask(tile["mask"], transform.box))
         return Sample(ref, place.tile_id, transform.apply(inputs), mask)
 
     def _read(self, places: Sequence[Place]) -> list[dict[str, bytes]]:
@@ -94,7 +94,7 @@ class TileDataset:
         return np.concatenate([decode_pixels(tile["heatmaps"])[:, :, channels], rgb], axis=2)
 
 
-def decode_mask(content: bytes, window: tuple[int, int, int, int] | None = None) -> Pixels:
+def decode_tile_mask(content: bytes, window: tuple[int, int, int, int] | None = None) -> Pixels:
     """Return a mask that ingest encoded, or its window (left, top, right, bottom), as (H, W) uint8 in {0, 1}."""
     picture = Image.open(io.BytesIO(content), formats=STORED).crop(window)
     # as Pillow holds it, a byte a pixel: as an array it would go through bits and back

@@ -30,9 +30,13 @@ def fork_server() -> ForkServer:
     return ForkServer(ROOT)
 
 
+# Ray's own: so many workers start at once. A run allows more, for machines with more than two CPUs.
+FEW_WORKERS = {"RAY_worker_maximum_startup_concurrency": "4"}
+
+
 def start(*argv: str, script: str = "full.py", env: Mapping[str, str] | None = None) -> ForkedProcess:
     """Start a script in a session of its own, as `apacs_ray.testing.runs.start`; it ends with the test."""
-    process = fork_server().start(*argv, script=script, env=environment(env))
+    process = fork_server().start(*argv, script=script, env=environment({**FEW_WORKERS, **(env or {})}))
     _running.append(process)
     return process
 
