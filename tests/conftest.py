@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from support.runs import SMALL, SWEPT, Once, end_all, fork_server, run
 from apacs_ray.testing import runs
 from apacs_ray.testing.s3_proxy import Behavior, Proxy, proxy
 
+DEADLINE = 1200  # s
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -46,9 +48,17 @@ def ended_server() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def ended_runs() -> Iterator[None]:
-    """What a test started ends with it."""
+def ended() -> Iterator[None]:
+    """A test that hangs is ended, and with any test what it started."""
+
+    def hangs(*_: object) -> None:
+        raise TimeoutError(f"the test has not ended in {DEADLINE} s")
+
+    before = signal.signal(signal.SIGALRM, hangs)
+    signal.alarm(DEADLINE)
     yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
     end_all()
 
 

@@ -48,7 +48,7 @@ def test_synthetic_config_lies_beneath_only_without_data() -> None:
         (["--tiles.stride", "3000", "--tiles.size", "2000"], ["tiles", "stride 3000"]),
         (["--data.max_rejects", "many"], ["data.max_rejects", "many"]),
         (["--data.slide_regex", "("], ["data.slide_regex"]),
-        (["--fusion.members", "fcn8"], ["fusion.members", "two or three"]),
+        (["--fusion.members", "fcn8"], ["fusion.members", "two or more"]),
         (["--fusion.from_best", "perhaps"], ["fusion.from_best", "perhaps"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
     ],

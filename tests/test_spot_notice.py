@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -170,18 +171,16 @@ print(json.dumps({node: end / 1000 - time.time() for node, end in draining.items
 def test_a_node_with_a_notice_is_drained(tmp_path: Path) -> None:
     cluster = RayCluster(tmp_path, head_cpus=0)
     answers: list[Answer] = [HANG, "<html>", "FALSE"]
+    started: list[subprocess.Popen[str]] = []
     try:
         node = cluster.add_node(1)
         raylet = next(title for title in processes(cluster.head).values() if "/raylet " in title)
         address = raylet.rpartition(" --gcs-address=")[2].split()[0]
         with metadata("gcp", answers) as (url, _):
-            watching, driver = (
-                subprocess.Popen(command, env=cluster.joined, stdout=subprocess.PIPE, text=True)
-                for command in (
-                    [sys.executable, str(SCRIPT), "gcp", address, "--url", url],
-                    [sys.executable, "-c", DRIVER],
-                )
-            )
+            for command in ([str(SCRIPT), "gcp", address, "--url", url], ["-c", DRIVER]):
+                options: dict[str, Any] = {"env": cluster.joined, "stdout": subprocess.PIPE, "text": True}
+                started.append(subprocess.Popen([sys.executable, *command], **options))
+            watching, driver = started
             assert driver.stdout is not None
             busy = driver.stdout.readline().strip()
             answers.append("TRUE")
@@ -194,4 +193,6 @@ def test_a_node_with_a_notice_is_drained(tmp_path: Path) -> None:
         for part in (node, cluster.head):  # they would wait for what runs there to end
             kill_node(part)
     finally:
+        for process in started:
+            process.kill()
         cluster.stop()

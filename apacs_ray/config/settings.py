@@ -6,6 +6,7 @@ Nothing here imports torch or Ray, so `--help` answers at once.
 from __future__ import annotations
 
 import re
+import typing
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -235,9 +236,9 @@ class FusionSettings(TrainingSettings):
     @field_validator("members")
     @classmethod
     def _two_or_three(cls, value: tuple[MemberName, ...]) -> tuple[MemberName, ...]:
-        order = ("fcn32", "fcn16", "fcn8")
+        order = typing.get_args(MemberName)
         if len(set(value)) != len(value) or len(value) < 2:
-            raise ValueError("two or three different members of fcn32, fcn16, fcn8")
+            raise ValueError(f"two or more different members of {', '.join(order)}")
         return tuple(sorted(value, key=order.index))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from apacs_ray.distributed.autoscaler import startable_nodes
+from apacs_ray.distributed.ray_internals import nodes_are_simulated
 from apacs_ray.distributed.resource_plan import Cluster, Nodes, cluster_of
 from apacs_ray.errors import ApacsError
 from apacs_ray.storage import is_local
@@ -15,7 +16,7 @@ def joined_machines() -> int:
     import ray
 
     there = len({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]})
-    if "RAY_FAKE_CLUSTER" in os.environ:  # the nodes that it starts are all on this machine (cluster/local.yaml)
+    if nodes_are_simulated():
         return there
     return max(there, 1 + sum(nodes.count for nodes in _startable()))
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apacs_ray.distributed.preemption import WorkerPreemption
+from apacs_ray.distributed.ray_internals import nodes_are_simulated
 from apacs_ray.distributed.training_data import ray_samples
 from apacs_ray.distributed.worker import NetworkTask, TrainingTask, WorkerHooks, train_worker
 from apacs_ray.errors import ApacsError, StoreTroubleError, TrainingError, gpu_too_small
@@ -108,7 +108,7 @@ def _device(gpus: float) -> torch.device:
     import torch
 
     if gpus and not torch.cuda.is_available():
-        if "RAY_FAKE_CLUSTER" in os.environ:  # its GPUs are numbers (cluster/local.yaml)
+        if nodes_are_simulated():
             return torch.device("cpu")
         node = ray.util.get_node_ip_address()
         raise ApacsError(

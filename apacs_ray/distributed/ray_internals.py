@@ -40,6 +40,15 @@ def listen_on_loopback() -> None:
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 
 
+def nodes_are_simulated() -> bool:
+    """Return whether Ray's fake provider starts the nodes, all of them on this machine (cluster/local.yaml).
+
+    The variable is how Ray tells its own processes so. Without it tests of the autoscaler would have a local output
+    refused, and its GPUs, which are numbers only, would be looked for.
+    """
+    return "RAY_FAKE_CLUSTER" in os.environ
+
+
 def session_folder_option(folder: str | None) -> dict[str, str | None]:
     """Return the option of `ray.init` for the folder of its sockets and logs; None: Ray's default.
 

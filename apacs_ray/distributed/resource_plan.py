@@ -228,10 +228,13 @@ def _on_gpus(
 
 
 def _gpu_shares(names: Sequence[str], gpus: int, batch_size: int) -> dict[str, tuple[int, float]]:
-    """Workers and GPUs a worker for each network: what ends first, and of equals what takes fewer GPUs.
+    """Split GPUs so that the slowest network ends first; of equal splits take the one of fewer GPUs.
 
     Either whole GPUs for each, or a small network (FCN-32) on the side of a larger one. A step takes a worker as long
     as its largest part of a batch: four tiles take three workers as long as two.
+
+    Returns:
+        Workers and GPUs a worker, by network.
     """
     useful = sorted({-(-batch_size // part) for part in range(1, batch_size + 1)})
 

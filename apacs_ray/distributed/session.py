@@ -99,9 +99,11 @@ def _keep_to_ourselves() -> None:
 
 
 def _private_sessions() -> str | None:
-    """A folder of this user's own for Ray's sockets and logs, which Ray itself opens to everybody.
+    """Make a folder of this user's own for Ray's sockets and logs, which Ray itself opens to everybody.
 
-    None where `RAY_TMPDIR` or `TMPDIR` says where they are to be: paths of sockets are limited to 107 characters.
+    Returns:
+        Its path; None where `RAY_TMPDIR` or `TMPDIR` says where they are to be, as paths of sockets are limited to 107
+        characters.
     """
     if "RAY_TMPDIR" in os.environ or "TMPDIR" in os.environ:
         return None

@@ -131,10 +131,13 @@ def sweep(task: TrialTask, plan: Sweep, cluster: Cluster, on_done: Callable[[int
 
 @contextlib.contextmanager
 def _stopped_by_ctrl_c() -> Iterator[None]:
-    """Ctrl-C ends the sweep where it stands, and raises KeyboardInterrupt when its state is kept.
+    """Let Ctrl-C end the sweep where it stands.
 
     Tune alone would return as if the sweep had ended, and an exception from a handler may be lost in its callbacks. So
     it is told by SIGUSR1, on which it stops likewise; the second Ctrl-C does not wait for it.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, when the sweep's state is kept.
     """
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     before, asked = signal.getsignal(signal.SIGUSR1), False

@@ -106,13 +106,16 @@ class RayCluster:
         return {**self._env, "RAY_ADDRESS": self._address}
 
     def add_node(self, cpus: int = 2, temporary: Path | None = None) -> Node:
-        """Start another raylet, wait until it is there and return its process.
+        """Start another raylet and wait until it is there.
 
         Two that start at the same moment choose the same names for their sockets, and one of them ends.
 
         Args:
             cpus: Its CPUs.
             temporary: Its `TMPDIR`.
+
+        Returns:
+            Its process.
         """
         (agent,) = _free_ports(1)
         options = (f"--address={self._address}", f"--num-cpus={cpus}", f"--dashboard-agent-listen-port={agent}")

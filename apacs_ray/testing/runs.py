@@ -22,7 +22,7 @@ from apacs_ray.testing.cluster import kill_node
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent.parent  # of the checkout, where the scripts are
 SLOWLY = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "2"}  # Ray's own: an epoch takes seconds, in which it can be met
-TIMEOUT = 400  # s after which a run that should end has hung
+TIMEOUT = 600  # s after which a run that should end has hung
 
 
 class Process(Protocol):
@@ -70,12 +70,15 @@ class Done:
 
 
 def write_cells(folder: Path, train: int = 10, test: int = 4) -> Path:
-    """Write a data set in the folder layout, of fields of synthetic smears, and return its folder.
+    """Write a data set in the folder layout, of fields of synthetic smears.
 
     Args:
         folder: Where it is made; one name in it has letters beyond ASCII and a space.
         train: How many fields of 80 x 70 px there are to train on.
         test: How many there are to test on.
+
+    Returns:
+        `folder`.
     """
     specs = slide_specs(5, 640, 640, train=1, test=1)
     for spec, part, count in ((specs[0], "Train", train), (specs[1], "Test", test)):
@@ -95,12 +98,15 @@ def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def start(*argv: str, script: str = "full.py", env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
-    """Start a script of `pipelines/` in a session of its own and return its process.
+    """Start a script of `pipelines/` in a session of its own.
 
     Args:
         *argv: The script's arguments.
         script: Its name.
         env: What differs from the environment of this process.
+
+    Returns:
+        Its process.
     """
     return subprocess.Popen(
         [sys.executable, str(ROOT / "pipelines" / script), *argv],
@@ -125,7 +131,10 @@ def run(*argv: str, script: str = "full.py", env: Mapping[str, str] | None = Non
 
 
 def wait_for(process: Process, reached: Callable[[], T]) -> T:
-    """Wait until `reached` says something true, and return it.
+    """Wait until `reached` says something true.
+
+    Returns:
+        What it said.
 
     Raises:
         AssertionError: The process ended before, or `reached` never said so.

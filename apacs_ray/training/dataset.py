@@ -65,10 +65,13 @@ class TileDataset:
         return self._inputs(tile), decode_tile_mask(tile["mask"])
 
     def _sample(self, ref: SampleRef, place: Place, tile: Mapping[str, bytes]) -> Sample:
-        """One sample from encoded pixels.
+        """Make one sample from encoded pixels.
 
         When it is made the tile's own pixels are gone, so that the allocator gives their memory to the next tile: new
         pages, which the kernel clears first, would cost half as much as decoding.
+
+        Returns:
+            The sample, augmented in training.
         """
         inputs = self._inputs(tile)
         if ref.phase != "train":
