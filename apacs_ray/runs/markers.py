@@ -81,7 +81,7 @@ class Marker:
         try:
             tree = json.loads(content)
             return cls(**{**tree, "counts": Counts(**tree["counts"])})
-        except (TypeError, LookupError, RecursionError) as error:
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
             raise ValueError(f"no marker of this version ({error})") from error
 
 

@@ -118,7 +118,7 @@ def train_networks(
     """
     store = job.store
     indices = read_indices(store)
-    waiting = [network for network in networks if not _is_done(store, network, fingerprint)]
+    waiting = [network for network in networks if not is_trained(store, network, fingerprint)]
     if waiting:
         job.ray.start()
         first = waiting[0].settings
@@ -220,17 +220,18 @@ def _keep_best(store: Store, network: Network, spec: ModelSpec, fingerprint: str
     store.write(f"{network.folder}/model.json", replace(spec, metrics=metrics).to_json())
     store.write(f"{network.folder}/history.csv", history_csv(history).encode())
     # settings that are tried in turn train to the same folder: a mark names the weights that it is of
-    store.write(_done_mark(network, fingerprint), hashlib.sha256(weights).hexdigest().encode())
+    store.write(done_mark(network, fingerprint), hashlib.sha256(weights).hexdigest().encode())
 
 
-def _done_mark(network: Network, fingerprint: str) -> str:
+def done_mark(network: Network, fingerprint: str) -> str:
+    """Return the path of the file that says, by hash, which weights were trained under a fingerprint."""
     return f"{network.folder}/.done-{fingerprint[:8]}"
 
 
-def _is_done(store: Store, network: Network, fingerprint: str) -> bool:
-    """Whether the network was trained under this fingerprint, and its weights are still in its folder."""
+def is_trained(store: Store, network: Network, fingerprint: str) -> bool:
+    """Tell whether the network was trained under this fingerprint, and its weights are still in its folder."""
     try:
-        sha256 = store.read(_done_mark(network, fingerprint)).decode()
+        sha256 = store.read(done_mark(network, fingerprint)).decode()
         weights = store.read(f"{network.folder}/model.safetensors")
     except FileNotFoundError:
         return False
