@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apacs_ray.models.registry import NETWORKS
 from apacs_ray.models.spec import ModelSpec
-from apacs_ray.models.weights import NETWORKS, build, from_released
+from apacs_ray.models.weights import build, from_released
 
 
 def weight(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -32,12 +33,17 @@ def image(height: int, width: int) -> Tensor:
 
 
 @cache
+def _key(name: str) -> str:
+    """The registry's name: the fusion that was released is the one with the published head."""
+    return "fusion_published" if name == "fusion" else name
+
+
 def released(name: str) -> dict[str, Tensor]:
     """The golden weights of a published network at width 1, under the released names."""
     with torch.device("meta"):
         shapes = build(_spec(name)).state_dict()
     tensors = {}
-    for ours, theirs in NETWORKS[name].released.items():
+    for ours, theirs in NETWORKS[_key(name)].released.items():
         for part in ("weight", "bias"):
             if f"{ours}.{part}" in shapes:
                 tensors[f"{theirs}.{part}"] = weight(f"{name}.{theirs}.{part}", tuple(shapes[f"{ours}.{part}"].shape))
@@ -49,7 +55,7 @@ def published(name: str, prefix: str = "") -> tuple[ModelSpec, nn.Module]:
     with torch.device("meta"):
         model = build(_spec(name))
     state = {prefix + key: value for key, value in released(name).items()}
-    model.load_state_dict(from_released(name, state), assign=True)
+    model.load_state_dict(from_released(_key(name), state), assign=True)
     return _spec(name), model.eval()
 
 
