@@ -17,12 +17,25 @@ from apacs_ray.redact import printable, redact
 
 PROGRESS_EVERY = 60.0  # s between lines of progress where there is no terminal
 LOGGER = "apacs_ray"  # above the loggers of all our modules
-console = Console(highlight=False, soft_wrap=True)
+
+
+class _Console(Console):
+    """A console whose reader may go away, as `head` does: the run goes on without one."""
+
+    def on_broken_pipe(self) -> None:
+        """Print nothing more. Rich itself would end the process."""
+        self.quiet = True
+
+
+console = _Console(highlight=False, soft_wrap=True)
 
 
 def say(text: str) -> None:
     """Print one line with the time: no markup, secrets and control characters redacted."""
-    console.print(f"{time.strftime('%H:%M:%S')} {printable(redact(text))}", markup=False)
+    try:
+        console.print(f"{time.strftime('%H:%M:%S')} {printable(redact(text))}", markup=False)
+    except OSError:  # the terminal is gone, or the disk that a log is written to is full
+        console.quiet = True
 
 
 class _Lines(logging.Handler):

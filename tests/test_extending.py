@@ -178,9 +178,9 @@ def test_a_stage(example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixt
     run = Run.open(store, Settings(), None)
     ray = RaySession(run)
     try:
-        first = run_stage(run, ray, example.MeasureFocus(Committed("a" * 16, ingested)))
-        again = run_stage(run, ray, example.MeasureFocus(Committed("a" * 16, ingested)))
-        changed = example.MeasureFocus(Committed("b" * 16, ingested))
+        first = run_stage(run, ray, example.MeasureFocus(Committed("tiles", "a" * 16, ingested)))
+        again = run_stage(run, ray, example.MeasureFocus(Committed("tiles", "a" * 16, ingested)))
+        changed = example.MeasureFocus(Committed("tiles", "b" * 16, ingested))
         assert changed.fingerprint(Settings()) != first.fingerprint
     finally:
         ray.stop()

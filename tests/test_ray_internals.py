@@ -131,3 +131,27 @@ def test_aws_variables_stay_away_from_trials(monkeypatch: pytest.MonkeyPatch) ->
     assert {name for name in before if not name.startswith("AWS_")} == set(class_cache.ENV_VARS_TO_PROPAGATE)
     source = inspect.getsource(class_cache)
     assert source.count("ENV_VARS_TO_PROPAGATE") >= 2, "Ray Tune does not read the names from this list any more"
+
+
+def test_what_ray_says_where_it_does_not_start() -> None:
+    """`says_it_was_too_slow` and `says_path_is_too_long` know these errors by their words."""
+    import ray._private.node
+    import ray._private.utils
+
+    assert "timed out during startup" in inspect.getsource(ray._private.node)
+    with pytest.raises(OSError) as caught:  # noqa: PT011 - its words are what is tested
+        ray._private.utils.validate_socket_filepath(f"/tmp/{'x' * 200}/sockets/raylet")
+    assert ray_internals.says_path_is_too_long(caught.value)
+    assert not ray_internals.says_it_was_too_slow(caught.value)
+
+
+def test_only_the_line_of_the_log_level_is_kept_back() -> None:
+    code = """
+import os
+from apacs_ray.distributed.ray_internals import without_log_level_line
+with without_log_level_line():
+    os.write(2, b"a\\n[x] logging.cc:303: Set ray log level from environment variable X to 3\\nb\\n")
+os.write(2, b"c\\n")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "a\nb\nc\n"

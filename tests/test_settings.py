@@ -49,6 +49,11 @@ def test_synthetic_config_lies_beneath_only_without_data() -> None:
         (["--data.max_rejects", "many"], ["data.max_rejects", "many"]),
         (["--data.slide_regex", "("], ["data.slide_regex"]),
         (["--fusion.members", "fcn8"], ["fusion.members", "two or more"]),
+        (["--members.warmup_epochs", "5", "--members.epochs", "2"], ["members", "warmup_epochs 5", "2 epochs"]),
+        (["--evaluate.border", "256", "--tiles.size", "512"], ["evaluate.border 256", "tiles.size"]),
+        (["--data", ""], ["--data", "empty"]),
+        (["--output", ""], ["--output", "empty"]),
+        (["--data.masks", ""], ["data.masks", "empty"]),
         (["--fusion.from_best", "perhaps"], ["fusion.from_best", "perhaps"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
     ],
@@ -256,6 +261,9 @@ def test_the_papers_fusion_learns_as_its_members_do() -> None:
     ("text", "words"),
     [
         ("trials: 1\nepochs: 1\nspace: {learning_rate: {loguniform: [0, 1]}}", "loguniform"),
+        ("trials: 1\nepochs: 1\nspace: {batch_size: {uniform: [1, 8]}}", "batch_size"),
+        ("trials: 1\nepochs: 1\nspace: {batch_size: {randint: [1, 2.5]}}", "whole numbers"),
+        ("trials: 1\nepochs: 1\nspace: {dropout: {quniform: [0, 0.5, 0]}}", "above 0"),
         ("trials: 1\nepochs: 1\nspace: {learning_rate: {lambda: [0, 1]}}", "learning_rate"),
         ("trials: 1\nepochs: 1\nspace: {epochs: {choice: [1]}}", "epochs"),
         ("trials: 1\nepochs: 1\nspace: {members: {choice: [[fcn8, fcn9]]}}", "members"),
@@ -358,3 +366,10 @@ def test_a_fingerprint_leaves_out_what_is_marked_on_the_field() -> None:
     assert sweep.fingerprint_inputs() == sweep.model_dump(exclude={"concurrency", "resources"})
     counted = settings.fusion.fingerprint_inputs(exclude={"epochs", "patience"})
     assert counted.keys() == settings.fusion.fingerprint_inputs().keys() - {"epochs", "patience"}
+
+
+def test_a_grid_counts_as_its_combinations(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(
+        "trials: 2\nepochs: 1\nspace: {dropout: {grid: [0, 0.1, 0.2]}, jitter: {grid: [0, 1]}}\n"
+    )
+    assert read_sweep(str(tmp_path / "s.yaml")).trials_in_all == 12

@@ -34,7 +34,7 @@ def touch(folder: Path, *paths: str) -> None:
 
 def roles(store: Store, masks: str | None) -> tuple[set[str], set[str]]:
     """The paths that are data, and those that are masks."""
-    source = Source(store, Settings(data=DataSettings(masks=masks)), False)
+    source = Source(store, Settings(data=DataSettings(masks=masks)), LocalStore("/nowhere"))
     return {entry.path for entry in source.entries}, {entry.path for entry in source.mask_entries}
 
 
@@ -158,3 +158,31 @@ def test_an_ingest_that_leaves_no_pair_fails_and_its_rejects_are_written(tmp_pat
     assert done.status == 1, done.summary
     assert "ingest: no tile is left: 3 of 3 pairs rejected; the reasons are in" in done.text
     assert rejects(tmp_path / "o") == {"a.png": "missing_mask", "b.png": "missing_image", "c.png": "missing_mask"}
+
+
+def used(data: Path, output: Path) -> list[tuple[str, ...]]:
+    return Source(open_store(str(data)), Settings(), open_store(str(output))).used
+
+
+def test_files_that_belong_to_nothing_are_no_input(tmp_path: Path) -> None:
+    """A README or a Thumbs.db that is added must not throw trained members away."""
+    data = tmp_path / "data"
+    touch(data, "Train_Input/a.jpg", "Train_GroundTruth/a.png", "Train_Input/b.jpg", "Train_GroundTruth/b.png")
+    before = used(data, tmp_path / "run")
+    touch(data, "Thumbs.db", "README.md", "Train_Input/Thumbs.db", "Train_Input/.hidden.jpg", "notes/x.txt")
+    assert used(data, tmp_path / "run") == before
+    (data / "Train_Input" / "a.jpg").write_bytes(b"another")
+    changed = used(data, tmp_path / "run")
+    assert changed != before
+    touch(data, "Train_Input/alone.jpg")  # a reject, which rejects/ names
+    assert used(data, tmp_path / "run") != changed
+
+
+def test_the_run_s_own_folder_never_is_data(tmp_path: Path) -> None:
+    touch(tmp_path, "train/a.svs", "test/b.svs")
+    before = used(tmp_path, tmp_path / "runs" / "data")
+    touch(tmp_path, "runs/data/train/c.svs", "runs/data/manifest/1.png")
+    assert used(tmp_path, tmp_path / "runs" / "data") == before
+    assert len(used(tmp_path, tmp_path / "elsewhere")) > len(before)
+    with pytest.raises(UsageError, match="--output is the folder of --data"):
+        used(tmp_path, tmp_path)

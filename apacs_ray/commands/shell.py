@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from apacs_ray.config.command_line import Command
+from apacs_ray.distributed.signals import stop_on_signals
 from apacs_ray.errors import ApacsError, carried_message
 from apacs_ray.redact import printable, redact
 
@@ -29,7 +30,8 @@ def run_command(work: Callable[[], int]) -> NoReturn:
     package shows a traceback.
     """
     try:
-        signal.signal(signal.SIGTERM, _as_ctrl_c)  # `ray job stop` sends it
+        stop_on_signals()
+        _print_whatever_the_terminal_knows()
         status = work()
     except ApacsError as error:
         _say_on_stderr(f"error: {error}")
@@ -42,10 +44,11 @@ def run_command(work: Callable[[], int]) -> NoReturn:
         _say_on_stderr(f"error: {message}")
         status = 1
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        _say_on_stderr("stopped; the same command goes on from here")
         status = INTERRUPTED
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it is closed
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more: the work is done all the same
+            stream.flush()
     # trainers that were interrupted leave threads waiting for a Ray that has ended, and so do checks that hang: do not
     # wait for them
     os._exit(status)
@@ -77,14 +80,14 @@ def opened_run(command: Command) -> Iterator[tuple[Run, RaySession]]:
         run.close()
 
 
-def _as_ctrl_c(number: int, frame: FrameType | None) -> None:
-    """End as by Ctrl-C, also where that is ignored: a script's commands in the background are started so."""
-    handler = signal.getsignal(signal.SIGINT)
-    if not callable(handler):
-        raise KeyboardInterrupt
-    handler(signal.SIGINT, frame)
+def _print_whatever_the_terminal_knows() -> None:
+    """Let names that a terminal's encoding lacks be escaped, where printing them would end the run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _say_on_stderr(text: str) -> None:
     """Print without secrets, and without what would steer a terminal."""
-    print(printable(redact(text), lines=True), file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):
+        print(printable(redact(text), lines=True), file=sys.stderr)

@@ -80,6 +80,8 @@ def parse(argv: Sequence[str], program: str, summary: str, sections: Collection[
 
 def _require_open(key: str, value: Any) -> None:
     """Raise UsageError for a URI with a secret in it: what is given here is printed and kept."""
+    if value == "":
+        raise UsageError(f"{key}: empty; leave it out, or say what it is to be")
     if isinstance(value, str) and (defect := uri_defect(value)) is not None:
         raise UsageError(f"{key}: {defect}")
 

@@ -171,6 +171,12 @@ class TrainingSettings(Section):
         0, ge=0, description="DDP workers a network; 0: as the cluster allows"
     )
 
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> TrainingSettings:
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs:g} are more than the {self.epochs} epochs")
+        return self
+
     @field_validator("crop")
     @classmethod
     def _crop_fits_the_networks(cls, value: int) -> int:
@@ -270,6 +276,7 @@ class RunSettings(Section):
 
     seed: Common[int] = Field(0, ge=0, lt=2**31, description="seed of everything random")
     max_failures: int = Field(3, ge=0, description="lost workers a training survives")
+    replace: bool = Field(False, description="go on in an --output that holds a run of other data, and replace that")
 
 
 class Settings(Section):
@@ -300,6 +307,14 @@ class Settings(Section):
         shared = TrainingSettings.model_fields
         own = {name: value for name, value in fusion.items() if value is not None or name not in shared}
         return {**tree, "fusion": {**{name: members[name] for name in shared if name in members}, **own}}
+
+    @model_validator(mode="after")
+    def _something_is_evaluated(self) -> Settings:
+        if 2 * self.evaluate.border >= self.tiles.size:
+            raise ValueError(
+                f"evaluate.border {self.evaluate.border} leaves nothing of tiles of {self.tiles.size} px (tiles.size)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _trunk_fits(self) -> Settings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -54,6 +55,10 @@ class Distribution(Section):
                 raise ValueError(f"{self.kind} {list(self.values)}: not numbers") from error
             if numbers[0] >= numbers[1] or (self.kind == "loguniform" and numbers[0] <= 0):
                 raise ValueError(f"{self.kind} {list(self.values)}: not an increasing (positive) range")
+            if self.kind == "quniform" and numbers[2] <= 0:
+                raise ValueError(f"quniform {list(self.values)}: its step, the last number, must be above 0")
+            if self.kind == "randint" and any(number != int(number) for number in numbers):
+                raise ValueError(f"randint {list(self.values)}: not whole numbers")
             object.__setattr__(self, "values", numbers)
         elif not self.values:
             raise ValueError(f"{self.kind} needs at least one value")
@@ -62,6 +67,13 @@ class Distribution(Section):
     def ends(self) -> tuple[Any, ...]:
         """Return the values that every drawn one lies between, or all there are; for checking against the settings."""
         return self.values[:2] if self.kind not in ("choice", "grid") else self.values
+
+    def between(self) -> tuple[float, ...]:
+        """Return a value as it is drawn between the ends: a fraction, where fractions are drawn."""
+        if self.kind in ("uniform", "loguniform"):
+            low, high = self.values
+            return (low + 0.3819 * (high - low),)
+        return (self.values[0] + self.values[2],) if self.kind == "quniform" else ()
 
 
 class Scheduler(Section):
@@ -112,6 +124,12 @@ class Sweep(Section):
         return self
 
     @property
+    def trials_in_all(self) -> int:
+        """How many trials there will be: each of `trials` for every combination of the grids."""
+        grids = [len(drawn.values) for drawn in self.space.values() if drawn.kind == "grid"]
+        return self.trials * math.prod(grids)
+
+    @property
     def trunks(self) -> tuple[str, ...]:
         """Initial weights of the trunk that trials may draw."""
         return self.space["trunk"].values if "trunk" in self.space else ()
@@ -123,7 +141,7 @@ class Sweep(Section):
         if unknown or not space:
             raise ValueError(f"cannot be swept: {unknown}; choose from {', '.join(SWEPT)}")
         for name, distribution in space.items():
-            for value in distribution.ends():
+            for value in (*distribution.ends(), *distribution.between()):
                 FusionSettings.model_validate({name: value})
         return space
 
@@ -162,6 +180,11 @@ def require_sweep(settings: Settings) -> None:
         sweep = read_sweep(tune.config)
     except UsageError as error:
         raise UsageError(f"tune.config: {error}") from error
+    if settings.fusion.warmup_epochs > sweep.epochs:
+        raise UsageError(
+            f"fusion.warmup_epochs: {settings.fusion.warmup_epochs:g} are more than the {sweep.epochs} epochs that "
+            f"{tune.config} gives a trial"
+        )
     if "fcn32" in sweep.trunks and settings.fusion.width != settings.members.width:
         raise UsageError(f"tune.config: {tune.config}: trunk fcn32 needs fusion.width as members.width; leave it out")
     if sweep.searcher == "optuna" and importlib.util.find_spec("optuna") is None:

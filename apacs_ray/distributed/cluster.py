@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import socket
+from urllib.parse import urlsplit
 
 from apacs_ray.distributed.autoscaler import startable_nodes
 from apacs_ray.distributed.ray_internals import nodes_are_simulated
 from apacs_ray.distributed.resource_plan import Cluster, Nodes, cluster_of
 from apacs_ray.errors import ApacsError
 from apacs_ray.storage import is_local
+
+CONNECT_TIMEOUT = 3.0  # s
 
 
 def joined_machines() -> int:
@@ -48,3 +52,21 @@ def joined_cluster() -> Cluster:
 def _startable() -> list[Nodes]:
     """Nodes that the autoscaler of the cluster we joined may start; a Ray of our own has none."""
     return startable_nodes() if os.environ.get("RAY_ADDRESS") else []
+
+
+def why_unreachable(address: str) -> str | None:
+    """Return why nothing can be joined at an address with host and port; None where Ray itself has to find out."""
+    if address.startswith(("http://", "https://")):
+        return "the address of the job server, which takes jobs (ray job submit); a driver cannot join there"
+    parts = urlsplit(address if "://" in address else f"ray://{address}")
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        return "no host:port"
+    if host is None or port is None:
+        return None
+    try:
+        socket.create_connection((host, port), timeout=CONNECT_TIMEOUT).close()
+    except OSError as error:
+        return f"nobody answers ({error.strerror or error})"
+    return None

@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,6 +41,40 @@ def listen_on_loopback() -> None:
     listens on 127.0.0.1. When Ray drops it, a local Ray listens on every address again (tests/test_security.py).
     """
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+
+
+@contextlib.contextmanager
+def without_log_level_line() -> Iterator[None]:
+    """Keep a line of Ray's core off stderr while the block joins or starts Ray: that it took its log level from us.
+
+    It is written by compiled code, past Python's streams. When its words change, it is seen again.
+    """
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as kept:
+        stderr = os.dup(2)
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            kept.seek(0)
+            for line in kept.read().splitlines(keepends=True):
+                if b"Set ray log level from environment variable" not in line:
+                    os.write(2, line)
+
+
+def says_it_was_too_slow(error: Exception) -> bool:
+    """Return whether Ray gave its own processes up that were too slow to start, for which it allows 30 s.
+
+    It is told by the error's words only. When these change, a start on a busy machine is not tried again.
+    """
+    return "timed out during startup" in str(error)
+
+
+def says_path_is_too_long(error: Exception) -> bool:
+    """Return whether Ray found its folder's path too long for the names of sockets. It is told by the words only."""
+    return "AF_UNIX path length" in str(error)
 
 
 def nodes_are_simulated() -> bool:

@@ -209,7 +209,7 @@ def plan_sweep(sweep: Sweep, cluster: Cluster, batch_size: int) -> tuple[Network
         cpu=asked.cpu,
         gpu=asked.gpu,
         batch_size=batch_size,
-        trials=sweep.trials,
+        trials=sweep.trials_in_all,
         concurrency=sweep.concurrency,
     )
 

@@ -10,15 +10,21 @@ import logging
 import os
 import secrets
 
-from apacs_ray.distributed.cluster import joined_cluster, joined_machines, refuse_local
+from apacs_ray.console import say
+from apacs_ray.distributed.cluster import joined_cluster, joined_machines, refuse_local, why_unreachable
 from apacs_ray.distributed.metrics import RunMetrics
 from apacs_ray.distributed.ray_internals import (
     listen_on_loopback,
+    says_it_was_too_slow,
+    says_path_is_too_long,
     session_folder,
     session_folder_option,
     set_private_variables,
+    without_log_level_line,
 )
 from apacs_ray.distributed.resource_plan import Cluster
+from apacs_ray.distributed.signals import stop_on_signals
+from apacs_ray.errors import ApacsError, message_of
 from apacs_ray.runs.provenance import ROOT
 from apacs_ray.runs.run import Run
 from apacs_ray.storage.own_folder import own_folder
@@ -33,24 +39,21 @@ class RaySession:
         self.metrics = RunMetrics()
 
     def start(self) -> None:
-        """Join or start Ray; later calls do nothing. Raises ApacsError when a local path meets several nodes."""
+        """Join or start Ray; later calls do nothing.
+
+        Raises:
+            ApacsError: Nobody answers at `RAY_ADDRESS`, Ray does not start here, or a local path meets several nodes.
+        """
         if self._started:
             return
         prepare_ray()
-        import ray
-
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(log_to_driver=False, logging_level=logging.ERROR)
-        else:
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                configure_logging=True,
-                **session_folder_option(_private_sessions()),
-            )
-            self._run.lease.note_ray_session(session_folder())
+        with without_log_level_line():
+            if os.environ.get("RAY_ADDRESS"):
+                _join(os.environ["RAY_ADDRESS"])
+            else:
+                _start_local()
+                self._run.lease.note_ray_session(session_folder())
+        stop_on_signals()  # Ray put handlers of its own in their place
         self._started = True
         self.metrics.open()
         machines = joined_machines()
@@ -69,6 +72,54 @@ class RaySession:
     def cluster(self) -> Cluster:
         """Return what the cluster has, or what its autoscaler may give it."""
         return joined_cluster()
+
+
+def _join(address: str) -> None:
+    import ray
+
+    if (reason := why_unreachable(address)) is not None:
+        raise ApacsError(
+            f"RAY_ADDRESS {address}: {reason}; unset it to run on this machine, or give HOST:PORT of a cluster's head"
+        )
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError) as error:
+        raise ApacsError(
+            f"RAY_ADDRESS {address}: cannot be joined ({message_of(error)}); apacs-ray doctor says more"
+        ) from error
+
+
+def _start_local() -> None:
+    """Start a Ray of our own; once more where this machine was too busy for it."""
+    import ray
+
+    folder = _private_sessions()
+    for last in (False, True):
+        try:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=True,
+                **session_folder_option(folder),
+            )
+            return
+        except Exception as error:
+            ray.shutdown()
+            if says_path_is_too_long(error):
+                place = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+                raise ApacsError(
+                    f"{place} {os.environ.get(place)}: too long a path for Ray's sockets; set RAY_TMPDIR to a short one"
+                ) from error
+            if not says_it_was_too_slow(error):
+                raise
+            if last:
+                raise ApacsError(
+                    "Ray did not start on this machine, twice: it is too busy or short of memory; try again later, or "
+                    "free it"
+                ) from error
+            say("Ray did not start within its 30 s: this machine is busy; once more")
 
 
 def prepare_ray() -> None:

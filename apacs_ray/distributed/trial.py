@@ -20,7 +20,7 @@ from apacs_ray.distributed.preemption import NodePreemption
 from apacs_ray.distributed.resource_plan import NetworkPlan
 from apacs_ray.distributed.train import fit
 from apacs_ray.distributed.worker import NetworkTask, TrainingTask, WorkerHooks, train_worker
-from apacs_ray.errors import ApacsError, gpu_too_small
+from apacs_ray.errors import ApacsError, StoreTroubleError, gpu_too_small
 from apacs_ray.models.spec import fusion_spec
 from apacs_ray.runs.provenance import require_source
 from apacs_ray.storage import Store
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from apacs_ray.training.sampler import SampleRef
 
 TRIAL_CURVES = "tune"
+FAILURE = "failure"  # the metric that holds what a trial's setting is to blame for
 IN_MEMORY = 2**30  # bytes of decoded tiles that a trial may keep
 
 
@@ -86,18 +87,26 @@ def plain_setting(config: dict[str, Any]) -> dict[str, Any]:
 def run_trial(config: dict[str, Any], task: TrialTask) -> None:
     """Train one trial; Ray Tune calls this with the setting it drew.
 
+    What its setting is to blame for, as a loss that is not finite, would come again: it is reported as the trial's
+    last result, under `FAILURE`. An exception would make Ray Tune try again, as for a lost worker.
+
     Raises:
-        ApacsError: The GPU's memory is too small, or as `training.loop.train_epochs`.
+        StoreTroubleError: Another try, later, may have better luck.
     """
     from ray import tune
     from ray.tune.integration.ray_train import TuneReportCallback
 
     require_source(task.source)
     training = task.training(config, tune.get_context().get_trial_id())
-    if task.plan is None:
-        _in_this_process(training)
-    else:
-        fit(training, [TuneReportCallback()])
+    try:
+        if task.plan is None:
+            _in_this_process(training)
+        else:
+            fit(training, [TuneReportCallback()])
+    except StoreTroubleError:
+        raise
+    except ApacsError as error:
+        tune.report({**progress_metrics(()), FAILURE: str(error)})
 
 
 def _in_this_process(task: TrainingTask) -> None:

@@ -21,7 +21,7 @@ from apacs_ray.console import say
 from apacs_ray.distributed.credentials import ray_filesystem
 from apacs_ray.distributed.ray_internals import keep_aws_variables_from_trials
 from apacs_ray.distributed.resource_plan import Cluster, plan_sweep
-from apacs_ray.distributed.trial import TRIAL_CURVES, TrialTask, plain_setting, run_trial
+from apacs_ray.distributed.trial import FAILURE, TRIAL_CURVES, TrialTask, plain_setting, run_trial
 from apacs_ray.errors import message_of
 from apacs_ray.redact import redact
 from apacs_ray.training.tensorboard import CURVES
@@ -52,6 +52,8 @@ class _Listener(Callback):  # type: ignore[misc]
         self._done += 1
         if self._on_done is not None:
             self._on_done(self._done)
+        if failure := (trial.last_result or {}).get(FAILURE):
+            say(f"trial {trial.trial_id}: failed: {_line(failure)}")
 
     def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         say(f"trial {trial.trial_id}: lost its worker or node; goes on from its last checkpoint")
@@ -216,7 +218,7 @@ def _result(result: Any) -> TrialResult:
         val_dice,
         int(metrics.get("epoch", 0)),
         round(float(metrics.get("time_total_s", 0.0)), 2),
-        _line(result.error) if result.error else None,
+        _line(error) if (error := result.error or metrics.get(FAILURE)) else None,
     )
 
 

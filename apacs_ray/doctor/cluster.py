@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable, Iterator
-from urllib.parse import urlsplit
 
 from apacs_ray.config.command_line import Command
 from apacs_ray.config.sweep import read_sweep
-from apacs_ray.distributed.cluster import refuse_local
+from apacs_ray.distributed.cluster import refuse_local, why_unreachable
 from apacs_ray.distributed.probe import ClusterProbe, probe_cluster
 from apacs_ray.distributed.resource_plan import Cluster, Nodes, cluster_of, plan_sweep, plan_training
 from apacs_ray.doctor.finding import Finding
@@ -17,7 +15,6 @@ from apacs_ray.doctor.machine import usable_cpus
 from apacs_ray.errors import ApacsError
 from apacs_ray.models.registry import MEMBERS
 
-CONNECT_TIMEOUT = 3.0  # s
 ADVICE = "unset RAY_ADDRESS to run on this machine, or start the cluster (ray start --head) and give its address"
 
 
@@ -29,7 +26,7 @@ def check_cluster(command: Command, probe: Callable[[], ClusterProbe] = probe_cl
         yield Finding("cluster", "ok", f"this machine: {_resources(cluster)} (RAY_ADDRESS is not set)")
         yield from _plans(command, cluster)
         return
-    problem = _unreachable(address)
+    problem = why_unreachable(address)
     if problem:
         yield Finding("cluster", "failed", f"RAY_ADDRESS {address}: {problem}", ADVICE)
         return
@@ -80,26 +77,8 @@ def _sweep(command: Command, cluster: Cluster) -> Finding:
     except ApacsError as error:
         advice = f"lower resources in {config}, or train without the sweep: --fusion.from_best false"
         return Finding("sweep", "failed", str(error), advice)
-    return Finding("sweep", "ok", f"{config}: {sweep.trials} trials, {at_once} at a time")
+    return Finding("sweep", "ok", f"{config}: {sweep.trials_in_all} trials, {at_once} at a time")
 
 
 def _resources(cluster: Cluster) -> str:
     return f"{cluster.cpus:g} CPU{'s' * (cluster.cpus != 1)}, {cluster.gpus:g} GPU{'s' * (cluster.gpus != 1)}"
-
-
-def _unreachable(address: str) -> str | None:
-    """Return why nothing can be joined at an address with host and port; None where Ray itself has to find out."""
-    if address.startswith(("http://", "https://")):
-        return "the address of the job server, which takes jobs (ray job submit); a driver cannot join there"
-    parts = urlsplit(address if "://" in address else f"ray://{address}")
-    try:
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        return "no host:port"
-    if host is None or port is None:
-        return None
-    try:
-        socket.create_connection((host, port), timeout=CONNECT_TIMEOUT).close()
-    except OSError as error:
-        return f"nobody answers ({error.strerror or error})"
-    return None

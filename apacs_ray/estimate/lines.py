@@ -221,7 +221,7 @@ def sweep(plan: Sweep, tiles: Tiles, seconds: Seconds, *, concurrency: int, netw
     epochs = sweep_epochs(plan)
     each = _run(tiles, 1, [seconds], network)
     work = epochs * each * network.workers
-    wall = SWEEP + (plan.trials * TRIAL + epochs * each) / concurrency
+    wall = SWEEP + (plan.trials_in_all * TRIAL + epochs * each) / concurrency
     cpu_seconds, gpu_seconds = work * network.cpus, work * network.gpus
     return Line("tune_fusion", round(epochs * tiles.train), seconds.train, cpu_seconds, gpu_seconds, 0.0, wall)
 
@@ -229,9 +229,9 @@ def sweep(plan: Sweep, tiles: Tiles, seconds: Seconds, *, concurrency: int, netw
 def sweep_epochs(plan: Sweep) -> float:
     """Count the epochs of all trials. ASHA lets about one in `reduction_factor` go on at each rung, one at least."""
     if plan.scheduler.kind != "async_hyperband":
-        return float(plan.trials * plan.epochs)
+        return float(plan.trials_in_all * plan.epochs)
     factor, rung = plan.scheduler.reduction_factor, min(plan.scheduler.grace_period, plan.epochs)
-    total, trials = float(plan.trials * rung), float(plan.trials)
+    total, trials = float(plan.trials_in_all * rung), float(plan.trials_in_all)
     while rung < plan.epochs:
         following = min(math.ceil(rung * factor), plan.epochs)
         trials = max(1.0, trials / factor)

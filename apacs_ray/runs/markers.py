@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from apacs_ray.errors import ApacsError
+from apacs_ray.storage import Store
 
 MARKER = "_committed.json"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Marker:
         seconds: How long it took.
         counts: What became of the units.
         result: The stage's result as JSON: what later stages and readers may know of it.
+        inputs: Fingerprints of the stages that it started from, by their folders.
+        script: The script in `pipelines/` that does the stage.
     """
 
     stage: str
@@ -55,6 +61,8 @@ class Marker:
     seconds: float
     counts: Counts
     result: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+    script: str = ""
 
     def encode(self) -> bytes:
         """Return the marker as JSON."""
@@ -73,5 +81,54 @@ class Marker:
         try:
             tree = json.loads(content)
             return cls(**{**tree, "counts": Counts(**tree["counts"])})
-        except (TypeError, LookupError, RecursionError) as error:
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
             raise ValueError(f"no marker of this version ({error})") from error
+
+
+def read_marker(store: Store, folder: str) -> Marker | None:
+    """Return the marker in `folder` of a run, whatever its fingerprint; None without one that can be read."""
+    path = f"{folder}/{MARKER}"
+    try:
+        return Marker.decode(store.read(path))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        log.warning("%s: %s; the stage is done again", store.uri_of(path), error)
+        return None
+
+
+def require_current(store: Store, folder: str) -> Marker:
+    """Check that the output in a folder of a run, and all that it started from, are of one piece.
+
+    Returns:
+        The folder's marker.
+
+    Raises:
+        ApacsError: when nothing is committed there, or what it started from was done anew since.
+    """
+    marker = read_marker(store, folder)
+    if marker is None:
+        raise ApacsError(f"{store.uri}: no finished run: nothing is committed in {folder}/")
+    for before, fingerprint in marker.inputs.items():
+        now = require_current(store, before)
+        if now.fingerprint != fingerprint:
+            raise ApacsError(
+                f"{store.uri}: {marker.stage} is outdated, as {now.stage} was done anew; run python "
+                f"pipelines/{marker.script} with the options of the run"
+            )
+    return marker
+
+
+def require_committed_weights(store: Store, marker: Marker) -> None:
+    """Check that the weights in a run are those that a training stage committed.
+
+    Raises:
+        ApacsError: naming the folder of weights that are others.
+    """
+    for network in marker.result["networks"].values():
+        path = f"{network['folder']}/model.safetensors"
+        if hashlib.sha256(store.read(path)).hexdigest() != network["sha256"]:
+            raise ApacsError(
+                f"{store.uri_of(path)}: not the weights that {marker.stage} committed; run python "
+                f"pipelines/{marker.script} with the options of the run"
+            )

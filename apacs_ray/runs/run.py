@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from apacs_ray.config.settings import Settings
+from apacs_ray.errors import UsageError
 from apacs_ray.runs.lease import BEAT_TIMEOUT, Lease
-from apacs_ray.runs.markers import MARKER, Marker
+from apacs_ray.runs.markers import MARKER, Marker, read_marker
 from apacs_ray.runs.provenance import FORMAT_VERSION, ROOT, environment, git_commit, source_hash
 from apacs_ray.storage import Store
 
@@ -42,26 +45,24 @@ class Run:
 
         Raises:
             LeaseHeld: when another process writes this run.
+            UsageError: when the run there is of other data, and `run.replace` is not set.
         """
         run = cls(store, settings, data, Lease.acquire(store))
-        run.stages = run._recorded_stages()
+        record = run._earlier_record()
+        run.stages = dict(record.get("stages", {}))
+        earlier = record.get("data")
+        if run.stages and not settings.run.replace and _place(earlier) != _place(data):
+            run.close()
+            raise UsageError(
+                f"{store.uri}: holds a run of {earlier or 'synthetic smears'}, not of {data or 'synthetic smears'}; "
+                "choose another --output, or give --run.replace true to have it replaced"
+            )
         return run
 
     def committed(self, folder: str, fingerprint: str) -> Marker | None:
         """Return the marker in `folder` when it carries `fingerprint`."""
-        marker = self.marker(folder)
+        marker = read_marker(self.store, folder)
         return marker if marker is not None and marker.fingerprint == fingerprint else None
-
-    def marker(self, folder: str) -> Marker | None:
-        """Return the marker in `folder`, whatever its fingerprint; None without one that can be read."""
-        path = f"{folder}/{MARKER}"
-        try:
-            return Marker.decode(self.store.read(path))
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            log.warning("%s: %s; the stage is done again", self.store.uri_of(path), error)
-            return None
 
     def uncommit(self, folder: str) -> None:
         """Take back a commit, before its output is replaced."""
@@ -77,9 +78,11 @@ class Run:
         self.lease.check()
         self.store.write(f"{folder}/{MARKER}", marker.encode())
 
-    def record_start(self, stage: str, **state: Any) -> None:
-        """Write to `run.json` that a stage works: what an earlier command recorded of it no longer holds."""
+    def record_start(self, stage: str, later: Sequence[str], **state: Any) -> None:
+        """Write to `run.json` that a stage works: what is recorded of it and of those after it no longer holds."""
         self.stages[stage] = {"state": "running", **state}
+        for name in self.stages.keys() & set(later):
+            self.stages[name] = {**self.stages[name], "state": "outdated"}
         self.write_record()
 
     def record(self, stage: str, **state: Any) -> None:
@@ -92,7 +95,7 @@ class Run:
         self.lease.check()
         record = {
             "format": FORMAT_VERSION,
-            "data": self.data,
+            "data": _place(self.data),
             "started": self._started,
             "settings": self.settings.model_dump(mode="json"),
             "environment": environment(),
@@ -110,15 +113,23 @@ class Run:
         """Give the run back."""
         self.lease.release()
 
-    def _recorded_stages(self) -> dict[str, dict[str, Any]]:
-        """The stages of an earlier command's `run.json`. It decides nothing, so one that is damaged is replaced."""
+    def _earlier_record(self) -> dict[str, Any]:
+        """What an earlier command's `run.json` says. It decides nothing of what is done again; a damaged one goes."""
         try:
             record = json.loads(self.store.read_small(RUN_JSON))
-            stages = record.get("stages", {})
-            if record.get("format") == FORMAT_VERSION and all(isinstance(stage, dict) for stage in stages.values()):
-                return dict(stages)
+            if record.get("format") == FORMAT_VERSION and all(
+                isinstance(stage, dict) for stage in record["stages"].values()
+            ):
+                return dict(record)
         except FileNotFoundError:
             return {}
-        except (ValueError, AttributeError, RecursionError) as error:
+        except (ValueError, AttributeError, LookupError, RecursionError) as error:
             log.warning("%s: cannot be read (%s); it is written anew", self.store.uri_of(RUN_JSON), error)
         return {}
+
+
+def _place(data: str | None) -> str | None:
+    """The data's URI, the same from every working folder."""
+    if data is None:
+        return None
+    return data.rstrip("/") if "://" in data else os.path.realpath(os.path.expanduser(data))

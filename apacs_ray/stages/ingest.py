@@ -28,7 +28,7 @@ from apacs_ray.stages.ingest_result import IngestResult, UnitCounts, WrittenTile
 from apacs_ray.stages.ingest_slides import ingest_slides, make_smears
 from apacs_ray.stages.source import Source, smears_inputs
 from apacs_ray.stages.stage import Job, Stage
-from apacs_ray.storage import Entry, Store
+from apacs_ray.storage import Store
 
 REJECTS = re.compile(r"rejects/ingest-[0-9a-f]{8}\.parquet")
 SPLITS = ("train", "val", "test")
@@ -51,13 +51,12 @@ class Ingest(Stage[IngestResult]):
         """Return the fingerprint of the data's files, of how they are cut, and of the codecs."""
         data: object = smears_inputs(settings)
         if not self.source.is_synthetic:
-            data = _versions(self.source.listing)
-            if not data:
+            if not self.source.listing:
                 raise UsageError(f"{self.source.store.uri}: nothing there")
+            data = self.source.used
         return fingerprint(
             stage=self.name,
             source=data,
-            masks=_versions(self.source.masks_listing),
             splits=read_table_text(settings.data.splits),
             mpps=read_table_text(settings.data.mpps),
             data=settings.data.fingerprint_inputs(),
@@ -118,10 +117,6 @@ def reject_limit(text: str, listed: int) -> int:
     if text.endswith("%"):
         return int(listed * float(text[:-1]) / 100)
     return int(text)
-
-
-def _versions(entries: Sequence[Entry]) -> list[tuple[str, int, str]]:
-    return sorted((entry.path, entry.size, entry.version) for entry in entries)
 
 
 def _write_rejects(store: Store, fingerprint: str, rejects: Sequence[Reject]) -> None:

@@ -6,7 +6,9 @@ import json
 from collections.abc import Collection
 from typing import Any, TypeVar
 
+from apacs_ray.data.shards import read_index
 from apacs_ray.distributed.session import RaySession
+from apacs_ray.errors import ApacsError
 from apacs_ray.runs.run import Run
 from apacs_ray.stages.evaluate import Evaluate
 from apacs_ray.stages.heatmaps import StoreHeatmaps
@@ -33,13 +35,13 @@ def run_pipeline(run: Run, ray: RaySession, names: Collection[str]) -> None:
     Raises:
         ApacsError: when a stage before them is not committed with these settings.
     """
-    left = set(names)
+    left, order = set(names), [stage.name for stage in STAGES]
 
     def settle(stage: Stage[R]) -> Committed[R]:
         if stage.name not in names:
             return require_stage(run, stage)
         left.discard(stage.name)
-        return run_stage(run, ray, stage)
+        return run_stage(run, ray, stage, order[order.index(stage.name) + 1 :])
 
     source = Source.of(run.store, run.data, run.settings)
     if left - {Ingest.name}:
@@ -47,6 +49,7 @@ def run_pipeline(run: Run, ray: RaySession, names: Collection[str]) -> None:
     ingest = settle(Ingest(source))
     if not left:
         return
+    require_annotated_tiles(run.store)
     members = settle(TrainMembers(ingest))
     if not left:
         return
@@ -61,6 +64,20 @@ def run_pipeline(run: Run, ray: RaySession, names: Collection[str]) -> None:
     if not left:
         return
     settle(Evaluate(ingest, members, sweep, fusion))
+
+
+def require_annotated_tiles(store: Store) -> None:
+    """Check, before hours of training, that tiles with masks are left in every split.
+
+    Raises:
+        ApacsError: naming the split that has none.
+    """
+    for split in ("train", "val", "test"):
+        if not len(read_index(store, split)):
+            raise ApacsError(
+                f"{store.uri}: no annotated {split} tile is left; look at rejects/"
+                + (" and data.val_fraction" if split == "val" else "")
+            )
 
 
 def read_metrics(store: Store) -> dict[str, dict[str, Any]]:

@@ -34,25 +34,33 @@ class Source:
     Attributes:
         store: Where the source images are.
         settings: Of the run.
+        output: Where the run lies: what lies there never is data.
         is_synthetic: Whether this run renders them itself.
     """
 
     store: Store
     settings: Settings
-    is_synthetic: bool
+    output: Store
+    is_synthetic: bool = False
 
     @classmethod
     def of(cls, output: Store, data: str | None, settings: Settings) -> Source:
         """Return what `--data` names; without it the synthetic smears of the run at `output`."""
         if data is not None:
-            return cls(open_store(data), settings, False)
+            return cls(open_store(data), settings, output)
         smears = fingerprint(**smears_inputs(settings))
-        return cls(output.child(f"synthetic/{smears[:8]}"), settings, True)
+        return cls(output.child(f"synthetic/{smears[:8]}"), settings, output, is_synthetic=True)
 
     @cached_property
     def listing(self) -> list[Entry]:
-        """All objects below the data."""
-        return list(self.store.list())
+        """All objects below the data, less the run's own.
+
+        Raises:
+            UsageError: when the data is the run's own folder.
+        """
+        if same_folder(self.store, self.output):
+            raise UsageError(f"{self.output.uri}: --output is the folder of --data; choose another one")
+        return self._others(self.store)
 
     @cached_property
     def masks_store(self) -> Store | None:
@@ -70,7 +78,7 @@ class Source:
         """
         if self.masks_store is None:
             return []
-        entries = list(self.masks_store.list())
+        entries = self._others(self.masks_store)
         if not entries:
             raise UsageError(f"data.masks {self.masks_store.uri}: nothing there")
         return entries
@@ -144,6 +152,24 @@ class Source:
         """
         return with_given_splits(self.slide_data.slides, self.settings.data.splits)
 
+    @property
+    def used(self) -> list[tuple[str, ...]]:
+        """What the tiles and rejects depend on: every unit with its files and their versions, and what is rejected.
+
+        Files that belong to nothing are not among them.
+        """
+        units: list[tuple[Any, ...]]
+        if self.holds_folders:
+            rejected = self.folder_data.rejected
+            units = [(pair.slide_id, pair.split, "", (pair.image, pair.mask)) for pair in self.pairs]
+        else:
+            rejected = self.slide_data.rejected
+            units = [
+                (slide.slide_id, slide.split, slide.kind, (*slide.files, *slide.annotation)) for slide in self.slides
+            ]
+        units += [("", "", "rejected", files) for files in rejected]
+        return sorted(tuple(map(str, (*names, *map(_version, files)))) for *names, files in units)
+
     def require_training_splits(self) -> None:
         """Check, before anything is cut, that there will be something to train on and something to test on.
 
@@ -158,6 +184,11 @@ class Source:
             self._require_pairs()
         else:
             self._require_slides()
+
+    def _others(self, store: Store) -> list[Entry]:
+        """All objects of a store, less those of the run."""
+        entries = list(store.list())
+        return entries_outside(store, entries, self.output) if is_inside(self.output, store) else entries
 
     def _require_pairs(self) -> None:
         rejects = self.folder_data.rejects
@@ -266,6 +297,10 @@ def say_found(data: FolderData | SlideData) -> None:
     ignored = data.left.describe()
     if ignored:
         say(f"ingest: {ignored}")
+
+
+def _version(entry: Entry) -> tuple[str, int, str]:
+    return entry.path, entry.size, entry.version
 
 
 def _counted(suffixes: dict[str, int]) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -35,8 +36,9 @@ R_co = TypeVar("R_co", bound=StageResult, covariant=True)
 
 @dataclass(frozen=True)
 class Committed(Generic[R_co]):
-    """A stage whose output counts: what later stages take as their input."""
+    """A stage whose output in `folder` counts: what later stages take as their input."""
 
+    folder: str
     fingerprint: str
     result: R_co
 
@@ -79,6 +81,12 @@ class Stage(ABC, Generic[R]):
     folder: ClassVar[str]
     result_type: ClassVar[type[StageResult]]
 
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of the stages that it starts from, by their folders."""
+        values = (getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
+        return {value.folder: value.fingerprint for value in values if isinstance(value, Committed)}
+
     @abstractmethod
     def fingerprint(self, settings: Settings) -> str:
         """Return the fingerprint of everything that the output depends on."""
@@ -91,8 +99,18 @@ class Stage(ABC, Generic[R]):
         """Remove what only the work needed. Called once the commit stands."""
 
 
-def run_stage(run: Run, ray: RaySession, stage: Stage[R]) -> Committed[R]:
-    """Do a stage, unless its output is committed with the same fingerprint."""
+def run_stage(run: Run, ray: RaySession, stage: Stage[R], later: Sequence[str] = ()) -> Committed[R]:
+    """Do a stage, unless its output is committed with the same fingerprint.
+
+    Args:
+        run: Of which it is.
+        ray: For its work.
+        stage: With its inputs.
+        later: Names of the stages after it, which are outdated when this one is done anew.
+
+    Returns:
+        The committed stage.
+    """
     fingerprint = stage.fingerprint(run.settings)
     marker = run.committed(stage.folder, fingerprint)
     if marker is not None:
@@ -102,7 +120,7 @@ def run_stage(run: Run, ray: RaySession, stage: Stage[R]) -> Committed[R]:
     say(f"{stage.name}: starts")
     ray.metrics.running(stage.name, now=True)
     started = time.time()
-    run.record_start(stage.name, fingerprint=fingerprint, started=started)
+    run.record_start(stage.name, later, fingerprint=fingerprint, started=started)
     run.uncommit(stage.folder)
     try:
         result = stage.work(Job(run, ray, stage.name), fingerprint)
@@ -115,12 +133,22 @@ def run_stage(run: Run, ray: RaySession, stage: Stage[R]) -> Committed[R]:
     finally:
         ray.metrics.running(stage.name, now=False)
     seconds = round(time.time() - started, 2)
-    marker = Marker(stage.name, fingerprint, run.lease.owner, started, seconds, result.counts, _encoded(result))
+    marker = Marker(
+        stage.name,
+        fingerprint,
+        run.lease.owner,
+        started,
+        seconds,
+        result.counts,
+        _encoded(result),
+        stage.inputs,
+        stage.script,
+    )
     run.commit(stage.folder, marker)
     run.record(stage.name, state="done", **_record_of(marker))
     stage.tidy(run.store, fingerprint)
     say(f"{stage.name}: done in {seconds:.1f} s, {_described(result.counts)}")
-    return Committed(fingerprint, result)
+    return Committed(stage.folder, fingerprint, result)
 
 
 def require_stage(run: Run, stage: Stage[R]) -> Committed[R]:
@@ -149,7 +177,7 @@ def _encoded(result: StageResult) -> dict[str, Any]:
 def _decoded(stage: Stage[R], marker: Marker) -> Committed[R]:
     tree = {"counts": asdict(marker.counts), **marker.result}
     result: R = TypeAdapter(stage.result_type).validate_python(tree)  # type: ignore[assignment]
-    return Committed(marker.fingerprint, result)
+    return Committed(stage.folder, marker.fingerprint, result)
 
 
 def _record_of(marker: Marker) -> dict[str, Any]:

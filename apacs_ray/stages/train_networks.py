@@ -54,6 +54,7 @@ class TrainedNetwork:
     """A network whose best weights are kept.
 
     Attributes:
+        folder: Of its model in the run.
         sha256: Of `model.safetensors`.
         epoch: Of these weights, from 0.
         epochs: That were trained.
@@ -61,6 +62,7 @@ class TrainedNetwork:
         device: On which it was trained.
     """
 
+    folder: str
     sha256: str
     epoch: int
     epochs: int
@@ -116,7 +118,7 @@ def train_networks(
     """
     store = job.store
     indices = read_indices(store)
-    waiting = [network for network in networks if store.version(f"{network.folder}/.done-{fingerprint[:8]}") is None]
+    waiting = [network for network in networks if not is_trained(store, network, fingerprint)]
     if waiting:
         job.ray.start()
         first = waiting[0].settings
@@ -217,7 +219,23 @@ def _keep_best(store: Store, network: Network, spec: ModelSpec, fingerprint: str
     store.write(f"{network.folder}/model.safetensors", weights)
     store.write(f"{network.folder}/model.json", replace(spec, metrics=metrics).to_json())
     store.write(f"{network.folder}/history.csv", history_csv(history).encode())
-    store.write(f"{network.folder}/.done-{fingerprint[:8]}", b"")
+    # settings that are tried in turn train to the same folder: a mark names the weights that it is of
+    store.write(done_mark(network, fingerprint), hashlib.sha256(weights).hexdigest().encode())
+
+
+def done_mark(network: Network, fingerprint: str) -> str:
+    """Return the path of the file that says, by hash, which weights were trained under a fingerprint."""
+    return f"{network.folder}/.done-{fingerprint[:8]}"
+
+
+def is_trained(store: Store, network: Network, fingerprint: str) -> bool:
+    """Tell whether the network was trained under this fingerprint, and its weights are still in its folder."""
+    try:
+        sha256 = store.read(done_mark(network, fingerprint)).decode()
+        weights = store.read(f"{network.folder}/model.safetensors")
+    except FileNotFoundError:
+        return False
+    return hashlib.sha256(weights).hexdigest() == sha256
 
 
 def _trained(store: Store, network: Network, fingerprint: str) -> TrainedNetwork:
@@ -226,6 +244,7 @@ def _trained(store: Store, network: Network, fingerprint: str) -> TrainedNetwork
     progress = read_progress(store, state_folder(network, fingerprint)) or {}
     val_dice = float(metrics["val_dice"])
     return TrainedNetwork(
+        network.folder,
         hashlib.sha256(weights).hexdigest(),
         int(metrics["epoch"]),
         int(metrics["epochs"]),

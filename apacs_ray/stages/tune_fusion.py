@@ -82,7 +82,9 @@ class TuneFusion(Stage[SweepResult]):
             settings.run.max_failures,
         )
         with job.progress() as progress:
-            trials = sweep(task, plan, job.ray.cluster(), lambda done: progress.show("trials", done, plan.trials))
+            trials = sweep(
+                task, plan, job.ray.cluster(), lambda done: progress.show("trials", done, plan.trials_in_all)
+            )
         scored = [trial for trial in trials if trial.val_dice is not None and trial.error is None]
         if not scored:
             raise ApacsError(f"tune_fusion: no trial ended well, first: {trials[0].error if trials else 'none ran'}")

@@ -99,7 +99,9 @@ class LocalStore(Store):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             fill(temporary)
+            _sync(temporary)
             temporary.replace(target)
+            _sync(target.parent)
         except OSError as error:
             with contextlib.suppress(OSError):
                 temporary.unlink()
@@ -126,7 +128,9 @@ class LocalStore(Store):
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 temporary.write_bytes(content)
+                _sync(temporary)
                 os.link(temporary, target)
+                _sync(target.parent)
             except FileExistsError as error:
                 raise Conflict(str(target)) from error
             finally:
@@ -228,3 +232,12 @@ def _cannot_write(target: Path, error: OSError) -> ApacsError:
 
 def _version_of(status: os.stat_result) -> str:
     return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's names, are on the disk: a power cut then leaves the old or the new."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -69,6 +69,8 @@ def complete_checkpoints(store: Store, folder: str) -> list[Checkpoint]:
 def keep_checkpoint(store: Store, folder: str, attempt: int, local: Path) -> None:
     """Put the checkpoint in a local folder into the run, and delete all others but the best there.
 
+    Those of a later attempt stay: this worker may be of an attempt that was given up.
+
     `state.json` goes last. A store that is in trouble is given `TIMEOUT` seconds to recover: what is trained is not
     lost for that.
 
@@ -88,7 +90,8 @@ def keep_checkpoint(store: Store, folder: str, attempt: int, local: Path) -> Non
     kept = {path} | ({best.path} if best else set())
     epochs = {match[0] for entry in store.list(folder) if (match := _EPOCH.match(entry.path))}
     for other in epochs - kept:
-        store.delete_folder(other)
+        if max(attempt_numbers(other), default=0) <= attempt:
+            store.delete_folder(other)
 
 
 def best_checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint | None:
@@ -117,9 +120,14 @@ def fetch(store: Store, checkpoint: Checkpoint, into: Path) -> None:
 def attempts(store: Store, folder: str) -> Iterator[int]:
     """Yield numbers of the attempts below `folder`, as often as they have files."""
     for entry in store.list(folder):
-        for part in entry.path.split("/"):
-            if (match := re.fullmatch(r"attempt-(\d{1,9})", part)) is not None:
-                yield int(match[1])
+        yield from attempt_numbers(entry.path)
+
+
+def attempt_numbers(path: str) -> Iterator[int]:
+    """Yield the numbers of the attempts that a path lies in."""
+    for part in path.split("/"):
+        if (match := re.fullmatch(r"attempt-(\d{1,9})", part)) is not None:
+            yield int(match[1])
 
 
 def _read(store: Store, path: str, sizes: dict[str, int]) -> Checkpoint | None:

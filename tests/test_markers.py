@@ -1,0 +1,93 @@
+"""Commit markers: what they hold, damaged ones, chains of them, and the weights that they name by hash."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from apacs_ray.config.settings import Settings
+from apacs_ray.errors import ApacsError
+from apacs_ray.models.spec import ModelSpec
+from apacs_ray.runs.markers import MARKER, Counts, Marker, read_marker, require_committed_weights, require_current
+from apacs_ray.stages.train_members import member_network
+from apacs_ray.stages.train_networks import Network, done_mark, is_trained
+from apacs_ray.storage import LocalStore
+
+
+def commit(store: LocalStore, folder: str, fingerprint: str, **inputs: str) -> None:
+    marker = Marker(f"stage of {folder}", fingerprint, "lease", 0.0, 1.0, Counts(1, 1), {}, inputs, f"{folder}.py")
+    store.write(f"{folder}/{MARKER}", marker.encode())
+
+
+@given(fingerprint=st.text("0123456789abcdef", min_size=16, max_size=16), rows=st.integers(0, 10**9))
+def test_a_marker_comes_back(fingerprint: str, rows: int) -> None:
+    marker = Marker("ingest", fingerprint, "me", 1.5, 2.5, Counts(rows, rows), {"tiles": {"train": rows}}, {"a": "b"})
+    assert Marker.decode(marker.encode()) == marker
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b'{"stage": "ingest"}', b'{"counts": 3}', b"\xff", b"[" * 99999]
+)
+def test_a_damaged_marker_commits_nothing(content: bytes, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no marker of this version"):
+        Marker.decode(content)
+    store = LocalStore(str(tmp_path))
+    store.write(f"tiles/{MARKER}", content)
+    assert read_marker(store, "tiles") is None
+
+
+def test_a_result_without_a_number_is_no_json() -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        Marker("s", "f", "l", 0.0, 0.0, Counts(0, 0), {"val_dice": float("nan")}).encode()
+
+
+def test_a_chain_is_checked_to_its_begin(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    commit(store, "tiles", "1")
+    commit(store, "members", "2", tiles="1")
+    commit(store, "fusion", "3", members="2", tiles="1")
+    assert require_current(store, "fusion").fingerprint == "3"
+    commit(store, "members", "4", tiles="1")
+    with pytest.raises(
+        ApacsError, match=r"stage of fusion is outdated, as stage of members was done anew; .*fusion\.py"
+    ):
+        require_current(store, "fusion")
+    commit(store, "fusion", "5", members="4", tiles="1")
+    commit(store, "tiles", "6")
+    with pytest.raises(
+        ApacsError, match=r"stage of members is outdated, as stage of tiles was done anew; .*members\.py"
+    ):
+        require_current(store, "fusion")
+    store.delete(f"tiles/{MARKER}")
+    with pytest.raises(ApacsError, match="nothing is committed in tiles/"):
+        require_current(store, "members")
+
+
+def test_weights_are_those_that_were_committed(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    store.write("members/fcn8/model.safetensors", b"trained")
+    networks = {"fcn8": {"folder": "members/fcn8", "sha256": hashlib.sha256(b"trained").hexdigest()}}
+    marker = Marker("train_members", "f", "l", 0.0, 0.0, Counts(1, 1), {"networks": networks}, {}, "train_members.py")
+    require_committed_weights(store, marker)
+    store.write("members/fcn8/model.safetensors", b"others")
+    with pytest.raises(ApacsError, match=r"fcn8/model\.safetensors: not the weights .*/train_members\.py"):
+        require_committed_weights(store, marker)
+
+
+def test_a_done_mark_is_of_the_weights_that_it_names(tmp_path: Path) -> None:
+    """Settings that are tried in turn (folds 2, 3, 2) train to the same folder."""
+    store = LocalStore(str(tmp_path))
+    network: Network = member_network(Settings(), "fcn8", "heatmaps/folds/1/fcn8")
+    assert isinstance(network.spec, ModelSpec)
+    for fingerprint, weights in (("a" * 16, b"first"), ("b" * 16, b"second")):
+        assert not is_trained(store, network, fingerprint)
+        store.write(f"{network.folder}/model.safetensors", weights)
+        store.write(done_mark(network, fingerprint), hashlib.sha256(weights).hexdigest().encode())
+        assert is_trained(store, network, fingerprint)
+    assert not is_trained(store, network, "a" * 16)
+    store.write(done_mark(network, "c" * 16), b"")  # as earlier versions wrote it
+    assert not is_trained(store, network, "c" * 16)

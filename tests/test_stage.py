@@ -1,0 +1,114 @@
+"""Stages: done once, unchanged after, their results typed and their records true."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from apacs_ray.config.settings import RunSettings, Settings
+from apacs_ray.distributed.session import RaySession
+from apacs_ray.errors import ApacsError, UsageError
+from apacs_ray.runs.markers import Counts
+from apacs_ray.runs.run import Run
+from apacs_ray.stages.stage import Committed, Job, Stage, StageResult, require_stage, run_stage
+from apacs_ray.storage import LocalStore, Store
+
+
+@dataclass(frozen=True)
+class Measured(StageResult):
+    means: dict[str, float]
+    unit: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Measure(Stage[Measured]):
+    name: ClassVar[str] = "measure"
+    script: ClassVar[str] = "measure.py"
+    folder: ClassVar[str] = "measured"
+    result_type: ClassVar[type[Measured]] = Measured
+
+    before: Committed[StageResult]
+    value: float = 1.0
+
+    def fingerprint(self, settings: Settings) -> str:
+        return f"{self.before.fingerprint}-{self.value}"
+
+    def work(self, job: Job, fingerprint: str) -> Measured:
+        job.store.write("measured/times", str(self.times(job.store) + 1).encode())
+        if self.value < 0:
+            raise ApacsError("nothing below 0")
+        return Measured(Counts(3, 2, {"odd": 1}), {"a": self.value}, ("um", "px"))
+
+    @staticmethod
+    def times(store: Store) -> int:
+        return int(store.read("measured/times")) if store.version("measured/times") else 0
+
+
+FIRST = Committed("tiles", "1" * 16, StageResult(Counts(0, 0)))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    opened = Run.open(LocalStore(str(tmp_path / "run")), Settings(), None)
+    yield opened
+    opened.close()
+
+
+def test_a_stage_is_done_once_and_its_result_comes_back_as_it_was(run: Run) -> None:
+    ray = RaySession(run)
+    with pytest.raises(
+        ApacsError, match=r"stage measure is not done with these settings; run python pipelines/measure\.py"
+    ):
+        require_stage(run, Measure(FIRST))
+    committed = run_stage(run, ray, Measure(FIRST))
+    again = run_stage(run, ray, Measure(FIRST))
+    assert committed == again == require_stage(run, Measure(FIRST))
+    assert again.result == Measured(Counts(3, 2, {"odd": 1}), {"a": 1.0}, ("um", "px"))
+    assert Measure.times(run.store) == 1
+    assert run.stages["measure"]["state"] == "unchanged"
+    assert run.committed("measured", committed.fingerprint).inputs == {"tiles": "1" * 16}  # type: ignore[union-attr]
+    run_stage(run, ray, Measure(FIRST, 2.0))
+    assert Measure.times(run.store) == 2
+
+
+def test_what_follows_a_stage_that_is_done_anew_is_outdated(run: Run) -> None:
+    for name in ("measure", "later", "evaluate"):
+        run.record(name, state="done", seconds=3.0)
+    with pytest.raises(ApacsError, match="nothing below 0"):
+        run_stage(run, RaySession(run), Measure(FIRST, -1.0), ["later", "evaluate", "not recorded"])
+    states = {name: stage["state"] for name, stage in run.stages.items()}
+    assert states == {"measure": "failed", "later": "outdated", "evaluate": "outdated"}
+    assert "seconds" not in run.stages["measure"]  # of the work before
+
+
+def test_an_output_of_other_data_is_refused_and_replaced_only_when_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LocalStore(str(tmp_path / "run"))
+    (tmp_path / "a" / "cells").mkdir(parents=True)
+    (tmp_path / "b" / "cells").mkdir(parents=True)
+    first = Run.open(store, Settings(), str(tmp_path / "a" / "cells"))
+    first.record("ingest", state="done")
+    first.close()
+    monkeypatch.chdir(tmp_path / "a")
+    Run.open(store, Settings(), "cells").close()  # the same folder, however it is written
+    monkeypatch.chdir(tmp_path / "b")
+    for data in ("cells", "s3://bucket/cells", None):
+        with pytest.raises(UsageError, match=r"holds a run of .*/a/cells, not of .*--run\.replace true"):
+            Run.open(store, Settings(), data)
+    Run.open(store, Settings(run=RunSettings(replace=True)), "cells").close()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"format": 4, "stages": [1]}', b'{"format": 4}', b"\xff\xfe"])
+def test_a_damaged_record_is_written_anew(content: bytes, tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    store.write("run.json", content)
+    run = Run.open(store, Settings(), None)
+    run.record("ingest", state="done")
+    run.close()
+    assert json.loads(store.read("run.json"))["stages"] == {"ingest": {"state": "done"}}
