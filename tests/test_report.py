@@ -232,7 +232,10 @@ def test_the_best_epoch_is_the_first_best_and_never_an_undefined_one() -> None:
     best = best_epoch(history(0.2, math.nan, 0.7, 0.7, 0.1))
     assert best is not None
     assert best.epoch == 2
-    assert best_epoch(history(math.nan)) is None
+    undefined = best_epoch(history(math.nan))
+    assert undefined is not None
+    assert undefined.epoch == 0
+    assert best_epoch(()) is None
 
 
 def test_the_sweep_is_read_best_first_without_failed_trials() -> None:

@@ -30,7 +30,7 @@ from apacs_ray.models.registry import MEMBERS, build_member
 from apacs_ray.training.augment import Augmentation, augment, jitter_stain
 from apacs_ray.training.batch import Sample, batches
 from apacs_ray.training.dataset import decode_tile_mask
-from apacs_ray.training.history import EpochRecord, epochs_since_best, history_csv, read_history
+from apacs_ray.training.history import EpochRecord, epochs_since_best, history_csv, read_history, score
 from apacs_ray.training.loop import Trainer, earliest_place, train_epochs
 from apacs_ray.training.loss import tile_losses
 from apacs_ray.training.optim import learning_rate_factor, make_optimizer
@@ -422,12 +422,24 @@ class TestTraining:
         assert epochs_since_best(()) == 0
         assert epochs_since_best(history(0.1, 0.5, 0.5, 0.4)) == 2
         assert epochs_since_best(history(math.nan, math.nan)) == 1
-        assert epochs_since_best(history(math.nan, 0.0)) == 0
+        assert epochs_since_best(history(math.nan, 0.0)) == 1
         trainer = Trainer(tiny(), changed(CONFIG, epochs=9, patience=2), seed=SEED, device=CPU)
         trainer.history = history(0.1, 0.5, 0.5)
         assert not trainer.finished()
         trainer.history = history(0.1, 0.5, 0.5, 0.4)
         assert trainer.finished()
+
+    def test_where_dice_says_nothing_the_loss_decides(self) -> None:
+        def history(*epochs: tuple[float, float]) -> tuple[EpochRecord, ...]:
+            return tuple(EpochRecord(n, 0, 0, loss, dice, 0, 0) for n, (dice, loss) in enumerate(epochs))
+
+        def best(*epochs: tuple[float, float]) -> int:
+            return max(history(*epochs), key=score).epoch
+
+        assert best((0.0, 0.9), (math.nan, 0.2), (0.0, 0.4)) == 1  # no cell in val: false positives are not better
+        assert epochs_since_best(history((0.0, 0.9), (0.0, 0.7), (0.0, 0.6))) == 0  # it learns, and goes on
+        assert best((0.5, 0.9), (0.4, 0.1), (math.nan, 0.0)) == 0
+        assert best((0.5, 0.3), (0.5, 0.2), (0.5, 0.2)) == 1
 
     def test_early_stopping_ends_the_run(self) -> None:
         config = changed(CONFIG, epochs=9, patience=2, learning_rate=1e-12)  # nothing is learned

@@ -27,11 +27,11 @@ class ModelSpec:
     heatmap_init: HeatmapInit = "random"
     threshold: float = 0.5  # probability from which a pixel is cell
     training_data: str = ""  # fingerprint of the tiles
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
 
     def to_json(self) -> bytes:
         """Return the text of `model.json`."""
-        return json.dumps(asdict(self), indent=1, sort_keys=True).encode()
+        return json.dumps(asdict(self), indent=1, sort_keys=True, allow_nan=False).encode()
 
     @classmethod
     def from_json(cls, content: bytes) -> ModelSpec:

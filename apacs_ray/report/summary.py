@@ -81,16 +81,15 @@ def read_sweep_table(trials_csv: str) -> Sweep:
 
 
 def best_epoch(history: Sequence[EpochRecord]) -> EpochRecord | None:
-    """Return the epoch whose weights a run keeps: best validation Dice, the first of equals. None without any."""
-    defined = [record for record in history if math.isfinite(record.val_dice)]
-    return max(defined, key=score, default=None)
+    """Return the epoch whose weights a run keeps, the one of the highest `score`. None without any."""
+    return max(history, key=score, default=None)
 
 
 def best_member(histories: Mapping[str, Sequence[EpochRecord]]) -> str | None:
     """Return the member that was best on validation, which is how one would choose a single network."""
     best = {name: best_epoch(histories[name]) for name in MEMBERS if name in histories}
-    dice = {name: record.val_dice for name, record in best.items() if record is not None}
-    return max(dice, key=dice.__getitem__, default=None)
+    scores = {name: score(record) for name, record in best.items() if record is not None}
+    return max(scores, key=scores.__getitem__, default=None)
 
 
 def verdict(row: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from apacs_ray.storage import Store
 from apacs_ray.training.augment import Augmentation
 from apacs_ray.training.checkpoints import best_checkpoint, best_weights, complete_checkpoints
 from apacs_ray.training.dataset import Heatmaps, TileDataset
-from apacs_ray.training.history import EpochRecord, history_csv
+from apacs_ray.training.history import EpochRecord, history_csv, score
 
 PRETRAINED = "pretrained.safetensors"
 
@@ -215,7 +215,13 @@ def _keep_best(store: Store, network: Network, spec: ModelSpec, fingerprint: str
     if best != best_checkpoint(checkpoints):
         say(f"{network.name}: the best weights are damaged in the store; those of epoch {best.epoch} are taken")
     history = tuple(EpochRecord(**record) for record in checkpoints[-1].state["history"])
-    metrics = {"epoch": best.epoch, "epochs": len(history), "val_dice": best.record.val_dice}
+    if not score(best.record)[0]:
+        say(
+            f"{network.name}: no epoch has a val Dice above 0 (do the val tiles hold cells?); the weights of epoch "
+            f"{best.epoch}, of the lowest val loss, are kept"
+        )
+    val_dice = None if math.isnan(best.record.val_dice) else best.record.val_dice
+    metrics = {"epoch": best.epoch, "epochs": len(history), "val_dice": val_dice}
     store.write(f"{network.folder}/model.safetensors", weights)
     store.write(f"{network.folder}/model.json", replace(spec, metrics=metrics).to_json())
     store.write(f"{network.folder}/history.csv", history_csv(history).encode())
@@ -242,12 +248,11 @@ def _trained(store: Store, network: Network, fingerprint: str) -> TrainedNetwork
     weights = store.read(f"{network.folder}/model.safetensors")
     metrics = ModelSpec.from_json(store.read(f"{network.folder}/model.json")).metrics
     progress = read_progress(store, state_folder(network, fingerprint)) or {}
-    val_dice = float(metrics["val_dice"])
     return TrainedNetwork(
         network.folder,
         hashlib.sha256(weights).hexdigest(),
-        int(metrics["epoch"]),
-        int(metrics["epochs"]),
-        None if math.isnan(val_dice) else val_dice,
+        int(metrics["epoch"] or 0),
+        int(metrics["epochs"] or 0),
+        metrics["val_dice"],
         progress.get("device"),
     )

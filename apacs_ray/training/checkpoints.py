@@ -95,7 +95,7 @@ def keep_checkpoint(store: Store, folder: str, attempt: int, local: Path) -> Non
 
 
 def best_checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint | None:
-    """Return the checkpoint of the highest validation Dice, the earlier of equals; None when no epoch has ended."""
+    """Return the checkpoint of the best epoch, by its `score`; None when no epoch has ended."""
     whole = [checkpoint for checkpoint in checkpoints if checkpoint.whole]
     return max(whole, key=lambda checkpoint: score(checkpoint.record), default=None)
 
@@ -138,7 +138,7 @@ def _read(store: Store, path: str, sizes: dict[str, int]) -> Checkpoint | None:
         files = state["files"]
         there = set(files) == set(FILES) and all(sizes[f"{path}/{name}"] == files[name]["size"] for name in FILES)
         found = Checkpoint(path, state)
-        usable = found.place > (0, 0) and (not found.whole or score(found.record) <= 1)
+        usable = found.place > (0, 0) and (not found.whole or score(found.record)[0] <= 1)
     except (ValueError, FileNotFoundError):  # cut by a kill, or deleted meanwhile
         return None
     except (LookupError, TypeError, RecursionError):  # nothing that a training writes

@@ -29,19 +29,22 @@ class EpochPart:
     seconds: float
 
 
-def score(record: EpochRecord) -> float:
-    """Return what decides which epoch's weights are kept: validation Dice, and of equals the earlier epoch.
+def score(record: EpochRecord) -> tuple[float, float, int]:
+    """Return what decides which epoch's weights are kept; larger is better.
 
-    A Dice that is not defined (nothing true, nothing predicted) counts as the worst.
+    Validation Dice decides, of equals the lower validation loss, of equals the earlier epoch. A Dice that is not
+    defined (nothing true, nothing predicted) counts as 0: where validation tiles hold no cell, the loss alone tells an
+    epoch that rightly finds nothing from one of false positives. Where no epoch finds a cell yet, it tells who learns.
 
     Returns:
-        Larger is better; at most 1.
+        Dice in 0..1, the negative loss, the negative epoch.
     """
-    return (-1.0 if math.isnan(record.val_dice) else record.val_dice) - 1e-9 * record.epoch
+    dice = 0.0 if math.isnan(record.val_dice) else record.val_dice
+    return dice, -record.val_loss, -record.epoch
 
 
 def epochs_since_best(history: tuple[EpochRecord, ...]) -> int:
-    """Return how many epochs came after the one with the highest validation Dice (the earlier of equals)."""
+    """Return how many epochs came after the one with the highest `score`."""
     if not history:
         return 0
     return history[-1].epoch - max(history, key=score).epoch
