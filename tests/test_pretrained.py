@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torchvision
 from support.golden import weight
 from torch import Tensor, nn
 
+from apacs_ray.config.settings import MembersSettings
 from apacs_ray.errors import ApacsError
 from apacs_ray.models.pretrained import (
     DEVIATION,
@@ -18,10 +20,12 @@ from apacs_ray.models.pretrained import (
     download_imagenet,
     load_imagenet,
     load_released,
+    pretrained_version,
     read_checkpoint,
 )
-from apacs_ray.models.registry import build_member
-from apacs_ray.models.weights import NETWORKS
+from apacs_ray.models.registry import NETWORKS, build_member
+from apacs_ray.models.spec import ModelSpec
+from apacs_ray.models.weights import build, load_model, weights_bytes
 
 
 def _normalized(image: Tensor) -> Tensor:
@@ -111,6 +115,29 @@ def test_a_released_checkpoint_is_read_as_tensors_only(prefix: str) -> None:
     assert torch.equal(network.score.weight, weight("fcn32.score_fr.weight", (1, 4096, 1, 1)))
     with pytest.raises(ApacsError, match="shape"):
         load_released(build_member("fcn32", width=0.25), "fcn32", state)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_checkpoint_is_read_out_of_what_training_scripts_wrap_it_in(prefix: str, nested: bool) -> None:
+    tensors = {f"{prefix}score.weight": torch.ones(2), f"{prefix}module_of_mine": torch.zeros(1)}
+    sink = io.BytesIO()
+    torch.save({"state_dict": tensors, "epoch": 3} if nested else tensors, sink)
+    assert set(read_checkpoint(sink.getvalue(), "x.pth")) == {"score.weight", "module_of_mine"}
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_precision_are_cast(kind: torch.dtype) -> None:
+    spec = ModelSpec("member", "fcn8", width=0.02)
+    network = build(spec)
+    network.to(kind)
+    assert {parameter.dtype for parameter in load_model(weights_bytes(network), spec).parameters()} == {torch.float32}
+
+
+def test_a_checkpoint_that_is_not_there_is_named_before_training(tmp_path: Path) -> None:
+    members = MembersSettings(init="published", checkpoint=str(tmp_path))
+    with pytest.raises(ApacsError, match=r"members\.checkpoint: .*fcn16\.pth: no such file"):
+        pretrained_version(members, "fcn16")
 
 
 class _Harm:

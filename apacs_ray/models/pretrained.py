@@ -22,7 +22,7 @@ from apacs_ray.errors import ApacsError
 from apacs_ray.models.fusion import load_fcn32_trunk
 from apacs_ray.models.registry import NETWORKS, build_member
 from apacs_ray.models.spec import ModelSpec
-from apacs_ray.models.weights import build, from_released, weights_bytes
+from apacs_ray.models.weights import build, from_released, weights_bytes, without_wrappers
 from apacs_ray.storage import Store, open_store
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's RGB, as torchvision normalizes it
@@ -51,9 +51,23 @@ def pretrained_member(members: MembersSettings, name: MemberName) -> bytes | Non
 
 
 def pretrained_version(members: MembersSettings, name: MemberName) -> str | None:
-    """Return the version of the file that a member starts from; None where there is no file."""
+    """Return the version of the file that a member starts from.
+
+    Returns:
+        None where it starts from no file.
+
+    Raises:
+        ApacsError: The file is not there.
+    """
     place = _file(members, name)
-    return None if place is None else place[0].version(place[1])
+    if place is None:
+        return None
+    version = place[0].version(place[1])
+    if version is None:
+        raise ApacsError(
+            f"members.checkpoint: {place[0].uri_of(place[1])}: no such file, which init {members.init} needs"
+        )
+    return version
 
 
 def pretrained_fusion(store: Store, spec: ModelSpec, trunk: Literal["random", "fcn32"], seed: int) -> bytes | None:
@@ -82,9 +96,11 @@ def read_checkpoint(content: bytes, name: str) -> Mapping[str, Any]:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
         raise ApacsError(f"{name}: no checkpoint of tensors: {str(error).splitlines()[0][:200]}") from error
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):  # as training scripts keep it
+        state = state["state_dict"]
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ApacsError(f"{name}: expected a state dict of tensors, found a {type(state).__name__}")
-    return state
+    return without_wrappers(state)
 
 
 def _unpacked(content: bytes) -> int:

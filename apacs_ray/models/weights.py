@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,8 @@ from apacs_ray.models.fusion import build_fusion
 from apacs_ray.models.registry import NETWORKS, build_member
 from apacs_ray.models.spec import ModelSpec
 
+_WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
+
 
 def build(spec: ModelSpec) -> nn.Module:
     """Return a freshly initialized network. Raises ApacsError when there is no such member."""
@@ -26,7 +29,7 @@ def build(spec: ModelSpec) -> nn.Module:
 
 def weights_bytes(model: nn.Module) -> bytes:
     """Return the weights as safetensors (contiguous, on the CPU), without a DDP wrapper's prefix."""
-    tensors = {name.removeprefix("module."): value for name, value in model.state_dict().items()}
+    tensors = without_wrappers(model.state_dict())
     return save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
 
 
@@ -68,7 +71,14 @@ def _assign(model: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
     extra = sorted(set(tensors) - set(expected))
     if extra:
         raise ApacsError(f"{name}: the weights hold {extra[0]}, which the network does not have")
-    model.load_state_dict(dict(tensors), assign=True)
+    # half or double precision, as other tools store weights, would end in the first convolution
+    whole = {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
+    model.load_state_dict(whole, assign=True)
+
+
+def without_wrappers(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dict without the prefixes of DDP (`module.`) and of `torch.compile` (`_orig_mod.`)."""
+    return {_WRAPPERS.sub("", key): value for key, value in state.items()}
 
 
 def from_released(name: str, state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -76,7 +86,7 @@ def from_released(name: str, state: Mapping[str, Any]) -> dict[str, Tensor]:
 
     Args:
         name: A network of the registry that has been released.
-        state: The checkpoint; keys may carry a `module.` prefix.
+        state: The checkpoint; keys may carry the prefixes of wrappers.
 
     Raises:
         ApacsError: A tensor is missing.
@@ -84,14 +94,14 @@ def from_released(name: str, state: Mapping[str, Any]) -> dict[str, Tensor]:
     Returns:
         Tensors by our names.
     """
-    plain = {key.removeprefix("module."): value for key, value in state.items()}
+    state = without_wrappers(state)
     renamed = {}
     for ours, theirs in NETWORKS[name].released.items():
         for part in ("weight", "bias"):
             if part == "bias" and ours.startswith("up"):
                 continue
             key = f"{theirs}.{part}"
-            if key not in plain:
+            if key not in state:
                 raise ApacsError(f"{name}: the released checkpoint lacks {key}")
-            renamed[f"{ours}.{part}"] = plain[key]
+            renamed[f"{ours}.{part}"] = state[key]
     return renamed
