@@ -235,3 +235,20 @@ def test_counts_must_add_up(tmp_path: Path) -> None:
     assert run.committed("tiles", "f") == replace(lost, counts=Counts(10, 7, {"background": 1}, 2))
     assert run.committed("tiles", "g") is None
     run.close()
+
+
+@pytest.mark.parametrize("place", ["a file", "a file/below", "read-only/run", "gone/../a file/x"])
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path: Path, place: str) -> None:
+    (tmp_path / "a file").write_text("x")
+    (tmp_path / "read-only").mkdir()
+    (tmp_path / "read-only").chmod(0o500)
+    if place.startswith("read-only") and os.access(tmp_path / "read-only", os.W_OK):
+        pytest.skip("this user may write everywhere")
+    store = open_store(str(tmp_path / place))
+    for write in (
+        lambda: Lease.acquire(store),
+        lambda: store.write("members/x", b"x"),
+        lambda: store.create("run.lock", b"x"),
+    ):
+        with pytest.raises(ApacsError, match=r"cannot write \(.+\); change that, or --output$"):
+            write()

@@ -12,6 +12,7 @@ from apacs_ray.console import say
 from apacs_ray.data.shards import TileIndex, shard_paths
 from apacs_ray.distributed.heatmaps import ALL, HeatmapTask, write_heatmaps
 from apacs_ray.distributed.tasks import plan_pool
+from apacs_ray.errors import ApacsError
 from apacs_ray.models.registry import MEMBERS
 from apacs_ray.runs.markers import Counts
 from apacs_ray.runs.provenance import fingerprint
@@ -113,9 +114,14 @@ def assign_folds(index: TileIndex, folds: int, seed: int) -> dict[str, int]:
 
     Returns:
         Folds from 1 to `folds`, by tile id.
+
+    Raises:
+        ApacsError: There are more folds than tiles.
     """
     units = index.slide_ids if len(set(index.slide_ids)) >= folds else index.tile_ids
     names = sorted(set(units))
+    if folds > len(names):
+        raise ApacsError(f"heatmaps.folds {folds}: there are only {len(names)} tiles to train on; give fewer folds")
     order = np.random.default_rng([seed, 11]).permutation(len(names))
     fold = {names[place]: 1 + number % folds for number, place in enumerate(order)}
     return {tile: fold[unit] for tile, unit in zip(index.tile_ids, units, strict=True)}

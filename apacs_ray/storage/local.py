@@ -124,7 +124,7 @@ class LocalStore(Store):
         target = self._inside(path)
         # a linked name appears complete and only once when this process dies between (O_EXCL may leave it empty)
         temporary = _temporary(target)
-        with _full_disk_named(target):
+        with _named(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 temporary.write_bytes(content)
@@ -156,7 +156,7 @@ class LocalStore(Store):
 
         target = self._inside(path)
         guard = target.with_name(f".{target.name}.guard")
-        with _full_disk_named(guard), open_own_file(guard) as lock:
+        with _named(guard), open_own_file(guard) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if self.version(path) != version:
                 raise Conflict(path)
@@ -215,13 +215,12 @@ def _temporary(target: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _full_disk_named(target: Path) -> Iterator[None]:
+def _named(target: Path) -> Iterator[None]:
+    """Turn what writing a file meets (a full disk, no right to write, a file where a folder is to be) into one line."""
     try:
         yield
     except OSError as error:
-        if error.errno in DISK_FULL:
-            raise _cannot_write(target, error) from error
-        raise
+        raise _cannot_write(target, error) from error
 
 
 def _cannot_write(target: Path, error: OSError) -> ApacsError:
@@ -239,5 +238,8 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no folders
+            raise
     finally:
         os.close(descriptor)
