@@ -621,3 +621,14 @@ def test_a_jobs_working_directory_is_small_and_holds_what_runs(tmp_path: Path) -
     sweeps = {f"tune_configs/{path.name}" for path in (ROOT / "tune_configs").iterdir()}
     assert scripts | modules | sweeps <= names
     assert not [name for name in names if name.startswith((".git/", "runs/", "tests/", "docs/"))]
+
+
+@pytest.mark.parametrize("name", [".rayignore", ".gitignore"])
+def test_what_a_job_uploads_is_the_whole_package(name: str) -> None:
+    """A pattern without a slash before it also hides a room of that name within the package, such as `runs/`."""
+    lines = [line.strip() for line in (ROOT / name).read_text().splitlines()]
+    anywhere = {line.rstrip("/") for line in lines if line and not line.startswith(("#", "/"))}
+    assert {"/runs/"} <= set(lines)
+    for folder in ("apacs_ray", "pipelines", "configs", "tune_configs"):
+        rooms = {path.name for path in (ROOT / folder).rglob("*") if path.is_dir()} - {"__pycache__"}
+        assert not rooms & anywhere

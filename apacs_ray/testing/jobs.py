@@ -36,9 +36,20 @@ class Job:
         self._ray("stop", self.id)
 
     def until(self, reached: Callable[[], T]) -> T:
-        """Wait until `reached` says something true, and return it."""
+        """Wait until `reached` says something true.
+
+        Returns:
+            What it said.
+
+        Raises:
+            AssertionError: The job ended before, or `reached` never said so.
+        """
         deadline = time.monotonic() + TIMEOUT
         while not (found := reached()):
+            ended = self.status() in ENDED
+            if ended and (found := reached()):  # it may have ended between the two
+                break
+            assert not ended, f"the job ended too early: {self.logs()[-2000:]}"
             assert time.monotonic() < deadline, self.logs()[-2000:]
             time.sleep(0.2)
         return found

@@ -32,12 +32,12 @@ def image(height: int, width: int) -> Tensor:
     return torch.from_numpy(np.stack(waves)[None].astype(np.float32))
 
 
-@cache
 def _key(name: str) -> str:
     """The registry's name: the fusion that was released is the one with the published head."""
     return "fusion_published" if name == "fusion" else name
 
 
+@cache
 def released(name: str) -> dict[str, Tensor]:
     """The golden weights of a published network at width 1, under the released names."""
     with torch.device("meta"):
