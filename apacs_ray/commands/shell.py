@@ -84,7 +84,8 @@ def _print_whatever_the_terminal_knows() -> None:
     """Let names that a terminal's encoding lacks be escaped, where printing them would end the run."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            with contextlib.suppress(OSError):  # a pipe that was put in the place of a file is asked where it stands
+                stream.reconfigure(errors="backslashreplace")
 
 
 def _say_on_stderr(text: str) -> None:
