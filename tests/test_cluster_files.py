@@ -613,7 +613,7 @@ def test_a_jobs_working_directory_is_small_and_holds_what_runs(tmp_path: Path) -
     """As Ray packs `--working-dir .`, by `.gitignore` and `.rayignore`; runs and caches are large, and stay behind."""
     package = tmp_path / "package.zip"
     create_package(str(ROOT), package, include_gitignore=True)
-    assert package.stat().st_size < 1 << 20
+    assert package.stat().st_size < 2 << 20  # the source, not compressed
     with zipfile.ZipFile(package) as packed:
         names = set(packed.namelist())
     scripts = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pipelines").glob("*.py")}

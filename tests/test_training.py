@@ -302,7 +302,7 @@ class TestRate:
         assert all(later < earlier for earlier, later in pairwise(rates[8:]))
         assert 0 < rates[-1] < 0.01
 
-    @pytest.mark.parametrize("warmup", [0.0, 0.001, 0.4, 3.0, 50.0])
+    @pytest.mark.parametrize("warmup", [0.0, 0.001, 0.4, 2.9, 3.0])
     @pytest.mark.parametrize("schedule_", ["constant", "cosine"])
     def test_it_stays_between_0_and_1(self, warmup: float, schedule_: Any) -> None:
         config = changed(CONFIG, epochs=3, warmup_epochs=warmup, schedule=schedule_)
