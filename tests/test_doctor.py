@@ -24,7 +24,7 @@ from apacs_ray.commands.doctor import doctor
 from apacs_ray.config.command_line import parse
 from apacs_ray.distributed.probe import ClusterProbe, cause
 from apacs_ray.distributed.resource_plan import Nodes, cluster_of
-from apacs_ray.distributed.session import _private_sessions
+from apacs_ray.distributed.session import private_session_folder
 from apacs_ray.doctor import cluster, codecs, devices, folders, machine, objects, tables, versions
 from apacs_ray.doctor.finding import Finding, examine, redacted
 from apacs_ray.doctor.stores import Stores
@@ -155,7 +155,7 @@ def test_the_disk_of_ray_is_where_ray_would_be(tmp_path: Path, monkeypatch: pyte
     assert only(machine.check_disks(settings, "s3://bucket/run", None)).state == "failed"
     monkeypatch.delenv("TMPDIR")
     monkeypatch.delenv("RAY_TMPDIR")
-    assert str(machine.ray_folder()) == _private_sessions()
+    assert str(machine.ray_folder()) == private_session_folder()
 
 
 def test_cpus_and_memory_of_a_container(tmp_path: Path) -> None:
@@ -419,7 +419,7 @@ def test_the_plan_for_this_machine_and_for_a_cluster(monkeypatch: pytest.MonkeyP
 
 def test_a_sweep_that_would_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(cluster, "_this_machine", lambda: cluster_of([Nodes(16, 2, 1)], []))
+    monkeypatch.setattr(cluster, "this_machine", lambda: cluster_of([Nodes(16, 2, 1)], []))
     config = tmp_path / "sweep.yaml"
     given = ("--tune.config", str(config))
 

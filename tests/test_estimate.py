@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.runs import SMALL, run
 
-from apacs_ray.commands.estimate import _count
+from apacs_ray.commands.estimate import count_tiles
 from apacs_ray.config.settings import DataSettings, TilesSettings, TrainingSettings
 from apacs_ray.config.sweep import Distribution, Scheduler, Sweep
 from apacs_ray.data.folders import Pair, find_pairs
@@ -103,7 +103,7 @@ def test_units_are_drawn_from_all_over() -> None:
 
 def test_tiles_by_split_from_a_sample() -> None:
     pairs = [_pair(number, "train" if number < 30 else "test") for number in range(50)]
-    assert _count(pairs, pairs[::10], [4, 4, 4, 2, 2], 0.2) == (77, 19, 64)
+    assert count_tiles(pairs, pairs[::10], [4, 4, 4, 2, 2], 0.2) == (77, 19, 64)
 
 
 def _pair(number: int, split: str) -> Pair:
@@ -143,10 +143,10 @@ def test_a_step_too_large_to_measure_is_measured_in_part(tile: SampleTile, monke
     spec = ModelSpec("member", "fcn32", width=0.05)
     size = tile.pixels()[1].shape
     cpu = torch.device("cpu")
-    assert networks._part([spec], size, 3, cpu) == size
+    assert networks.affordable_part([spec], size, 3, cpu) == size
     monkeypatch.setattr(networks, "CPU_BUDGET", 3 * flops([spec], size) - 1)
     monkeypatch.setattr(networks, "SMALLEST", 8)
-    assert networks._part([spec], size, 3, cpu) == (size[0] // 2, size[1] // 2)
+    assert networks.affordable_part([spec], size, 3, cpu) == (size[0] // 2, size[1] // 2)
 
 
 def test_an_estimate_of_a_run(undisturbed: Path, cells: Path, tmp_path: Path) -> None:

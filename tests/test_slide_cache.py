@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from apacs_ray.errors import ApacsError, BadInput
-from apacs_ray.slides.cache import SlideCache, _inside
+from apacs_ray.slides.cache import SlideCache, path_inside
 from apacs_ray.slides.find import find_slides
 from apacs_ray.slides.slide_files import SlideFiles
 from apacs_ray.storage import Entry, open_store
@@ -87,7 +87,7 @@ def test_a_full_disk_is_one_clear_line(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("apacs_ray.slides.cache._copy", full)
+    monkeypatch.setattr("apacs_ray.slides.cache.copy_object", full)
     with pytest.raises(ApacsError, match=r"no space left .* data\.cache"), cache.staged(store, slides[1][0].files):
         pass
     assert staged(cache) == 0
@@ -115,13 +115,13 @@ def test_two_processes_copy_it_once(tmp_path: Path, slides: tuple[str, list[Slid
 def _hang(uri: str, folder: str, slide: SlideFiles) -> None:
     import apacs_ray.slides.cache as cache
 
-    copy = cache._copy
+    copy = cache.copy_object
 
     def half(store: object, entry: Entry, target: Path) -> None:
         copy(store, entry, target)  # type: ignore[arg-type]
         os.kill(os.getpid(), signal.SIGKILL)
 
-    cache._copy = half  # type: ignore[assignment]
+    cache.copy_object = half  # type: ignore[assignment]
     with SlideCache(Path(folder), 1 << 30).staged(open_store(uri), slide.files):
         pass
 
@@ -142,7 +142,7 @@ def test_a_kill_half_way_leaves_nothing_that_looks_whole(tmp_path: Path, slides:
 @pytest.mark.parametrize("path", ["../a", "a/../../b", "/etc/passwd", "a//b", "a\0b", "./a", ""])
 def test_keys_cannot_leave_the_cache(path: str) -> None:
     with pytest.raises(BadInput, match="bad_name"):
-        _inside(path)
+        path_inside(path)
 
 
 def test_a_local_slide_is_used_where_it_lies(tmp_path: Path) -> None:

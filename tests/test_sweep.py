@@ -11,7 +11,7 @@ import pytest
 
 from apacs_ray.config.settings import FusionSettings
 from apacs_ray.config.sweep import Distribution
-from apacs_ray.distributed.tune import _best_epoch, _stopped_by_ctrl_c, _within
+from apacs_ray.distributed.tune import best_epoch_of, stopped_by_ctrl_c, within_ranges
 
 SPACE = {
     name: Distribution.model_validate(drawn)
@@ -26,8 +26,8 @@ SPACE = {
 def test_what_population_based_training_changes_stays_possible() -> None:
     """It multiplies by 0.8 or 1.2: a dropout of 0.9 would become 1.08."""
     setting = {"dropout": 0.9 * 1.2, "learning_rate": 1e-4 * 0.8, "members": "fcn16+fcn8"}
-    assert _within(SPACE, setting) == {"dropout": 0.9, "learning_rate": 1e-4, "members": "fcn16+fcn8"}
-    FusionSettings.model_validate({"dropout": _within(SPACE, setting)["dropout"]})
+    assert within_ranges(SPACE, setting) == {"dropout": 0.9, "learning_rate": 1e-4, "members": "fcn16+fcn8"}
+    FusionSettings.model_validate({"dropout": within_ranges(SPACE, setting)["dropout"]})
 
 
 def test_ctrl_c_ends_a_sweep_that_listens_and_one_that_does_not() -> None:
@@ -35,7 +35,7 @@ def test_ctrl_c_ends_a_sweep_that_listens_and_one_that_does_not() -> None:
     heard: list[int] = []
 
     def sweep(listens: bool) -> None:
-        with _stopped_by_ctrl_c():
+        with stopped_by_ctrl_c():
             if listens:
                 signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))  # as Tune does
             signal.raise_signal(signal.SIGINT)
@@ -74,9 +74,9 @@ def test_a_trial_counts_by_its_own_epochs_and_the_setting_that_each_had() -> Non
         },
     ]
     config = {"learning_rate": 2e-3, "members": "fcn32+fcn16"}
-    assert _best_epoch(trial(epochs, config)) == ({"learning_rate": 1e-3, "members": "fcn16+fcn8"}, 0.7)
+    assert best_epoch_of(trial(epochs, config)) == ({"learning_rate": 1e-3, "members": "fcn16+fcn8"}, 0.7)
 
 
 @pytest.mark.parametrize("epochs", [None, [], [{"epoch": 0, "val_dice": 0.0, "config/dropout": 0.1}]])
 def test_a_trial_that_told_nothing_has_no_score(epochs: list[dict[str, Any]] | None) -> None:
-    assert _best_epoch(trial(epochs, {"dropout": 0.1})) == ({"dropout": 0.1}, None)
+    assert best_epoch_of(trial(epochs, {"dropout": 0.1})) == ({"dropout": 0.1}, None)

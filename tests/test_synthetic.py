@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 
 from apacs_ray.data.grid import Box
-from apacs_ray.synthetic.scene import _BLOCK_UM, _FARTHEST_UM, _block
+from apacs_ray.synthetic.scene import BLOCK_UM, FARTHEST_UM, things_of_block
 from apacs_ray.synthetic.slide import SlideSpec, render, render_region, slide_specs, stamps_near
 from apacs_ray.synthetic.texture import field, sensor_noise
 
@@ -83,9 +83,9 @@ def test_a_region_is_the_crop_at_full_magnification() -> None:
 def test_no_object_reaches_beyond_the_blocks_that_are_looked_at(mpp: float) -> None:
     look = slide_specs(1, 1, 1)[0].look
     for column in range(120):
-        for thing in _block(99, look, mpp, column, -3):
+        for thing in things_of_block(99, look, mpp, column, -3):
             for place, block in ((thing.x, column), (thing.y, -3)):
-                low, high = block * _BLOCK_UM - _FARTHEST_UM, (block + 1) * _BLOCK_UM + _FARTHEST_UM
+                low, high = block * BLOCK_UM - FARTHEST_UM, (block + 1) * BLOCK_UM + FARTHEST_UM
                 assert low <= (place - thing.reach) * mpp
                 assert (place + thing.reach) * mpp <= high
 

@@ -88,7 +88,7 @@ def _look_at_data(run: Run, cluster: Cluster, *, trains: bool) -> tuple[Tiles, S
     sample = run_in_task(cut, cpus=min(1.0, cluster.cpus), gpus=0)
     if sample.cut.tile is None:
         raise ApacsError(f"{store.uri}: none of the {len(chosen)} that were tried gives a tile; --dry-run says why")
-    count = _count(listed, chosen, sample.tiles, settings.data.val_fraction)
+    count = count_tiles(listed, chosen, sample.tiles, settings.data.val_fraction)
     tiles = Tiles(*count, sample.cut.size / sample.cut.count)
     opening = sample.opening * len(listed) / len(chosen)
     shard = settings.tiles.shard
@@ -111,10 +111,10 @@ def _weight(unit: Unit) -> int:
     return 1 if isinstance(unit, Pair) else sum(entry.size for entry in unit.files)
 
 
-def _count(
+def count_tiles(
     listed: Sequence[Unit], chosen: Sequence[Unit], tiles: Sequence[float], val_fraction: float
 ) -> tuple[int, int, int]:
-    """Tiles to train, validate and test on, when all are as the chosen ones of their kind."""
+    """Return how many tiles there are to train, validate and test on, if all are as the chosen ones of their kind."""
     weights: dict[str, float] = defaultdict(float)
     found: dict[str, float] = defaultdict(float)
     for unit, count in zip(chosen, tiles, strict=True):

@@ -93,7 +93,7 @@ def _start_local() -> None:
     """Start a Ray of our own; once more where this machine was too busy for it."""
     import ray
 
-    folder = _private_sessions()
+    folder = private_session_folder()
     for last in (False, True):
         try:
             ray.init(
@@ -147,7 +147,7 @@ def _keep_to_ourselves() -> None:
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
-def _private_sessions() -> str | None:
+def private_session_folder() -> str | None:
     """Make a folder of this user's own for Ray's sockets and logs, which Ray itself opens to everybody.
 
     Returns:

@@ -124,13 +124,13 @@ def sweep(task: TrialTask, plan: Sweep, cluster: Cluster, on_done: Callable[[int
             ),
         )
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # `_Listener` says in a line what it shows tracebacks of
-    with _stopped_by_ctrl_c():
+    with stopped_by_ctrl_c():
         results = tuner.fit()
     return [_result(result) for result in results]
 
 
 @contextlib.contextmanager
-def _stopped_by_ctrl_c() -> Iterator[None]:
+def stopped_by_ctrl_c() -> Iterator[None]:
     """Let Ctrl-C end the sweep where it stands.
 
     Tune alone would return as if the sweep had ended, and an exception from a handler may be lost in its callbacks. So
@@ -179,7 +179,7 @@ def _scheduler(plan: Sweep) -> Any:
             time_attr="epoch",
             perturbation_interval=plan.scheduler.interval,
             hyperparam_mutations={name: _domain(drawn) for name, drawn in plan.space.items() if name in MUTABLE},
-            custom_explore_fn=partial(_within, plan.space),
+            custom_explore_fn=partial(within_ranges, plan.space),
         )
     return AsyncHyperBandScheduler(
         time_attr="epoch",
@@ -189,8 +189,8 @@ def _scheduler(plan: Sweep) -> Any:
     )
 
 
-def _within(space: Mapping[str, Distribution], setting: dict[str, Any]) -> dict[str, Any]:
-    """A setting that population based training changed, not beyond the ends of its ranges."""
+def within_ranges(space: Mapping[str, Distribution], setting: dict[str, Any]) -> dict[str, Any]:
+    """Return a setting that population based training changed, not beyond the ends of its ranges."""
     ranges = {name: drawn.ends() for name, drawn in space.items() if drawn.kind not in ("choice", "grid")}
     return setting | {name: min(max(setting[name], low), high) for name, (low, high) in ranges.items()}
 
@@ -211,7 +211,7 @@ def _folder(trial: Any) -> str:
 
 def _result(result: Any) -> TrialResult:
     metrics = result.metrics or {}
-    setting, val_dice = _best_epoch(result)
+    setting, val_dice = best_epoch_of(result)
     return TrialResult(
         Path(result.path).name,  # metrics name another trial where this one took over finished weights
         plain_setting(setting),
@@ -227,8 +227,8 @@ def _line(error: object) -> str:
     return redact(message_of(error))[:LONGEST_ERROR]
 
 
-def _best_epoch(result: Any) -> tuple[dict[str, Any], float | None]:
-    """The highest val Dice of a trial, and the setting that it had then: population based training changes it."""
+def best_epoch_of(result: Any) -> tuple[dict[str, Any], float | None]:
+    """Return the setting that a trial had at its highest val Dice, as population based training changes it, and that."""
     config, epochs = result.config or {}, result.metrics_dataframe
     if epochs is not None and not epochs.empty:
         epochs = epochs[epochs["epoch"] > 0]  # a trial that had to leave its node in its first epoch has told of none

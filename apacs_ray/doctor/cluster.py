@@ -22,7 +22,7 @@ def check_cluster(command: Command, probe: Callable[[], ClusterProbe] = probe_cl
     """Check the plans on the cluster at `RAY_ADDRESS`, else on this machine, where Ray is not started."""
     address = os.environ.get("RAY_ADDRESS", "")
     if not address or address == "local":
-        cluster = _this_machine()
+        cluster = this_machine()
         yield Finding("cluster", "ok", f"this machine: {_resources(cluster)} (RAY_ADDRESS is not set)")
         yield from _plans(command, cluster)
         return
@@ -46,7 +46,8 @@ def check_cluster(command: Command, probe: Callable[[], ClusterProbe] = probe_cl
     yield from _plans(command, probed.cluster)
 
 
-def _this_machine() -> Cluster:
+def this_machine() -> Cluster:
+    """Return what a run without a cluster would have: the CPUs and GPUs that this process may use."""
     import torch
 
     cpus = usable_cpus()

@@ -168,7 +168,7 @@ def _time_training(tile: SampleTile, training: Training, load: float, device: to
     batch = micro_batch_size(settings, training.workers)
     whole = tile.pixels()[1].shape
     rgb, mask = augment(*tile.pixels(), 1, Augmentation(settings.crop, True, True))
-    part = _part([spec], mask.shape, batch * (1 + BACKWARD), device)
+    part = affordable_part([spec], mask.shape, batch * (1 + BACKWARD), device)
     inputs = np.concatenate([np.repeat(rgb[..., :1], _channels(spec) - 3, axis=2), rgb], axis=2)[: part[0], : part[1]]
     refs = [SampleRef(0, "train", 0, row, 1 / batch, row) for row in range(batch)]
     samples = [Sample(ref, "", inputs, mask[: part[0], : part[1]]) for ref in refs]
@@ -190,7 +190,7 @@ def _time_inference(tile: SampleTile, inference: Inference, device: torch.device
     """Seconds through the members, and through members and fusions."""
     rgb, mask = tile.pixels()
     members, fusions = inference.members, list(inference.fusions.values())
-    part = _part([*members, *fusions], mask.shape, 1, device)
+    part = affordable_part([*members, *fusions], mask.shape, 1, device)
     seconds = []
     for heads in ({}, inference.fusions):
         specs = [*members, *heads.values()]
@@ -214,8 +214,8 @@ def _fastest(work: Callable[[], object]) -> float:
     return min(seconds)
 
 
-def _part(specs: Sequence[ModelSpec], size: Size, times: int, device: torch.device) -> Size:
-    """The part of a tile that is small enough to go through the networks `times` over."""
+def affordable_part(specs: Sequence[ModelSpec], size: Size, times: int, device: torch.device) -> Size:
+    """Return the size (height, width) of the part of a tile that may go through the networks `times` over."""
     budget = GPU_BUDGET if device.type == "cuda" else CPU_BUDGET
     height, width = size
     while min(height, width) > 2 * SMALLEST and times * flops(specs, (height, width)) > budget:

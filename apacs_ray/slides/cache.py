@@ -84,7 +84,7 @@ class SlideCache:
         part = Path(tempfile.mkdtemp(prefix=f"{place.name}.part-", dir=self.folder))
         try:
             for entry in entries:
-                _copy(store, entry, part / _inside(entry.path))
+                copy_object(store, entry, part / path_inside(entry.path))
             part.rename(place)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -118,14 +118,15 @@ class SlideCache:
                 total -= sizes[path]
 
 
-def _inside(path: str) -> Path:
+def path_inside(path: str) -> Path:
     """Return a key as a relative path that cannot leave the cache. Raises BadInput (bad_name)."""
     if is_bad_path(path):
         raise BadInput("bad_name", f"{path!r} is no path that can be staged")
     return Path(path)
 
 
-def _copy(store: Store, entry: Entry, target: Path) -> None:
+def copy_object(store: Store, entry: Entry, target: Path) -> None:
+    """Copy an object of a store to a local file, in pieces of `CHUNK` bytes."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with store.open(entry.path) as source, target.open("wb") as sink:

@@ -14,9 +14,9 @@ from apacs_ray.synthetic.clutter import ClutterKind, clutter_radius, clutter_sta
 from apacs_ray.synthetic.stain import Look
 from apacs_ray.synthetic.texture import field_at, place_rng
 
-_BLOCK_UM = 200  # one block of a slide has its own random objects
+BLOCK_UM = 200  # one block of a slide has its own random objects
 _GROUP_UM = 180  # no cell's center is farther than this from where its group began
-_FARTHEST_UM = 250  # no object reaches farther than this from its block
+FARTHEST_UM = 250  # no object reaches farther than this from its block
 _OBJECTS, _DENSITY, _INFLAMED = 1, 2, 3  # random streams
 _CELLS: tuple[CellKind, ...] = ("superficial", "intermediate", "parabasal", "dysplastic", "anucleate")
 
@@ -56,12 +56,12 @@ class Thing:
 
 def things_near(seed: int, look: Look, mpp: float, box: Box) -> list[Thing]:
     """Return every object whose stamp touches the box (level-0 px), always in the same order."""
-    block = _BLOCK_UM / mpp
-    wide = box.grown(ceil(_FARTHEST_UM / mpp))
+    block = BLOCK_UM / mpp
+    wide = box.grown(ceil(FARTHEST_UM / mpp))
     things = []
     for row in range(int(wide.y // block), int((wide.y + wide.height) // block) + 1):
         for column in range(int(wide.x // block), int((wide.x + wide.width) // block) + 1):
-            things += [thing for thing in _block(seed, look, mpp, column, row) if _touches(thing, box)]
+            things += [thing for thing in things_of_block(seed, look, mpp, column, row) if _touches(thing, box)]
     return things
 
 
@@ -72,7 +72,7 @@ def _touches(thing: Thing, box: Box) -> bool:
     )
 
 
-def _block(seed: int, look: Look, mpp: float, column: int, row: int) -> list[Thing]:
+def things_of_block(seed: int, look: Look, mpp: float, column: int, row: int) -> list[Thing]:
     """Return the objects of one block: cells in groups, then what lies on them."""
     rng = place_rng(seed, _OBJECTS, column, row)
     things: list[Thing] = []
@@ -144,7 +144,7 @@ def _thing(
 def _somewhere(rng: np.random.Generator, column: int, row: int) -> tuple[float, float]:
     """Return a place (um) in the block."""
     x, y = rng.random(2)
-    return float((column + x) * _BLOCK_UM), float((row + y) * _BLOCK_UM)
+    return float((column + x) * BLOCK_UM), float((row + y) * BLOCK_UM)
 
 
 def _nearby(rng: np.random.Generator, at: tuple[float, float], spread: float) -> tuple[float, float]:
