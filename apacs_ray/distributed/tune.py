@@ -228,7 +228,7 @@ def _line(error: object) -> str:
 
 
 def best_epoch_of(result: Any) -> tuple[dict[str, Any], float | None]:
-    """Return the setting that a trial had at its highest val Dice, as population based training changes it, and that."""
+    """Return the setting of a trial at its highest val Dice (population based training changes it), and that Dice."""
     config, epochs = result.config or {}, result.metrics_dataframe
     if epochs is not None and not epochs.empty:
         epochs = epochs[epochs["epoch"] > 0]  # a trial that had to leave its node in its first epoch has told of none
