@@ -83,7 +83,7 @@ class Source:
             raise UsageError(f"data.masks {self.masks_store.uri}: nothing there")
         return entries
 
-    @property
+    @cached_property
     def entries(self) -> list[Entry]:
         """What is data: all that is listed, less what lies below `data.masks` and has another role."""
         masks = self.masks_store
@@ -91,7 +91,7 @@ class Source:
             return self.listing
         return entries_outside(self.store, self.listing, masks)
 
-    @property
+    @cached_property
     def mask_entries(self) -> list[Entry]:
         """What lies below `data.masks`, less the data."""
         masks = self.masks_store
