@@ -14,10 +14,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from apacs_ray.config.settings import Settings
-from apacs_ray.data.shards import open_table, read_index
+from apacs_ray.data.shards import open_table
 from apacs_ray.distributed.evaluation import EvaluateTask, draw_tiles, evaluate_tiles
 from apacs_ray.distributed.tasks import plan_pool
-from apacs_ray.errors import ApacsError
 from apacs_ray.evaluation.metrics import compare, dice_of, pixel_counts, summarize
 from apacs_ray.models.registry import MEMBERS
 from apacs_ray.report.page import ReportContext, TilePicture, build_report
@@ -27,7 +26,7 @@ from apacs_ray.stages.ingest_result import IngestResult
 from apacs_ray.stages.stage import Committed, Job, Stage, StageResult
 from apacs_ray.stages.train_fusion import fusion_folders
 from apacs_ray.stages.train_members import member_folder
-from apacs_ray.stages.train_networks import TrainingResult
+from apacs_ray.stages.train_networks import TrainingResult, read_indices
 from apacs_ray.stages.tune_fusion import SweepResult
 from apacs_ray.storage import Store
 from apacs_ray.training.history import read_history
@@ -81,9 +80,7 @@ class Evaluate(Stage[EvaluateResult]):
         store, settings = job.store, job.settings
         folders = {name: member_folder(name) for name in MEMBERS} | fusion_folders(settings)
         task = EvaluateTask(store, folders, settings.evaluate)
-        index = read_index(store, "test")
-        if not len(index):
-            raise ApacsError(f"{store.uri}: no annotated test tile is left; look at rejects/")
+        index = read_indices(store, ("test",))["test"]
         job.ray.start()
         with job.progress() as progress:
             plan = plan_pool(job.ray.cluster(), len(index.paths))

@@ -6,9 +6,7 @@ import json
 from collections.abc import Collection
 from typing import Any, TypeVar
 
-from apacs_ray.data.shards import read_index
 from apacs_ray.distributed.session import RaySession
-from apacs_ray.errors import ApacsError
 from apacs_ray.runs.run import Run
 from apacs_ray.stages.evaluate import Evaluate
 from apacs_ray.stages.heatmaps import StoreHeatmaps
@@ -49,7 +47,6 @@ def run_pipeline(run: Run, ray: RaySession, names: Collection[str]) -> None:
     ingest = settle(Ingest(source))
     if not left:
         return
-    require_annotated_tiles(run.store)
     members = settle(TrainMembers(ingest))
     if not left:
         return
@@ -64,20 +61,6 @@ def run_pipeline(run: Run, ray: RaySession, names: Collection[str]) -> None:
     if not left:
         return
     settle(Evaluate(ingest, members, sweep, fusion))
-
-
-def require_annotated_tiles(store: Store) -> None:
-    """Check, before hours of training, that tiles with masks are left in every split.
-
-    Raises:
-        ApacsError: naming the split that has none.
-    """
-    for split in ("train", "val", "test"):
-        if not len(read_index(store, split)):
-            raise ApacsError(
-                f"{store.uri}: no annotated {split} tile is left; look at rejects/"
-                + (" and data.val_fraction" if split == "val" else "")
-            )
 
 
 def read_metrics(store: Store) -> dict[str, dict[str, Any]]:

@@ -13,7 +13,7 @@ from apacs_ray.runs.markers import Counts
 from apacs_ray.runs.provenance import fingerprint
 from apacs_ray.stages.ingest_result import IngestResult
 from apacs_ray.stages.stage import Committed, Job, Stage
-from apacs_ray.stages.train_networks import Network, TrainingResult, forget_state, train_networks
+from apacs_ray.stages.train_networks import Network, TrainingResult, forget_state, read_indices, train_networks
 from apacs_ray.storage import Store
 
 
@@ -40,6 +40,7 @@ class TrainMembers(Stage[TrainingResult]):
 
     def work(self, job: Job, fingerprint: str) -> TrainingResult:
         """Leave each member in `members/<name>`."""
+        read_indices(job.store, ("test",))  # hours of training end in an evaluation: its tiles must be there
         trained = train_networks(job, _networks(job.settings), fingerprint, self.ingest.fingerprint)
         return TrainingResult(Counts(len(trained), len(trained)), trained)
 

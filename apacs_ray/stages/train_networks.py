@@ -82,21 +82,20 @@ class TrainingResult(StageResult):
         return {name: network.sha256 for name, network in self.networks.items()}
 
 
-def read_indices(store: Store) -> dict[str, TileIndex]:
-    """Read the indices of the tiles to learn from.
+def read_indices(store: Store, splits: Sequence[str] = ("train", "val")) -> dict[str, TileIndex]:
+    """Read the indices of annotated tiles, by default of those to learn from.
 
     Returns:
-        Those of `train` and `val`.
+        Those of `splits`.
 
     Raises:
         ApacsError: when one of them is empty.
     """
-    indices = {split: read_index(store, split) for split in ("train", "val")}
+    indices = {split: read_index(store, split) for split in splits}
     for split, index in indices.items():
         if not len(index):
-            raise ApacsError(
-                f"{store.uri}: no {split} tile is left to learn from; look at rejects/ and data.val_fraction"
-            )
+            place = "rejects/ and data.val_fraction" if split == "val" else "rejects/"
+            raise ApacsError(f"{store.uri}: no annotated {split} tile is left; look at {place}")
     return indices
 
 
