@@ -244,12 +244,12 @@ def is_trained(store: Store, network: Network, fingerprint: str) -> bool:
 
 
 def _trained(store: Store, network: Network, fingerprint: str) -> TrainedNetwork:
-    weights = store.read(f"{network.folder}/model.safetensors")
+    """What became of a network that `is_trained`: its mark has the hash of its weights."""
     metrics = ModelSpec.from_json(store.read(f"{network.folder}/model.json")).metrics
     progress = read_progress(store, state_folder(network, fingerprint)) or {}
     return TrainedNetwork(
         network.folder,
-        hashlib.sha256(weights).hexdigest(),
+        store.read(done_mark(network, fingerprint)).decode(),
         int(metrics["epoch"] or 0),
         int(metrics["epochs"] or 0),
         metrics["val_dice"],
