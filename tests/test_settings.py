@@ -345,6 +345,7 @@ def test_configs_are_found_from_anywhere_also_those_of_an_installed_package(
     monkeypatch.chdir(tmp_path)
     command("--data", "x")
     monkeypatch.setattr(yaml, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(yaml, "INSTALLED", tmp_path)  # `pip install` has put the configs into this environment
     with pytest.raises(UsageError, match=r"^tune\.config: tune_configs/fusion_asha\.yaml: no such file"):
         command("--data", "x")
     monkeypatch.setattr(yaml, "INSTALLED", ROOT)
