@@ -14,7 +14,7 @@ from apacs_ray.errors import ApacsError
 from apacs_ray.storage import LocalStore, Store, open_store
 from apacs_ray.training.checkpoints import best_checkpoint, best_weights, complete_checkpoints, fetch, keep_checkpoint
 from apacs_ray.training.history import EpochPart, EpochRecord
-from apacs_ray.training.state import TrainState, load_state, save_state
+from apacs_ray.training.state import TrainState, load_state, save_state, snapshot
 
 
 def state(dice: list[float]) -> TrainState:
@@ -25,7 +25,7 @@ def state(dice: list[float]) -> TrainState:
 
 def keep(store: Store, dice: list[float], folder: Path, attempt: int = 1) -> TrainState:
     kept = state(dice)
-    save_state(folder, kept)
+    save_state(folder, snapshot(kept))
     keep_checkpoint(store, "members/fcn8/.state-1", attempt, folder)
     return kept
 
@@ -56,7 +56,7 @@ def test_one_from_the_middle_of_an_epoch_is_the_newest_but_never_the_best(tmp_pa
 
     def leave(dice: list[float], steps: int) -> None:
         left = replace(state(dice), part=EpochPart(len(dice), steps, (1.0,) * 5, 1.0))
-        save_state(tmp_path / "left", left)
+        save_state(tmp_path / "left", snapshot(left))
         keep_checkpoint(store, "members/fcn8/.state-1", 1, tmp_path / "left")
 
     def places() -> list[tuple[int, int]]:

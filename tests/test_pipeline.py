@@ -125,13 +125,18 @@ def test_other_ways_to_sweep(undisturbed: Path, cells: Path, tmp_path: Path, how
 
 
 def test_killed_and_resumed_the_numbers_are_the_same(undisturbed: Path, cells: Path, tmp_path: Path) -> None:
-    """While actors work and while a network trains; `benchmarks/faults.py` and `kills.py` do it in every stage."""
+    """While actors work, within an epoch, between two; `benchmarks/faults.py` and `kills.py` do it in every stage."""
     output = tmp_path / "killed"
     shutil.copytree(undisturbed, output)
     for folder in ("heatmaps", "fusion", "evaluation"):
         shutil.rmtree(output / folder)
-    for pattern in ("heatmaps/split=*/*.parquet", "fusion/.state-*/attempt-1/epoch_00000/state.json"):
-        process = start("--data", str(cells), "--output", str(output), *SMALL, env=SLOWLY)
+    often = ["--run.checkpoint_minutes", "0.0001"]  # at every look for what interrupts an epoch
+    for pattern in (
+        "heatmaps/split=*/*.parquet",
+        "fusion/.state-*/attempt-1/epoch_00000_step_*/state.json",
+        "fusion/.state-*/attempt-*/epoch_00000/state.json",
+    ):
+        process = start("--data", str(cells), "--output", str(output), *SMALL, *often, env=SLOWLY)
         died = kill_when(process, lambda p=pattern: any(output.glob(p)))
         assert died.status == -signal.SIGKILL
     for snapshot in output.glob("fusion/.state-*/attempt-*/*.json"):  # as a kill in the middle of a write

@@ -32,7 +32,7 @@ from apacs_ray.testing.runs import TIMEOUT, read_json, wait_for
 from apacs_ray.testing.s3_proxy import KINDS, Behavior, Proxy, at_random, in_turn, refusing_writes
 from apacs_ray.training.checkpoints import complete_checkpoints, keep_checkpoint
 from apacs_ray.training.history import EpochRecord, read_history
-from apacs_ray.training.state import TrainState, save_state
+from apacs_ray.training.state import TrainState, save_state, snapshot
 
 CONTENT = np.random.default_rng(0).bytes(200_000)  # more than the last bytes that are read with the first request
 
@@ -366,7 +366,7 @@ def test_a_full_disk_is_named_and_nothing_is_lost(small_disk: Path, tmp_path: Pa
     history = tuple(EpochRecord(epoch, 0.0, 0.0, 0.0, 0.5, 0.1, 1.0) for epoch in range(2))
     for epoch in range(2):
         state = TrainState(model, torch.optim.SGD(model.parameters()), history[: epoch + 1])
-        save_state(tmp_path / f"{epoch}", state)
+        save_state(tmp_path / f"{epoch}", snapshot(state))
     keep_checkpoint(store, "members", 1, tmp_path / "0")
     ballast, room = small_disk / "ballast", os.statvfs(small_disk)
     ballast.write_bytes(bytes((room.f_bavail - 20) * room.f_bsize))  # 80 kB are left
@@ -375,7 +375,7 @@ def test_a_full_disk_is_named_and_nothing_is_lost(small_disk: Path, tmp_path: Pa
         keep_checkpoint(store, "members", 1, tmp_path / "1")
     assert [checkpoint.epoch for checkpoint in complete_checkpoints(store, "members")] == [0]
     with pytest.raises(ApacsError, match=rf"^{small_disk}/local: cannot write a checkpoint .*No space.* set TMPDIR"):
-        save_state(small_disk / "local", state)
+        save_state(small_disk / "local", snapshot(state))
     with ballast.open("ab") as stream, pytest.raises(OSError, match="No space"):
         stream.write(bytes(200_000))
     with pytest.raises(ApacsError, match=rf"^{store.root}/lock: {full}"):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -17,13 +20,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from apacs_ray.config.settings import TrainingSettings
 from apacs_ray.data.images import encode_mask
-from apacs_ray.errors import ApacsError, TrainingError, gpu_too_small
+from apacs_ray.errors import ApacsError, StoreTroubleError, TrainingError, gpu_too_small
 from apacs_ray.inference.predictor import Predictor
 from apacs_ray.models.ensemble import Ensemble
 from apacs_ray.models.registry import MEMBERS, build_member
@@ -31,12 +34,14 @@ from apacs_ray.training.augment import Augmentation, augment, jitter_stain
 from apacs_ray.training.batch import Sample, batches
 from apacs_ray.training.dataset import decode_tile_mask
 from apacs_ray.training.history import EpochRecord, epochs_since_best, history_csv, read_history, score
+from apacs_ray.training.interruption import Interruption
 from apacs_ray.training.loop import Trainer, earliest_place, train_epochs
 from apacs_ray.training.loss import tile_losses
 from apacs_ray.training.optim import learning_rate_factor, make_optimizer
 from apacs_ray.training.ranks import Ranks
 from apacs_ray.training.sampler import SampleRef, schedule
-from apacs_ray.training.state import TrainState, load_state, save_state
+from apacs_ray.training.state import Snapshot, TrainState, load_state, save_state, snapshot
+from apacs_ray.training.writer import CheckpointWriter
 
 CPU = torch.device("cpu")
 GROUPS, N_TRAIN, N_VAL = [5, 4], 9, 3
@@ -55,8 +60,8 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def changed(settings: TrainingSettings, **changes: Any) -> TrainingSettings:
-    return TrainingSettings.model_validate({**settings.model_dump(), **changes})
+def changed(config: TrainingSettings, **changes: Any) -> TrainingSettings:
+    return TrainingSettings.model_validate({**config.model_dump(), **changes})
 
 
 class Tiny(nn.Module):
@@ -132,10 +137,10 @@ def timeless(trainer: Trainer) -> list[EpochRecord]:
     return [replace(record, seconds=0) for record in trainer.history]
 
 
-def after(count: int) -> Callable[[], bool]:
+def after(count: int) -> Callable[[], Interruption | None]:
     """A preemption that is known after the `count`-th step."""
     asked = iter(range(1, count + 1))
-    return lambda: next(asked) == count
+    return lambda: Interruption.LEAVE if next(asked) == count else None
 
 
 class Breaks(nn.Module):
@@ -471,7 +476,7 @@ class TestTogether:
 
         def keep(record: EpochRecord, state: TrainState) -> None:
             if record.epoch == 1:
-                save_state(tmp_path, state)
+                save_state(tmp_path, snapshot(state))
 
         Trainer(tiny(), CONFIG, seed=SEED, device=CPU).run(stream(CONFIG), steps(CONFIG), keep)
         ahead.resume(tmp_path)
@@ -531,7 +536,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
     def keep(record: EpochRecord, state: TrainState) -> None:
         if record.epoch == 1:
-            save_state(tmp_path, state)
+            save_state(tmp_path, snapshot(state))
             raise KilledError
 
     with pytest.raises(KilledError):
@@ -549,7 +554,7 @@ class TestResume:
 
         def keep(record: EpochRecord, state: TrainState) -> None:
             if record.epoch == 1:
-                save_state(tmp_path, state)
+                save_state(tmp_path, snapshot(state))
 
         straight = Trainer(tiny(), config, seed=SEED, device=CPU)
         straight.run(stream(config), steps(config), keep)
@@ -567,26 +572,57 @@ class TestResume:
         straight = Trainer(tiny(), RESUMED, seed=SEED, device=CPU)
         straight.run(stream(RESUMED), steps(RESUMED), nothing)
         left = Trainer(tiny(), RESUMED, seed=SEED, device=CPU)
-        unfinished = train_epochs([left], stream(RESUMED), steps(RESUMED), lambda who, record: None, after(count))
-        assert unfinished == [left]
-        save_state(tmp_path, left.state())
+        assert not train_epochs([left], stream(RESUMED), steps(RESUMED), lambda who, record: None, after(count))
+        save_state(tmp_path, snapshot(left.state()))
         again = Trainer(tiny(), RESUMED, seed=SEED, device=CPU)
         again.resume(tmp_path)
         assert again.place == ((count - 1) // steps(RESUMED), 1 + (count - 1) % steps(RESUMED))
         first, first_step = again.place
-        assert not train_epochs(
+        assert train_epochs(
             [again], stream(RESUMED, first, first_step=first_step), steps(RESUMED), lambda who, record: None
         )
         assert torch.equal(flat(straight.model), flat(again.model))
         assert timeless(straight) == timeless(again)
         assert again.place == (RESUMED.epochs, 0)
 
+    @given(every=st.integers(1, 5), death=st.integers(1, 11))
+    @settings(max_examples=12, deadline=None)
+    def test_killed_anywhere_it_loses_no_more_than_was_done_since_a_checkpoint(self, every: int, death: int) -> None:
+        """A checkpoint after each `every` steps of an epoch and at its end; killed after the `death`-th step."""
+        straight = Trainer(tiny(), RESUMED, seed=SEED, device=CPU)
+        straight.run(stream(RESUMED), steps(RESUMED), nothing)
+        kept: list[Snapshot] = []
+        done = itertools.count(1)
+
+        def interruption() -> Interruption | None:
+            now = next(done)
+            if now == death:
+                raise KilledError
+            return Interruption.KEEP if now % every == 0 else None
+
+        def keep(who: Trainer, record: EpochRecord | None = None) -> None:
+            kept.append(snapshot(who.state()))
+
+        killed = Trainer(tiny(), RESUMED, seed=SEED, device=CPU)
+        with pytest.raises(KilledError):
+            train_epochs([killed], stream(RESUMED), steps(RESUMED), keep, interruption, keep)
+        again = Trainer(tiny(), RESUMED, seed=SEED, device=CPU)
+        if kept:
+            with tempfile.TemporaryDirectory() as folder:
+                save_state(Path(folder), kept[-1])
+                again.resume(Path(folder))
+        epoch, step = again.place
+        assert 0 < death - (epoch * steps(RESUMED) + step) <= every
+        train_epochs([again], stream(RESUMED, epoch, first_step=step), steps(RESUMED), lambda who, record: None)
+        assert torch.equal(flat(straight.model), flat(again.model))
+        assert timeless(straight) == timeless(again)
+
     def test_left_in_the_middle_it_waits_for_one_that_was_not(self, tmp_path: Path) -> None:
         straight = Trainer(tiny(), RESUMED, seed=SEED, device=CPU)
         straight.run(stream(RESUMED), steps(RESUMED), nothing)
         left = Trainer(tiny(), RESUMED, seed=SEED, device=CPU)
         train_epochs([left], stream(RESUMED), steps(RESUMED), lambda who, record: None, after(steps(RESUMED) + 2))
-        save_state(tmp_path, left.state())
+        save_state(tmp_path, snapshot(left.state()))
         ahead, behind = Trainer(tiny(), RESUMED, seed=SEED, device=CPU), Trainer(tiny(), RESUMED, seed=SEED, device=CPU)
         ahead.resume(tmp_path)
         short = Trainer(tiny(), changed(RESUMED, epochs=1), seed=SEED, device=CPU)  # ends before `ahead` has to begin
@@ -638,6 +674,70 @@ class TestResume:
             "state.json",
         ]
         assert json.loads((checkpoint / "state.json").read_text())["epoch"] == 1
+
+
+class TestWriter:
+    def test_a_state_is_that_of_its_moment(self) -> None:
+        trainer = Trainer(tiny(), CONFIG, seed=SEED, device=CPU)
+        kept: dict[int, Snapshot] = {}
+        states: dict[int, Tensor] = {}
+        go_on = threading.Event()
+
+        def on_epoch(who: Trainer, record: EpochRecord) -> None:
+            states[record.epoch] = flat(who.model)
+
+            def keep(state: Snapshot) -> None:
+                go_on.wait(60)  # until training is at its end
+                kept[record.epoch] = state
+
+            writer.write(f"a network of epoch {record.epoch}", who.state(), keep)
+
+        with CheckpointWriter() as writer:
+            train_epochs([trainer], stream(CONFIG), steps(CONFIG), on_epoch)
+            assert not kept
+            go_on.set()
+        assert list(kept) == list(states) == list(range(CONFIG.epochs))
+        for epoch, state in kept.items():
+            assert torch.equal(torch.cat([value.flatten() for value in state.weights.values()]), states[epoch])
+            assert [record["epoch"] for record in state.tree["history"]] == list(range(epoch + 1))
+
+    def test_a_network_has_one_state_at_a_time_on_its_way(self) -> None:
+        trainer = Trainer(tiny(), CONFIG, seed=SEED, device=CPU)
+        trainer.run(stream(CONFIG), steps(CONFIG), nothing)
+        written: list[int] = []
+        with CheckpointWriter() as writer:
+            for number in range(4):
+                assert len(written) >= number - 1
+                writer.write("fcn8", trainer.state(), lambda _, number=number: written.append(number))  # type: ignore[misc]
+        assert written == [0, 1, 2, 3]
+
+    def test_what_fails_is_told_by_the_next_write_or_at_the_end(self) -> None:
+        trainer = Trainer(tiny(), CONFIG, seed=SEED, device=CPU)
+        trainer.run(stream(CONFIG), steps(CONFIG), nothing)
+
+        def fail(_: Snapshot) -> None:
+            raise StoreTroubleError("the store is away")
+
+        def keep(_: Snapshot) -> None:
+            kept.append("kept")
+
+        kept: list[str] = []
+
+        def write(then: Callable[[CheckpointWriter], None]) -> None:
+            with CheckpointWriter() as writer:
+                writer.write("fcn8", trainer.state(), fail)
+                then(writer)
+
+        def more(writer: CheckpointWriter) -> None:
+            writer.write("fcn8", trainer.state(), keep)
+
+        def die(writer: CheckpointWriter) -> None:
+            raise KilledError
+
+        for then, told in ((lambda _: None, StoreTroubleError), (more, StoreTroubleError), (die, KilledError)):
+            with pytest.raises(told):
+                write(then)
+        assert not kept
 
 
 def test_a_gpu_that_is_too_small_is_told_with_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -738,7 +838,7 @@ def _left_and_resumed(rank: int, world: int, folder: str) -> Any:
     trainer = fresh()
     train_epochs([trainer], stream(config, rank=rank, world=world), steps(config), keep, after(steps(config) + 1))
     if rank == 0:
-        save_state(Path(folder, "left"), trainer.state())
+        save_state(Path(folder, "left"), snapshot(trainer.state()))
     dist.barrier()
     again = fresh()
     again.resume(Path(folder, "left"))

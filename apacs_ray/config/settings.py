@@ -276,6 +276,7 @@ class RunSettings(Section):
 
     seed: Common[int] = Field(0, ge=0, lt=2**31, description="seed of everything random")
     max_failures: int = Field(3, ge=0, description="lost workers a training survives")
+    checkpoint_minutes: float = Field(10.0, gt=0, description="between checkpoints of a training within an epoch")
     replace: bool = Field(False, description="go on in an --output that holds a run of other data, and replace that")
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apacs_ray.distributed.preemption import WorkerPreemption
+from apacs_ray.distributed.interruptions import WorkerInterruptions
 from apacs_ray.distributed.ray_internals import nodes_are_simulated
 from apacs_ray.distributed.training_data import ray_samples
 from apacs_ray.distributed.worker import NetworkTask, TrainingTask, WorkerHooks, train_worker
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from apacs_ray.training.batch import Sample
     from apacs_ray.training.loop import Trainer
     from apacs_ray.training.sampler import SampleRef
+    from apacs_ray.training.state import Snapshot
 
 PROGRESS = "progress.json"  # what rank 0 says after an epoch
 ERROR = "error.txt"  # why training cannot go on
@@ -48,6 +49,7 @@ def train_loop(config: dict[str, Any]) -> bool | None:
 
     from apacs_ray.training.device import describe_device
     from apacs_ray.training.ranks import Ranks
+    from apacs_ray.training.writer import CheckpointWriter
 
     task: TrainingTask = config["task"]
     context = ray.train.get_context()
@@ -63,29 +65,39 @@ def train_loop(config: dict[str, Any]) -> bool | None:
             return ray_samples(task.dataset, task.indices, refs, task.plan, task.source)
         return one_by_one(task.dataset, task.indices, refs)
 
-    def keep(trainer: Trainer, network: NetworkTask) -> None:
+    def write(trainer: Trainer, network: NetworkTask, then: Callable[[], None] = lambda: None) -> None:
+        def keep(state: Snapshot) -> None:
+            _keep(task, network, state)
+            then()
+
         if ranks.rank == 0:
-            _keep(task, trainer, network)
+            writer.write(network.name, trainer.state(), keep)
 
     def on_epoch(trainer: Trainer, network: NetworkTask) -> None:
-        metrics = progress_metrics(trainer.history)
-        if ranks.rank == 0:
-            _keep(task, trainer, network)
+        history = trainer.history
+        metrics = progress_metrics(history)
+
+        def tell() -> None:
             progress = {**metrics, "epochs": network.settings.epochs, "device": describe_device(device)}
             task.store.write(f"{network.state}/{PROGRESS}", json.dumps(progress).encode())
-            write_curves(task.store, network.curves, trainer.history, network.setting)
+            write_curves(task.store, network.curves, history, network.setting)
+
+        write(trainer, network, tell)
+        interruptions.kept()
         ray.train.report({"network": network.name, **metrics})
 
+    interruptions = WorkerInterruptions(ranks, device, task.checkpoint_every)
     hooks = WorkerHooks(
         wrap=wrap,
         resume=lambda trainer, network: _resume(trainer, task.store, network.state),
         samples=samples,
         on_epoch=on_epoch,
-        on_leave=keep,
-        preempted=WorkerPreemption(ranks, device),
+        on_part=write,
+        interruption=interruptions,
     )
     try:
-        return train_worker(task, hooks, device=device, ranks=ranks)
+        with CheckpointWriter() as writer:
+            return train_worker(task, hooks, device=device, ranks=ranks)
     except StoreTroubleError:
         raise
     except (ApacsError, torch.OutOfMemoryError) as error:
@@ -117,11 +129,11 @@ def _device(gpus: float) -> torch.device:
     return ray.train.torch.get_device()
 
 
-def _keep(task: TrainingTask, trainer: Trainer, network: NetworkTask) -> None:
+def _keep(task: TrainingTask, network: NetworkTask, state: Snapshot) -> None:
     from apacs_ray.training.state import save_state
 
     with tempfile.TemporaryDirectory() as folder:
-        save_state(Path(folder), trainer.state())
+        save_state(Path(folder), state)
         keep_checkpoint(task.store, network.state, task.attempt, Path(folder))
 
 

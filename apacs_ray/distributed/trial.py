@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from apacs_ray.config.settings import FusionSettings
 from apacs_ray.data.shards import TileIndex
-from apacs_ray.distributed.preemption import NodePreemption
+from apacs_ray.distributed.interruptions import NodeInterruptions
 from apacs_ray.distributed.resource_plan import NetworkPlan
 from apacs_ray.distributed.train import fit
 from apacs_ray.distributed.worker import NetworkTask, TrainingTask, WorkerHooks, train_worker
@@ -54,6 +54,7 @@ class TrialTask:
     source: str
     state: str
     max_failures: int
+    checkpoint_every: float  # s
     plan: NetworkPlan | None = None
 
     def settings(self, config: dict[str, Any]) -> FusionSettings:
@@ -76,7 +77,16 @@ class TrialTask:
         augmentation = Augmentation(settings.crop, settings.flips, settings.turns)
         dataset = TileDataset(self.store, Heatmaps(settings.members, self.heatmaps), augmentation)
         plan = self.plan or NetworkPlan("fusion", 1, self.threads, 0.0, self.threads, 0)
-        return TrainingTask((network,), dataset, self.indices, plan, self.seed, self.max_failures, self.source)
+        return TrainingTask(
+            (network,),
+            dataset,
+            self.indices,
+            plan,
+            self.seed,
+            self.max_failures,
+            self.source,
+            self.checkpoint_every,
+        )
 
 
 def plain_setting(config: dict[str, Any]) -> dict[str, Any]:
@@ -124,19 +134,20 @@ def _in_this_process(task: TrainingTask) -> None:
     def on_epoch(trainer: Trainer, network: NetworkTask) -> None:
         write_curves(task.store, network.curves, trainer.history, network.setting)
         _report(trainer, network)
+        interruptions.kept()
 
-    preemption = NodePreemption()
+    interruptions = NodeInterruptions(task.checkpoint_every)
     hooks = WorkerHooks(
         wrap=lambda network: network,
         resume=_resume,
         samples=samples,
         on_epoch=on_epoch,
-        on_leave=_report,  # returns when Ray Tune knows of the checkpoint
-        preempted=preemption,
+        on_part=_report,  # returns when Ray Tune knows of the checkpoint
+        interruption=interruptions,
     )
     try:
         if not train_worker(task, hooks, device=default_device(), ranks=Ranks()):
-            preemption.await_end()
+            interruptions.await_end()
     except torch.OutOfMemoryError as error:
         raise ApacsError(
             f"{gpu_too_small(error, 'fusion')}; or let fewer trials share a GPU (resources.gpu)"
@@ -156,8 +167,8 @@ def _report(trainer: Trainer, network: NetworkTask) -> None:
     """Give Ray Tune the metrics and a checkpoint."""
     from ray import tune
 
-    from apacs_ray.training.state import save_state
+    from apacs_ray.training.state import save_state, snapshot
 
     with tempfile.TemporaryDirectory() as folder:
-        save_state(Path(folder), trainer.state())
+        save_state(Path(folder), snapshot(trainer.state()))
         tune.report(progress_metrics(trainer.history), checkpoint=tune.Checkpoint.from_directory(folder))

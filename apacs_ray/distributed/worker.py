@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from apacs_ray.training.batch import Sample
+    from apacs_ray.training.interruption import Interruption
     from apacs_ray.training.loop import Trainer
     from apacs_ray.training.ranks import Ranks
     from apacs_ray.training.sampler import SampleRef
@@ -58,6 +59,7 @@ class TrainingTask:
     seed: int
     max_failures: int
     source: str
+    checkpoint_every: float  # s
     attempt: int = 0
 
     @property
@@ -84,8 +86,8 @@ class WorkerHooks:
     resume: Callable[[Trainer, NetworkTask], None]  # from the newest checkpoint, where there is one
     samples: Callable[[Iterator[SampleRef]], Iterator[Sample]]
     on_epoch: Callable[[Trainer, NetworkTask], None]  # checkpoint, curves and metrics of an epoch that has ended
-    on_leave: Callable[[Trainer, NetworkTask], None]  # a checkpoint in the middle of an epoch
-    preempted: Callable[[], bool]  # asked after every step
+    on_part: Callable[[Trainer, NetworkTask], None]  # a checkpoint in the middle of an epoch
+    interruption: Callable[[], Interruption | None]  # asked after every step
 
 
 def train_worker(task: TrainingTask, hooks: WorkerHooks, *, device: torch.device, ranks: Ranks) -> bool:
@@ -98,7 +100,7 @@ def train_worker(task: TrainingTask, hooks: WorkerHooks, *, device: torch.device
         ranks: This worker among all.
 
     Returns:
-        Whether training came to its end; if not, a node is to be taken away, and `hooks.on_leave` has kept checkpoints.
+        Whether training came to its end; if not, a node is to be taken away.
 
     Raises:
         ApacsError: As `training.loop.train_epochs`, or for weights that do not fit.
@@ -128,17 +130,15 @@ def train_worker(task: TrainingTask, hooks: WorkerHooks, *, device: torch.device
         world=ranks.world,
         seed=task.seed,
     )
-    left = train_epochs(
+    return train_epochs(
         trainers,
         hooks.samples(refs),
         -(-len(train) // settings.batch_size),
         lambda trainer, _: hooks.on_epoch(trainer, tasks[trainer]),
-        hooks.preempted,
+        hooks.interruption,
+        lambda trainer: hooks.on_part(trainer, tasks[trainer]),
         (len(train), len(val)),
     )
-    for trainer in left:
-        hooks.on_leave(trainer, tasks[trainer])
-    return not left
 
 
 def initial_network(task: TrainingTask, network: NetworkTask) -> nn.Module:

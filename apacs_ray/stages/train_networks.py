@@ -175,6 +175,7 @@ def _task(
         run.seed,
         run.max_failures,
         source_hash(),
+        60 * run.checkpoint_minutes,
     )
 
 

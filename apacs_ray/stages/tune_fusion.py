@@ -80,6 +80,7 @@ class TuneFusion(Stage[SweepResult]):
             source_hash(),
             f"tune/.state-{fingerprint[:8]}",
             settings.run.max_failures,
+            60 * settings.run.checkpoint_minutes,
         )
         with job.progress() as progress:
             trials = sweep(

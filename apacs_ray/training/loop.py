@@ -14,6 +14,7 @@ from apacs_ray.config.settings import TrainingSettings
 from apacs_ray.errors import ApacsError, TrainingError
 from apacs_ray.training.batch import Batch, Sample, batches, micro_batch_size
 from apacs_ray.training.history import EpochPart, EpochRecord, epochs_since_best
+from apacs_ray.training.interruption import Interruption
 from apacs_ray.training.optim import learning_rate, make_optimizer
 from apacs_ray.training.ranks import Ranks
 from apacs_ray.training.state import TrainState, bare_model, load_state
@@ -26,9 +27,10 @@ def train_epochs(
     samples: Iterator[Sample],
     steps: int,
     on_epoch: Callable[[Trainer, EpochRecord], None],
-    preempted: Callable[[], bool] = lambda: False,
+    interruption: Callable[[], Interruption | None] = lambda: None,
+    on_part: Callable[[Trainer], None] = lambda _: None,
     tiles: tuple[int, int] | None = None,
-) -> Sequence[Trainer]:
+) -> bool:
     """Train networks on one stream of samples, each batch made once and given to all, until all are finished.
 
     A network that is ahead (training was killed between two checkpoints) waits for the others. All must have the same
@@ -39,11 +41,13 @@ def train_epochs(
         samples: The stream; it begins at the `earliest_place`.
         steps: How many an epoch has.
         on_epoch: Called after each epoch of each network; it does not see an epoch that raised an error.
-        preempted: Asked after every step; when it says so, training ends there.
+        interruption: Asked after every step; all ranks must hear the same.
+        on_part: Called with each network that is in the middle of an epoch, which its `state` then holds, at an
+            interruption.
         tiles: How many training and validation tiles must come in an epoch, each once, to the ranks together.
 
     Returns:
-        Networks that were left in the middle of an epoch, which their `state` holds; none when all are finished.
+        Whether all are finished; if not, an interruption said to leave.
 
     Raises:
         ApacsError: A loss is not finite (it names the tiles), the stream lacks steps, or other tiles came than `tiles`.
@@ -62,16 +66,18 @@ def train_epochs(
                 trainer.take(batch, steps)
             stepped = batch.phase == "train" and batch.ends_step
             done += stepped and batch.step >= first
-            if stepped and preempted():
+            if stepped and (now := interruption()) is not None:
                 for trainer in learning:
-                    trainer.leave_epoch()
-                return learning
+                    trainer.note_part()
+                    on_part(trainer)
+                if now is Interruption.LEAVE:
+                    return False
             batch = next(stream, None)
         if done != steps:
             raise ApacsError(f"epoch {epoch}: {done} of {steps} steps arrived: training data was lost on its way")
         for trainer in learning:
             on_epoch(trainer, trainer.end_epoch(tiles))
-    return []
+    return True
 
 
 def earliest_place(trainers: Sequence[Trainer]) -> tuple[int, int]:
@@ -104,7 +110,7 @@ class Trainer:
         self.ranks = ranks
         self.optimizer = make_optimizer(self.model, settings)
         self.history: tuple[EpochRecord, ...] = ()
-        self._part: EpochPart | None = None  # of the epoch in progress, from a checkpoint or for one
+        self._part: EpochPart | None = None  # of the epoch in progress, from a checkpoint or for the next one
 
     def resume(self, folder: Path) -> None:
         """Go on from the checkpoint in `folder`, with the present settings. Raises ApacsError when it is damaged."""
@@ -165,8 +171,8 @@ class Trainer:
             self._learn(batch, steps)
             self._steps += batch.ends_step
 
-    def leave_epoch(self) -> None:
-        """Leave the epoch between two steps; `state` then holds it. Raises ApacsError as `end_epoch` does."""
+    def note_part(self) -> None:
+        """Let `state` hold the epoch in progress, up to this step. Raises ApacsError as `end_epoch` does."""
         self._require_finite("train", self._train)
         seconds = round(time.monotonic() - self._started, 3)
         self._part = EpochPart(self.next_epoch, self._steps, self._train.sums(self.ranks), seconds)
@@ -192,6 +198,7 @@ class Trainer:
             )
         rate = float(self.optimizer.param_groups[0]["lr"])
         seconds = round(time.monotonic() - self._started, 3)
+        self._part = None
         record = EpochRecord(epoch, train_loss, train_dice, val_loss, val_dice, rate, seconds)
         self.history = (*self.history, record)
         return record

@@ -33,22 +33,40 @@ class TrainState:
     part: EpochPart | None = None
 
 
-def save_state(folder: Path, state: TrainState) -> None:
+@dataclass(frozen=True)
+class Snapshot:
+    """The content of a checkpoint, copied to the host: training may go on while it is written.
+
+    `weights` are as in `plain_state`, `moments` the tensors of the optimizer by `<parameter>.<name>`, and `tree` is
+    `state.json` but for the facts about files.
+    """
+
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    tree: dict[str, Any]
+
+
+def snapshot(state: TrainState) -> Snapshot:
+    """Copy a training's state to the host."""
+    moments, rest = _flatten(state.optimizer.state_dict())
+    history = [asdict(record) for record in state.history]
+    epoch = state.part.epoch if state.part else history[-1]["epoch"]
+    part = asdict(state.part) if state.part else None
+    tree = {"epoch": epoch, "part": part, "history": history, "optimizer": rest}
+    return Snapshot(plain_state(state.model), moments, tree)
+
+
+def save_state(folder: Path, state: Snapshot) -> None:
     """Write a checkpoint to a local folder; `state.json`, with size and hash of the others, comes last.
 
     Raises:
         ApacsError: It cannot be written.
     """
-    tensors, rest = _flatten(state.optimizer.state_dict())
-    history = [asdict(record) for record in state.history]
-    epoch = state.part.epoch if state.part else history[-1]["epoch"]
-    part = asdict(state.part) if state.part else None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(plain_state(state.model), folder / MODEL)
-        save_file(tensors, folder / OPTIMIZER)
-        files = {name: _facts(folder / name) for name in (MODEL, OPTIMIZER)}
-        tree = {"epoch": epoch, "part": part, "history": history, "optimizer": rest, "files": files}
+        save_file(state.weights, folder / MODEL)
+        save_file(state.moments, folder / OPTIMIZER)
+        tree = {**state.tree, "files": {name: _facts(folder / name) for name in (MODEL, OPTIMIZER)}}
         (folder / STATE).write_text(json.dumps(tree, indent=1))
     except (OSError, SafetensorError) as error:
         raise ApacsError(
@@ -88,8 +106,8 @@ def bare_model(model: nn.Module) -> nn.Module:
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict on the CPU, contiguous, without a DDP wrapper's prefix."""
-    return {name: value.detach().cpu().contiguous() for name, value in bare_model(model).state_dict().items()}
+    """Return a copy of the state dict on the CPU, contiguous, without a DDP wrapper's prefix."""
+    return {name: _copied(value) for name, value in bare_model(model).state_dict().items()}
 
 
 def _restore_layout(optimizer: torch.optim.Optimizer) -> None:
@@ -116,12 +134,16 @@ def _facts(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": digest}
 
 
+def _copied(value: Tensor) -> Tensor:
+    return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
 def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, scalars = {}, {}
     for index, values in state["state"].items():
         for name, value in values.items():
             if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
+                tensors[f"{index}.{name}"] = _copied(value)
             else:
                 scalars[f"{index}.{name}"] = value
     return tensors, {"scalars": scalars, "groups": state["param_groups"]}

@@ -48,8 +48,8 @@ class EpochTally:
         return next((seen for seen, part in zip(self._batches, parts, strict=True) if not part.all()), None)
 
     def sums(self, ranks: Ranks) -> tuple[float, ...]:
-        """Return the sums over all ranks; this tally is spent."""
-        return tuple(ranks.all_reduce(self._sums).tolist())
+        """Return the sums over all ranks so far."""
+        return tuple(ranks.all_reduce(self._sums.clone()).tolist())
 
     def add_sums(self, sums: tuple[float, ...]) -> None:
         """Add what an earlier part of the epoch gathered."""
