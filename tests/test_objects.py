@@ -27,11 +27,11 @@ def drawn(height: int, width: int, seed: int, share: float) -> np.ndarray:
 
 def objects_of(mask: np.ndarray, side: int, skip_empty: bool = False) -> list[SlideObject]:
     height, width = mask.shape
-    probability = np.linspace(0, 1, mask.size, dtype=np.float32).reshape(mask.shape)
+    probability = np.linspace(0, 65535, mask.size).astype(np.uint16).reshape(mask.shape)
     cores = []
     for box in grid(width, height, side, side, "keep"):
         part = slice(box.y, box.y + box.height), slice(box.x, box.x + box.width)
-        cores.append(core_objects(mask[part], probability[part], probability[part] / 2, box))
+        cores.append(core_objects(mask[part], probability[part], probability[part] // 2, box))
     return list(join([core for core in cores if core.pieces or not skip_empty], width))
 
 
@@ -80,12 +80,14 @@ def test_those_that_end_are_not_held() -> None:
         for box in grid(64, 4096, 32, 32, "keep"):
             part = mask[box.y : box.y + 32, box.x : box.x + 32]
             seen.append(box.y)
-            yield core_objects(part, part.astype(np.float32), part.astype(np.float32), box)
+            yield core_objects(part, part.astype(np.uint16), part.astype(np.uint16), box)
 
-    for number, one in enumerate(join(cores(), 64)):
+    one = None
+    for number, one in enumerate(join(cores(), 64)):  # noqa: B007
         if number == 8 * 20:
             assert seen[-1] == 32 * 21  # the row after
     assert number == 1024
+    assert one is not None
     assert one.pixels == 4096
 
 
@@ -97,5 +99,5 @@ def test_eccentricity_is_that_of_an_ellipse(across: int, down: int) -> None:
     expected = np.sqrt(1 - (min(across, down) / max(across, down)) ** 2)
     assert eccentricity(polygon) == pytest.approx(expected, abs=0.02)
     box = Box(0, 0, mask.shape[1], mask.shape[0])
-    (piece,) = core_objects(mask, mask.astype(np.float32), mask * np.float32(0.5), box).pieces
+    (piece,) = core_objects(mask, mask * np.uint16(65535), mask.astype(np.uint16), box).pieces
     assert piece.probability == piece.pixels * 65535

@@ -1,4 +1,4 @@
-"""Exact tiling: the cores of a slide, the windows that networks see of them, and the lattice on which glass is left out.
+"""Exact tiling: the cores of a slide, the windows that networks see of them, and the lattice on which glass is cut out.
 
 Networks that are local, and shift-invariant by 32 px, give each pixel of a core the logit that the whole slide would
 give it, if the window around the core holds all that the pixel depends on (the halo) and begins at a multiple of 32 px.
@@ -44,22 +44,28 @@ def cores_of(width: int, height: int, side: int, halo: int, wanted: Lattice) -> 
         side: Of a core, a multiple of `ALIGN`; cores at the right and lower edge may be smaller.
         halo: px around what is kept, a multiple of `ALIGN`.
         wanted: (ceil(height / 32), ceil(width / 32)) bool, the cells that are segmented.
+
+    Yields:
+        A core, the last ones smaller.
     """
     for number, box in enumerate(grid(width, height, side, side, "keep")):
         yield Core(number, box, _window(box, halo, wanted, width, height))
 
 
 def cells_of(box: Box) -> tuple[slice, slice]:
-    """Return the rows and columns of the lattice below a box that begins at a cell's corner."""
+    """Return the rows and columns of the lattice that a box meets."""
     return (
         slice(box.y // ALIGN, -(-(box.y + box.height) // ALIGN)),
         slice(box.x // ALIGN, -(-(box.x + box.width) // ALIGN)),
     )
 
 
-def spread(cells: Lattice, width: int, height: int) -> npt.NDArray[np.bool_]:
-    """Return cells of the lattice as (height, width) px."""
-    return cells.repeat(ALIGN, axis=0)[:height].repeat(ALIGN, axis=1)[:, :width]
+def spread(cells: Lattice, box: Box) -> npt.NDArray[np.bool_]:
+    """Return the cells of the lattice below a box, as (height, width) px of it."""
+    rows, columns = cells_of(box)
+    px = cells[rows, columns].repeat(ALIGN, axis=0).repeat(ALIGN, axis=1)
+    top, left = box.y % ALIGN, box.x % ALIGN
+    return px[top : top + box.height, left : left + box.width]
 
 
 def _window(box: Box, halo: int, wanted: Lattice, width: int, height: int) -> Box | None:

@@ -19,7 +19,7 @@ from apacs_ray.data.images import Mask
 from apacs_ray.inference.outlines import Labels, joined, label_objects, outlines
 
 STEPS = 65535  # in which probabilities are summed: whole numbers add up the same in any order
-Values = npt.NDArray[np.float32]
+Values = npt.NDArray[np.uint16]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Edges:
 
 @dataclass(frozen=True)
 class CoreObjects:
-    """The pieces in one core, by label from 1 on, and the labels along its sides; no edges where there are no pieces."""
+    """The pieces in one core, by label from 1 on, and the labels along its sides; none where there are no pieces."""
 
     box: Box
     pieces: tuple[Piece, ...]
@@ -78,8 +78,8 @@ def core_objects(mask: Mask, probability: Values, disagreement: Values, box: Box
 
     Args:
         mask: (H, W) bool.
-        probability: (H, W) float32 in 0..1.
-        disagreement: (H, W) float32, the standard deviation of the members' probabilities.
+        probability: (H, W) uint16, in 1 / `STEPS`.
+        disagreement: (H, W) uint16, the standard deviation of the members' probabilities, likewise.
         box: Where the core lies, px of the slide.
 
     Returns:
@@ -93,7 +93,7 @@ def core_objects(mask: Mask, probability: Values, disagreement: Values, box: Box
     numbers = labels.ravel()[inside]
     pixels = np.bincount(numbers)
     sums = [
-        np.bincount(numbers, np.rint(values.ravel()[inside] * STEPS)).astype(np.int64)
+        np.bincount(numbers, values.ravel()[inside]).astype(np.int64)  # exact: doubles hold such sums
         for values in (probability, disagreement)
     ]
     places = np.zeros(len(pixels), np.int64)

@@ -47,7 +47,7 @@ def outlines(labels: Labels, x: int, y: int) -> list[Polygon | MultiPolygon]:
     first = ndimage.find_objects(parts)
     objects: defaultdict[int, list[Polygon]] = defaultdict(list)
     for number, place in enumerate(first, 1):
-        shell, *holes = (np.asarray(ring, np.float64) + (x, y) for ring in rings[number])
+        shell, *holes = (np.add(ring, (x, y)) for ring in rings[number])
         inside = parts[place] == number
         row, column = divmod(int(inside.argmax()), inside.shape[1])
         label = int(labels[place[0].start + row, place[1].start + column])
@@ -64,7 +64,8 @@ def joined(polygons: list[Polygon | MultiPolygon]) -> Polygon | MultiPolygon:
         return polygons[0]
     # a canonical ring begins at a corner, so that removing points on straight lines keeps its beginning
     whole = shapely.normalize(shapely.union_all(polygons, grid_size=1))
-    return shapely.simplify(whole, 0)
+    straight: Polygon | MultiPolygon = shapely.simplify(whole, 0)  # type: ignore[assignment]
+    return straight
 
 
 def _rings(parts: Labels, count: int) -> list[list[list[tuple[int, int]]]]:

@@ -57,7 +57,7 @@ class TrainFusion(Stage[TrainingResult]):
         for key, (how, spec) in fusion_specs(job.settings, fusion).items():
             heatmaps = Heatmaps(how.members, self.heatmaps.fingerprint)
             networks.append(Network(key, spec, FOLDERS[key], how, heatmaps, pretrained=_pretrained(job, spec, how)))
-        trained = train_networks(job, networks, fingerprint, self.ingest.fingerprint)
+        trained = train_networks(job, networks, fingerprint, self.ingest.fingerprint, self.ingest.result.mpp)
         return TrainingResult(Counts(len(trained), len(trained)), trained)
 
     def tidy(self, store: Store, fingerprint: str) -> None:

@@ -1,0 +1,393 @@
+"""Segmentation of whole slides: what is new or changed among them is segmented, and what is done stays as it is.
+
+It is no stage of the pipeline, which ends in numbers: its output is a folder a slide, which counts when its
+`slide.json` is there and names the fingerprint of the slide, the networks and the settings.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from apacs_ray.config.settings import Settings, TilesSettings
+from apacs_ray.console import say
+from apacs_ray.data.rejects import Reject
+from apacs_ray.data.slide_tables import read_mpps, read_table_text
+from apacs_ray.data.units import one_unit
+from apacs_ray.distributed.cluster import joined_machines, refuse_local
+from apacs_ray.distributed.data import REJECT_SCHEMA
+from apacs_ray.distributed.segment import STAGE, PlannedSlide, SegmentTask, in_tasks, segment_shards, start_task
+from apacs_ray.distributed.session import RaySession
+from apacs_ray.distributed.tasks import PoolPlan, plan_pool
+from apacs_ray.errors import ApacsError, BadInput, UsageError
+from apacs_ray.inference.model_files import ModelFiles, find_models
+from apacs_ray.inference.planning import Cutting, Region, make_plan
+from apacs_ray.inference.slide_plan import SlidePlan, read_plan
+from apacs_ray.outputs.slide_files import SLIDE_JSON, write_slide_files
+from apacs_ray.runs.provenance import fingerprint
+from apacs_ray.runs.run import Run
+from apacs_ray.slides.cache import SlideCache, default_cache
+from apacs_ray.slides.companions import read_heads
+from apacs_ray.slides.find import find_slides
+from apacs_ray.slides.manifest import SlideTask
+from apacs_ray.slides.slide_files import SlideFiles
+from apacs_ray.stages.ingest import reject_limit
+from apacs_ray.stages.source import require_clear, say_found
+from apacs_ray.storage import Entry, Store, open_store
+
+GIB = 1 << 30
+VERSION = 1  # of what is written for a slide
+CORES = (4096, 2048, 1024, 512)  # px, the largest first
+BYTES_A_PIXEL = 640  # of a window, at width 1 in float32: what FCN-8's first block holds at a time, and some
+SHARD_BYTES = 96 << 20  # of windows that are one block on their way
+ROI = ".roi.geojson"
+
+
+@dataclass
+class Outcome:
+    """What became of the slides."""
+
+    slides: int = 0
+    unchanged: int = 0
+    done: list[dict[str, Any]] = field(default_factory=list)
+    rejects: list[Reject] = field(default_factory=list)
+    rejected_slides: int = 0
+
+
+@dataclass(frozen=True)
+class ListedSlide:
+    """A slide that is to be segmented: its files, how it is read, what restricts it, its fingerprint."""
+
+    files: SlideFiles
+    reading: SlideTask
+    region: Region | None
+    fingerprint: str
+
+    @property
+    def folder(self) -> str:
+        """Of its results."""
+        return self.files.slide_id
+
+    @property
+    def parts(self) -> str:
+        """The folder of its parts, until the results are there."""
+        return f"{self.folder}/.parts-{self.fingerprint[:8]}"
+
+
+def segment(run: Run, ray: RaySession, model: str, slides: Sequence[str]) -> Outcome:
+    """Segment slides.
+
+    Args:
+        run: The output.
+        ray: For the work.
+        model: URI of a run or of a folder of models.
+        slides: URIs of folders with slides, or of single slides.
+
+    Returns:
+        What became of them.
+
+    Raises:
+        ApacsError: More slides are rejected than `data.max_rejects` allows; their reasons are written.
+    """
+    settings = run.settings
+    store = open_store(model)
+    models = find_models(store, settings.segment)
+    outcome = Outcome()
+    listed = _list_slides(run, models, slides, outcome)
+    waiting = [one for one in listed if not _is_done(run.store, one)]
+    outcome.unchanged = len(listed) - len(waiting)
+    say(f"{STAGE}: {len(waiting)} slides to segment, {outcome.unchanged} unchanged")
+    if waiting:
+        run.record_start(STAGE, ())
+        ray.start()
+        for uri in (model, *slides):
+            refuse_local(joined_machines(), uri, "--slides or --model")
+        pool = plan_pool(ray.cluster(), len(waiting) * 1000)
+        cutting = _cutting(settings, models, pool)
+        say(f"{STAGE}: {_described(settings, models, cutting, pool)}")
+        planned = _plan(run, ray, waiting, cutting, outcome)
+        task = SegmentTask(store, dict(models.folders), run.store, settings.segment)
+        _work(run, ray, task, planned, pool, models, outcome)
+    return _closed(run, outcome)
+
+
+def _list_slides(run: Run, models: ModelFiles, uris: Sequence[str], outcome: Outcome) -> list[ListedSlide]:
+    """Find the slides, and give each its fingerprint."""
+    settings = run.settings
+    mpps = read_mpps(read_table_text(settings.data.mpps))
+    cache = SlideCache(Path(settings.data.cache or default_cache()), round(settings.data.cache_gb * GIB))
+    roi = None
+    if settings.segment.roi is not None:
+        folder, _, name = settings.segment.roi.rpartition("/")
+        roi = Region(open_store(folder or "."), name)
+    listed: list[ListedSlide] = []
+    for uri in uris:
+        store, entries = _entries(uri)
+        data = find_slides(
+            entries,
+            slide_regex=settings.data.slide_regex,
+            root=store.uri,
+            heads=read_heads(store, entries),
+            split_given=True,
+        )
+        say_found(data)
+        outcome.rejects += [replace(reject, stage=STAGE) for reject in data.slide_rejects]
+        outcome.rejected_slides += len(data.slide_rejects)
+        require_clear(data.slides, mpps, "data.mpps")
+        by_path = {entry.path: entry for entry in entries}
+        tiles = TilesSettings()
+        for slide in data.slides:
+            beside = by_path.get(f"{slide.path.rpartition('.')[0]}{ROI}")
+            region = roi or (Region(store, beside.path) if beside else None)
+            version = None if region is None else region.store.version(region.path)
+            files = replace(slide, kind=None, annotation=())
+            mark = fingerprint(
+                stage=STAGE,
+                version=VERSION,
+                slide=[(entry.path, entry.size, entry.version) for entry in files.files],
+                region=version,
+                models=dict(models.sha256),
+                mpp=settings.segment.mpp or models.mpp,
+                own_mpp=mpps.get(slide.slide_id) or settings.data.mpp,
+                engine=settings.data.engine,
+                plane=settings.data.plane,
+                settings=settings.segment.fingerprint_inputs(),
+            )
+            reading = SlideTask(store, None, run.store, tiles, settings.data, cache, mark, mpps)
+            listed.append(ListedSlide(files, reading, region, mark))
+    outcome.slides = len(listed) + outcome.rejected_slides
+    if not outcome.slides:
+        raise UsageError(f"{', '.join(uris)}: no slides there")
+    for name, count in Counter(one.files.slide_id for one in listed).items():
+        if count > 1:
+            raise UsageError(f"{count} slides are called {name!r}; segment them to an --output each")
+    return listed
+
+
+def _entries(uri: str) -> tuple[Store, list[Entry]]:
+    """The store of a folder of slides with all that is in it; or of one slide, with what is named after it."""
+    store = open_store(uri)
+    entries = list(store.list())
+    if entries:
+        return store, entries
+    folder, _, name = uri.rstrip("/").rpartition("/")
+    store, stem = open_store(folder or "."), name.rpartition(".")[0]
+    named = (f"{stem or name}/", f"{stem or name}.")
+    entries = [entry for entry in store.list() if entry.path == name or entry.path.startswith(named)]
+    if all(entry.path != name for entry in entries):
+        raise UsageError(f"--slides {uri}: nothing there")
+    return store, entries
+
+
+def _is_done(output: Store, slide: ListedSlide) -> bool:
+    try:
+        record = json.loads(output.read(f"{slide.folder}/{SLIDE_JSON}"))
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        return False  # damaged: it is written anew
+    return isinstance(record, dict) and record.get("fingerprint") == slide.fingerprint
+
+
+def _cutting(settings: Settings, models: ModelFiles, pool: PoolPlan) -> Cutting:
+    """Choose sizes: the core once, from the memory of a worker; a slide that was begun keeps what its plan says."""
+    how = settings.segment
+    halo = models.halo if how.halo is None else how.halo
+    core = how.core or _largest_core(models, halo, pool, how.precision)
+    window = 3 * (core + 2 * halo) ** 2
+    return Cutting(how.mpp or models.mpp, core, halo, max(1, SHARD_BYTES // window), how.tissue)
+
+
+def _largest_core(models: ModelFiles, halo: int, pool: PoolPlan, precision: str) -> int:
+    import psutil
+
+    width = max(spec.width for spec in models.specs.values())
+    room = psutil.virtual_memory().total / 2 / pool.actors
+    if pool.gpus:
+        import torch
+
+        room = torch.cuda.get_device_properties(0).total_memory / 2 if torch.cuda.is_available() else 8 * GIB
+    each = BYTES_A_PIXEL * max(width, 0.125) * (0.5 if precision == "bfloat16" else 1)
+    largest = 1024 if not pool.gpus else CORES[0]
+    fitting = [side for side in CORES if side <= largest and (side + 2 * halo) ** 2 * each <= room]
+    return fitting[0] if fitting else CORES[-1]
+
+
+def _plan(
+    run: Run, ray: RaySession, slides: Sequence[ListedSlide], cutting: Cutting, outcome: Outcome
+) -> list[PlannedSlide]:
+    """Open every slide; one that does not open is a reject."""
+    output = run.store
+
+    def work(number: int) -> str:
+        one = slides[number]
+        try:
+            with one_unit(one.files.path):
+                plan = read_plan(output, one.parts) or make_plan(one.reading, one.files, one.region, cutting, one.parts)
+        except BadInput as defect:
+            uri = one.reading.data.uri_of(one.files.path)
+            return json.dumps({"reject": asdict(Reject.of(defect, uri, one.files.slide_id, stage=STAGE))})
+        return plan.to_json()
+
+    planned: list[PlannedSlide] = []
+    with _progress(ray) as progress:
+        for number, text in enumerate(in_tasks(work, len(slides))):
+            progress.show("slides planned", number + 1, len(slides))
+            one, tree = slides[number], json.loads(text)
+            if "reject" in tree:
+                outcome.rejects.append(Reject(**tree["reject"]))
+                outcome.rejected_slides += 1
+                continue
+            plan = SlidePlan.from_json(text)
+            for note in plan.notes:
+                say(f"{STAGE}: {plan.slide_id}: {note}")
+            names = {entry.path for entry in output.list(one.parts)}
+            done = frozenset(n for n in range(plan.shards) if f"{one.parts}/cores-{n:06d}.parquet" in names)
+            planned.append(PlannedSlide(one.files, one.reading, plan, one.parts, done))
+    return planned
+
+
+def _work(
+    run: Run,
+    ray: RaySession,
+    task: SegmentTask,
+    slides: Sequence[PlannedSlide],
+    pool: PoolPlan,
+    models: ModelFiles,
+    outcome: Outcome,
+) -> None:
+    """Make all shards, and the files of each slide as soon as its shards are there."""
+    import ray as ray_library
+
+    left = [len(slide.missing) for slide in slides]
+    seconds: list[Counter[str]] = [Counter() for _ in slides]
+    total = sum(slide.plan.cores for slide in slides)
+    done = total - sum(
+        min(slide.plan.shard, slide.plan.cores - shard * slide.plan.shard)
+        for slide in slides
+        for shard in slide.missing
+    )
+    ending: list[tuple[int, Any]] = []
+    began = time.time()
+    most = max(1, pool.actors)  # slides whose files are made at a time
+
+    def end(number: int) -> None:
+        while len(ending) >= most:
+            collect()
+        slide = slides[number]
+        facts = _slide_facts(slide, task, models)
+        ending.append((number, start_task(lambda: _files_of(task, slide, facts))))
+
+    def collect() -> None:
+        number, reference = ending.pop(0)
+        record = json.loads(ray_library.get(reference))
+        slide = slides[number]
+        outcome.rejects += [Reject(**reject) for reject in record.pop("rejects")]
+        outcome.done.append({"slide": slide.plan.slide_id, **record})
+        timings = {**{step: round(value, 3) for step, value in seconds[number].items()}, "files": record["seconds"]}
+        folder = slide.plan.slide_id
+        run.store.write(f"{folder}/timings.json", json.dumps(timings, indent=1, sort_keys=True).encode())
+        run.store.delete_folder(slide.parts)
+
+    with _progress(ray) as progress:
+        for number, slide in enumerate(slides):
+            if not slide.missing:
+                end(number)
+        for receipt in segment_shards(task, slides, pool, 2 * pool.actors):
+            done += receipt.cores
+            progress.show("cores", done, total)
+            seconds[receipt.slide].update(receipt.seconds)
+            left[receipt.slide] -= 1
+            if not left[receipt.slide]:
+                end(receipt.slide)
+        while ending:
+            collect()
+    say(f"{STAGE}: {len(slides)} slides in {time.time() - began:.0f} s")
+
+
+def _files_of(task: SegmentTask, slide: PlannedSlide, facts: dict[str, Any]) -> str:
+    """In a task: write the files of a slide."""
+    from apacs_ray.data.shards import read_receipt
+    from apacs_ray.inference.parts import part_path
+
+    began = time.perf_counter()
+    rejects: list[dict[str, Any]] = []
+    for shard in range(slide.plan.shards):
+        receipt = read_receipt(task.output, part_path(slide.parts, shard))
+        if receipt is None:
+            raise ApacsError(f"{task.output.uri_of(part_path(slide.parts, shard))}: gone since it was written")
+        rejects += receipt.rejects
+    how = task.settings
+    found = write_slide_files(
+        task.output,
+        slide.parts,
+        slide.plan.slide_id,
+        slide.plan,
+        origin=how.origin,
+        simplify=how.simplify,
+        facts=facts,
+    )
+    seconds = round(time.perf_counter() - began, 3)
+    return json.dumps({**asdict(found), "seconds": seconds, "rejects": rejects})
+
+
+def _slide_facts(slide: PlannedSlide, task: SegmentTask, models: ModelFiles) -> dict[str, Any]:
+    return {
+        "fingerprint": slide.reading.fingerprint,
+        "source": slide.reading.data.uri_of(slide.files.path),
+        "models": dict(models.sha256),
+        "model_mpp": models.mpp,
+        "settings": task.settings.model_dump(mode="json"),
+    }
+
+
+def _closed(run: Run, outcome: Outcome) -> Outcome:
+    """Write the rejects, and judge them."""
+    table = pa.Table.from_pylist([asdict(reject) for reject in outcome.rejects], REJECT_SCHEMA)
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    run.store.write(f"rejects/{STAGE}.parquet", sink.getvalue())
+    counts = {
+        "rows_in": outcome.slides,
+        "rows_out": len(outcome.done),
+        "skipped": {"unchanged": outcome.unchanged},
+        "rejected": outcome.rejected_slides,
+    }
+    text, place = run.settings.data.max_rejects, run.store.uri_of("rejects")
+    limit = reject_limit(text, outcome.slides)
+    failed = outcome.rejected_slides > limit or outcome.rejected_slides == outcome.slides
+    run.record(STAGE, state="failed" if failed else "done", **counts)
+    if failed:
+        raise ApacsError(
+            f"{STAGE}: {outcome.rejected_slides} of {outcome.slides} slides rejected, data.max_rejects ({text}) allows "
+            f"{limit}; the others are done, the reasons are in {place}"
+        )
+    if outcome.rejects:
+        say(f"{STAGE}: {outcome.rejected_slides} of {outcome.slides} slides rejected; the reasons are in {place}")
+    return outcome
+
+
+def _described(settings: Settings, models: ModelFiles, cutting: Cutting, pool: PoolPlan) -> str:
+    mpp = f"{cutting.mpp:g} um per px" if cutting.mpp else "the slides' own resolution (model.json names none)"
+    device = "a GPU" if pool.gpus else f"{pool.cpus:g} CPU"
+    return (
+        f"{settings.segment.use} of {', '.join(models.folders)} at {mpp}, cores of {cutting.core} px with a halo of "
+        f"{cutting.halo}, {pool.actors} workers of {device}"
+    )
+
+
+def _progress(ray: RaySession) -> Any:
+    from functools import partial
+
+    from apacs_ray.console import bars
+
+    return bars(STAGE, partial(ray.metrics.rows, STAGE))
