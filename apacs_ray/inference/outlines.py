@@ -61,7 +61,7 @@ def outlines(labels: Labels, x: int, y: int) -> list[Polygon | MultiPolygon]:
 def joined(polygons: list[Polygon | MultiPolygon]) -> Polygon | MultiPolygon:
     """Return pieces of one object, as cores cut it, as the polygon that an uncut object has."""
     if len(polygons) == 1:
-        return polygons[0]
+        return shapely.normalize(polygons[0])
     # a canonical ring begins at a corner, so that removing points on straight lines keeps its beginning
     whole = shapely.normalize(shapely.union_all(polygons, grid_size=1))
     straight: Polygon | MultiPolygon = shapely.simplify(whole, 0)  # type: ignore[assignment]
