@@ -35,6 +35,7 @@ from apacs_ray.storage import Store
 
 LARGEST_BLOCK = 1 << 30  # bytes; a shard of windows stays in one block
 STAGE = "segment"
+TASK_CPUS = 0.25  # what a task asks for, so that some always run beside the networks
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def segment_shards(
                 read,
                 batch_size=None,
                 batch_format="pyarrow",
-                num_cpus=0.5,
+                num_cpus=TASK_CPUS,
                 compute=ray.data.TaskPoolStrategy(size=max(1, min(tasks_at_once, len(blocks)))),
             )
             .map_batches(
@@ -178,7 +179,7 @@ def segment_shards(
                 finish,
                 batch_size=None,
                 batch_format="pyarrow",
-                num_cpus=0.5,
+                num_cpus=TASK_CPUS,
                 compute=ray.data.TaskPoolStrategy(size=max(1, min(tasks_at_once, len(blocks)))),
             )
         )
@@ -200,7 +201,7 @@ def in_tasks(work: Callable[[int], str], count: int) -> Iterator[str]:
 
 
 def start_task(work: Callable[[], str]) -> Any:
-    """Start `work` in a task of one CPU; returns Ray's reference to what it will return."""
+    """Start `work` in a task; returns Ray's reference to what it will return."""
     import ray
 
     expected = source_hash()
@@ -209,7 +210,7 @@ def start_task(work: Callable[[], str]) -> Any:
         require_source(expected)
         return work()
 
-    return ray.remote(num_cpus=1)(task).remote()
+    return ray.remote(num_cpus=TASK_CPUS)(task).remote()
 
 
 def _windows(task: SegmentTask, slide: PlannedSlide, number: int, shard: int) -> pa.Table:

@@ -111,13 +111,18 @@ def segment(run: Run, ray: RaySession, model: str, slides: Sequence[str]) -> Out
         ray.start()
         for uri in (model, *slides):
             refuse_local(joined_machines(), uri, "--slides or --model")
-        pool = plan_pool(ray.cluster(), len(waiting) * 1000)
+        pool = _beside_tasks(plan_pool(ray.cluster(), len(waiting) * 1000))
         cutting = _cutting(settings, models, pool)
         say(f"{STAGE}: {_described(settings, models, cutting, pool)}")
         planned = _plan(run, ray, waiting, cutting, outcome)
         task = SegmentTask(store, dict(models.folders), run.store, settings.segment)
         _work(run, ray, task, planned, pool, models, outcome)
     return _closed(run, outcome)
+
+
+def _beside_tasks(pool: PoolPlan) -> PoolPlan:
+    """Leave half of the CPUs to the tasks that feed the networks and those that take their masks, on one CPU too."""
+    return pool if pool.gpus else replace(pool, cpus=pool.cpus / 2)
 
 
 def _list_slides(run: Run, models: ModelFiles, uris: Sequence[str], outcome: Outcome) -> list[ListedSlide]:
