@@ -102,7 +102,9 @@ URIS = [
 
 
 @pytest.mark.parametrize("uri", URIS)
-@pytest.mark.parametrize("option", ["--data", "--output", "--data.masks", "--data.splits", "--members.checkpoint"])
+@pytest.mark.parametrize(
+    "option", ["--data", "--output", "--data.masks", "--members.checkpoint", "--fusion.checkpoint"]
+)
 def test_uris_with_credentials_are_refused_and_not_repeated(uri: str, option: str) -> None:
     with pytest.raises(UsageError, match=rf"{option.strip('-')}: the URI .*not shown") as refused:
         parse([option, uri], "full.py", "")
