@@ -2,7 +2,8 @@
 
 The lock is created exclusively (a local link, or `If-None-Match: *` on S3) and holds its owner and a heartbeat. A
 second start is refused and names the owner. A dead process on the same machine loses the lock at once; an owner
-elsewhere without a heartbeat loses it after `STALE_AFTER` seconds. Every change is conditional on the version last
+elsewhere without a heartbeat loses it after `STALE_AFTER` seconds; where its clock and ours disagree by more, whether
+the lock changes while we look decides. Every change is conditional on the version last
 seen: of two that take over at the same moment one fails, and an owner that was declared dead cannot commit.
 """
 
@@ -205,10 +206,19 @@ def _look(store: Store) -> tuple[Holder, str] | None:
 
 
 def _silent(store: Store, other: Holder, version: str) -> bool:
-    """Return whether a lock that looks old really has no heartbeat (clocks of two machines may differ)."""
-    if time.time() - other.heartbeat < STALE_AFTER:
+    """Return whether a lock whose heartbeat lies far from now has none: clocks of two machines may differ."""
+    age, look = time.time() - other.heartbeat, 2 * HEARTBEAT_EVERY
+    if abs(age) < STALE_AFTER:
         return False
-    time.sleep(2 * HEARTBEAT_EVERY)
+    when = f"{age:.0f} s ago" if age > 0 else f"{-age:.0f} s ahead of this machine's clock"
+    _log.info(
+        "%s: held by %s, last heartbeat %s: looking for %.0f s whether it lives",
+        store.uri,
+        other.describe(),
+        when,
+        look,
+    )
+    time.sleep(look)
     return store.version(LOCK) == version
 
 
