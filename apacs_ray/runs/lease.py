@@ -86,6 +86,15 @@ class Holder:
         here = (socket.gethostname(), _boot_id(), _pid_namespace())
         return (self.host, self.boot, self.pid_namespace) == here and _start_ticks(self.pid) != self.start_ticks
 
+    def beats(self) -> bool:
+        """Return whether the last heartbeat is so near to now, by this machine's clock, that the owner lives."""
+        return abs(time.time() - self.heartbeat) < STALE_AFTER
+
+    def when(self) -> str:
+        """Return when the last heartbeat was, in words."""
+        age = time.time() - self.heartbeat
+        return f"{age:.0f} s ago" if age >= 0 else f"{-age:.0f} s ahead of this machine's clock"
+
     def describe(self) -> str:
         """Return process, host and start in words."""
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.started))
@@ -205,18 +214,19 @@ def _look(store: Store) -> tuple[Holder, str] | None:
         return None
 
 
+def holder_of(store: Store) -> Holder | None:
+    """Return who holds a run, as its lock says; None where nobody does."""
+    held = _look(store)
+    return None if held is None else held[0]
+
+
 def _silent(store: Store, other: Holder, version: str) -> bool:
     """Return whether a lock whose heartbeat lies far from now has none: clocks of two machines may differ."""
-    age, look = time.time() - other.heartbeat, 2 * HEARTBEAT_EVERY
-    if abs(age) < STALE_AFTER:
+    if other.beats():
         return False
-    when = f"{age:.0f} s ago" if age > 0 else f"{-age:.0f} s ahead of this machine's clock"
+    who, look = other.describe(), 2 * HEARTBEAT_EVERY
     _log.info(
-        "%s: held by %s, last heartbeat %s: looking for %.0f s whether it lives",
-        store.uri,
-        other.describe(),
-        when,
-        look,
+        "%s: held by %s, last heartbeat %s: looking for %.0f s whether it lives", store.uri, who, other.when(), look
     )
     time.sleep(look)
     return store.version(LOCK) == version
