@@ -29,9 +29,10 @@ def set_private_variables() -> None:
     RAY_worker_maximum_startup_concurrency: how many processes a node may start at once; without it Ray warns on the
     driver's terminal that there are more than CPUs, as our workers ask for parts of one.
     RAY_gcs_server_port_wait_time_s: how long a Ray that starts waits for its first process, 30 s without it, which a
-    busy machine exceeds.
+    busy machine exceeds; and how often a driver tries to join a head, for 40 s each: 20 times without it, where what
+    answers at the address is no head.
     """
-    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1" if os.environ.get("RAY_ADDRESS") else "120")
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_DATA_METADATA_PREFETCH_ON_THREAD", "0")
@@ -173,12 +174,13 @@ def torch_config_without_process_group() -> Any:
 def address_of_auto() -> str | None:
     """Return the address at which Ray would join when it is told `auto`; None where no cluster was started here.
 
-    Without it a run that is told `auto` beside a cluster that is gone warns for minutes.
+    Without it a run that is told `auto` warns for a minute where the cluster is gone, or where all that Ray finds is
+    one that listens for its own machine only, as ours do.
     """
-    from ray._private.services import get_ray_address_from_environment
+    from ray._private.services import canonicalize_bootstrap_address
 
     try:
-        address: str | None = get_ray_address_from_environment("auto", None)
+        address: str | None = canonicalize_bootstrap_address("auto")
     except ConnectionError:
         return None
     return address
