@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from apacs_ray.config.settings import FusionSettings, Settings
 from apacs_ray.console import say
-from apacs_ray.models.pretrained import pretrained_fusion
+from apacs_ray.models.pretrained import pretrained_fusion, published_fusion, published_fusion_version
 from apacs_ray.models.spec import ModelSpec, fusion_spec
 from apacs_ray.runs.markers import Counts
 from apacs_ray.runs.provenance import fingerprint
@@ -42,6 +42,7 @@ class TrainFusion(Stage[TrainingResult]):
             stage=self.name,
             heatmaps=self.heatmaps.fingerprint,
             fusion=self._trained_settings(settings).fingerprint_inputs(),
+            start=published_fusion_version(settings.fusion),
             keys=sorted(fusion_folders(settings)),
             seed=settings.run.seed,
         )
@@ -88,4 +89,4 @@ def fusion_specs(settings: Settings, fusion: FusionSettings) -> dict[str, tuple[
 
 
 def _pretrained(job: Job, spec: ModelSpec, how: FusionSettings) -> Callable[[], bytes | None]:
-    return lambda: pretrained_fusion(job.store, spec, how.trunk, job.settings.run.seed)
+    return lambda: published_fusion(how, spec) or pretrained_fusion(job.store, spec, how.trunk, job.settings.run.seed)

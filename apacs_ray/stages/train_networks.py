@@ -164,7 +164,7 @@ def _task(
     networks = []
     for network in group:
         state = state_folder(network, fingerprint)
-        pretrained = _write_pretrained(store, f"{state}/{PRETRAINED}", network)
+        pretrained = write_pretrained(store, f"{state}/{PRETRAINED}", network.pretrained)
         spec = replace(network.spec, training_data=training_data)
         networks.append(NetworkTask(network.name, spec, network.settings, state, network.folder, pretrained))
     return TrainingTask(
@@ -179,10 +179,14 @@ def _task(
     )
 
 
-def _write_pretrained(store: Store, path: str, network: Network) -> str | None:
-    """Put the weights that training starts from where its workers find them."""
+def write_pretrained(store: Store, path: str, pretrained: Callable[[], bytes | None]) -> str | None:
+    """Put the weights that training starts from where its workers find them, unless they are there already.
+
+    Returns:
+        Their path; None where it starts from none.
+    """
     if store.version(path) is None:
-        weights = network.pretrained()
+        weights = pretrained()
         if weights is None:
             return None
         store.write(path, weights)
