@@ -20,6 +20,7 @@ from apacs_ray.distributed.ray_internals import (
     session_folder,
     session_folder_option,
     set_private_variables,
+    without_its_signal_handlers,
     without_log_level_line,
 )
 from apacs_ray.distributed.resource_plan import Cluster
@@ -47,7 +48,7 @@ class RaySession:
         if self._started:
             return
         prepare_ray()
-        with without_log_level_line():
+        with without_log_level_line(), without_its_signal_handlers():
             if os.environ.get("RAY_ADDRESS"):
                 _join(os.environ["RAY_ADDRESS"])
             else:
