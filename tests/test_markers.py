@@ -19,7 +19,7 @@ from apacs_ray.models.spec import ModelSpec
 from apacs_ray.runs.markers import MARKER, Counts, Marker, read_marker, require_current
 from apacs_ray.runs.run import RUN_JSON
 from apacs_ray.stages.train_members import member_network
-from apacs_ray.stages.train_networks import Network, done_mark, is_trained
+from apacs_ray.stages.train_networks import KEPT, Network, done_mark, encode_mark, is_trained
 from apacs_ray.storage import LocalStore
 
 
@@ -126,16 +126,20 @@ def test_a_predictor_takes_no_models_of_two_trainings(undisturbed: Path, tmp_pat
         Predictor.load(store, folders, threads=1, precision="float32")
 
 
-def test_a_done_mark_is_of_the_weights_that_it_names(tmp_path: Path) -> None:
-    """Settings that are tried in turn (folds 2, 3, 2) train to the same folder."""
+@pytest.mark.parametrize("changed", KEPT)
+def test_a_done_mark_is_of_the_files_that_it_names(changed: str, tmp_path: Path) -> None:
+    """Settings that are tried in turn (folds 2, 3, 2) train to the same folder, and may come to equal weights."""
     store = LocalStore(str(tmp_path))
     network: Network = member_network(Settings(), "fcn8", "heatmaps/folds/1/fcn8")
     assert isinstance(network.spec, ModelSpec)
-    for fingerprint, weights in (("a" * 16, b"first"), ("b" * 16, b"second")):
+    first = dict.fromkeys(KEPT, b"first")
+    for fingerprint, kept in (("a" * 16, first), ("b" * 16, {**first, changed: b"second"})):
         assert not is_trained(store, network, fingerprint)
-        store.write(f"{network.folder}/model.safetensors", weights)
-        store.write(done_mark(network, fingerprint), hashlib.sha256(weights).hexdigest().encode())
+        for name, content in kept.items():
+            store.write(f"{network.folder}/{name}", content)
+        store.write(done_mark(network, fingerprint), encode_mark(kept))
         assert is_trained(store, network, fingerprint)
     assert not is_trained(store, network, "a" * 16)
-    store.write(done_mark(network, "c" * 16), b"")  # as earlier versions wrote it
-    assert not is_trained(store, network, "c" * 16)
+    for earlier in (b"", hashlib.sha256(b"first").hexdigest().encode()):  # as earlier versions wrote it
+        store.write(done_mark(network, "c" * 16), earlier)
+        assert not is_trained(store, network, "c" * 16)

@@ -68,6 +68,22 @@ def without_log_level_line() -> Iterator[None]:
                     os.write(2, line)
 
 
+@contextlib.contextmanager
+def without_its_signal_handlers() -> Iterator[None]:
+    """Keep Ray from taking SIGTERM over while the block joins or starts it, which takes seconds.
+
+    Its handlers end the process with a status of their own. Ray sets all of them by one function; when it sets them
+    otherwise, a command that is stopped while Ray starts ends with another status than 130.
+    """
+    import ray._private.utils as utils
+
+    before, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = before
+
+
 def says_it_was_too_slow(error: Exception) -> bool:
     """Return whether Ray gave its own processes up that were too slow to start: node, head and their ports.
 

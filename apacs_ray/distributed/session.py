@@ -22,6 +22,7 @@ from apacs_ray.distributed.ray_internals import (
     session_folder,
     session_folder_option,
     set_private_variables,
+    without_its_signal_handlers,
     without_log_level_line,
 )
 from apacs_ray.distributed.resource_plan import Cluster
@@ -51,7 +52,7 @@ class RaySession:
             return
         prepare_ray()
         address = os.environ.get("RAY_ADDRESS", "")
-        with without_log_level_line():
+        with without_log_level_line(), without_its_signal_handlers():
             if address:
                 _join(address)
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,11 +15,12 @@ from apacs_ray.runs.markers import Counts
 from apacs_ray.runs.provenance import fingerprint
 from apacs_ray.stages.heatmaps import HeatmapsResult
 from apacs_ray.stages.ingest_result import IngestResult
-from apacs_ray.stages.stage import Committed, Job, Stage
-from apacs_ray.stages.train_networks import Network, TrainingResult, forget_state, train_networks
+from apacs_ray.stages.stage import Committed, Job, Stage, delete_others
+from apacs_ray.stages.train_networks import KEPT, Network, TrainingResult, forget_state, train_networks
 from apacs_ray.stages.tune_fusion import SweepResult
 from apacs_ray.storage import Store
 from apacs_ray.training.dataset import Heatmaps
+from apacs_ray.training.tensorboard import CURVES, CURVES_FILE
 
 FOLDERS = {"fusion": "fusion", "fusion_published": "fusion_published"}
 
@@ -59,6 +61,10 @@ class TrainFusion(Stage[TrainingResult]):
             heatmaps = Heatmaps(how.members, self.heatmaps.fingerprint)
             networks.append(Network(key, spec, FOLDERS[key], how, heatmaps, pretrained=_pretrained(job, spec, how)))
         trained = train_networks(job, networks, fingerprint, self.ingest.fingerprint)
+        for key, folder in FOLDERS.items():
+            if key not in trained:  # compared with under earlier settings
+                delete_others(job.store, folder, re.compile(rf"{folder}/({'|'.join(map(re.escape, KEPT))})"), ())
+                delete_others(job.store, f"{CURVES}/{folder}", CURVES_FILE, ())
         return TrainingResult(Counts(len(trained), len(trained)), trained)
 
     def tidy(self, store: Store, fingerprint: str) -> None:
