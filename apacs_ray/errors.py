@@ -93,7 +93,12 @@ def message_of(error: object) -> str:
     return (str(chain[-1]).strip() or repr(chain[-1])).splitlines()[-1]
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, at most 200 characters; of one without a message its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def gpu_too_small(error: Exception, section: str) -> str:
     """Return the message for training that ran out of GPU memory: which settings of `section` need less."""
     advice = f"raise {section}.accumulate, or lower {section}.batch_size or .crop"
-    return f"the GPU's memory is too small: {advice} ({str(error).splitlines()[0][:200]})"
+    return f"the GPU's memory is too small: {advice} ({first_line(error)})"

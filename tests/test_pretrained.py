@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 from support.golden import image, reference, released, weight
 from torch import Tensor, nn
@@ -156,8 +158,28 @@ def test_what_is_no_state_dict_of_tensors_is_refused(content: Any, capsys: pytes
     with pytest.raises(ApacsError, match=r"x\.pth"):
         read_checkpoint(sink.getvalue(), "x.pth")
     assert "harm" not in capsys.readouterr().out
-    with pytest.raises(ApacsError, match="no checkpoint"):
-        read_checkpoint(b"not a zip", "x.pth")
+    for damaged in (b"not a zip", b"", *(sink.getvalue()[: sink.tell() * part // 8] for part in range(8))):
+        with pytest.raises(ApacsError, match=r"^x\.pth: (no checkpoint|an empty file)"):
+            read_checkpoint(damaged, "x.pth")
+
+
+@given(place=st.integers(0, 2000), bits=st.integers(1, 255))
+@settings(deadline=None)
+def test_a_damaged_checkpoint_is_refused_in_a_line_or_holds_tensors(place: int, bits: int) -> None:
+    sink = io.BytesIO()
+    torch.save({"score.weight": torch.arange(4.0)}, sink)
+    content = bytearray(sink.getvalue())
+    content[place % len(content)] ^= bits
+    told = ""
+    try:
+        state = read_checkpoint(bytes(content), "x.pth")
+    except ApacsError as error:
+        told = str(error)
+    if told:
+        assert told.startswith("x.pth: ")
+        assert "\n" not in told
+    else:
+        assert all(isinstance(value, torch.Tensor) for value in state.values())
 
 
 def _fusion_file(folder: Path, prefix: str, kind: torch.dtype, *, nested: bool) -> FusionSettings:

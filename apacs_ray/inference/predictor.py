@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from apacs_ray.config.settings import MemberName
-from apacs_ray.errors import ApacsError
+from apacs_ray.errors import ApacsError, first_line
 from apacs_ray.evaluation.predictions import sigmoid
 from apacs_ray.models.ensemble import Ensemble
 from apacs_ray.models.registry import FUSIONS
@@ -58,7 +58,7 @@ class Predictor:
         except torch.OutOfMemoryError as error:
             raise ApacsError(
                 f"the GPU's memory is too small for all networks on a tile of {rgb.shape[1]} x {rgb.shape[0]} px: set "
-                f"evaluate.precision bfloat16, or a smaller tiles.size ({str(error).splitlines()[0][:200]})"
+                f"evaluate.precision bfloat16, or a smaller tiles.size ({first_line(error)})"
             ) from error
 
     def _logits(self, rgb: npt.NDArray[np.uint8]) -> dict[str, Array]:

@@ -8,7 +8,6 @@ zeros (100 px) enters, the result differs from theirs: their zeros are the mean 
 from __future__ import annotations
 
 import io
-import pickle
 import zipfile
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from apacs_ray.config.settings import FusionSettings, MemberName, MembersSettings, Settings
-from apacs_ray.errors import ApacsError
+from apacs_ray.errors import ApacsError, first_line
 from apacs_ray.models.fusion import load_fcn32_trunk
 from apacs_ray.models.registry import MEMBERS, NETWORKS, build_member
 from apacs_ray.models.spec import ModelSpec, fusion_spec
@@ -125,13 +124,15 @@ def read_checkpoint(content: bytes, name: str) -> Mapping[str, Any]:
     Returns:
         Tensors on the CPU by name.
     """
-    size = max(len(content), _unpacked(content))
+    size = max(len(content), _unpacked(content, name))
     if size > LARGEST:
         raise ApacsError(f"{name}: {size} bytes; a checkpoint of at most {LARGEST} is read")
+    if not content:
+        raise ApacsError(f"{name}: an empty file; fetch the checkpoint again")
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise ApacsError(f"{name}: no checkpoint of tensors: {str(error).splitlines()[0][:200]}") from error
+    except Exception as error:  # a damaged file makes the unpickler raise whatever it likes
+        raise ApacsError(f"{name}: no checkpoint of tensors: {first_line(error)}") from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):  # as training scripts keep it
         state = state["state_dict"]
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -139,13 +140,15 @@ def read_checkpoint(content: bytes, name: str) -> Mapping[str, Any]:
     return without_wrappers(state)
 
 
-def _unpacked(content: bytes) -> int:
+def _unpacked(content: bytes, name: str) -> int:
     """Bytes of the parts of a `.pth`, which is a ZIP file; 0 for those of old that are none."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as parts:
             return sum(part.file_size for part in parts.infolist())
     except zipfile.BadZipFile:
         return 0
+    except (ValueError, LookupError, NotImplementedError, OSError) as error:
+        raise ApacsError(f"{name}: no checkpoint of tensors: {first_line(error)}") from error
 
 
 def load_imagenet(network: nn.Module, name: MemberName, state: Mapping[str, Any]) -> None:
