@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -15,7 +17,8 @@ from rich.text import Text
 
 from apacs_ray.redact import printable, redact
 
-PROGRESS_EVERY = 60.0  # s between lines of progress where there is no terminal
+LOOK_EVERY = 1.0  # s
+PROGRESS_EVERY = 60.0 - LOOK_EVERY  # s between lines of progress where there is no terminal, at least
 LOGGER = "apacs_ray"  # above the loggers of all our modules
 
 
@@ -65,13 +68,41 @@ def cell(value: object) -> Text:
     return Text(printable(redact(str(value))))
 
 
-class Bars:
-    """Named progress bars; where there is no terminal, a line for each every `PROGRESS_EVERY` seconds."""
+@dataclass
+class _Bar:
+    """How far a named piece of work is, and how far it was when it was first told of."""
 
-    def __init__(self, progress: Progress, stage: str, on_progress: Callable[[str, int], None]) -> None:
-        self._progress, self._stage, self._on_progress = progress, stage, on_progress
-        self._tasks: dict[str, TaskID] = {}
-        self._printed: dict[str, tuple[float, int]] = {}  # when each was printed (s, monotonic), and what was done
+    task: TaskID
+    began: float  # s, of the clock
+    at_begin: int
+    done: int
+    total: int
+    note: str = ""
+
+    def describe(self, name: str, now: float) -> str:
+        """What is done of what, how fast, and what is left, in words."""
+        seconds, gained = now - self.began, self.done - self.at_begin
+        words = [f"{name} {self.done} of {self.total}", *filter(None, [self.note])]
+        if gained > 0 and seconds > 0:
+            rate = gained / seconds
+            words += [f"{rate:.1f} a second" if rate >= 1 else f"{rate * 60:.1f} a minute" if rate * 60 >= 1 else ""]
+            words += [f"about {_duration((self.total - self.done) / rate)} left"]
+        return ", ".join(filter(None, words))
+
+
+class Bars:
+    """Named progress bars; where there is no terminal, a line every `PROGRESS_EVERY` seconds, whatever happens."""
+
+    def __init__(
+        self,
+        progress: Progress,
+        stage: str,
+        on_progress: Callable[[str, int], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._progress, self._stage, self._on_progress, self._clock = progress, stage, on_progress, clock
+        self._bars: dict[str, _Bar] = {}
+        self._began = self._printed = clock()
 
     def show(self, name: str, done: int, total: int, note: str = "", *, rows: int | None = None) -> None:
         """Move a bar.
@@ -84,14 +115,31 @@ class Bars:
             rows: What `done` is in tiles, where the bar counts something else.
         """
         self._on_progress(name, done if rows is None else rows)
-        if name not in self._tasks:
-            self._tasks[name] = self._progress.add_task(name, total=total, note=note)
-        self._progress.update(self._tasks[name], completed=done, total=total, note=note)
-        now = time.monotonic()
-        printed, done_then = self._printed.setdefault(name, (now, done))
-        if self._progress.disable and now - printed >= PROGRESS_EVERY and done != done_then and done < total:
-            self._printed[name] = (now, done)
-            say(f"{self._stage}: {name} {done} of {total}{f', {note}' if note else ''}")
+        bar = self._bars.get(name)
+        if bar is None:
+            task = self._progress.add_task(name, total=total, note=note)
+            bar = self._bars[name] = _Bar(task, self._clock(), done, done, total)
+        if done < bar.done:  # of a new round, as the members of the next fold
+            bar.began, bar.at_begin = self._clock(), done
+        bar.done, bar.total, bar.note = done, total, note
+        self._progress.update(bar.task, completed=done, total=total, note=note)
+
+    def look(self) -> None:
+        """Print a line where none was for a while: how far each bar is, or how long the stage has waited."""
+        now = self._clock()
+        if now - self._printed < PROGRESS_EVERY:
+            return
+        self._printed = now
+        moving = [bar.describe(name, now) for name, bar in list(self._bars.items()) if bar.done < bar.total]
+        waits = f"at work for {_duration(now - self._began)}"
+        say(f"{self._stage}: {'; '.join(moving) if moving else waits}")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 @contextmanager
@@ -104,8 +152,20 @@ def bars(stage: str, on_progress: Callable[[str, int], None]) -> Iterator[Bars]:
         TimeElapsedColumn(),
         TextColumn("{task.fields[note]}"),
     )
+    ended = threading.Event()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        yield Bars(progress, stage, on_progress)
+        shown = Bars(progress, stage, on_progress)
+
+        def look_on() -> None:  # a stage that waits calls nobody
+            while not ended.wait(LOOK_EVERY):
+                shown.look()
+
+        if progress.disable:
+            threading.Thread(target=look_on, name="progress", daemon=True).start()
+        try:
+            yield shown
+        finally:
+            ended.set()
 
 
 def slides_table(slides: Sequence[Mapping[str, Any]], unchanged: int, rejected: int) -> None:

@@ -46,24 +46,37 @@ class BadInput(Exception):
         return f"{self.code}: {self.reason}"
 
 
-def carried_message(error: BaseException) -> str | None:
+def carried_message(error: object) -> str | None:
     """Return the message of an ApacsError that a worker raised.
 
-    Ray passes a worker's exception on as text: the traceback, whose last words are the type and the message.
+    Ray passes a worker's exception on as text: the traceback, whose last words are the type and the message. Which of
+    the errors that follow from each other has it differs: of an actor's start it is not the last.
 
     Args:
-        error: As Ray raised it in the driver.
+        error: As Ray raised it in the driver, or its text.
 
     Returns:
         One line, or None when the worker raised something else.
     """
-    return _apacs_message(str(error))
-
-
-def _apacs_message(text: str) -> str | None:
-    kinds = "ApacsError|UsageError|StoreTroubleError|RefusedError|TrainingError"
-    messages = re.findall(rf"^(?:apacs_ray\.errors\.)?(?:{kinds}): (.+)$", text, re.MULTILINE)
+    messages = [message for each in _chain(error) if (message := _apacs_message(each)) is not None]
     return messages[-1] if messages else None
+
+
+def _apacs_message(error: object) -> str | None:
+    if isinstance(error, ApacsError):
+        return str(error)
+    kinds = "ApacsError|UsageError|StoreTroubleError|RefusedError|TrainingError"
+    messages = re.findall(rf"^(?:apacs_ray\.errors\.)?(?:{kinds}): (.+)$", str(error), re.MULTILINE)
+    return messages[-1] if messages else None
+
+
+def _chain(error: object) -> list[object]:
+    """An error and what it followed from. Ray Train keeps the errors of its workers beside its own."""
+    failures = list(getattr(error, "worker_failures", {}).values())
+    chain: list[object] = [error, *failures[:1]]
+    while (deeper := getattr(chain[-1], "cause", None) or getattr(chain[-1], "__cause__", None)) is not None:
+        chain.append(deeper)
+    return chain
 
 
 def message_of(error: object) -> str:
@@ -74,15 +87,18 @@ def message_of(error: object) -> str:
     Returns:
         One line: the message of an ApacsError, else the last line of what there is.
     """
-    failures = list(getattr(error, "worker_failures", {}).values())
-    inner: object = failures[0] if failures else error
-    while (deeper := getattr(inner, "cause", None) or getattr(inner, "__cause__", None)) is not None:
-        inner = deeper
-    text = str(inner).strip() or repr(inner)
-    return _apacs_message(text) or text.splitlines()[-1]
+    chain = _chain(error)
+    if (message := carried_message(error)) is not None:
+        return message
+    return (str(chain[-1]).strip() or repr(chain[-1])).splitlines()[-1]
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, at most 200 characters; of one without a message its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def gpu_too_small(error: Exception, section: str) -> str:
     """Return the message for training that ran out of GPU memory: which settings of `section` need less."""
     advice = f"raise {section}.accumulate, or lower {section}.batch_size or .crop"
-    return f"the GPU's memory is too small: {advice} ({str(error).splitlines()[0][:200]})"
+    return f"the GPU's memory is too small: {advice} ({first_line(error)})"

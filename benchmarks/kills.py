@@ -1,24 +1,32 @@
-"""Kill the driver of a small run with SIGKILL at random moments, start it again each time, and compare the result.
+"""Stop a small run at random moments, start it again each time, at times with other settings; compare the result.
 
-An undisturbed run comes first. Then the same command is killed `--kills` times (a run that ends in between is begun
-anew from nothing) and left alone once. Checked: tile shards byte for byte, metrics, weights, and that neither a
-shard nor an epoch that was complete at a kill was done again: shards keep their time stamps, epochs the seconds
-that their history says they took.
+The driver is stopped by SIGKILL, SIGTERM and SIGHUP, each `--kills` times, after a random number of changes on disk and
+a random part of a second: so all stages are met however busy the machine is. Between two starts the settings change at
+random, so that a run of A goes on as B and as A again. Whenever a start is left to its end, and with the last one, all
+files must equal those of an undisturbed run of the same settings, apart from times. After every stop no record may say
+what is not on disk; what the two signals stop must end with status 130 and give the lock back.
+
+Counted as done again: a shard or an epoch that was complete at a stop, and that the next start with the same settings
+made once more. Shards keep their time stamps, epochs the seconds that their history says they took. What a start with
+other settings withdraws is not counted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import multiprocessing
+import os
 import random
-import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -28,131 +36,291 @@ from measure import options, require, show  # noqa: E402
 from apacs_ray.storage import LocalStore  # noqa: E402
 from apacs_ray.synthetic.slide import slide_specs  # noqa: E402
 from apacs_ray.synthetic.write import write_smear  # noqa: E402
+from apacs_ray.testing.wholeness import differences, lies  # noqa: E402
 
-OPTIONS = [
-    "--tiles.size", "128", "--tiles.shard", "4", "--members.batch_size", "2", "--members.learning_rate", "1e-3",
-    "--members.width", "0.05", "--members.epochs", "5", "--members.crop", "128", "--fusion.epochs", "4",
-    "--fusion.batch_size", "4", "--fusion.learning_rate", "1e-4", "--fusion.from_best", "false",
+WHOLE = [
+    "--tiles.size", "128", "--tiles.shard", "4", "--members.batch_size", "2", "--members.mode", "together",
+    "--members.width", "0.02", "--members.epochs", "2", "--members.crop", "64", "--fusion.epochs", "2",
+    "--fusion.batch_size", "4", "--fusion.crop", "64", "--fusion.from_best", "false",
 ]  # fmt: skip
+SETTINGS = {
+    "full.py": {
+        "A": [*WHOLE, "--members.learning_rate", "1e-3", "--heatmaps.folds", "1"],
+        "B": [*WHOLE, "--members.learning_rate", "2e-3", "--heatmaps.folds", "2"],
+    },
+    "ingest.py": {
+        "A": ["--tiles.size", "256", "--tiles.shard", "6"],
+        "B": ["--tiles.size", "256", "--tiles.shard", "5"],
+    },
+}
+CHANGE = 1 / 3  # of the starts have other settings than the one before
+LATEST = 0.5  # of the files of an undisturbed run: so many changes at most; each start goes on where the last stopped
+PAUSE = 1.0  # s, at most, from the last of these changes to the signal
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
+INTERRUPTED = 130
+END = 120.0  # s in which a driver that was asked to end does so
 
-SLIDES = ["--tiles.size", "256", "--tiles.shard", "6"]
+Units = dict[str, str]  # complete shards and epochs -> their time stamp, or the seconds that they took
 
 
-@dataclass
-class Progress:
-    """The complete units at a kill: shards with their time stamps, seconds of each epoch by network folder."""
+class Driver(Protocol):
+    """A process that runs a script."""
 
-    stages: dict[str, str] = field(default_factory=dict)
-    shards: dict[Path, int] = field(default_factory=dict)
-    epochs: dict[str, dict[int, float]] = field(default_factory=dict)
+    pid: int
+
+    def status(self) -> int | None:
+        """Return its exit status, negative for a signal; None as long as it runs."""
+
+
+@dataclass(frozen=True)
+class Script:
+    """A script of `pipelines/` as a user starts it."""
+
+    process: subprocess.Popen[bytes]
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def status(self) -> int | None:
+        return self.process.poll()
+
+
+@dataclass(frozen=True)
+class Fork:
+    """A script in a fork of a process that has imported everything, with all its work in there."""
+
+    process: Any
+
+    @property
+    def pid(self) -> int:
+        return int(self.process.pid)
+
+    def status(self) -> int | None:
+        return self.process.exitcode  # type: ignore[no-any-return]
+
+
+def _run_alone(script: str, argv: list[str], log: str) -> None:
+    """Be the driver of a run without Ray."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    from apacs_ray.commands.pipeline import main as command
+    from apacs_ray.testing.alone import alone
+
+    with alone():
+        command(script, argv)
+
+
+class Runs:
+    """Runs of one script on the same slides: an undisturbed one of each setting, and the one that is stopped."""
+
+    def __init__(self, folder: Path, script: str, *, alone: bool) -> None:
+        self._folder, self._script = folder, script
+        self._forks = multiprocessing.get_context("forkserver") if alone else None
+        if self._forks:
+            self._forks.set_forkserver_preload(["apacs_ray.testing.alone", "apacs_ray.inference.predictor"])
+        self.settings = list(SETTINGS[script])
+        self.stopped = folder / "stopped"
+
+    def start(self, name: str, output: Path) -> Driver:
+        """Start the script with the settings called `name`."""
+        place = ["--data", str(self._folder / "data"), "--output", str(output)]
+        argv, path = [*SETTINGS[self._script][name], *place], self._folder / "log"
+        if self._forks:
+            process = self._forks.Process(target=_run_alone, args=(self._script, argv, str(path)))
+            process.start()
+            return Fork(process)
+        with path.open("ab") as log:
+            return Script(
+                subprocess.Popen(
+                    [sys.executable, str(ROOT / "pipelines" / self._script), *argv],
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # which nohup ignores
+                )
+            )
+
+    def undisturbed(self, name: str) -> Path:
+        """Return the undisturbed run of the settings called `name`, made when it is first needed."""
+        output = self._folder / f"undisturbed-{name}"
+        if not output.exists():
+            self.require(_end(self.start(name, output)) == 0, "an undisturbed run did not end well")
+            self.require_whole(output, "an undisturbed run")
+        return output
+
+    def require_equal(self, name: str) -> None:
+        """End the program unless the stopped run equals the undisturbed one."""
+        changed = differences(self.stopped, self.undisturbed(name))
+        self.require(not changed, f"not as in an undisturbed run of {name}: {', '.join(changed)}")
+
+    def require_whole(self, output: Path, when: str) -> None:
+        """End the program when a record of a run says what is not on disk."""
+        found = lies(output)
+        self.require(not found, f"{when}: {'; '.join(found)}")
+
+    def require(self, condition: object, message: str) -> None:
+        """End the program with the end of the log unless the condition holds."""
+        if not condition:
+            print((self._folder / "log").read_text()[-3000:], flush=True)
+        require(condition, message)
 
 
 def main() -> None:
-    """Kill and restart a run, then compare it with an undisturbed one."""
-    parser = options(__doc__ or "", "5 kills")
-    parser.add_argument("--kills", type=int, default=20)
+    """Stop and restart a run, then compare it with undisturbed ones."""
+    parser = options(__doc__ or "", "2 stops by each signal")
+    parser.add_argument("--kills", type=int, default=10, help="stops by each signal")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--alone", action="store_true", help="the driver does all work itself, without Ray")
     parser.add_argument("--ingest", action="store_true", help="only the cutting of larger slides")
     arguments = parser.parse_args()
-    kills = 1 if arguments.smoke else 5 if arguments.quick else arguments.kills
-    moments, latest = random.Random(arguments.seed), 0.5 if arguments.smoke else 0.9  # of the undisturbed run's time
+    draw = random.Random(arguments.seed)
+    signals = [*SIGNALS] * (2 if arguments.quick else arguments.kills) if not arguments.smoke else [signal.SIGKILL]
+    draw.shuffle(signals)
     with tempfile.TemporaryDirectory() as folder:
-        plain, killed = Path(folder, "plain"), Path(folder, "killed")
-        start = partial(_start, "ingest.py" if arguments.ingest or arguments.smoke else "full.py")
-        _write_smears(Path(folder, "data"), *((3072, 3072) if arguments.ingest else (512, 384)))
+        script = "ingest.py" if arguments.ingest or arguments.smoke else "full.py"
+        runs = Runs(Path(folder), script, alone=arguments.alone)
+        _write_smears(Path(folder, "data"), *((3072, 3072) if arguments.ingest else (512, 512)))
+        name = "A"
         started = time.monotonic()
-        start(plain).wait()
-        whole = time.monotonic() - started
-        require((plain / "tiles/_committed.json").exists(), "the undisturbed run did not end well")
-        print(f"undisturbed run: {whole:.0f} s", flush=True)
+        most = int(LATEST * len(_files(runs.undisturbed(name))))
+        print(f"undisturbed run: {time.monotonic() - started:.0f} s", flush=True)
         rows: list[dict[str, Any]] = []
-        before = Progress()
-        while len(rows) < kills:
-            process, after = start(killed), moments.uniform(0.15, latest) * whole
-            if _ends_within(process, after):
-                _require_equal(plain, killed)
-                shutil.rmtree(killed)
-                before = Progress()
+        units: Units = {}
+        before, ended = name, 0  # settings of the start before; starts that came to their end
+        while len(rows) < len(signals):
+            how, changes, pause = signals[len(rows)], draw.randint(1, most), draw.uniform(0.0, PAUSE)
+            driver = runs.start(name, runs.stopped)
+            began = time.monotonic()
+            _await_changes(driver, runs.stopped, changes, pause)
+            after = time.monotonic() - began
+            status, took = _stop(driver, how)
+            if status == 0:  # it came to its end first
+                ended += 1
+                runs.require_equal(name)
+                units = _units(runs.stopped)
+                before, name = name, draw.choice([other for other in runs.settings if other != name])
                 continue
-            process.kill()
-            process.wait()
-            progress = _progress(killed)
-            doing = next((name for name, state in progress.stages.items() if state == "running"), "start")
-            epochs = sum(map(len, progress.epochs.values()))
-            rows.append({"after_s": after, "in": doing, "shards": len(progress.shards), "epochs": epochs})
-            rows[-1]["done_again"] = ", ".join(_done_again(before, progress)) or "nothing"
-            before = progress
+            expected = -signal.SIGKILL if how == signal.SIGKILL else INTERRUPTED
+            runs.require(status == expected, f"after {how.name} in {name} the status is {status}, not {expected}")
+            runs.require(
+                how == signal.SIGKILL or not _holds(driver, runs.stopped), f"{how.name} in {name} left the lock"
+            )
+            runs.require_whole(runs.stopped, f"after {how.name} in {name}")
+            now = _units(runs.stopped)
+            again = _done_again(units, now)
+            rows.append({"signal": how.name, "settings": name, "after_s": after, "ends_in_s": took})
+            rows[-1] |= {"in": _doing(runs.stopped), "units": len(now), "done_again": ", ".join(again) or "nothing"}
             print(rows[-1], flush=True)
-        require(start(killed).wait() == 0, "the last start failed")
-        _require_equal(plain, killed)
-        again = ", ".join(_done_again(before, _progress(killed))) or "nothing"
-        title = f"{kills} kills: same shards, metrics and weights; done again in the last start: {again}"
+            units = {**units, **now} if name == before else now
+            before = name
+            if draw.random() < CHANGE and not arguments.smoke:
+                name = draw.choice([other for other in runs.settings if other != name])
+        runs.require(_end(runs.start(name, runs.stopped)) == 0, "the last start failed")
+        runs.require_equal(name)
+        runs.require_whole(runs.stopped, "the last start")
+        last = ", ".join(_done_again(units, _units(runs.stopped))) or "nothing"
+        title = (
+            f"{len(rows)} stops, {ended + 1} starts that came to their end: as undisturbed; "
+            f"done again in the last start: {last}"
+        )
         show(title, rows, arguments.json)
-        require(all(row["done_again"] == "nothing" for row in [*rows, {"done_again": again}]), "work was done again")
+        require(all(row["done_again"] == "nothing" for row in [*rows, {"done_again": last}]), "work was done again")
 
 
 def _write_smears(folder: Path, width: int, height: int) -> None:
-    """Write the slides that both runs read: the same files, for their rows name them."""
+    """Write the slides that all runs read: the same files, for their rows name them."""
     store = LocalStore(str(folder))
-    for number, spec in enumerate(slide_specs(0, width, height)):
+    for number, spec in enumerate(slide_specs(0, width, height, train=2, test=1)):
         write_smear(store, spec, number)
 
 
-def _start(script: str, output: Path) -> subprocess.Popen[bytes]:
-    arguments = ["--data", str(output.parent / "data"), "--output", str(output)]
-    command = [
-        sys.executable,
-        str(ROOT / "pipelines" / script),
-        *arguments,
-        *(SLIDES if script == "ingest.py" else OPTIONS),
-    ]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def _await_changes(driver: Driver, output: Path, changes: int, pause: float) -> None:
+    """Wait until so many files were made or replaced, and a while more; or until the driver ends."""
+    before, seen = _files(output), set()
+    while len(seen) < changes and driver.status() is None:
+        seen |= _files(output) - before
+        time.sleep(0.05)
+    time.sleep(pause)
 
 
-def _ends_within(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    try:
-        status = process.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return False
-    if status != 0:
-        raise SystemExit(f"a start after a kill failed with status {status}")
-    return True
+def _files(output: Path) -> set[tuple[str, int]]:
+    """Return all files of a run with their time stamps."""
+    found = set()
+    for path in output.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.is_file():
+                found.add((str(path), path.stat().st_mtime_ns))
+    return found
 
 
-def _progress(output: Path) -> Progress:
-    progress = Progress()
+def _stop(driver: Driver, how: signal.Signals) -> tuple[int, float]:
+    """Signal a driver; return its exit status, and the seconds that it then took to end."""
+    asked = time.monotonic()
+    if driver.status() is None:
+        os.kill(driver.pid, how)
+    return _end(driver, END), time.monotonic() - asked
+
+
+def _end(driver: Driver, most: float = math.inf) -> int:
+    """Wait for the end of a driver and return its exit status."""
+    deadline = time.monotonic() + most
+    while (status := driver.status()) is None:
+        if time.monotonic() > deadline:
+            os.kill(driver.pid, signal.SIGKILL)
+            raise SystemExit(f"a driver was not at its end after {most:.0f} s")
+        time.sleep(0.05)
+    return status
+
+
+def _holds(driver: Driver, output: Path) -> bool:
+    """Return whether the lock names a driver; one that still waits for what a killed one left leaves that one's."""
+    lock = output / "run.lock"
+    return lock.exists() and json.loads(lock.read_text())["pid"] == driver.pid
+
+
+def _doing(output: Path) -> str:
+    """Return the stage that a stopped run was in."""
     record = output / "run.json"
-    if record.exists():
-        progress.stages = {name: stage["state"] for name, stage in json.loads(record.read_text())["stages"].items()}
-    for path in output.glob("*/split=*/*.parquet"):
-        progress.shards[path.relative_to(output)] = path.stat().st_mtime_ns
+    stages = json.loads(record.read_text())["stages"] if record.exists() else {}
+    return next((name for name, stage in stages.items() if stage["state"] in ("running", "stopped")), "between stages")
+
+
+def _units(output: Path) -> Units:
+    """Return all that is complete, each under the fingerprint of the settings that it is of."""
+    units = {
+        path.relative_to(output).as_posix(): str(path.stat().st_mtime_ns) for path in output.glob("*/split=*/*.parquet")
+    }
     for path in output.glob("**/.state-*/attempt-*/epoch_*/state.json"):
-        name = path.relative_to(output).as_posix().partition("/.state-")[0]
-        history = json.loads(path.read_text())["history"]
-        progress.epochs.setdefault(name, {}).update({record["epoch"]: record["seconds"] for record in history})
+        folder, _, state = path.relative_to(output).as_posix().partition("/.state-")
+        try:
+            history = json.loads(path.read_text())["history"]
+        except ValueError:  # a kill cut it: not complete
+            continue
+        units |= {f"{folder} {state[:8]} epoch {epoch['epoch']}": f"{epoch['seconds']:.6g}" for epoch in history}
     for path in output.glob("**/history.csv"):
+        folder = path.parent.relative_to(output)
+        if (fingerprint := _trained_under(output, folder)) is None:
+            continue
         lines = [line.split(",") for line in path.read_text().splitlines()]
         seconds = lines[0].index("seconds")
-        name = path.parent.relative_to(output).as_posix()
-        progress.epochs[name] = {int(line[0]): float(line[seconds]) for line in lines[1:]}
-    return progress
+        units |= {f"{folder} {fingerprint} epoch {line[0]}": line[seconds] for line in lines[1:]}
+    return units
 
 
-def _done_again(before: Progress, after: Progress) -> list[str]:
-    """Return the units that were complete before and yet were done once more."""
-    again = [str(path) for path, stamp in before.shards.items() if after.shards.get(path, stamp) != stamp]
-    for name, epochs in before.epochs.items():
-        later = after.epochs.get(name, {})
-        again += [f"{name} epoch {epoch}" for epoch, took in epochs.items() if later.get(epoch, took) != took]
-    return again
+def _trained_under(output: Path, folder: Path) -> str | None:
+    """Return the fingerprint of the network in a folder whose training has ended, 8 digits; None when none says."""
+    marks = sorted((output / folder).glob(".done-*"), key=lambda mark: mark.stat().st_mtime_ns)
+    if marks:
+        return marks[-1].name.removeprefix(".done-")
+    marker = output / folder.parts[0] / "_committed.json"
+    return json.loads(marker.read_text())["fingerprint"][:8] if marker.exists() else None
 
 
-def _require_equal(plain: Path, killed: Path) -> None:
-    patterns = ("tiles/split=*/*.parquet", "*/model.safetensors", "*/*/model.safetensors", "evaluation/metrics.json")
-    for pattern in patterns:
-        for path in plain.glob(pattern):
-            if (killed / path.relative_to(plain)).read_bytes() != path.read_bytes():
-                raise SystemExit(f"{path.relative_to(plain)} differs from the undisturbed run's")
+def _done_again(before: Units, after: Units) -> list[str]:
+    """Return what was complete before and was yet made once more."""
+    return [unit for unit, was in before.items() if after.get(unit, was) != was]
 
 
 if __name__ == "__main__":

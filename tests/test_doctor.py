@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email.utils
 import importlib.metadata
+import json
 import os
 import shutil
 import socket
@@ -13,6 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import boto3
@@ -29,6 +31,7 @@ from apacs_ray.doctor import cluster, codecs, devices, folders, machine, objects
 from apacs_ray.doctor.finding import Finding, examine, redacted
 from apacs_ray.doctor.stores import Stores
 from apacs_ray.errors import ApacsError, UsageError
+from apacs_ray.runs.lease import LOCK, Holder, Lease
 from apacs_ray.storage import LocalStore, open_store
 from apacs_ray.testing.s3_proxy import Behavior, Proxy
 
@@ -199,6 +202,8 @@ def test_local_output_leaves_nothing(tmp_path: Path) -> None:
     assert only(folders.check_output(LocalStore(str(tmp_path / "run")))).state == "ok"
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
     assert only(folders.check_output(LocalStore(str(tmp_path / "run/run.json")))).state == "failed"
+    below = only(folders.check_output(LocalStore(str(tmp_path / "run/run.json/a/b"))))
+    assert below.message.startswith(f"{tmp_path}/run/run.json is a file; ")
 
 
 def test_a_read_only_folder(readable_only: Path) -> None:
@@ -382,6 +387,35 @@ def test_credentials_in_the_uri_are_not_repeated() -> None:
     assert "hidden" not in finding.message + finding.advice
 
 
+def test_a_lock_is_looked_at_as_a_run_does(tmp_path: Path) -> None:
+    stores, uri = Stores(), str(tmp_path / "run")
+    assert only(stores.check_lock(uri)).state == "ok"
+    held = Lease.acquire(LocalStore(uri))
+    finding = only(stores.check_lock(uri))
+    assert finding.state == "failed"
+    assert f"held by process {os.getpid()}" in finding.message
+    held.release()
+    for ahead, words in ((3600, "ahead of this machine's clock"), (-3600, "s ago")):
+        elsewhere = replace(Holder.myself(), host="elsewhere", heartbeat=time.time() + ahead)
+        LocalStore(uri).write(LOCK, json.dumps(vars(elsewhere)).encode())
+        finding = only(stores.check_lock(uri))
+        assert (finding.state, words in finding.message) == ("warning", True)
+    assert list(stores.check_lock(f"{uri}/run.lock/below")) == []  # which the check of the output tells
+
+
+def test_a_folder_that_is_too_long_for_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_ADDRESS", "RAY_TMPDIR", "TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    assert only(machine.check_sockets()).state == "ok"
+    monkeypatch.setenv("TMPDIR", f"/tmp/{'x' * 80}")
+    finding = only(machine.check_sockets())
+    assert finding.state == "failed"
+    assert finding.message.startswith("TMPDIR /tmp/xxx")
+    assert "RAY_TMPDIR" in finding.advice
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")  # whose Ray is elsewhere
+    assert list(machine.check_sockets()) == []
+
+
 # the cluster
 
 
@@ -415,6 +449,9 @@ def test_the_plan_for_this_machine_and_for_a_cluster(monkeypatch: pytest.MonkeyP
     assert "nobody answers" in nobody.message
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
     assert "job server" in only(cluster.check_cluster(here)).message
+    for address, words in (("host", "no HOST:PORT"), ("ray://127.0.0.1:1", "nobody answers"), ("host:x", "no HOST")):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        assert words in only(cluster.check_cluster(here)).message
 
 
 def test_a_sweep_that_would_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,13 @@ from hypothesis import strategies as st
 
 from apacs_ray.config.settings import Settings
 from apacs_ray.errors import ApacsError
+from apacs_ray.inference.predictor import Predictor, read_weights
+from apacs_ray.models.registry import MEMBERS
 from apacs_ray.models.spec import ModelSpec
-from apacs_ray.runs.markers import MARKER, Counts, Marker, read_marker, require_committed_weights, require_current
+from apacs_ray.runs.markers import MARKER, Counts, Marker, read_marker, require_current
+from apacs_ray.runs.run import RUN_JSON
 from apacs_ray.stages.train_members import member_network
-from apacs_ray.stages.train_networks import Network, done_mark, is_trained
+from apacs_ray.stages.train_networks import KEPT, Network, done_mark, encode_mark, is_trained
 from apacs_ray.storage import LocalStore
 
 
@@ -67,27 +72,74 @@ def test_a_chain_is_checked_to_its_begin(tmp_path: Path) -> None:
         require_current(store, "members")
 
 
-def test_weights_are_those_that_were_committed(tmp_path: Path) -> None:
+MODELS = ("members/fcn32", "members/fcn8", "fusion", "fusion_published")
+
+
+def commit_models(store: LocalStore, stage: str, fingerprint: str, **inputs: str) -> None:
+    """Commit a stage's models, whose weights are their folder and the fingerprint."""
+    networks = {}
+    for folder in (folder for folder in MODELS if folder.startswith(stage)):
+        weights = f"{folder} {fingerprint}".encode()
+        store.write(f"{folder}/model.safetensors", weights)
+        networks[folder] = {"folder": folder, "sha256": hashlib.sha256(weights).hexdigest()}
+    marker = Marker(
+        stage, fingerprint, "l", 0.0, 0.0, Counts(1, 1), {"networks": networks}, inputs, f"train_{stage}.py"
+    )
+    store.write(f"{stage}/{MARKER}", marker.encode())
+
+
+def test_models_of_a_run_are_read_when_they_are_of_one_piece(tmp_path: Path) -> None:
     store = LocalStore(str(tmp_path))
-    store.write("members/fcn8/model.safetensors", b"trained")
-    networks = {"fcn8": {"folder": "members/fcn8", "sha256": hashlib.sha256(b"trained").hexdigest()}}
-    marker = Marker("train_members", "f", "l", 0.0, 0.0, Counts(1, 1), {"networks": networks}, {}, "train_members.py")
-    require_committed_weights(store, marker)
+    commit_models(store, "members", "1")
+    commit_models(store, "fusion", "2", members="1")
+    store.write(RUN_JSON, b"{}")
+    weights = [f"{folder} {1 if 'members' in folder else 2}".encode() for folder in MODELS]
+    assert list(read_weights(store, MODELS)) == weights
+
     store.write("members/fcn8/model.safetensors", b"others")
     with pytest.raises(ApacsError, match=r"fcn8/model\.safetensors: not the weights .*/train_members\.py"):
-        require_committed_weights(store, marker)
+        list(read_weights(store, MODELS))
+    assert list(read_weights(store, MODELS[:1])) == weights[:1]
+
+    commit_models(store, "members", "3")  # trained anew
+    with pytest.raises(ApacsError, match=r"fusion is outdated, as members was done anew; .*train_fusion\.py"):
+        list(read_weights(store, MODELS))
+    store.delete(f"members/{MARKER}")  # being trained anew
+    with pytest.raises(ApacsError, match=r"nothing is committed in members/"):
+        list(read_weights(store, MODELS))
+
+    store.delete(RUN_JSON)  # models that were copied out of their run
+    assert len(list(read_weights(store, MODELS))) == 4
+    with pytest.raises(FileNotFoundError):
+        list(read_weights(store, ["fusion_other"]))
 
 
-def test_a_done_mark_is_of_the_weights_that_it_names(tmp_path: Path) -> None:
-    """Settings that are tried in turn (folds 2, 3, 2) train to the same folder."""
+def test_a_predictor_takes_no_models_of_two_trainings(undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed, tmp_path / "run")
+    store = LocalStore(str(tmp_path / "run"))
+    folders = {name: f"members/{name}" for name in MEMBERS} | {"fusion": "fusion"}
+    assert Predictor.load(store, folders, threads=1, precision="float32")
+    marker = read_marker(store, "members")
+    assert marker is not None
+    store.write(f"members/{MARKER}", replace(marker, fingerprint="0" * 16).encode())
+    with pytest.raises(ApacsError, match=r"is outdated, as train_members was done anew"):
+        Predictor.load(store, folders, threads=1, precision="float32")
+
+
+@pytest.mark.parametrize("changed", KEPT)
+def test_a_done_mark_is_of_the_files_that_it_names(changed: str, tmp_path: Path) -> None:
+    """Settings that are tried in turn (folds 2, 3, 2) train to the same folder, and may come to equal weights."""
     store = LocalStore(str(tmp_path))
     network: Network = member_network(Settings(), "fcn8", "heatmaps/folds/1/fcn8")
     assert isinstance(network.spec, ModelSpec)
-    for fingerprint, weights in (("a" * 16, b"first"), ("b" * 16, b"second")):
+    first = dict.fromkeys(KEPT, b"first")
+    for fingerprint, kept in (("a" * 16, first), ("b" * 16, {**first, changed: b"second"})):
         assert not is_trained(store, network, fingerprint)
-        store.write(f"{network.folder}/model.safetensors", weights)
-        store.write(done_mark(network, fingerprint), hashlib.sha256(weights).hexdigest().encode())
+        for name, content in kept.items():
+            store.write(f"{network.folder}/{name}", content)
+        store.write(done_mark(network, fingerprint), encode_mark(kept))
         assert is_trained(store, network, fingerprint)
     assert not is_trained(store, network, "a" * 16)
-    store.write(done_mark(network, "c" * 16), b"")  # as earlier versions wrote it
-    assert not is_trained(store, network, "c" * 16)
+    for earlier in (b"", hashlib.sha256(b"first").hexdigest().encode()):  # as earlier versions wrote it
+        store.write(done_mark(network, "c" * 16), earlier)
+        assert not is_trained(store, network, "c" * 16)

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from support.golden import weight
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from support.golden import image, reference, released, weight
 from torch import Tensor, nn
 
-from apacs_ray.config.settings import MembersSettings
+from apacs_ray.config.settings import FusionSettings, MembersSettings, Settings
 from apacs_ray.errors import ApacsError
 from apacs_ray.models.pretrained import (
     DEVIATION,
@@ -21,10 +24,13 @@ from apacs_ray.models.pretrained import (
     load_imagenet,
     load_released,
     pretrained_version,
+    published_fusion,
+    published_fusion_version,
     read_checkpoint,
+    require_pretrained,
 )
 from apacs_ray.models.registry import NETWORKS, build_member
-from apacs_ray.models.spec import ModelSpec
+from apacs_ray.models.spec import ModelSpec, fusion_spec
 from apacs_ray.models.weights import build, load_model, weights_bytes
 
 
@@ -152,5 +158,79 @@ def test_what_is_no_state_dict_of_tensors_is_refused(content: Any, capsys: pytes
     with pytest.raises(ApacsError, match=r"x\.pth"):
         read_checkpoint(sink.getvalue(), "x.pth")
     assert "harm" not in capsys.readouterr().out
-    with pytest.raises(ApacsError, match="no checkpoint"):
-        read_checkpoint(b"not a zip", "x.pth")
+    for damaged in (b"not a zip", b"", *(sink.getvalue()[: sink.tell() * part // 8] for part in range(8))):
+        with pytest.raises(ApacsError, match=r"^x\.pth: (no checkpoint|an empty file)"):
+            read_checkpoint(damaged, "x.pth")
+
+
+@given(place=st.integers(0, 2000), bits=st.integers(1, 255))
+@settings(deadline=None)
+def test_a_damaged_checkpoint_is_refused_in_a_line_or_holds_tensors(place: int, bits: int) -> None:
+    sink = io.BytesIO()
+    torch.save({"score.weight": torch.arange(4.0)}, sink)
+    content = bytearray(sink.getvalue())
+    content[place % len(content)] ^= bits
+    told = ""
+    try:
+        state = read_checkpoint(bytes(content), "x.pth")
+    except ApacsError as error:
+        told = str(error)
+    if told:
+        assert told.startswith("x.pth: ")
+        assert "\n" not in told
+    else:
+        assert all(isinstance(value, torch.Tensor) for value in state.values())
+
+
+def _fusion_file(folder: Path, prefix: str, kind: torch.dtype, *, nested: bool) -> FusionSettings:
+    """The released fusion's file as others keep it: with its members, in another precision, inside something."""
+    tensors = {prefix + name: value.to(kind) for name, value in released("fusion").items()}
+    tensors[f"{prefix}model_fcn32.conv1.weight"] = torch.zeros(1)
+    torch.save({"state_dict": tensors, "epoch": 3} if nested else tensors, folder / "f.pth")
+    return FusionSettings(head="published", init="published", checkpoint=str(folder / "f.pth"))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "kind", "nested"),
+    [("", torch.float32, False), ("module.", torch.float16, True), ("_orig_mod.module.", torch.float64, False)],
+)
+def test_a_fusion_starts_as_the_released_one(tmp_path: Path, prefix: str, kind: torch.dtype, nested: bool) -> None:
+    settings = _fusion_file(tmp_path, prefix, kind, nested=nested)
+    spec = fusion_spec(settings, settings.width)
+    weights = published_fusion(settings, spec)
+    assert weights is not None
+    network = load_model(weights, spec)
+    inputs = torch.cat([torch.rand(1, 3, 176, 176, generator=torch.Generator().manual_seed(0)), image(176, 176)], dim=1)
+    with torch.inference_mode():
+        difference = (network(inputs) - reference("fusion", inputs)).abs().max()
+    assert float(difference) < (1e-4 if kind != torch.float16 else 0.1)
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+
+
+def test_a_released_fusion_that_does_not_fit_is_refused_before_training(tmp_path: Path) -> None:
+    settings = _fusion_file(tmp_path, "", torch.float16, nested=False)
+    require_pretrained(Settings(fusion=settings))
+    version = published_fusion_version(settings)
+    two = settings.model_copy(update={"members": ("fcn32", "fcn16")})
+    with pytest.raises(ApacsError, match=r"f\.pth: .*shape \(64, 6, 11, 11\).* fusion\.members\?$"):
+        require_pretrained(Settings(fusion=two))
+    torch.save(_released("fcn32", ""), tmp_path / "f.pth")
+    assert published_fusion_version(settings) != version  # which the fingerprints hold
+    with pytest.raises(ApacsError, match=r"f\.pth: .*lacks convolution\.0\.weight"):
+        require_pretrained(Settings(fusion=settings))
+    (tmp_path / "f.pth").unlink()
+    with pytest.raises(ApacsError, match=r"f\.pth: no such file"):
+        require_pretrained(Settings(fusion=settings))
+    (tmp_path / "f.pth").mkdir()
+    with pytest.raises(ApacsError, match=r"f\.pth: cannot be read"):
+        require_pretrained(Settings(fusion=settings))
+
+
+@pytest.mark.parametrize(
+    "other", [{"width": 0.5}, {"head": "refined"}, {"trunk": "fcn32"}, {"heatmap_init": "mean"}, {"checkpoint": None}]
+)
+def test_a_released_fusion_is_of_one_shape(other: dict[str, Any]) -> None:
+    given = {"head": "published", "init": "published", "checkpoint": "f.pth"}
+    FusionSettings.model_validate(given)
+    with pytest.raises(ValidationError, match=rf"init published needs {next(iter(other))}"):
+        FusionSettings.model_validate(given | other)

@@ -134,15 +134,23 @@ def test_aws_variables_stay_away_from_trials(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_ray_says_where_it_does_not_start() -> None:
-    """`says_it_was_too_slow` and `says_path_is_too_long` know these errors by their words."""
+    """`says_it_was_too_slow` knows these errors by their words."""
     import ray._private.node
-    import ray._private.utils
 
     assert "timed out during startup" in inspect.getsource(ray._private.node)
-    with pytest.raises(OSError) as caught:  # noqa: PT011 - its words are what is tested
-        ray._private.utils.validate_socket_filepath(f"/tmp/{'x' * 200}/sockets/raylet")
-    assert ray_internals.says_path_is_too_long(caught.value)
-    assert not ray_internals.says_it_was_too_slow(caught.value)
+    assert "RAY_gcs_server_port_wait_time_s" in inspect.getsource(ray._private.node), "Ray reads no such variable"
+    with pytest.raises(RuntimeError) as caught:
+        ray._raylet.wait_for_persisted_port("/tmp", "00" * 28, "none", timeout_ms=1)
+    assert ray_internals.says_it_was_too_slow(caught.value)
+    assert not ray_internals.says_it_was_too_slow(ValueError("no such option"))
+
+
+def test_a_path_is_too_long_where_ray_finds_it_so() -> None:
+    import ray._private.node
+
+    assert 'f"session_{date_str}_{os.getpid()}"' in inspect.getsource(ray._private.node), "sessions are named otherwise"
+    longest = next(n for n in range(107, 0, -1) if not ray_internals.is_too_long_for_sockets("x" * n))
+    assert 40 < longest < 60
 
 
 def test_only_the_line_of_the_log_level_is_kept_back() -> None:

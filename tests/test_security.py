@@ -102,7 +102,9 @@ URIS = [
 
 
 @pytest.mark.parametrize("uri", URIS)
-@pytest.mark.parametrize("option", ["--data", "--output", "--data.masks", "--data.splits", "--members.checkpoint"])
+@pytest.mark.parametrize(
+    "option", ["--data", "--output", "--data.masks", "--members.checkpoint", "--fusion.checkpoint"]
+)
 def test_uris_with_credentials_are_refused_and_not_repeated(uri: str, option: str) -> None:
     with pytest.raises(UsageError, match=rf"{option.strip('-')}: the URI .*not shown") as refused:
         parse([option, uri], "full.py", "")
@@ -211,7 +213,7 @@ SWEEP = """
     task = TrialTask(store, {}, FusionSettings(), 0.02, "f", 1, 0, 1, "another source", "tune/.state-1", 0)
     plan = Sweep.model_validate({"trials": 1, "epochs": 1, "space": {"dropout": {"uniform": [0.1, 0.2]}}})
     (trial,) = sweep(task, plan, joined_cluster(), print)
-    assert "another copy" in trial.error, trial.error
+    assert "another source of apacs_ray" in trial.error, trial.error
     ray.stop()
 """
 

@@ -329,6 +329,23 @@ def test_a_trunk_of_another_width_is_refused() -> None:
             command("--data", "x", "--members.width", "0.5", "--fusion.width", "0.25", *more)
 
 
+def test_a_sweep_that_does_not_fit_the_released_fusion_is_refused() -> None:
+    options = [
+        "--data",
+        "x",
+        "--fusion.head",
+        "published",
+        "--fusion.init",
+        "published",
+        "--fusion.checkpoint",
+        "f.pth",
+    ]
+    command(*options, "--tune.config", "tune_configs/fusion_pbt.yaml")
+    for sweep, drawn in (("fusion_asha", "heatmap_init zero"), ("smoke", "members")):
+        with pytest.raises(UsageError, match=rf"{sweep}\.yaml: draws {drawn}, but"):
+            command(*options, "--tune.config", f"tune_configs/{sweep}.yaml")
+
+
 def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def deny(*_: object, **__: object) -> str:
         raise PermissionError(13, "Permission denied")

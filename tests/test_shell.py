@@ -9,16 +9,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+
+from apacs_ray.testing.runs import wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def start(code: str, **options: Any) -> subprocess.Popen[str]:
+def start(code: str, *argv: str, **options: Any) -> subprocess.Popen[str]:
     imports = "from apacs_ray.commands.shell import run_command\nfrom apacs_ray.console import say"
     program = f"{imports}\n{code}\nrun_command(work)"
     return subprocess.Popen(
-        [sys.executable, "-c", program], cwd=ROOT, text=True, stderr=subprocess.PIPE,
+        [sys.executable, "-c", program, *argv], cwd=ROOT, text=True, stderr=subprocess.PIPE,
         **{"stdout": subprocess.PIPE, **options},
     )  # fmt: skip
 
@@ -47,6 +50,36 @@ def test_a_signal_stops_a_command_which_takes_its_time_to_clean_up(number: signa
     text, errors = process.communicate(timeout=60)
     assert (process.returncode, text) == (130, "cleaned up\n")
     assert errors == "stopped; the same command goes on from here\n"
+
+
+STARTS_RAY = """
+import sys
+from apacs_ray.distributed.session import RaySession, prepare_ray
+def work():
+    prepare_ray()
+    from apacs_ray.config.settings import Settings
+    from apacs_ray.runs.run import Run
+    from apacs_ray.storage import LocalStore
+    run = Run.open(LocalStore(sys.argv[1]), Settings(), None)
+    try:
+        RaySession(run).start()
+    finally:
+        run.close()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_a_command_while_ray_starts(number: signal.Signals, tmp_path: Path) -> None:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    options = {"preexec_fn": lambda: signal.signal(number, signal.SIG_DFL), "env": clean}
+    process = start(STARTS_RAY, str(tmp_path), **options)
+    descendants = psutil.Process(process.pid)
+    wait_for(process, lambda: any(child.name() == "gcs_server" for child in descendants.children(recursive=True)))
+    assert (tmp_path / "run.lock").exists()
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "stopped; the same command goes on from here\n")
+    assert not (tmp_path / "run.lock").exists()
 
 
 def test_nohup_outlives_its_terminal() -> None:

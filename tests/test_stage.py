@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -86,6 +86,34 @@ def test_what_follows_a_stage_that_is_done_anew_is_outdated(run: Run) -> None:
     assert "seconds" not in run.stages["measure"]  # of the work before
 
 
+def test_what_was_done_with_other_settings_is_no_claim_until_it_is_found_to_hold(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    other = Settings(run=RunSettings(seed=7))
+
+    def states(settings: Settings, work: Callable[[Run], object]) -> dict[str, str]:
+        run = Run.open(store, settings, None)
+        work(run)
+        run.close()
+        return {name: stage["state"] for name, stage in json.loads(store.read("run.json"))["stages"].items()}
+
+    def measure(run: Run) -> None:
+        run_stage(run, RaySession(run), Measure(FIRST))
+
+    def look(run: Run) -> None:
+        require_stage(run, Measure(FIRST))
+        run.write_record()
+
+    def fail(run: Run) -> None:
+        run.record("later", state="failed", error="broken")
+
+    assert states(Settings(), measure) == {"measure": "done"}
+    assert states(Settings(), Run.write_record) == {"measure": "done"}
+    assert states(other, Run.write_record) == {"measure": "earlier"}
+    assert states(other, look) == {"measure": "unchanged"}
+    assert states(Settings(), fail) == {"measure": "earlier", "later": "failed"}
+    assert states(other, measure) == {"measure": "unchanged", "later": "failed"}
+
+
 def test_an_output_of_other_data_is_refused_and_replaced_only_when_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +130,13 @@ def test_an_output_of_other_data_is_refused_and_replaced_only_when_asked(
         with pytest.raises(UsageError, match=r"holds a run of .*/a/cells, not of .*--run\.replace true"):
             Run.open(store, Settings(), data)
     Run.open(store, Settings(run=RunSettings(replace=True)), "cells").close()
+
+
+def test_a_run_that_cannot_be_opened_is_given_back(tmp_path: Path) -> None:
+    (tmp_path / "run.json").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        Run.open(LocalStore(str(tmp_path)), Settings(), None)
+    assert not (tmp_path / "run.lock").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"format": 4, "stages": [1]}', b'{"format": 4}', b"\xff\xfe"])

@@ -144,6 +144,38 @@ def test_an_owner_elsewhere_with_a_heartbeat_keeps_the_run(store: Store) -> None
         Lease.acquire(store)
 
 
+@pytest.mark.parametrize("ahead", [3600.0, 90.0, -3600.0])
+@pytest.mark.parametrize("alive", [True, False])
+def test_clocks_that_differ_do_not_decide_who_holds_a_run(
+    store: Store, monkeypatch: pytest.MonkeyPatch, ahead: float, alive: bool
+) -> None:
+    held = Lease.acquire(store)
+    held._stop.set()
+    held._thread.join()
+    other = replace(Holder(**json.loads(store.read(LOCK))), host="elsewhere")
+
+    def beat(at: float) -> None:
+        store.write(LOCK, json.dumps(vars(replace(other, heartbeat=at + ahead))).encode())
+
+    now = time.time()
+    beat(now)
+    looked = []
+
+    def look(seconds: float) -> None:
+        looked.append(seconds)
+        if alive:
+            beat(now + 10)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lease_module.time, "sleep", look)
+        if alive:
+            with pytest.raises(LeaseHeld, match="elsewhere"):
+                Lease.acquire(store)
+        else:
+            Lease.acquire(store).release()
+    assert 0 < sum(looked) < 60
+
+
 @pytest.fixture
 def abandoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     """A run whose lock says that this process holds it, and that nobody keeps."""

@@ -22,7 +22,8 @@ from support.runs import SMALL, start
 from torch import nn
 
 from apacs_ray.data.shards import Receipt, read_rows, write_table
-from apacs_ray.errors import ApacsError, StoreTroubleError
+from apacs_ray.doctor.answers import CREDENTIALS
+from apacs_ray.errors import ApacsError, RefusedError, StoreTroubleError
 from apacs_ray.models.registry import MEMBERS
 from apacs_ray.runs import lease
 from apacs_ray.runs.lease import LOCK, Lease, LeaseHeld
@@ -239,6 +240,67 @@ def test_a_retry_ends_after_its_timeout_and_a_refusal_is_final(store: Store, bet
             ask()
         assert not isinstance(raised.value, StoreTroubleError), name
         assert len(between.requests) == number, name
+
+
+def refusing_first(code: str, times: int) -> Behavior:
+    """A store that refuses the next requests, as it may those that are signed with keys just renewed."""
+    left = [code] * times
+    status = 400 if "Token" in code else 403
+    return Behavior(lambda method, listing: left.pop() if left else None, status=status)
+
+
+@pytest.mark.parametrize("code", ["AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch"])
+def test_a_refusal_by_a_store_that_has_answered_is_tried_again(
+    store: Store, between: Proxy, tmp_path: Path, code: str
+) -> None:
+    fill(store)
+    for name, work in (reads(store, tmp_path) | writes(store, tmp_path)).items():
+        if name not in ("rows", "staged", "by Ray"):  # pyarrow asks by itself; the others ask as these do
+            between.behavior = refusing_first(code, 3)
+            work()  # each is a renewal of its own
+            assert between.behavior.refuse("GET", False) is None, name
+
+
+def test_objects_that_may_not_be_read_cost_half_a_minute_together(
+    store: Store, between: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry, "RENEWAL", 0.1)
+    store.write("object", CONTENT)
+    costs = []
+    for _ in range(20):
+        between.behavior = Behavior(lambda method, listing: "AccessDenied")
+        between.requests.clear()
+        with pytest.raises(RefusedError, match="run/denied: cannot read"):
+            store.read("denied")
+        costs.append(len(between.requests))
+        between.behavior = Behavior()
+        assert store.read("object") == CONTENT
+    assert costs[0] > 2
+    assert costs[5:] == [1] * 15  # what the first left of the time is spent
+    monkeypatch.setattr(retry, "RENEWAL_EVERY", 0.0)  # as if ten minutes had gone: keys may be renewed again
+    between.behavior = refusing_first("AccessDenied", 2)
+    assert store.read("object") == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"), [("InvalidObjectState", RefusedError), ("RequestTimeTooSkewed", RefusedError)]
+)
+def test_a_refusal_that_no_renewal_changes_is_final(store: Store, between: Proxy, code: str, kind: type) -> None:
+    store.write("object", CONTENT)
+    between.requests.clear()
+    between.behavior = Behavior(lambda method, listing: code)
+    with pytest.raises(kind, match=code):
+        store.read("object")
+    assert len(between.requests) == 1
+
+
+def test_keys_that_are_refused_are_no_fault_of_the_object(store: Store, between: Proxy) -> None:
+    """An object that may not be read becomes a reject; with wrong keys all of them would."""
+    between.behavior = Behavior(lambda method, listing: "InvalidAccessKeyId")
+    with pytest.raises(ApacsError, match="InvalidAccessKeyId") as raised:
+        store.read("object")
+    assert not isinstance(raised.value, RefusedError)
+    assert set(retry.KEY_CODES) == set(CREDENTIALS)  # which the doctor explains
 
 
 @pytest.mark.parametrize("kind", ["lost", "truncated", "reset within"])

@@ -69,6 +69,7 @@ def diagnose(command: Command) -> tuple[list[Finding], set[str]]:
         "libvips": codecs.check_vips,
         "OpenSlide": codecs.check_openslide,
         "shared memory": machine.check_shared_memory,
+        "sockets": machine.check_sockets,
         "disk": lambda: machine.check_disks(settings, output, data),
         "open files": machine.check_open_files,
         "data": lambda: stores.check_data("data", data),
@@ -76,6 +77,7 @@ def diagnose(command: Command) -> tuple[list[Finding], set[str]]:
         "data.splits": lambda: tables.check_splits(settings.data),
         "data.mpps": lambda: tables.check_mpps(settings.data),
         "output": lambda: stores.check_output("output", output),
+        "lock": lambda: stores.check_lock(output),
         "clock": stores.check_clock,
         "cluster": lambda: cluster.check_cluster(command),
     }

@@ -31,16 +31,12 @@ def _work(argv: Sequence[str]) -> int:
     from apacs_ray.inference.predictor import load_ensemble
     from apacs_ray.models.onnx import export_onnx
     from apacs_ray.models.registry import MEMBERS
-    from apacs_ray.runs.markers import require_committed_weights, require_current
     from apacs_ray.storage import open_store
 
     print_log()
     folders = {name: f"members/{name}" for name in MEMBERS} | {"fusion": "fusion"}
     try:
-        store = open_store(arguments.model)
-        for folder in ("members", "fusion"):
-            require_committed_weights(store, require_current(store, folder))
-        ensemble = load_ensemble(store, folders)
+        ensemble = load_ensemble(open_store(arguments.model), folders)
         export_onnx(ensemble, arguments.output, height=arguments.height, width=arguments.width)
     except FileNotFoundError as error:
         raise ApacsError(f"{arguments.model}: no finished run ({error.filename or error} is missing)") from error

@@ -75,10 +75,12 @@ def opened_run(command: Command, what: str | None = None) -> Iterator[tuple[Run,
         yield run, ray
         failed = False
     finally:
-        ray.stop()
-        if failed:
-            say("not finished: the same command goes on from here")
-        run.close()
+        try:
+            ray.stop(failed=failed)
+        finally:
+            if failed:
+                say("not finished: the same command goes on from here")
+            run.close()
 
 
 def _print_whatever_the_terminal_knows() -> None:

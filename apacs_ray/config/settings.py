@@ -223,6 +223,10 @@ class FusionSettings(TrainingSettings):
         ("fcn32", "fcn16", "fcn8"), description="members whose heatmaps it reads (two or all three)"
     )
     heatmap_init: HeatmapInit = Field("random", description="initial weights of the first layer for heatmaps")
+    init: Literal["random", "published"] = Field(
+        "random", description="initial weights: random, or published (a released fusion; as its head, of width 1.0)"
+    )
+    checkpoint: str | None = Field(None, description="URI of the released fusion's file, such as fusion.pth")
     trunk: Literal["random", "fcn32"] = Field(
         "random", description="initial weights of the trunk: random, or those of the trained FCN-32 (of the same width)"
     )
@@ -232,6 +236,17 @@ class FusionSettings(TrainingSettings):
     compare: Annotated[bool, NOT_IN_FINGERPRINT] = Field(
         False, description="train and evaluate the published head as well"
     )
+
+    @model_validator(mode="after")
+    def _published_weights_fit(self) -> FusionSettings:
+        if self.init == "published":
+            wanted = {"width": 1.0, "head": "published", "trunk": "random", "heatmap_init": "random"}
+            for name, value in wanted.items():
+                if getattr(self, name) != value:
+                    raise ValueError(f"init published needs {name} {value}, not {getattr(self, name)}")
+            if self.checkpoint is None:
+                raise ValueError("init published needs checkpoint, the released file")
+        return self
 
     @field_validator("members")
     @classmethod

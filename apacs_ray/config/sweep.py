@@ -185,6 +185,15 @@ def require_sweep(settings: Settings) -> None:
             f"fusion.warmup_epochs: {settings.fusion.warmup_epochs:g} are more than the {sweep.epochs} epochs that "
             f"{tune.config} gives a trial"
         )
+    for name, distribution in sweep.space.items():
+        for value in distribution.ends():
+            try:
+                FusionSettings.model_validate({**settings.fusion.model_dump(), name: value})
+            except ValidationError as error:
+                reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+                raise UsageError(f"tune.config: {tune.config}: draws {name} {value}, but fusion.{reason}") from error
+    if settings.fusion.init == "published" and "members" in sweep.space:
+        raise UsageError(f"tune.config: {tune.config}: draws members, but a released fusion is of some; leave it out")
     if "fcn32" in sweep.trunks and settings.fusion.width != settings.members.width:
         raise UsageError(f"tune.config: {tune.config}: trunk fcn32 needs fusion.width as members.width; leave it out")
     if sweep.searcher == "optuna" and importlib.util.find_spec("optuna") is None:

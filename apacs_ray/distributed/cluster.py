@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import socket
 from urllib.parse import urlsplit
 
 from apacs_ray.distributed.autoscaler import startable_nodes
-from apacs_ray.distributed.ray_internals import nodes_are_simulated
+from apacs_ray.distributed.head_watch import why_silent
+from apacs_ray.distributed.ray_internals import address_of_auto, nodes_are_simulated
 from apacs_ray.distributed.resource_plan import Cluster, Nodes, cluster_of
 from apacs_ray.errors import ApacsError
 from apacs_ray.storage import is_local
 
-CONNECT_TIMEOUT = 3.0  # s
+CLIENT_PORT = 10001  # where Ray's client server listens, if the address does not say
 
 
 def joined_machines() -> int:
@@ -55,18 +55,30 @@ def _startable() -> list[Nodes]:
 
 
 def why_unreachable(address: str) -> str | None:
-    """Return why nothing can be joined at an address with host and port; None where Ray itself has to find out."""
+    """Return why nothing can be joined at what `RAY_ADDRESS` says; None where somebody answers."""
     if address.startswith(("http://", "https://")):
         return "the address of the job server, which takes jobs (ray job submit); a driver cannot join there"
-    parts = urlsplit(address if "://" in address else f"ray://{address}")
-    try:
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        return "no host:port"
-    if host is None or port is None:
+    if address == "local":
         return None
     try:
-        socket.create_connection((host, port), timeout=CONNECT_TIMEOUT).close()
-    except OSError as error:
-        return f"nobody answers ({error.strerror or error})"
-    return None
+        return why_silent(*head_of(address))
+    except ApacsError as error:
+        return str(error)
+
+
+def head_of(address: str) -> tuple[str, int]:
+    """Return host and port of the head at `HOST:PORT`, `ray://HOST[:PORT]` or `auto`.
+
+    Raises:
+        ApacsError: It names none.
+    """
+    if address == "auto" and (address := address_of_auto() or "auto") == "auto":
+        raise ApacsError("no cluster was started on this machine")
+    parts = urlsplit(address if "://" in address else f"gcs://{address}")
+    try:
+        host, port = parts.hostname, parts.port or (CLIENT_PORT if parts.scheme == "ray" else None)
+    except ValueError:
+        host, port = None, None
+    if host is None or port is None:
+        raise ApacsError("no HOST:PORT")
+    return host, port

@@ -67,8 +67,8 @@ def train_loop(config: dict[str, Any]) -> bool | None:
 
     def write(trainer: Trainer, network: NetworkTask, then: Callable[[], None] = lambda: None) -> None:
         def keep(state: Snapshot) -> None:
+            then()  # before the checkpoint, with which the epoch counts: else a kill between the two would lose it
             _keep(task, network, state)
-            then()
 
         if ranks.rank == 0:
             writer.write(network.name, trainer.state(), keep)

@@ -28,7 +28,11 @@ def set_private_variables() -> None:
     Without it a task starts 0.1 to 0.2 s later.
     RAY_worker_maximum_startup_concurrency: how many processes a node may start at once; without it Ray warns on the
     driver's terminal that there are more than CPUs, as our workers ask for parts of one.
+    RAY_gcs_server_port_wait_time_s: how long a Ray that starts waits for its first process, 30 s without it, which a
+    busy machine exceeds; and how often a driver tries to join a head, for 40 s each: 20 times without it, where what
+    answers at the address is no head.
     """
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1" if os.environ.get("RAY_ADDRESS") else "120")
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_DATA_METADATA_PREFETCH_ON_THREAD", "0")
@@ -64,17 +68,43 @@ def without_log_level_line() -> Iterator[None]:
                     os.write(2, line)
 
 
+@contextlib.contextmanager
+def without_its_signal_handlers() -> Iterator[None]:
+    """Keep Ray from taking SIGTERM over while the block joins or starts it, which takes seconds.
+
+    Its handlers end the process with a status of their own. Ray sets all of them by one function; when it sets them
+    otherwise, a command that is stopped while Ray starts ends with another status than 130.
+    """
+    import ray._private.utils as utils
+
+    before, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = before
+
+
 def says_it_was_too_slow(error: Exception) -> bool:
-    """Return whether Ray gave its own processes up that were too slow to start, for which it allows 30 s.
+    """Return whether Ray gave its own processes up that were too slow to start: node, head and their ports.
 
     It is told by the error's words only. When these change, a start on a busy machine is not tried again.
     """
-    return "timed out during startup" in str(error)
+    words = ("timed out during startup", "Failed to start GCS", "Timed out", "Did GCS start", "gcs start successfully")
+    return any(text in str(error) for text in words)
 
 
-def says_path_is_too_long(error: Exception) -> bool:
-    """Return whether Ray found its folder's path too long for the names of sockets. It is told by the words only."""
-    return "AF_UNIX path length" in str(error)
+def is_too_long_for_sockets(folder: str) -> bool:
+    """Return whether the names of Ray's sockets below a folder are longer than a socket's may be, by Ray's own check.
+
+    Without it Ray says so itself, in a traceback.
+    """
+    from ray._private.utils import validate_socket_filepath
+
+    try:
+        validate_socket_filepath(f"{folder}/session_2000-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store")
+    except OSError:
+        return True
+    return False
 
 
 def nodes_are_simulated() -> bool:
@@ -155,6 +185,21 @@ def torch_config_without_process_group() -> Any:
         backend_cls = Backend
 
     return AloneConfig()
+
+
+def address_of_auto() -> str | None:
+    """Return the address at which Ray would join when it is told `auto`; None where no cluster was started here.
+
+    Without it a run that is told `auto` warns for a minute where the cluster is gone, or where all that Ray finds is
+    one that listens for its own machine only, as ours do.
+    """
+    from ray._private.services import canonicalize_bootstrap_address
+
+    try:
+        address: str | None = canonicalize_bootstrap_address("auto")
+    except ConnectionError:
+        return None
+    return address
 
 
 def draining_nodes() -> dict[str, float]:

@@ -9,17 +9,20 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+from pathlib import Path
 
 from apacs_ray.console import say
-from apacs_ray.distributed.cluster import joined_cluster, joined_machines, refuse_local, why_unreachable
+from apacs_ray.distributed.cluster import head_of, joined_cluster, joined_machines, refuse_local, why_unreachable
+from apacs_ray.distributed.head_watch import HeadWatch
 from apacs_ray.distributed.metrics import RunMetrics
 from apacs_ray.distributed.ray_internals import (
+    is_too_long_for_sockets,
     listen_on_loopback,
     says_it_was_too_slow,
-    says_path_is_too_long,
     session_folder,
     session_folder_option,
     set_private_variables,
+    without_its_signal_handlers,
     without_log_level_line,
 )
 from apacs_ray.distributed.resource_plan import Cluster
@@ -36,6 +39,7 @@ class RaySession:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._started = False
+        self._watch: HeadWatch | None = None  # of a cluster that was joined
         self.metrics = RunMetrics()
 
     def start(self) -> None:
@@ -47,12 +51,15 @@ class RaySession:
         if self._started:
             return
         prepare_ray()
-        with without_log_level_line():
-            if os.environ.get("RAY_ADDRESS"):
-                _join(os.environ["RAY_ADDRESS"])
+        address = os.environ.get("RAY_ADDRESS", "")
+        with without_log_level_line(), without_its_signal_handlers():
+            if address:
+                _join(address)
             else:
                 _start_local()
                 self._run.lease.note_ray_session(session_folder())
+        if address not in ("", "local"):
+            self._watch = HeadWatch(*head_of(address))
         stop_on_signals()  # Ray put handlers of its own in their place
         self._started = True
         self.metrics.open()
@@ -60,14 +67,28 @@ class RaySession:
         refuse_local(machines, self._run.store.uri, "--output")
         refuse_local(machines, self._run.data, "--data")
 
-    def stop(self) -> None:
-        """Leave the cluster, or end the one that was started."""
+    def stop(self, *, failed: bool = False) -> None:
+        """Leave the cluster, or end the one that was started.
+
+        Args:
+            failed: Whether something ended the run before it was done.
+
+        Raises:
+            ApacsError: It failed, and the head of the cluster is gone: whatever ended it, this is why.
+        """
         if self._started:
             import ray
 
-            self.metrics.close()
-            ray.shutdown()
             self._started = False
+            gone = None
+            if self._watch is not None:
+                gone = self._watch.why_gone()
+                self._watch.close()
+            if gone is None:  # else Ray would wait for the head
+                self.metrics.close()
+                ray.shutdown()
+            elif failed:
+                raise ApacsError(gone)
 
     def cluster(self) -> Cluster:
         """Return what the cluster has, or what its autoscaler may give it."""
@@ -93,6 +114,7 @@ def _start_local() -> None:
     """Start a Ray of our own; once more where this machine was too busy for it."""
     import ray
 
+    require_short_path()
     folder = private_session_folder()
     for last in (False, True):
         try:
@@ -107,19 +129,14 @@ def _start_local() -> None:
             return
         except Exception as error:
             ray.shutdown()
-            if says_path_is_too_long(error):
-                place = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
-                raise ApacsError(
-                    f"{place} {os.environ.get(place)}: too long a path for Ray's sockets; set RAY_TMPDIR to a short one"
-                ) from error
             if not says_it_was_too_slow(error):
-                raise
+                raise ApacsError(f"Ray does not start on this machine: {message_of(error)}") from error
             if last:
                 raise ApacsError(
                     "Ray did not start on this machine, twice: it is too busy or short of memory; try again later, or "
                     "free it"
                 ) from error
-            say("Ray did not start within its 30 s: this machine is busy; once more")
+            say("Ray did not start in time: this machine is busy; once more")
 
 
 def prepare_ray() -> None:
@@ -147,6 +164,21 @@ def _keep_to_ourselves() -> None:
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
+def ray_folder() -> Path:
+    """Return where a Ray of our own keeps sockets, logs and spilled objects: where a variable says, else our folder."""
+    for name in ("RAY_TMPDIR", "TMPDIR"):
+        if name in os.environ:
+            return Path(os.environ[name]) / "ray"
+    return Path(f"/tmp/apacs_ray-{os.getuid()}/ray")
+
+
+def require_short_path() -> None:
+    """Raise ApacsError where the path of Ray's folder leaves no room for the names of its sockets."""
+    if is_too_long_for_sockets(str(ray_folder())):
+        name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+        raise ApacsError(f"{name} {os.environ[name]}: too long a path for Ray's sockets; set RAY_TMPDIR to a short one")
+
+
 def private_session_folder() -> str | None:
     """Make a folder of this user's own for Ray's sockets and logs, which Ray itself opens to everybody.
 
@@ -156,4 +188,5 @@ def private_session_folder() -> str | None:
     """
     if "RAY_TMPDIR" in os.environ or "TMPDIR" in os.environ:
         return None
-    return str(own_folder(f"/tmp/apacs_ray-{os.getuid()}") / "ray")
+    own_folder(str(ray_folder().parent))
+    return str(ray_folder())

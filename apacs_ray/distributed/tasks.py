@@ -91,11 +91,12 @@ def map_shards(
     expected = source_hash()
 
     class Worker:
-        def __init__(self) -> None:
-            require_source(expected)
-            self._work = work()
+        _work: Callable[[str], pa.Table] | None = None
 
         def __call__(self, block: pa.Table) -> pa.Table:
+            if self._work is None:  # not at its start: what is raised there Ray prints, and starts the actor again
+                require_source(expected)
+                self._work = work()
             return pa.concat_tables([self._work(path) for path in block["path"].to_pylist()])
 
     configure_data()

@@ -41,7 +41,10 @@ IN_MEMORY = 2**30  # bytes of decoded tiles that a trial may keep
 
 @dataclass(frozen=True)
 class TrialTask:
-    """What all trials have in common. With `plan` each trains by DDP workers; `state` is their folder in the run."""
+    """What all trials have in common. With `plan` each trains by DDP workers; `state` is their folder in the run.
+
+    `pretrained` is where the weights lie that all of them begin with; None: each as its setting says.
+    """
 
     store: Store
     indices: dict[str, TileIndex]
@@ -56,6 +59,7 @@ class TrialTask:
     max_failures: int
     checkpoint_every: float  # s
     plan: NetworkPlan | None = None
+    pretrained: str | None = None
 
     def settings(self, config: dict[str, Any]) -> FusionSettings:
         """Return the fusion's settings with those that Ray Tune drew; the scheduler ends a trial early, no patience."""
@@ -69,8 +73,11 @@ class TrialTask:
         settings = self.settings(config)
         state = f"{self.state}/trials/{trial_id}"
         spec = fusion_spec(settings, self.width)
-        pretrained = None
-        if (weights := pretrained_fusion(self.store, spec, settings.trunk, self.seed)) is not None:
+        pretrained = self.pretrained
+        if (
+            pretrained is None
+            and (weights := pretrained_fusion(self.store, spec, settings.trunk, self.seed)) is not None
+        ):
             pretrained = f"{state}/pretrained.safetensors"
             self.store.write(pretrained, weights)
         network = NetworkTask("fusion", spec, settings, state, f"{TRIAL_CURVES}/{trial_id}", pretrained, config)

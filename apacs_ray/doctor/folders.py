@@ -45,8 +45,10 @@ def check_data(store: LocalStore, name: str = "data") -> Iterator[Finding]:
 def check_output(store: LocalStore, name: str = "output") -> Iterator[Finding]:
     """Check that a run can create, replace, list, read, delete and lock files there. Nothing is left behind."""
     folder = Path(store.root)
-    if folder.exists() and not folder.is_dir():
-        yield Finding(name, "failed", f"{folder} is a file", "give --output a folder")
+    file = next((part for part in (folder, *folder.parents) if part.exists() and not part.is_dir()), None)
+    if file is not None:
+        where = "" if file == folder else f"; {folder} cannot be made below it"
+        yield Finding(name, "failed", f"{file} is a file{where}", "give --output a folder")
         return
     missing = _missing(folder)
     path = f".doctor-{secrets.token_hex(8)}"

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from apacs_ray.config.settings import Settings
+from apacs_ray.distributed.session import ray_folder, require_short_path
 from apacs_ray.doctor.finding import Finding
+from apacs_ray.errors import ApacsError
 from apacs_ray.storage import LocalStore, is_local, open_store
 
 GIB = 1 << 30
@@ -59,12 +61,17 @@ def check_disks(settings: Settings, output: str, data: str | None) -> Iterator[F
         yield check_disk("disk: data.cache", cache, round(settings.data.cache_gb * GIB), advice)
 
 
-def ray_folder() -> Path:
-    """Return where Ray would write logs and spilled objects: where a variable says, else where a run puts it."""
-    for name in ("RAY_TMPDIR", "TMPDIR"):
-        if name in os.environ:
-            return Path(os.environ[name]) / "ray"
-    return Path(f"/tmp/apacs_ray-{os.getuid()}/ray")
+def check_sockets() -> Iterator[Finding]:
+    """Check that the path of Ray's folder is short enough for its sockets, where a run starts a Ray of its own."""
+    if os.environ.get("RAY_ADDRESS", "local") not in ("", "local"):
+        return
+    try:
+        require_short_path()
+    except ApacsError as error:
+        message, _, advice = str(error).partition("; ")
+        yield Finding("sockets", "failed", message, advice)
+    else:
+        yield Finding("sockets", "ok", f"{ray_folder()}: short enough for Ray's sockets")
 
 
 def check_disk(name: str, folder: Path, wanted: int, advice: str) -> Finding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ from apacs_ray.doctor.answers import explain_setup
 from apacs_ray.doctor.finding import Finding
 from apacs_ray.errors import ApacsError
 from apacs_ray.redact import uri_defect
+from apacs_ray.runs.lease import BEAT_TIMEOUT, holder_of
 from apacs_ray.storage import LocalStore, S3Store, open_store
 
 
@@ -36,6 +38,20 @@ class Stores:
         if isinstance(store, LocalStore):
             return folders.check_output(store, name)
         return [store] if isinstance(store, Finding) else objects.check_output(store)
+
+    def check_lock(self, uri: str) -> Iterable[Finding]:
+        """Check that no other run holds the output. Trouble with the store is for `check_output` to tell."""
+        with contextlib.suppress(ApacsError, OSError):
+            held = holder_of(open_store(uri).with_timeout(BEAT_TIMEOUT))
+            if held is None or held.is_dead_here():
+                return [Finding("lock", "ok", "no other run holds the output")]
+            if held.beats():
+                advice = "wait until it ends, or choose another --output"
+                return [Finding("lock", "failed", f"{uri}: held by {held.describe()}", advice)]
+            advice = "a run looks first whether that one lives; if not, set the clocks: timedatectl set-ntp true"
+            message = f"{uri}: held by {held.describe()}, last heartbeat {held.when()}"
+            return [Finding("lock", "warning", message, advice)]
+        return []
 
     def check_clock(self) -> Iterable[Finding]:
         """Compare this machine's clock with those of the buckets."""

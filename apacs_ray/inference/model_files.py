@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from apacs_ray.config.settings import SegmentSettings
 from apacs_ray.errors import UsageError
 from apacs_ray.inference.halo import exact_halo
+from apacs_ray.inference.predictor import read_weights
 from apacs_ray.models.spec import ModelSpec
-from apacs_ray.runs.markers import require_committed_weights, require_current
 from apacs_ray.storage import Store
 
-MODEL_JSON, WEIGHTS = "model.json", "model.safetensors"
+MODEL_JSON = "model.json"
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,6 @@ def find_models(store: Store, settings: SegmentSettings) -> ModelFiles:
         UsageError: One is not there.
         ApacsError: They are not of one piece: one was trained anew since.
     """
-    is_run = store.version("run.json") is not None
-    if is_run:
-        for folder in ("members", "fusion") if settings.use == "fusion" else ("members",):
-            require_committed_weights(store, require_current(store, folder))
     folders: dict[str, str] = {}
     if settings.use == "fusion":
         folders["fusion"] = _folder(store, ("fusion",))
@@ -62,7 +58,7 @@ def find_models(store: Store, settings: SegmentSettings) -> ModelFiles:
     mpps = {spec.mpp for spec in specs.values()}
     return ModelFiles(
         folders,
-        {key: _hash(store, folder) for key, folder in folders.items()},
+        dict(zip(folders, _hashes(store, folders.values()), strict=True)),
         specs,
         mpps.pop() if len(mpps) == 1 else None,
         exact_halo(tuple(members), specs.get("fusion")),
@@ -83,7 +79,10 @@ def _spec(store: Store, folder: str) -> ModelSpec:
     return ModelSpec.from_json(store.read(f"{folder}/{MODEL_JSON}"))
 
 
-def _hash(store: Store, folder: str) -> str:
-    digest = hashlib.sha256(store.read(f"{folder}/{MODEL_JSON}"))
-    digest.update(store.read(f"{folder}/{WEIGHTS}"))
-    return digest.hexdigest()
+def _hashes(store: Store, folders: Iterable[str]) -> Iterator[str]:
+    """The hash of the description and the weights of each model."""
+    paths = list(folders)
+    for folder, weights in zip(paths, read_weights(store, paths), strict=True):
+        digest = hashlib.sha256(store.read(f"{folder}/{MODEL_JSON}"))
+        digest.update(weights)
+        yield digest.hexdigest()

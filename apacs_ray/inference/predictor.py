@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -10,11 +11,14 @@ import torch
 from torch import nn
 
 from apacs_ray.config.settings import MemberName
-from apacs_ray.errors import ApacsError
+from apacs_ray.errors import ApacsError, first_line
 from apacs_ray.evaluation.predictions import sigmoid
 from apacs_ray.models.ensemble import Ensemble
+from apacs_ray.models.registry import FUSIONS
 from apacs_ray.models.spec import ModelSpec
 from apacs_ray.models.weights import load_model
+from apacs_ray.runs.markers import Marker, require_current
+from apacs_ray.runs.run import RUN_JSON
 from apacs_ray.storage import Store
 
 Array = npt.NDArray[np.float32]
@@ -33,7 +37,7 @@ class Predictor:
 
     @classmethod
     def load(cls, store: Store, folders: Mapping[str, str], *, threads: int, precision: str) -> Predictor:
-        """Load `folders` (model key -> folder in the store): three members, and fusions by key."""
+        """Load `folders` as `load_ensemble` does, which also says what it raises."""
         return cls(load_ensemble(store, folders), threads=threads, precision=precision)
 
     @torch.inference_mode()
@@ -54,7 +58,7 @@ class Predictor:
         except torch.OutOfMemoryError as error:
             raise ApacsError(
                 f"the GPU's memory is too small for all networks on a tile of {rgb.shape[1]} x {rgb.shape[0]} px: set "
-                f"evaluate.precision bfloat16, or a smaller tiles.size ({str(error).splitlines()[0][:200]})"
+                f"evaluate.precision bfloat16, or a smaller tiles.size ({first_line(error)})"
             ) from error
 
     def _logits(self, rgb: npt.NDArray[np.uint8]) -> dict[str, Array]:
@@ -94,14 +98,60 @@ def _halve_convolutions(network: nn.Module) -> None:
 
 
 def load_ensemble(store: Store, folders: Mapping[str, str]) -> Ensemble:
-    """Return the networks in `folders` (model key -> folder in the store): three members, and fusions by key."""
+    """Load three members, and fusions by key.
+
+    Args:
+        store: A run, or a folder of models.
+        folders: Model key -> folder in the store.
+
+    Raises:
+        ApacsError: The models of a run are not of one piece, or what is there is no model.
+        FileNotFoundError: A model is not there.
+
+    Returns:
+        The networks, in eval mode.
+    """
     members: dict[MemberName, torch.nn.Module] = {}
     fusions: dict[str, tuple[ModelSpec, torch.nn.Module]] = {}
-    for key, folder in folders.items():
+    for (key, folder), weights in zip(folders.items(), read_weights(store, folders.values()), strict=True):
         spec = ModelSpec.from_json(store.read(f"{folder}/model.json"))
-        model = load_model(store.read(f"{folder}/model.safetensors"), spec)
+        model = load_model(weights, spec)
         if spec.kind == "member":
             members[key] = model  # type: ignore[index]
         else:
             fusions[key] = (spec, model)
     return Ensemble(members, fusions)
+
+
+def read_weights(store: Store, folders: Iterable[str]) -> Iterator[bytes]:
+    """Read the weights of models, of a run only what it committed and what no later command made outdated.
+
+    Everything that uses a run's models reads them here. The members of folds are for the stage that trains them.
+
+    Args:
+        store: A run, or a folder of models, of which nothing is known.
+        folders: In the store.
+
+    Yields:
+        Of each folder the content of its safetensors file.
+
+    Raises:
+        ApacsError: A stage of the run is not done, an earlier one was done anew since, or the file is another.
+        FileNotFoundError: A model is not there.
+    """
+    markers: dict[str, Marker] = {}
+    is_run = store.version(RUN_JSON) is not None
+    for folder in folders:
+        weights = store.read(f"{folder}/model.safetensors")
+        stage = "members" if folder.startswith("members/") else "fusion" if folder in FUSIONS else None
+        if is_run and stage is not None:
+            if stage not in markers:
+                markers[stage] = require_current(store, stage)
+            marker = markers[stage]
+            hashes = {network["folder"]: network["sha256"] for network in marker.result["networks"].values()}
+            if hashlib.sha256(weights).hexdigest() != hashes.get(folder):
+                raise ApacsError(
+                    f"{store.uri_of(folder)}/model.safetensors: not the weights that {marker.stage} committed; run "
+                    f"python pipelines/{marker.script} with the options of the run"
+                )
+        yield weights

@@ -8,7 +8,6 @@ zeros (100 px) enters, the result differs from theirs: their zeros are the mean 
 from __future__ import annotations
 
 import io
-import pickle
 import zipfile
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -17,11 +16,11 @@ import torch
 from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
-from apacs_ray.config.settings import MemberName, MembersSettings
-from apacs_ray.errors import ApacsError
+from apacs_ray.config.settings import FusionSettings, MemberName, MembersSettings, Settings
+from apacs_ray.errors import ApacsError, first_line
 from apacs_ray.models.fusion import load_fcn32_trunk
-from apacs_ray.models.registry import NETWORKS, build_member
-from apacs_ray.models.spec import ModelSpec
+from apacs_ray.models.registry import MEMBERS, NETWORKS, build_member
+from apacs_ray.models.spec import ModelSpec, fusion_spec
 from apacs_ray.models.weights import build, from_released, weights_bytes, without_wrappers
 from apacs_ray.storage import Store, open_store
 
@@ -41,10 +40,8 @@ def pretrained_member(members: MembersSettings, name: MemberName) -> bytes | Non
     if members.init == "random":
         return None
     network = build_member(name, width=members.width, dropout=members.dropout)
-    place = _file(members, name)
-    state = (
-        download_imagenet(name) if place is None else read_checkpoint(place[0].read_small(place[1], LARGEST), place[1])
-    )
+    file = _member_file(members, name)
+    state = download_imagenet(name) if file is None else _read(file)
     load_weights = load_imagenet if members.init == "imagenet" else load_released
     load_weights(network, name, state)
     return weights_bytes(network)
@@ -59,15 +56,53 @@ def pretrained_version(members: MembersSettings, name: MemberName) -> str | None
     Raises:
         ApacsError: The file is not there.
     """
-    place = _file(members, name)
-    if place is None:
+    return _version(_member_file(members, name), "members", members.init)
+
+
+def published_fusion(fusion: FusionSettings, spec: ModelSpec) -> bytes | None:
+    """Return safetensors of a fusion that starts as the released one; None when `fusion.init` does not ask for it.
+
+    Raises:
+        ApacsError: The file does not fit, or cannot be had.
+
+    Returns:
+        The content of a safetensors file, or None.
+    """
+    file = _fusion_file(fusion)
+    if file is None:
         return None
-    version = place[0].version(place[1])
-    if version is None:
+    network = build(spec)
+    state = _read(file)
+    try:
+        load_released(network, "fusion_published", state)
+    except ApacsError as error:
         raise ApacsError(
-            f"members.checkpoint: {place[0].uri_of(place[1])}: no such file, which init {members.init} needs"
-        )
-    return version
+            f"fusion.checkpoint: {fusion.checkpoint}: {error}; is it a fusion of fusion.members?"
+        ) from error
+    return weights_bytes(network)
+
+
+def published_fusion_version(fusion: FusionSettings) -> str | None:
+    """Return the version of the file that the fusion starts from.
+
+    Returns:
+        None where it starts from no file.
+
+    Raises:
+        ApacsError: The file is not there.
+    """
+    return _version(_fusion_file(fusion), "fusion", fusion.init)
+
+
+def require_pretrained(settings: Settings) -> None:
+    """Check the files that training starts from, before hours are spent on what comes before it.
+
+    Raises:
+        ApacsError: A file is not there, or does not fit the fusion.
+    """
+    for name in MEMBERS:
+        pretrained_version(settings.members, name)
+    published_fusion(settings.fusion, fusion_spec(settings.fusion, settings.fusion.width))
 
 
 def pretrained_fusion(store: Store, spec: ModelSpec, trunk: Literal["random", "fcn32"], seed: int) -> bytes | None:
@@ -89,13 +124,15 @@ def read_checkpoint(content: bytes, name: str) -> Mapping[str, Any]:
     Returns:
         Tensors on the CPU by name.
     """
-    size = max(len(content), _unpacked(content))
+    size = max(len(content), _unpacked(content, name))
     if size > LARGEST:
         raise ApacsError(f"{name}: {size} bytes; a checkpoint of at most {LARGEST} is read")
+    if not content:
+        raise ApacsError(f"{name}: an empty file; fetch the checkpoint again")
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise ApacsError(f"{name}: no checkpoint of tensors: {str(error).splitlines()[0][:200]}") from error
+    except Exception as error:  # a damaged file makes the unpickler raise whatever it likes
+        raise ApacsError(f"{name}: no checkpoint of tensors: {first_line(error)}") from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):  # as training scripts keep it
         state = state["state_dict"]
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -103,13 +140,15 @@ def read_checkpoint(content: bytes, name: str) -> Mapping[str, Any]:
     return without_wrappers(state)
 
 
-def _unpacked(content: bytes) -> int:
+def _unpacked(content: bytes, name: str) -> int:
     """Bytes of the parts of a `.pth`, which is a ZIP file; 0 for those of old that are none."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as parts:
             return sum(part.file_size for part in parts.infolist())
     except zipfile.BadZipFile:
         return 0
+    except (ValueError, LookupError, NotImplementedError, OSError) as error:
+        raise ApacsError(f"{name}: no checkpoint of tensors: {first_line(error)}") from error
 
 
 def load_imagenet(network: nn.Module, name: MemberName, state: Mapping[str, Any]) -> None:
@@ -139,8 +178,8 @@ def load_imagenet(network: nn.Module, name: MemberName, state: Mapping[str, Any]
     network.load_state_dict(tensors, strict=False)
 
 
-def load_released(network: nn.Module, name: MemberName, state: Mapping[str, Any]) -> None:
-    """Put a released checkpoint into a member. Raises ApacsError when it does not fit."""
+def load_released(network: nn.Module, name: str, state: Mapping[str, Any]) -> None:
+    """Put a released checkpoint into the network `name` of the registry. Raises ApacsError when it does not fit."""
     tensors = from_released(name, state)
     for key, value in network.state_dict().items():
         if tensors[key].shape != value.shape:
@@ -165,9 +204,36 @@ def download_imagenet(name: MemberName) -> Mapping[str, Any]:
     return state
 
 
-def _file(members: MembersSettings, name: MemberName) -> tuple[Store, str] | None:
+def _member_file(members: MembersSettings, name: MemberName) -> tuple[Store, str] | None:
     """The store and the name in it of the file that a member starts from."""
     if members.init == "random" or members.checkpoint is None:
         return None
     entry = NETWORKS[name]
     return open_store(members.checkpoint), entry.imagenet_file if members.init == "imagenet" else entry.released_file
+
+
+def _fusion_file(fusion: FusionSettings) -> tuple[Store, str] | None:
+    if fusion.init == "random" or fusion.checkpoint is None:
+        return None
+    folder, slash, name = fusion.checkpoint.rpartition("/")
+    return open_store(folder or slash or "."), name
+
+
+def _version(file: tuple[Store, str] | None, section: str, init: str) -> str | None:
+    if file is None:
+        return None
+    store, name = file
+    version = store.version(name)
+    if version is None:
+        raise ApacsError(f"{section}.checkpoint: {store.uri_of(name)}: no such file, which init {init} needs")
+    return version
+
+
+def _read(file: tuple[Store, str]) -> Mapping[str, Any]:
+    store, name = file
+    try:
+        return read_checkpoint(store.read_small(name, LARGEST), name)
+    except FileNotFoundError as error:
+        raise ApacsError(f"{store.uri_of(name)}: no such file; name the released checkpoint") from error
+    except OSError as error:  # a folder, or it may not be read
+        raise ApacsError(f"{store.uri_of(name)}: cannot be read ({error}); give a file that may be read") from error

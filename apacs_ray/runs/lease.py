@@ -2,7 +2,8 @@
 
 The lock is created exclusively (a local link, or `If-None-Match: *` on S3) and holds its owner and a heartbeat. A
 second start is refused and names the owner. A dead process on the same machine loses the lock at once; an owner
-elsewhere without a heartbeat loses it after `STALE_AFTER` seconds. Every change is conditional on the version last
+elsewhere without a heartbeat loses it after `STALE_AFTER` seconds; where its clock and ours disagree by more, whether
+the lock changes while we look decides. Every change is conditional on the version last
 seen: of two that take over at the same moment one fails, and an owner that was declared dead cannot commit.
 """
 
@@ -84,6 +85,15 @@ class Holder:
             return False
         here = (socket.gethostname(), _boot_id(), _pid_namespace())
         return (self.host, self.boot, self.pid_namespace) == here and _start_ticks(self.pid) != self.start_ticks
+
+    def beats(self) -> bool:
+        """Return whether the last heartbeat is so near to now, by this machine's clock, that the owner lives."""
+        return abs(time.time() - self.heartbeat) < STALE_AFTER
+
+    def when(self) -> str:
+        """Return when the last heartbeat was, in words."""
+        age = time.time() - self.heartbeat
+        return f"{age:.0f} s ago" if age >= 0 else f"{-age:.0f} s ahead of this machine's clock"
 
     def describe(self) -> str:
         """Return process, host and start in words."""
@@ -204,11 +214,21 @@ def _look(store: Store) -> tuple[Holder, str] | None:
         return None
 
 
+def holder_of(store: Store) -> Holder | None:
+    """Return who holds a run, as its lock says; None where nobody does."""
+    held = _look(store)
+    return None if held is None else held[0]
+
+
 def _silent(store: Store, other: Holder, version: str) -> bool:
-    """Return whether a lock that looks old really has no heartbeat (clocks of two machines may differ)."""
-    if time.time() - other.heartbeat < STALE_AFTER:
+    """Return whether a lock whose heartbeat lies far from now has none: clocks of two machines may differ."""
+    if other.beats():
         return False
-    time.sleep(2 * HEARTBEAT_EVERY)
+    who, look = other.describe(), 2 * HEARTBEAT_EVERY
+    _log.info(
+        "%s: held by %s, last heartbeat %s: looking for %.0f s whether it lives", store.uri, who, other.when(), look
+    )
+    time.sleep(look)
     return store.version(LOCK) == version
 
 

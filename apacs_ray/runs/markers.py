@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from dataclasses import asdict, dataclass, field
@@ -117,18 +116,3 @@ def require_current(store: Store, folder: str) -> Marker:
                 f"pipelines/{marker.script} with the options of the run"
             )
     return marker
-
-
-def require_committed_weights(store: Store, marker: Marker) -> None:
-    """Check that the weights in a run are those that a training stage committed.
-
-    Raises:
-        ApacsError: naming the folder of weights that are others.
-    """
-    for network in marker.result["networks"].values():
-        path = f"{network['folder']}/model.safetensors"
-        if hashlib.sha256(store.read(path)).hexdigest() != network["sha256"]:
-            raise ApacsError(
-                f"{store.uri_of(path)}: not the weights that {marker.stage} committed; run python "
-                f"pipelines/{marker.script} with the options of the run"
-            )

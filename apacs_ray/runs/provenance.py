@@ -51,11 +51,12 @@ def source_hash() -> str:
 
 
 def require_source(expected: str) -> None:
-    """Called in every worker process. Raises ApacsError when it imported another copy of this package."""
+    """Called in every worker process. Raises ApacsError when it imported another source than the driver."""
     if source_hash() != expected:
         raise ApacsError(
-            f"a worker runs another copy of apacs_ray ({ROOT}) than the driver; submit with --working-dir, "
-            "or install the same version on every node"
+            f"a worker runs another source of apacs_ray ({ROOT}) than the driver: it was changed during the run (then "
+            "start the same command again), or is another copy (submit with --working-dir, or install the same version "
+            "on every node)"
         )
 
 

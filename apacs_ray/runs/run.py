@@ -22,6 +22,8 @@ from apacs_ray.runs.provenance import FORMAT_VERSION, ROOT, environment, git_com
 from apacs_ray.storage import Store
 
 RUN_JSON = "run.json"
+CLAIMS = ("done", "unchanged")  # states by which a stage is what the settings in `run.json` say
+EARLIER = "earlier"  # the state of a stage that was done with other settings, and was not looked at since
 log = logging.getLogger(__name__)
 
 
@@ -48,16 +50,28 @@ class Run:
             UsageError: when the run there is of other data, and `run.replace` is not set.
         """
         run = cls(store, settings, data, Lease.acquire(store))
-        record = run._earlier_record()
-        run.stages = dict(record.get("stages", {}))
-        earlier = record.get("data")
-        if run.stages and not settings.run.replace and _place(earlier) != _place(data):
+        try:
+            run._go_on()
+        except BaseException:  # also a signal: who has not opened a run does not close it
             run.close()
-            raise UsageError(
-                f"{store.uri}: holds a run of {earlier or 'synthetic smears'}, not of {data or 'synthetic smears'}; "
-                "choose another --output, or give --run.replace true to have it replaced"
-            )
+            raise
         return run
+
+    def _go_on(self) -> None:
+        """Take over what earlier commands recorded. Raises UsageError when it is of other data."""
+        record = self._earlier_record()
+        self.stages = dict(record.get("stages", {}))
+        earlier = record.get("data")
+        if self.stages and not self.settings.run.replace and _place(earlier) != _place(self.data):
+            there, given = earlier or "synthetic smears", self.data or "synthetic smears"
+            raise UsageError(
+                f"{self.store.uri}: holds a run of {there}, not of {given}; choose another --output, or give "
+                "--run.replace true to have it replaced"
+            )
+        if record.get("settings") != self.settings.model_dump(mode="json"):
+            # `run.json` will name these settings: what was done with others is no claim until it is found to hold
+            for name, stage in self.stages.items():
+                self.stages[name] = {**stage, "state": EARLIER if stage.get("state") in CLAIMS else stage.get("state")}
 
     def committed(self, folder: str, fingerprint: str) -> Marker | None:
         """Return the marker in `folder` when it carries `fingerprint`."""
@@ -77,6 +91,11 @@ class Run:
         marker.counts.reconcile(marker.stage)
         self.lease.check()
         self.store.write(f"{folder}/{MARKER}", marker.encode())
+
+    def confirm(self, stage: str) -> None:
+        """Note that what an earlier command recorded of a stage holds with these settings, too."""
+        if self.stages.get(stage, {}).get("state") == EARLIER:
+            self.stages[stage]["state"] = "unchanged"
 
     def record_start(self, stage: str, later: Sequence[str], **state: Any) -> None:
         """Write to `run.json` that a stage works: what is recorded of it and of those after it no longer holds."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -23,17 +24,18 @@ from apacs_ray.report.page import ReportContext, TilePicture, build_report
 from apacs_ray.runs.markers import Counts
 from apacs_ray.runs.provenance import environment, fingerprint, git_commit
 from apacs_ray.stages.ingest_result import IngestResult
-from apacs_ray.stages.stage import Committed, Job, Stage, StageResult
+from apacs_ray.stages.stage import Committed, Job, Stage, StageResult, delete_others
 from apacs_ray.stages.train_fusion import fusion_folders
 from apacs_ray.stages.train_members import member_folder
 from apacs_ray.stages.train_networks import TrainingResult, read_indices
 from apacs_ray.stages.tune_fusion import SweepResult
 from apacs_ray.storage import Store
 from apacs_ray.training.history import read_history
-from apacs_ray.training.tensorboard import write_metrics
+from apacs_ray.training.tensorboard import CURVES, CURVES_FILE, curves_path, write_metrics
 
 SHOWN = 3  # tiles of each kind in the report
 DISPUTED = 6
+FIGURE = re.compile(r"evaluation/figures/(best|median|worst|disagree)_\d+\.png")
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,15 @@ class Evaluate(Stage[EvaluateResult]):
         store.write("evaluation/comparison.json", json.dumps(comparison, indent=1).encode())
         shard_of = dict(zip(index.tile_ids, index.shard.tolist(), strict=True))
         pictures = _pictures(task, per_tile, shard_of, index.paths)
-        for picture in pictures:
-            store.write(f"evaluation/figures/{picture.kind}_{picture.rank}.png", picture.png)
+        figures = {f"evaluation/figures/{picture.kind}_{picture.rank}.png": picture.png for picture in pictures}
+        for path, png in figures.items():
+            store.write(path, png)
+        delete_others(store, "evaluation/figures", FIGURE, figures)
         page = build_report(self._report(job, folders, metrics, comparison, pictures))
         store.write("evaluation/report.html", page.encode())
         write_metrics(store, metrics)
+        tested = {curves_path(f"evaluation/{model}") for model in metrics}
+        delete_others(store, f"{CURVES}/evaluation", CURVES_FILE, tested)
         return EvaluateResult(
             Counts(len(index), per_tile.num_rows), {model: row["dice"] for model, row in metrics.items()}
         )

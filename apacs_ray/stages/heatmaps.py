@@ -17,11 +17,12 @@ from apacs_ray.models.registry import MEMBERS
 from apacs_ray.runs.markers import Counts
 from apacs_ray.runs.provenance import fingerprint
 from apacs_ray.stages.ingest_result import IngestResult
-from apacs_ray.stages.stage import Committed, Job, Stage, StageResult
+from apacs_ray.stages.stage import Committed, Job, Stage, StageResult, delete_others
 from apacs_ray.stages.train_members import member_folder, member_network
 from apacs_ray.stages.train_networks import TrainingResult, read_indices, state_folder, train_networks
 from apacs_ray.storage import Store
 from apacs_ray.training.dataset import Heatmaps
+from apacs_ray.training.tensorboard import CURVES, CURVES_FILE, curves_path
 
 SPLITS = ("train", "val")  # test tiles are read by `evaluate` only
 
@@ -88,6 +89,8 @@ class StoreHeatmaps(Stage[HeatmapsResult]):
             for path in shard_paths(store, "heatmaps", split):
                 if path not in current:
                     store.delete(path)
+        drawn = {curves_path(folder) for fold in folders.keys() - {ALL} for folder in folders[fold].values()}
+        delete_others(store, f"{CURVES}/heatmaps", CURVES_FILE, drawn)
         return HeatmapsResult(Counts(rows_in, rows_out), folds)
 
     def tidy(self, store: Store, fingerprint: str) -> None:

@@ -27,7 +27,7 @@ from apacs_ray.stages.ingest_folder import ingest_folder
 from apacs_ray.stages.ingest_result import IngestResult, UnitCounts, WrittenTiles
 from apacs_ray.stages.ingest_slides import ingest_slides, make_smears
 from apacs_ray.stages.source import Source, smears_inputs
-from apacs_ray.stages.stage import Job, Stage
+from apacs_ray.stages.stage import Job, Stage, delete_others
 from apacs_ray.storage import Store
 
 REJECTS = re.compile(r"rejects/ingest-[0-9a-f]{8}\.parquet")
@@ -126,9 +126,7 @@ def _write_rejects(store: Store, fingerprint: str, rejects: Sequence[Reject]) ->
     pq.write_table(table, sink)
     path = f"rejects/ingest-{fingerprint[:8]}.parquet"
     store.write(path, sink.getvalue())
-    for entry in list(store.list("rejects")):
-        if REJECTS.fullmatch(entry.path) and entry.path != path:
-            store.delete(entry.path)
+    delete_others(store, "rejects", REJECTS, [path])
 
 
 def _delete_other_shards(store: Store, current: set[str]) -> None:

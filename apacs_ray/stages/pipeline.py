@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import Any, TypeVar
 
 from apacs_ray.distributed.session import RaySession
+from apacs_ray.models.pretrained import require_pretrained
 from apacs_ray.runs.run import Run
 from apacs_ray.stages.evaluate import Evaluate
 from apacs_ray.stages.heatmaps import StoreHeatmaps
@@ -44,6 +45,7 @@ def run_pipeline(run: Run, ray: RaySession, names: Collection[str]) -> None:
     source = Source.of(run.store, run.data, run.settings)
     if left - {Ingest.name}:
         source.require_training_splits()
+        require_pretrained(run.settings)
     ingest = settle(Ingest(source))
     if not left:
         return

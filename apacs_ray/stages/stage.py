@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -96,7 +97,7 @@ class Stage(ABC, Generic[R]):
         """Make the output in `folder`, and say what it is. Nothing counts before the stage is committed."""
 
     def tidy(self, store: Store, fingerprint: str) -> None:
-        """Remove what only the work needed. Called once the commit stands."""
+        """Remove what only the work needed. Called by every command that finds or makes the commit."""
 
 
 def run_stage(run: Run, ray: RaySession, stage: Stage[R], later: Sequence[str] = ()) -> Committed[R]:
@@ -115,6 +116,7 @@ def run_stage(run: Run, ray: RaySession, stage: Stage[R], later: Sequence[str] =
     marker = run.committed(stage.folder, fingerprint)
     if marker is not None:
         run.record(stage.name, state="unchanged", **_record_of(marker))
+        stage.tidy(run.store, fingerprint)  # a command that ended after its commit left that to this one
         say(f"{stage.name}: unchanged, not done again")
         return _decoded(stage, marker)
     say(f"{stage.name}: starts")
@@ -151,6 +153,22 @@ def run_stage(run: Run, ray: RaySession, stage: Stage[R], later: Sequence[str] =
     return Committed(stage.folder, fingerprint, result)
 
 
+def delete_others(store: Store, folder: str, ours: re.Pattern[str], current: Collection[str]) -> None:
+    """Delete what earlier settings left in a folder: what a run writes there, less what is `current`. All else stays.
+
+    Called before a stage is committed, so that what its marker stands for is all there is.
+
+    Args:
+        store: The run.
+        folder: Where to look, recursively.
+        ours: Matches the paths that a run writes there.
+        current: Paths that the stage has just written.
+    """
+    for entry in list(store.list(folder)):
+        if ours.fullmatch(entry.path) and entry.path not in current:
+            store.delete(entry.path)
+
+
 def require_stage(run: Run, stage: Stage[R]) -> Committed[R]:
     """Take over a stage that an earlier command committed.
 
@@ -166,6 +184,7 @@ def require_stage(run: Run, stage: Stage[R]) -> Committed[R]:
             f"{run.store.uri}: stage {stage.name} is not done with these settings; "
             f"run python pipelines/{stage.script} with the same options first"
         )
+    run.confirm(stage.name)
     return _decoded(stage, marker)
 
 

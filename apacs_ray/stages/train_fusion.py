@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from apacs_ray.config.settings import FusionSettings, Settings
 from apacs_ray.console import say
-from apacs_ray.models.pretrained import pretrained_fusion
+from apacs_ray.models.pretrained import pretrained_fusion, published_fusion, published_fusion_version
 from apacs_ray.models.spec import ModelSpec, fusion_spec
 from apacs_ray.runs.markers import Counts
 from apacs_ray.runs.provenance import fingerprint
 from apacs_ray.stages.heatmaps import HeatmapsResult
 from apacs_ray.stages.ingest_result import IngestResult
-from apacs_ray.stages.stage import Committed, Job, Stage
-from apacs_ray.stages.train_networks import Network, TrainingResult, forget_state, train_networks
+from apacs_ray.stages.stage import Committed, Job, Stage, delete_others
+from apacs_ray.stages.train_networks import KEPT, Network, TrainingResult, forget_state, train_networks
 from apacs_ray.stages.tune_fusion import SweepResult
 from apacs_ray.storage import Store
 from apacs_ray.training.dataset import Heatmaps
+from apacs_ray.training.tensorboard import CURVES, CURVES_FILE
 
 FOLDERS = {"fusion": "fusion", "fusion_published": "fusion_published"}
 
@@ -42,6 +44,7 @@ class TrainFusion(Stage[TrainingResult]):
             stage=self.name,
             heatmaps=self.heatmaps.fingerprint,
             fusion=self._trained_settings(settings).fingerprint_inputs(),
+            start=published_fusion_version(settings.fusion),
             keys=sorted(fusion_folders(settings)),
             seed=settings.run.seed,
         )
@@ -58,6 +61,10 @@ class TrainFusion(Stage[TrainingResult]):
             heatmaps = Heatmaps(how.members, self.heatmaps.fingerprint)
             networks.append(Network(key, spec, FOLDERS[key], how, heatmaps, pretrained=_pretrained(job, spec, how)))
         trained = train_networks(job, networks, fingerprint, self.ingest.fingerprint, self.ingest.result.mpp)
+        for key, folder in FOLDERS.items():
+            if key not in trained:  # compared with under earlier settings
+                delete_others(job.store, folder, re.compile(rf"{folder}/({'|'.join(map(re.escape, KEPT))})"), ())
+                delete_others(job.store, f"{CURVES}/{folder}", CURVES_FILE, ())
         return TrainingResult(Counts(len(trained), len(trained)), trained)
 
     def tidy(self, store: Store, fingerprint: str) -> None:
@@ -88,4 +95,4 @@ def fusion_specs(settings: Settings, fusion: FusionSettings) -> dict[str, tuple[
 
 
 def _pretrained(job: Job, spec: ModelSpec, how: FusionSettings) -> Callable[[], bytes | None]:
-    return lambda: pretrained_fusion(job.store, spec, how.trunk, job.settings.run.seed)
+    return lambda: published_fusion(how, spec) or pretrained_fusion(job.store, spec, how.trunk, job.settings.run.seed)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from apacs_ray.config.settings import MembersSettings, TrainingSettings
@@ -21,9 +22,11 @@ from apacs_ray.storage import Store
 from apacs_ray.training.augment import Augmentation
 from apacs_ray.training.checkpoints import best_checkpoint, best_weights, complete_checkpoints
 from apacs_ray.training.dataset import Heatmaps, TileDataset
-from apacs_ray.training.history import EpochRecord, history_csv, score
+from apacs_ray.training.history import EpochRecord, history_csv, read_history, score
+from apacs_ray.training.tensorboard import write_curves
 
 PRETRAINED = "pretrained.safetensors"
+WEIGHTS, SPEC, HISTORY = KEPT = ("model.safetensors", "model.json", "history.csv")  # of each network, in its folder
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def read_indices(store: Store, splits: Sequence[str] = ("train", "val")) -> dict
 def train_networks(
     job: Job, networks: Sequence[Network], fingerprint: str, training_data: str, mpp: float | None = None
 ) -> dict[str, TrainedNetwork]:
-    """Train networks and leave `model.safetensors`, `model.json` and `history.csv` of each in its folder.
+    """Train networks and leave `KEPT` of each in its folder, and its curves.
 
     Training state lies in `<folder>/.state-<fingerprint>` until the stage commits.
 
@@ -148,6 +151,8 @@ def train_networks(
             )
         for network in waiting:
             _keep_best(store, network, replace(network.spec, training_data=training_data, mpp=mpp), fingerprint)
+    for network in networks:  # also of those that were trained before: other settings may have drawn theirs since
+        write_curves(store, network.folder, read_history(store.read(f"{network.folder}/{HISTORY}").decode()))
     return {network.name: _trained(store, network, fingerprint) for network in networks}
 
 
@@ -165,7 +170,7 @@ def _task(
     networks = []
     for network in group:
         state = state_folder(network, fingerprint)
-        pretrained = _write_pretrained(store, f"{state}/{PRETRAINED}", network)
+        pretrained = write_pretrained(store, f"{state}/{PRETRAINED}", network.pretrained)
         spec = replace(network.spec, training_data=training_data)
         networks.append(NetworkTask(network.name, spec, network.settings, state, network.folder, pretrained))
     return TrainingTask(
@@ -180,10 +185,14 @@ def _task(
     )
 
 
-def _write_pretrained(store: Store, path: str, network: Network) -> str | None:
-    """Put the weights that training starts from where its workers find them."""
+def write_pretrained(store: Store, path: str, pretrained: Callable[[], bytes | None]) -> str | None:
+    """Put the weights that training starts from where its workers find them, unless they are there already.
+
+    Returns:
+        Their path; None where it starts from none.
+    """
     if store.version(path) is None:
-        weights = network.pretrained()
+        weights = pretrained()
         if weights is None:
             return None
         store.write(path, weights)
@@ -223,35 +232,40 @@ def _keep_best(store: Store, network: Network, spec: ModelSpec, fingerprint: str
         )
     val_dice = None if math.isnan(best.record.val_dice) else best.record.val_dice
     metrics = {"epoch": best.epoch, "epochs": len(history), "val_dice": val_dice}
-    store.write(f"{network.folder}/model.safetensors", weights)
-    store.write(f"{network.folder}/model.json", replace(spec, metrics=metrics).to_json())
-    store.write(f"{network.folder}/history.csv", history_csv(history).encode())
-    # settings that are tried in turn train to the same folder: a mark names the weights that it is of
-    store.write(done_mark(network, fingerprint), hashlib.sha256(weights).hexdigest().encode())
+    kept = {WEIGHTS: weights, SPEC: replace(spec, metrics=metrics).to_json(), HISTORY: history_csv(history).encode()}
+    for name, content in kept.items():
+        store.write(f"{network.folder}/{name}", content)
+    # settings that are tried in turn train to the same folder: a mark names the files that it is of. Weights alone
+    # would not do: those of two settings may be equal, as where one of them allows more epochs
+    store.write(done_mark(network, fingerprint), encode_mark(kept))
 
 
 def done_mark(network: Network, fingerprint: str) -> str:
-    """Return the path of the file that says, by hash, which weights were trained under a fingerprint."""
+    """Return the path of the file that says, by hashes, what was trained under a fingerprint."""
     return f"{network.folder}/.done-{fingerprint[:8]}"
 
 
+def encode_mark(kept: Mapping[str, bytes]) -> bytes:
+    """Return a done mark as JSON: the hash of each of the files `KEPT`."""
+    return json.dumps({name: hashlib.sha256(content).hexdigest() for name, content in kept.items()}).encode()
+
+
 def is_trained(store: Store, network: Network, fingerprint: str) -> bool:
-    """Tell whether the network was trained under this fingerprint, and its weights are still in its folder."""
+    """Tell whether the network was trained under this fingerprint, and what that left is still in its folder."""
     try:
-        sha256 = store.read(done_mark(network, fingerprint)).decode()
-        weights = store.read(f"{network.folder}/model.safetensors")
+        mark = store.read(done_mark(network, fingerprint))
+        return mark == encode_mark({name: store.read(f"{network.folder}/{name}") for name in KEPT})
     except FileNotFoundError:
         return False
-    return hashlib.sha256(weights).hexdigest() == sha256
 
 
 def _trained(store: Store, network: Network, fingerprint: str) -> TrainedNetwork:
     """What became of a network that `is_trained`: its mark has the hash of its weights."""
-    metrics = ModelSpec.from_json(store.read(f"{network.folder}/model.json")).metrics
+    metrics = ModelSpec.from_json(store.read(f"{network.folder}/{SPEC}")).metrics
     progress = read_progress(store, state_folder(network, fingerprint)) or {}
     return TrainedNetwork(
         network.folder,
-        store.read(done_mark(network, fingerprint)).decode(),
+        json.loads(store.read(done_mark(network, fingerprint)))[WEIGHTS],
         int(metrics["epoch"] or 0),
         int(metrics["epochs"] or 0),
         metrics["val_dice"],

@@ -16,11 +16,13 @@ from apacs_ray.console import say
 from apacs_ray.distributed.trial import TrialTask
 from apacs_ray.distributed.tune import TrialResult, sweep
 from apacs_ray.errors import ApacsError
+from apacs_ray.models.pretrained import published_fusion, published_fusion_version
+from apacs_ray.models.spec import fusion_spec
 from apacs_ray.runs.markers import Counts
 from apacs_ray.runs.provenance import fingerprint, source_hash
 from apacs_ray.stages.heatmaps import HeatmapsResult
 from apacs_ray.stages.stage import Committed, Job, Stage, StageResult
-from apacs_ray.stages.train_networks import read_indices
+from apacs_ray.stages.train_networks import PRETRAINED, read_indices, write_pretrained
 from apacs_ray.storage import Store
 
 
@@ -53,6 +55,7 @@ class TuneFusion(Stage[SweepResult]):
             heatmaps=self.heatmaps.fingerprint,
             sweep=plan.fingerprint_inputs(),
             fusion=fixed,
+            start=published_fusion_version(settings.fusion),
             seed=settings.run.seed,
         )
 
@@ -68,19 +71,24 @@ class TuneFusion(Stage[SweepResult]):
         store, settings = job.store, job.settings
         plan = read_sweep(settings.tune.config)
         job.ray.start()
+        state = f"tune/.state-{fingerprint[:8]}"
+        fusion = settings.fusion
+        spec = fusion_spec(fusion, fusion.width)
+        pretrained = write_pretrained(store, f"{state}/{PRETRAINED}", lambda: published_fusion(fusion, spec))
         task = TrialTask(
             store,
             read_indices(store),
-            settings.fusion,
-            settings.fusion.width,
+            fusion,
+            fusion.width,
             self.heatmaps.fingerprint,
             plan.epochs,
             settings.run.seed,
             max(1, int(plan.resources.cpu)),
             source_hash(),
-            f"tune/.state-{fingerprint[:8]}",
+            state,
             settings.run.max_failures,
             60 * settings.run.checkpoint_minutes,
+            pretrained=pretrained,
         )
         with job.progress() as progress:
             trials = sweep(

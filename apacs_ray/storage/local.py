@@ -164,8 +164,14 @@ class LocalStore(Store):
             return cast(str, self.version(path))
 
     def delete(self, path: str) -> None:
-        """Remove a file; no error when it is gone already."""
-        self._inside(path).unlink(missing_ok=True)
+        """Remove a file; no error when it is gone already. Raises ApacsError when it cannot be removed."""
+        target = self._inside(path)
+        try:
+            target.unlink()
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:
+            raise ApacsError(f"{target}: cannot be deleted ({error.strerror}); the run goes on once it can") from error
 
     def delete_folder(self, path: str) -> None:
         """Remove a folder with all it holds; links are removed, never what they lead to."""

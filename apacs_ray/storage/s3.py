@@ -63,7 +63,7 @@ class S3Store(Store):
         return replace(self, timeout=seconds)
 
     def _request(self, path: str, failure: str, request: Callable[[], T], expected: Sequence[int] = ()) -> T:
-        return with_retries(f"{self.uri_of(path)}: {failure}", request, self.timeout, expected)
+        return with_retries(self.bucket, f"{self.uri_of(path)}: {failure}", request, self.timeout, expected)
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """Yield every object below folder `prefix`, a page of the listing at a time."""
@@ -254,7 +254,8 @@ class ObjectFile(io.RawIOBase):
                 raise IncompleteAnswer(f"{span} asked, {answer.get('ContentRange')} with {len(content)} bytes came")
             return content, int(match[3])
 
-        return with_retries(f"s3://{self._bucket}/{self._key}: cannot read", get, self._timeout, (404, 412, 416))
+        failure = f"s3://{self._bucket}/{self._key}: cannot read"
+        return with_retries(self._bucket, failure, get, self._timeout, (404, 412, 416))
 
 
 def body_of(answer: Any) -> bytes:

@@ -7,6 +7,7 @@ of a training would have a file, which begins at its own time, so that a resumed
 from __future__ import annotations
 
 import math
+import re
 import struct
 import tempfile
 import time
@@ -23,6 +24,7 @@ from apacs_ray.training.history import EpochRecord
 
 CURVES = "tensorboard"  # the folder in a run: `tensorboard --logdir <output>/tensorboard`
 NAME = "events.out.tfevents.curves"  # TensorBoard takes files with `tfevents` in their name
+CURVES_FILE = re.compile(rf"{CURVES}/.*/{re.escape(NAME)}")  # what a run writes there; nothing else is ours
 TESTED = {"Dice": "dice", "IoU": "iou", "accuracy": "accuracy", "boundary IoU": "boundary_iou"}
 _HEAD, _CRC = struct.Struct("<QI"), 4  # a record: its length, a checksum of that, the event, a checksum of that
 
@@ -36,7 +38,7 @@ def write_curves(
     it. Epochs lie apart by the seconds they took, whatever a run stood still between. `setting` (of a trial) becomes
     text.
     """
-    path = f"{CURVES}/{name}/{NAME}"
+    path = curves_path(name)
     began = _began(store, path, len(history))
     if began is None:
         began = time.time() - sum(record.seconds for record in history)
@@ -50,6 +52,11 @@ def write_curves(
     store.write(path, _encode(events))
 
 
+def curves_path(name: str) -> str:
+    """Return the path of the file of the curves called `name`."""
+    return f"{CURVES}/{name}/{NAME}"
+
+
 def write_metrics(store: Store, metrics: Mapping[str, Mapping[str, Any]]) -> None:
     """Write `tensorboard/evaluation/<model>/...` with the pooled figures of each model over the test tiles."""
     now = time.time()
@@ -60,7 +67,7 @@ def write_metrics(store: Store, metrics: Mapping[str, Mapping[str, Any]]) -> Non
             Event(wall_time=now, file_version="brain.Event:2"),
             Event(wall_time=now, summary=Summary(value=shown)),
         ]
-        store.write(f"{CURVES}/evaluation/{model}/{NAME}", _encode(events))
+        store.write(curves_path(f"evaluation/{model}"), _encode(events))
 
 
 def read_events(content: bytes) -> list[Event]:

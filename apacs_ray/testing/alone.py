@@ -1,0 +1,90 @@
+"""Stages in this process alone: what they hand to Ray is done at once, in order, by the functions that Ray would call.
+
+Replaced is only what carries work to other processes: tasks over blocks, pools of actors, Ray Train's workers (by its
+local mode), and the machines that Ray counts. Ray Tune has no such way: a sweep tries the middle of its space.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import pyarrow as pa
+
+from apacs_ray.config.sweep import Sweep
+from apacs_ray.distributed import data, evaluation, heatmaps, session, train
+from apacs_ray.distributed.resource_plan import Cluster
+from apacs_ray.distributed.session import RaySession, prepare_ray
+from apacs_ray.distributed.tune import TrialResult
+from apacs_ray.stages import tune_fusion
+
+ONE_CPU = Cluster(cpus=1.0, gpus=0.0, nodes=1, node_cpus=1.0, plain_cpus=1.0)
+
+
+class AloneSession(RaySession):
+    """The session of a run without Ray."""
+
+    def start(self) -> None:
+        """Do nothing: there is nothing to start."""
+
+    def cluster(self) -> Cluster:
+        """Return one CPU."""
+        return ONE_CPU
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Let stages do all their work in this process while the block runs."""
+    prepare_ray()
+    import ray.train.torch
+
+    with contextlib.ExitStack() as stack:
+        for module, name, instead in (
+            (session, "RaySession", AloneSession),  # of commands
+            (data, "map_blocks", _map_blocks),
+            (data, "joined_machines", lambda: 1),
+            (heatmaps, "map_shards", _map_shards),
+            (evaluation, "map_shards", _map_shards),
+            (ray.train.torch, "TorchTrainer", _local_trainer(ray.train.torch.TorchTrainer)),
+            (train, "POLL", 0.01),
+            (tune_fusion, "sweep", _sweep),
+        ):
+            stack.enter_context(patch.object(module, name, instead))
+        yield
+
+
+def _map_blocks(
+    work: Callable[[pa.Table], pa.Table], blocks: Sequence[pa.Table], *, cpus: float = 1
+) -> Iterator[dict[str, Any]]:
+    for block in blocks:
+        yield from work(block).to_pylist()
+
+
+def _map_shards(
+    work: Callable[[], Callable[[str], pa.Table]], paths: Sequence[str], plan: object
+) -> Iterator[dict[str, Any]]:
+    actor = work()
+    for path in paths:
+        yield from actor(path).to_pylist()
+
+
+def _local_trainer(trainer: Callable[..., Any]) -> Callable[..., Any]:
+    """Ray Train's trainer in its local mode, whose worker decodes for itself."""
+
+    def local(work: Callable[..., Any], train_loop_config: dict[str, Any], **others: Any) -> Any:
+        import ray.train
+
+        task = train_loop_config["task"]
+        others |= {"scaling_config": ray.train.ScalingConfig(num_workers=0), "torch_config": None}
+        return trainer(work, train_loop_config={"task": replace(task, plan=replace(task.plan, data_tasks=0))}, **others)
+
+    return local
+
+
+def _sweep(task: object, plan: Sweep, cluster: Cluster, on_done: Callable[[int], None]) -> list[TrialResult]:
+    setting = {name: drawn.values[0] for name, drawn in plan.space.items()}
+    on_done(1)
+    return [TrialResult("trial", setting, 0.5, plan.epochs, 1.0, None)]
