@@ -96,9 +96,12 @@ def segment(run: Run, ray: RaySession, model: str, slides: Sequence[str]) -> Out
         What became of them.
 
     Raises:
+        UsageError: There are no slides, or the output or the model is none.
         ApacsError: More slides are rejected than `data.max_rejects` allows; their reasons are written.
     """
     settings = run.settings
+    if run.stages.keys() - {STAGE}:
+        raise UsageError(f"--output {run.store.uri}: holds a run that trains; choose another folder")
     store = open_store(model)
     models = find_models(store, settings.segment)
     outcome = Outcome()
@@ -144,7 +147,7 @@ def _list_slides(run: Run, models: ModelFiles, uris: Sequence[str], outcome: Out
             heads=read_heads(store, entries),
             split_given=True,
         )
-        say_found(data)
+        say_found(data, STAGE)
         outcome.rejects += [replace(reject, stage=STAGE) for reject in data.slide_rejects]
         outcome.rejected_slides += len(data.slide_rejects)
         require_clear(data.slides, mpps, "data.mpps")
