@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from apacs_ray.storage import LocalStore
 from apacs_ray.testing.runs import kill_when
 
 HOW = ["--segment.core", "128", "--segment.use", "fcn8", "--segment.tissue", "false"]
+ROOT = Path(__file__).resolve().parent.parent
 FILES = (MASK, GEOJSON, PARQUET, OVERVIEW)
 
 
@@ -56,6 +58,8 @@ def test_only_new_slides_are_done_and_a_kill_changes_nothing(model: LocalStore, 
         assert (output / "b" / name).read_bytes() == (plain / name).read_bytes(), name
     record = json.loads((output / "b" / SLIDE_JSON).read_text())
     assert record["files"].keys() == set(FILES)
+    documented = (ROOT / "docs/outputs.md").read_text().partition("\n## SLIDE/slide.json\n")[2]
+    assert sorted(record) == sorted(re.findall(r"^\| `(\w+)` ", documented, re.M))
     assert record["readable"] == 1
 
 
