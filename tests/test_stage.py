@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import ClassVar
 
 import pytest
 
-from apacs_ray.config.settings import RunSettings, Settings
+from apacs_ray.config.settings import RunSettings, Settings, TilesSettings
 from apacs_ray.distributed.session import RaySession
 from apacs_ray.errors import ApacsError, UsageError
 from apacs_ray.runs.markers import Counts
@@ -137,6 +138,20 @@ def test_a_run_that_cannot_be_opened_is_given_back(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="directory"):
         Run.open(LocalStore(str(tmp_path)), Settings(), None)
     assert not (tmp_path / "run.lock").exists()
+
+
+def test_the_record_of_a_setting_without_bounds_is_json_and_reads_as_the_same_settings(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    settings = Settings(tiles=TilesSettings(min_tissue_um2=math.inf))
+    run = Run.open(store, settings, None)
+    run.record("ingest", state="done")
+    run.close()
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"no JSON: {word}")
+
+    record = json.loads(store.read("run.json"), parse_constant=refuse)
+    assert Settings.model_validate(record["settings"]) == settings
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"format": 4, "stages": [1]}', b'{"format": 4}', b"\xff\xfe"])
