@@ -188,7 +188,8 @@ def main() -> None:
         print(f"undisturbed run: {time.monotonic() - started:.0f} s", flush=True)
         rows: list[dict[str, Any]] = []
         units: Units = {}
-        before, ended = name, 0  # settings of the start before; starts that came to their end
+        owners: dict[str, str] = {}  # unit -> the settings under which it was first seen complete
+        ended = 0  # starts that came to their end
         while len(rows) < len(signals):
             how, changes, pause = signals[len(rows)], draw.randint(1, most), draw.uniform(0.0, PAUSE)
             driver = runs.start(name, runs.stopped)
@@ -200,7 +201,8 @@ def main() -> None:
                 ended += 1
                 runs.require_equal(name)
                 units = _units(runs.stopped)
-                before, name = name, draw.choice([other for other in runs.settings if other != name])
+                owners = dict.fromkeys(units, name)
+                name = draw.choice([other for other in runs.settings if other != name])
                 continue
             expected = -signal.SIGKILL if how == signal.SIGKILL else INTERRUPTED
             runs.require(status == expected, f"after {how.name} in {name} the status is {status}, not {expected}")
@@ -213,8 +215,9 @@ def main() -> None:
             rows.append({"signal": how.name, "settings": name, "after_s": after, "ends_in_s": took})
             rows[-1] |= {"in": _doing(runs.stopped), "units": len(now), "done_again": ", ".join(again) or "nothing"}
             print(rows[-1], flush=True)
-            units = {**units, **now} if name == before else now
-            before = name
+            # what was complete under other settings may be withdrawn under these
+            units = {unit: was for unit, was in units.items() if owners[unit] == name or unit in now} | now
+            owners = {unit: owners.get(unit, name) for unit in units}
             if draw.random() < CHANGE and not arguments.smoke:
                 name = draw.choice([other for other in runs.settings if other != name])
         runs.require(_end(runs.start(name, runs.stopped)) == 0, "the last start failed")
@@ -248,9 +251,10 @@ def _await_changes(driver: Driver, output: Path, changes: int, pause: float) -> 
 def _files(output: Path) -> set[tuple[str, int]]:
     """Return all files of a run with their time stamps."""
     found = set()
-    for path in output.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            if path.is_file():
+    for folder, _, names in os.walk(output):  # which passes over folders that go meanwhile
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                path = Path(folder, name)
                 found.add((str(path), path.stat().st_mtime_ns))
     return found
 

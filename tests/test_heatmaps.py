@@ -52,7 +52,7 @@ def test_folds_share_no_slide_and_are_even(slides: list[int], folds: int, seed: 
     names = [f"slide-{number}" for number in slides]
     nowhere = np.zeros(len(slides), np.int32)
     tiles = tuple(f"t{number}" for number in range(len(slides)))
-    index = TileIndex(("a",), nowhere, nowhere, nowhere, tiles, tuple(names), 1)
+    index = TileIndex(("a",), nowhere, nowhere, nowhere, tiles, tuple(names), 1, np.ones(len(tiles), np.float32))
     fold_of = assign_folds(index, folds, seed)
     assert set(fold_of.values()) == set(range(1, folds + 1))
     if len(set(names)) >= folds:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import pyarrow as pa
 import pytest
 
-from apacs_ray.config.settings import RunSettings, Settings
+from apacs_ray.config.settings import RunSettings, Settings, TilesSettings
+from apacs_ray.data.shards import Receipt, shard_path, write_table
+from apacs_ray.data.tile_rows import TILE_SCHEMA
 from apacs_ray.distributed.session import RaySession
 from apacs_ray.errors import ApacsError, UsageError
 from apacs_ray.runs.markers import Counts
 from apacs_ray.runs.run import Run
 from apacs_ray.stages.stage import Committed, Job, Stage, StageResult, require_stage, run_stage
+from apacs_ray.stages.train_networks import read_indices
 from apacs_ray.storage import LocalStore, Store
 
 
@@ -139,6 +144,20 @@ def test_a_run_that_cannot_be_opened_is_given_back(tmp_path: Path) -> None:
     assert not (tmp_path / "run.lock").exists()
 
 
+def test_the_record_of_a_setting_without_bounds_is_json_and_reads_as_the_same_settings(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    settings = Settings(tiles=TilesSettings(min_tissue_um2=math.inf))
+    run = Run.open(store, settings, None)
+    run.record("ingest", state="done")
+    run.close()
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"no JSON: {word}")
+
+    record = json.loads(store.read("run.json"), parse_constant=refuse)
+    assert Settings.model_validate(record["settings"]) == settings
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"format": 4, "stages": [1]}', b'{"format": 4}', b"\xff\xfe"])
 def test_a_damaged_record_is_written_anew(content: bytes, tmp_path: Path) -> None:
     store = LocalStore(str(tmp_path))
@@ -147,3 +166,20 @@ def test_a_damaged_record_is_written_anew(content: bytes, tmp_path: Path) -> Non
     run.record("ingest", state="done")
     run.close()
     assert json.loads(store.read("run.json"))["stages"] == {"ingest": {"state": "done"}}
+
+
+@pytest.mark.parametrize(("cells", "told"), [(0.0, True), (0.25, False)])
+def test_a_validation_without_cells_is_told_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], cells: float, told: bool
+) -> None:
+    store = LocalStore(str(tmp_path))
+    for split, fractions in (("train", [0.5, 0.0]), ("val", [0.0, cells])):
+        columns = {field.name: pa.nulls(2, field.type) for field in TILE_SCHEMA}
+        known = {"tile_id": ["a", "b"], "slide_id": ["s", "s"], "width": [8, 8], "height": [8, 8]}
+        table = pa.table({**columns, **known, "mask_fraction": fractions}).cast(
+            pa.schema([field.with_nullable(True) for field in TILE_SCHEMA])
+        )
+        path = shard_path("tiles", split, "0" * 8, 0)
+        write_table(store, table, Receipt(path, 2, 2))
+    read_indices(store)
+    assert ("no val tile holds a cell" in capsys.readouterr().out) is told

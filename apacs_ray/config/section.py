@@ -23,9 +23,10 @@ Common = Annotated[T, COMMON]
 
 
 class Section(BaseModel):
-    """A branch of the tree: frozen, and an unknown key is an error."""
+    """A branch of the tree: frozen, and an unknown key is an error; so is `inf`, where a field does not allow it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # JSON has no infinity: a field that allows it is written as a string, which reads as the same number
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, ser_json_inf_nan="strings")
 
     def fingerprint_inputs(self, *, exclude: Collection[str] = ()) -> dict[str, Any]:
         """Return the fields that a stage's output depends on, dumped.

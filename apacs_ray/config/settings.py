@@ -120,6 +120,7 @@ class TilesSettings(Section):
     min_tissue_um2: float = Field(
         300.0,
         ge=0,
+        allow_inf_nan=True,
         description="um2 of tissue, about one small cell, for which a tile is kept all the same (inf: for none); "
         "whole slides only",
     )

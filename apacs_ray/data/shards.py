@@ -131,6 +131,7 @@ class TileIndex:
         tile_ids: of each tile.
         slide_ids: of each tile.
         largest: px, width x height of the largest tile.
+        mask_fraction: (N,) float32, share of each tile that is cell.
     """
 
     paths: tuple[str, ...]
@@ -140,6 +141,7 @@ class TileIndex:
     tile_ids: tuple[str, ...]
     slide_ids: tuple[str, ...]
     largest: int  # px, width x height of the largest tile
+    mask_fraction: np.ndarray[Any, np.dtype[np.float32]]
 
     def __len__(self) -> int:
         return len(self.tile_ids)
@@ -169,6 +171,7 @@ class TileIndex:
             tuple(ids),
             tuple(slides),
             self.largest,
+            self.mask_fraction[mask],
         )
 
 
@@ -192,7 +195,7 @@ def read_index(store: Store, split: str, folder: str = "tiles") -> TileIndex:
         shards = list(pool.map(read, paths))
     if not shards:
         nothing = np.zeros(0, np.int32)
-        return TileIndex((), nothing, nothing, nothing, (), (), 0)
+        return TileIndex((), nothing, nothing, nothing, (), (), 0, np.zeros(0, np.float32))
     table = pa.concat_tables([part for part, _ in shards])
     areas = table["width"].to_numpy().astype(np.int64) * table["height"].to_numpy()
     index = TileIndex(
@@ -203,6 +206,7 @@ def read_index(store: Store, split: str, folder: str = "tiles") -> TileIndex:
         tuple(table["tile_id"].to_pylist()),
         tuple(table["slide_id"].to_pylist()),
         int(areas.max(initial=0)),
+        table["mask_fraction"].to_numpy().astype(np.float32),  # NaN where there is no mask
     )
     return index.select(np.asarray(table["mask_fraction"].is_valid()))
 

@@ -127,8 +127,10 @@ def _start_local() -> None:
                 **session_folder_option(folder),
             )
             return
-        except Exception as error:
-            ray.shutdown()
+        except BaseException as error:
+            ray.shutdown()  # also where a signal came: what has started by then would stay
+            if not isinstance(error, Exception):
+                raise
             if not says_it_was_too_slow(error):
                 raise ApacsError(f"Ray does not start on this machine: {message_of(error)}") from error
             if last:

@@ -116,12 +116,12 @@ class Run:
             "format": FORMAT_VERSION,
             "data": _place(self.data),
             "started": self._started,
-            "settings": self.settings.model_dump(mode="json"),
+            "settings": json.loads(self.settings.model_dump_json()),
             "environment": environment(),
             "source": {"path": str(ROOT), "hash": source_hash(), "git": git_commit()},
             "stages": self.stages,
         }
-        self.store.write(RUN_JSON, json.dumps(record, indent=1).encode())
+        self.store.write(RUN_JSON, json.dumps(record, indent=1, allow_nan=False).encode())
 
     def shorten_timeout(self) -> None:
         """Wait for a store in trouble no longer than a heartbeat does: a stage failed, and this run ends."""

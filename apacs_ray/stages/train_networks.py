@@ -99,6 +99,9 @@ def read_indices(store: Store, splits: Sequence[str] = ("train", "val")) -> dict
         if not len(index):
             place = "rejects/ and data.val_fraction" if split == "val" else "rejects/"
             raise ApacsError(f"{store.uri}: no annotated {split} tile is left; look at {place}")
+        if not index.mask_fraction.any():
+            effect = {"train": "nothing can be learned", "val": "epochs are told apart by their loss alone"}
+            say(f"no {split} tile holds a cell: {effect.get(split, 'Dice is not defined')}")
     return indices
 
 
