@@ -12,16 +12,14 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from apacs_ray.config.settings import Settings, TilesSettings
+from apacs_ray.config.settings import Settings
 from apacs_ray.console import say
 from apacs_ray.data.rejects import Reject
-from apacs_ray.data.slide_tables import read_mpps, read_table_text
 from apacs_ray.data.units import one_unit
 from apacs_ray.distributed.cluster import joined_machines, refuse_local
 from apacs_ray.distributed.data import REJECT_SCHEMA
@@ -30,26 +28,18 @@ from apacs_ray.distributed.session import RaySession
 from apacs_ray.distributed.tasks import PoolPlan, plan_pool
 from apacs_ray.errors import ApacsError, BadInput, UsageError
 from apacs_ray.inference.model_files import ModelFiles, find_models
-from apacs_ray.inference.planning import Cutting, Region, make_plan
+from apacs_ray.inference.planning import Cutting, make_plan
 from apacs_ray.inference.slide_plan import SlidePlan, read_plan
-from apacs_ray.outputs.slide_files import SLIDE_JSON, write_slide_files
-from apacs_ray.runs.provenance import fingerprint
+from apacs_ray.outputs.slide_files import write_slide_files
 from apacs_ray.runs.run import Run
-from apacs_ray.slides.cache import SlideCache, default_cache
-from apacs_ray.slides.companions import read_heads
-from apacs_ray.slides.find import find_slides
-from apacs_ray.slides.manifest import SlideTask
-from apacs_ray.slides.slide_files import SlideFiles
 from apacs_ray.stages.ingest import reject_limit
-from apacs_ray.stages.source import require_clear, say_found
-from apacs_ray.storage import Entry, Store, open_store
+from apacs_ray.stages.segment_slides import ListedSlide, finished_record, forget_parts, list_slides
+from apacs_ray.storage import open_store
 
 GIB = 1 << 30
-VERSION = 1  # of what is written for a slide
 CORES = (4096, 2048, 1024, 512)  # px, the largest first
 BYTES_A_PIXEL = 640  # of a window, at width 1 in float32: what FCN-8's first block holds at a time, and some
 SHARD_BYTES = 96 << 20  # of windows that are one block on their way
-ROI = ".roi.geojson"
 
 
 @dataclass
@@ -61,26 +51,6 @@ class Outcome:
     done: list[dict[str, Any]] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
     rejected_slides: int = 0
-
-
-@dataclass(frozen=True)
-class ListedSlide:
-    """A slide that is to be segmented: its files, how it is read, what restricts it, its fingerprint."""
-
-    files: SlideFiles
-    reading: SlideTask
-    region: Region | None
-    fingerprint: str
-
-    @property
-    def folder(self) -> str:
-        """Of its results."""
-        return self.files.slide_id
-
-    @property
-    def parts(self) -> str:
-        """The folder of its parts, until the results are there."""
-        return f"{self.folder}/.parts-{self.fingerprint[:8]}"
 
 
 def segment(run: Run, ray: RaySession, model: str, slides: Sequence[str]) -> Outcome:
@@ -104,10 +74,16 @@ def segment(run: Run, ray: RaySession, model: str, slides: Sequence[str]) -> Out
         raise UsageError(f"--output {run.store.uri}: holds a run that trains; choose another folder")
     store = open_store(model)
     models = find_models(store, settings.segment)
-    outcome = Outcome()
-    listed = _list_slides(run, models, slides, outcome)
-    waiting = [one for one in listed if not _is_done(run.store, one)]
-    outcome.unchanged = len(listed) - len(waiting)
+    listed, rejects = list_slides(run, models, slides)
+    outcome = Outcome(len(listed) + len(rejects), rejects=rejects, rejected_slides=len(rejects))
+    waiting = []
+    for one in listed:
+        record = finished_record(run.store, one)
+        if record is None:
+            waiting.append(one)
+        else:
+            outcome.unchanged += 1
+            outcome.rejects += [Reject(**reject) for reject in record["rejects"]]
     say(f"{STAGE}: {len(waiting)} slides to segment, {outcome.unchanged} unchanged")
     if waiting:
         run.record_start(STAGE, ())
@@ -126,84 +102,6 @@ def segment(run: Run, ray: RaySession, model: str, slides: Sequence[str]) -> Out
 def _beside_tasks(pool: PoolPlan) -> PoolPlan:
     """Leave half of the CPUs to the tasks that feed the networks and those that take their masks, on one CPU too."""
     return pool if pool.gpus else replace(pool, cpus=pool.cpus / 2)
-
-
-def _list_slides(run: Run, models: ModelFiles, uris: Sequence[str], outcome: Outcome) -> list[ListedSlide]:
-    """Find the slides, and give each its fingerprint."""
-    settings = run.settings
-    mpps = read_mpps(read_table_text(settings.data.mpps))
-    cache = SlideCache(Path(settings.data.cache or default_cache()), round(settings.data.cache_gb * GIB))
-    roi = None
-    if settings.segment.roi is not None:
-        folder, _, name = settings.segment.roi.rpartition("/")
-        roi = Region(open_store(folder or "."), name)
-    listed: list[ListedSlide] = []
-    for uri in uris:
-        store, entries = _entries(uri)
-        data = find_slides(
-            entries,
-            slide_regex=settings.data.slide_regex,
-            root=store.uri,
-            heads=read_heads(store, entries),
-            split_given=True,
-        )
-        say_found(data, STAGE)
-        outcome.rejects += [replace(reject, stage=STAGE) for reject in data.slide_rejects]
-        outcome.rejected_slides += len(data.slide_rejects)
-        require_clear(data.slides, mpps, "data.mpps")
-        by_path = {entry.path: entry for entry in entries}
-        tiles = TilesSettings()
-        for slide in data.slides:
-            beside = by_path.get(f"{slide.path.rpartition('.')[0]}{ROI}")
-            region = roi or (Region(store, beside.path) if beside else None)
-            version = None if region is None else region.store.version(region.path)
-            files = replace(slide, kind=None, annotation=())
-            mark = fingerprint(
-                stage=STAGE,
-                version=VERSION,
-                slide=[(entry.path, entry.size, entry.version) for entry in files.files],
-                region=version,
-                models=dict(models.sha256),
-                mpp=settings.segment.mpp or models.mpp,
-                own_mpp=mpps.get(slide.slide_id) or settings.data.mpp,
-                engine=settings.data.engine,
-                plane=settings.data.plane,
-                settings=settings.segment.fingerprint_inputs(),
-            )
-            reading = SlideTask(store, None, run.store, tiles, settings.data, cache, mark, mpps)
-            listed.append(ListedSlide(files, reading, region, mark))
-    outcome.slides = len(listed) + outcome.rejected_slides
-    if not outcome.slides:
-        raise UsageError(f"{', '.join(uris)}: no slides there")
-    for name, count in Counter(one.files.slide_id for one in listed).items():
-        if count > 1:
-            raise UsageError(f"{count} slides are called {name!r}; segment them to an --output each")
-    return listed
-
-
-def _entries(uri: str) -> tuple[Store, list[Entry]]:
-    """The store of a folder of slides with all that is in it; or of one slide, with what is named after it."""
-    store = open_store(uri)
-    entries = list(store.list())
-    if entries:
-        return store, entries
-    folder, _, name = uri.rstrip("/").rpartition("/")
-    store, stem = open_store(folder or "."), name.rpartition(".")[0]
-    named = (f"{stem or name}/", f"{stem or name}.")
-    entries = [entry for entry in store.list() if entry.path == name or entry.path.startswith(named)]
-    if all(entry.path != name for entry in entries):
-        raise UsageError(f"--slides {uri}: nothing there")
-    return store, entries
-
-
-def _is_done(output: Store, slide: ListedSlide) -> bool:
-    try:
-        record = json.loads(output.read(f"{slide.folder}/{SLIDE_JSON}"))
-    except FileNotFoundError:
-        return False
-    except ValueError:
-        return False  # damaged: it is written anew
-    return isinstance(record, dict) and record.get("fingerprint") == slide.fingerprint
 
 
 def _cutting(settings: Settings, models: ModelFiles, pool: PoolPlan) -> Cutting:
@@ -304,7 +202,7 @@ def _work(
         timings = {**{step: round(value, 3) for step, value in seconds[number].items()}, "files": record["seconds"]}
         folder = slide.plan.slide_id
         run.store.write(f"{folder}/timings.json", json.dumps(timings, indent=1, sort_keys=True).encode())
-        run.store.delete_folder(slide.parts)
+        forget_parts(run.store, folder, [entry.path for entry in run.store.list(folder)])
 
     with _progress(ray) as progress:
         for number, slide in enumerate(slides):
@@ -342,7 +240,7 @@ def _files_of(task: SegmentTask, slide: PlannedSlide, facts: dict[str, Any]) -> 
         slide.plan,
         origin=how.origin,
         simplify=how.simplify,
-        facts=facts,
+        facts={**facts, "rejects": rejects},
     )
     seconds = round(time.perf_counter() - began, 3)
     return json.dumps({**asdict(found), "seconds": seconds, "rejects": rejects})
