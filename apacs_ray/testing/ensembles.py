@@ -60,7 +60,7 @@ def write_networks(store: Store, networks: Networks) -> None:
         store.write(f"{folder}/model.safetensors", save(weights))
 
 
-def _center(score: nn.Module, logits: Tensor) -> None:
+def _center(score: Tensor | nn.Module, logits: Tensor) -> None:
     assert isinstance(score, nn.Conv2d)
     assert score.bias is not None
     score.bias -= logits.median() + logits.std() / 50  # off what flat areas have
