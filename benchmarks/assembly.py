@@ -33,6 +33,7 @@ from apacs_ray.synthetic.slide import render, slide_specs
 
 CORE = 2000  # px; those of a run are multiples of 32, for the sake of its networks
 SIDES = (10_000, 40_000)
+SHARD = 4  # cores of a part, as `stages.segment` has them of this size
 LARGEST_RATIO = 1.2  # of the larger slide's peak to the smaller one's
 
 
@@ -55,13 +56,11 @@ def main() -> None:
 
 
 def _write_parts(folder: str, side: int, core: int, mask: np.ndarray) -> SlidePlan:
-    """Write a slide of equal cores, a row of them a part; return its plan."""
+    """Write a slide of equal cores; return its plan."""
     store = LocalStore(folder)
     cells = np.ones(lattice_size(side, side), bool)
     bounds = Box(0, 0, side, side)
-    plan = finished_plan(
-        SlidePlan("slide", "none", side, side, 1.0, 0.25, bounds, core, halo=0, shard=side // core), cells
-    )
+    plan = finished_plan(SlidePlan("slide", "none", side, side, 1.0, 0.25, bounds, core, halo=0, shard=SHARD), cells)
     values = np.full(mask.shape, 50_000, np.uint16)
     first = core_objects(mask, values, values // 4, Box(0, 0, core, core))
     for shard in range(plan.shards):

@@ -18,7 +18,7 @@ from apacs_ray.inference.cores import Core, cores_of
 from apacs_ray.inference.model_files import find_models
 from apacs_ray.inference.planning import Cutting, make_plan
 from apacs_ray.inference.slide_plan import lattice_size
-from apacs_ray.outputs.slide_files import MASK, write_slide_files
+from apacs_ray.outputs.slide_files import MASK, Found, write_slide_files
 from apacs_ray.slides.cache import SlideCache
 from apacs_ray.slides.find import find_slides
 from apacs_ray.slides.manifest import SlideTask, opened_slide
@@ -30,7 +30,7 @@ STEPS = ("read", "networks", "objects", "files")  # objects: with writing the pa
 
 
 class Segmenting:
-    """A slide that is segmented by the refined fusion, in float32, every px of it."""
+    """A slide that is segmented by the refined fusion, in float32, every px of it; `found` is what was found."""
 
     def __init__(self, slide: Path, networks: Networks, output: Path, core: int, threads: int) -> None:
         """Write the networks, and plan the slide."""
@@ -48,6 +48,7 @@ class Segmenting:
         self._task = SegmentTask(model, models.folders, store, settings)
         self._slide = PlannedSlide(files, self._reading, self.plan, self._parts)
         self._networks = _Networks(self._task)
+        self.found = Found()
 
     def __call__(self) -> dict[str, float]:
         """Segment the slide.
@@ -62,7 +63,7 @@ class Segmenting:
             for step in ("read", "networks", "objects"):
                 seconds[step] += receipt[step]
         began = time.perf_counter()
-        write_slide_files(
+        self.found = write_slide_files(
             self._task.output, self._parts, self.plan.slide_id, self.plan, origin="bounds", simplify=0.75, facts={}
         )
         seconds["files"] = time.perf_counter() - began
