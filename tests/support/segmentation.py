@@ -6,10 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import tifffile
-import torch
-from safetensors.torch import save
 from support.slide_files import picture
-from torch import nn
 
 from apacs_ray.config.settings import DataSettings, SegmentSettings, TilesSettings
 from apacs_ray.data.grid import Box
@@ -22,51 +19,23 @@ from apacs_ray.inference.planning import Cutting, make_plan
 from apacs_ray.inference.predictor import Predictor
 from apacs_ray.inference.segmenter import Segmenter
 from apacs_ray.inference.slide_plan import read_cells
-from apacs_ray.models.fusion import build_fusion
-from apacs_ray.models.registry import MEMBERS, build_member
-from apacs_ray.models.spec import Head, ModelSpec
+from apacs_ray.models.spec import Head
 from apacs_ray.outputs.slide_files import MASK, write_slide_files
 from apacs_ray.slides.cache import SlideCache
 from apacs_ray.slides.manifest import SlideTask, opened_slide
 from apacs_ray.slides.slide_files import SlideFiles
 from apacs_ray.slides.slide_window import read_window
 from apacs_ray.storage import Entry, LocalStore
+from apacs_ray.testing.ensembles import random_networks, write_networks
 
 WIDTH = 0.02
 
 
 def write_ensemble(folder: Path, head: Head = "refined", seed: int = 0, mpp: float | None = None) -> LocalStore:
     """Random networks, each with a bias by which about half of a picture is cell."""
-    torch.manual_seed(seed)
     store = LocalStore(str(folder))
-    image = torch.from_numpy(picture(640, 640)).permute(2, 0, 1)[None].float() / 255
-    heatmaps = []
-    for name in MEMBERS:
-        network = build_member(name, width=WIDTH).eval()
-        with torch.no_grad():
-            _center(network.score, network(image))
-            heatmaps.append(torch.sigmoid(network(image)))
-        _write(store, f"members/{name}", ModelSpec("member", name, width=WIDTH, mpp=mpp), network)
-    fusion = build_fusion(head, MEMBERS, width=WIDTH).eval()
-    for score in [*getattr(fusion, "scores", ()), getattr(fusion, "fine_score", None)]:
-        if score is not None:  # they begin at zero
-            nn.init.normal_(score.weight, std=0.1)
-    with torch.no_grad():
-        last = fusion.fine_score if head == "refined" else fusion.score
-        _center(last, fusion(torch.cat([*heatmaps, image], dim=1)))
-    _write(store, "fusion", ModelSpec("fusion", "fusion", width=WIDTH, head=head, mpp=mpp), fusion)
+    write_networks(store, random_networks(picture(640, 640), width=WIDTH, head=head, seed=seed, mpp=mpp))
     return store
-
-
-def _center(score: nn.Conv2d, logits: torch.Tensor) -> None:
-    assert score.bias is not None
-    score.bias -= logits.median() + logits.std() / 50  # off what flat areas have
-
-
-def _write(store: LocalStore, folder: str, spec: ModelSpec, network: nn.Module) -> None:
-    store.write(f"{folder}/model.json", spec.to_json())
-    weights = {name: value.contiguous() for name, value in network.state_dict().items()}
-    store.write(f"{folder}/model.safetensors", save(weights))
 
 
 def slide_of(path: Path) -> SlideFiles:
