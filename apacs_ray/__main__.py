@@ -12,6 +12,7 @@ USAGE = """usage: apacs-ray COMMAND [options]; apacs-ray COMMAND --help shows it
   tune-fusion    store the members' heatmaps and sweep the fusion's hyperparameters
   train-fusion   train the fusion network
   evaluate       evaluate all models on the test tiles and write the report
+  segment        segment whole slides by a trained ensemble: masks and objects
   export         write the trained ensemble of a run as one ONNX file
   doctor         say whether a run would work here
 
@@ -41,6 +42,10 @@ def main() -> int:
             from apacs_ray.commands.export import main as export
 
             export(arguments)
+        if name == "segment":
+            from apacs_ray.commands.segment import main as segment
+
+            segment(arguments)
         if name == "doctor":
             from apacs_ray.commands.doctor import main as doctor
 

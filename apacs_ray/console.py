@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -166,6 +166,18 @@ def bars(stage: str, on_progress: Callable[[str, int], None]) -> Iterator[Bars]:
             yield shown
         finally:
             ended.set()
+
+
+def slides_table(slides: Sequence[Mapping[str, Any]], unchanged: int, rejected: int) -> None:
+    """Print what was found in each slide that was segmented, and what became of the others."""
+    table = Table(title="slides", title_justify="left", caption=f"{unchanged} unchanged, {rejected} rejected")
+    for heading in ("slide", "objects", "cell px", "cores", "readable", "files s"):
+        table.add_column(heading, justify="left" if heading == "slide" else "right")
+    for slide in slides:
+        share = f"{slide['readable'] / slide['cores']:.1%}" if slide["cores"] else "no tissue"
+        values = (slide["objects"], slide["pixels"], slide["cores"], share, slide["seconds"])
+        table.add_row(cell(slide["slide"]), *(str(value) for value in values))
+    console.print(table)
 
 
 def stage_table(stages: Mapping[str, Mapping[str, Any]]) -> None:

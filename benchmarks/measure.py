@@ -124,6 +124,13 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def peak_resident() -> float:
+    """Return this process's peak resident memory in MB."""
+    # not ru_maxrss, which a process inherits from the one that started it
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) / 1024
+
+
 def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
     """Return the median of each way's repetitions."""
     return {name: statistics.median(values) for name, values in seconds.items()}

@@ -14,7 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cutting import TILE, Cut, Cutting
-from measure import options, require, show
+from measure import options, peak_resident, require, show
 from tiling import write_slide
 
 SIDES = (12_000, 40_000)  # multiples of the 4000 px that are repeated
@@ -49,9 +49,7 @@ def _cut(cut: Cut) -> tuple[int, float]:
     cutting = Cutting(cut)
     task = cutting.fresh()
     tiles = sum(write_slide_shard(task, cutting.summary, shard).rows_out for shard in cutting.shards)
-    # not ru_maxrss, which a process inherits from the one that started it
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
-    return tiles, int(line.split()[1]) / 1024
+    return tiles, peak_resident()
 
 
 if __name__ == "__main__":

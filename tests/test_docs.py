@@ -30,6 +30,7 @@ from apacs_ray.evaluation.per_tile import per_tile_schema, tile_row
 from apacs_ray.evaluation.predictions import MODEL_KEYS
 from apacs_ray.models.spec import ModelSpec
 from apacs_ray.models.weights import build, weights_bytes
+from apacs_ray.outputs.geoparquet import SCHEMA as CELLS_SCHEMA
 from apacs_ray.runs.lease import Holder, Lease
 from apacs_ray.runs.markers import Counts, Marker
 from apacs_ray.runs.run import Run
@@ -86,6 +87,7 @@ SHARD = "split=SPLIT/FINGERPRINT-NUMBER.parquet"
         ("## manifest/FINGERPRINT/NUMBER.parquet", MANIFEST_SCHEMA),
         ("## rejects/ingest-FINGERPRINT.parquet", REJECT_SCHEMA),
         ("## evaluation/per_tile.parquet", per_tile_schema(["MODEL"])),
+        ("## SLIDE/cells.parquet", CELLS_SCHEMA),
     ],
 )
 def test_columns_are_those_of_the_schema(heading: str, schema: pa.Schema) -> None:
@@ -267,7 +269,7 @@ CALL = re.compile(r"^( *)([\w/]+\.py)::([\w.]+)", re.M)
 def test_the_ways_through_the_modules_go_down_and_name_what_is_there() -> None:
     blocks = re.findall(r"```\n(.*?)```", (ROOT / "docs/architecture.md").read_text(), re.S)
     ways = [calls for block in blocks if (calls := CALL.findall(block))]
-    assert len(ways) == 5
+    assert len(ways) == 6
     for calls in ways:
         above: list[tuple[int, str]] = []
         for indent, path, name in calls:

@@ -24,8 +24,9 @@ SUMMARIES = {
     "evaluate.py": "Evaluate all models on the test tiles and write the report.",
 }
 
-# what their --help shows of the settings: the sections that their stages read; full.py: all
+# what their --help shows of the settings: the sections that their stages read
 SECTIONS = {
+    "full.py": tuple(section for section in SETTINGS if section != "segment"),
     "ingest.py": ("data", "synthetic", "tiles", "run"),
     "train_members.py": ("members", "run"),
     "tune_fusion.py": ("members", "heatmaps", "tune", "fusion", "evaluate", "run"),
@@ -40,7 +41,7 @@ def main(script: str, argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _work(script: str, argv: Sequence[str]) -> int:
-    command = parse(argv, script, SUMMARIES[script], SECTIONS.get(script, tuple(SETTINGS)))
+    command = parse(argv, script, SUMMARIES[script], SECTIONS[script])
     if command.dry_run:
         return _dry_run(command)
     if command.estimate:

@@ -55,8 +55,8 @@ def run_command(work: Callable[[], int]) -> NoReturn:
 
 
 @contextmanager
-def opened_run(command: Command) -> Iterator[tuple[Run, RaySession]]:
-    """Hold the run's lease, and a Ray that starts when it is needed, while the block runs."""
+def opened_run(command: Command, what: str | None = None) -> Iterator[tuple[Run, RaySession]]:
+    """Hold the run's lease, and a Ray that starts when it is needed, while the block runs; `what` it works on."""
     from apacs_ray.distributed.session import RaySession, prepare_ray
 
     prepare_ray()  # what the block imports may import Ray
@@ -66,7 +66,8 @@ def opened_run(command: Command) -> Iterator[tuple[Run, RaySession]]:
 
     print_log()
     store = open_store(command.output)
-    say(f"run: {store.uri} (data: {command.data or 'synthetic smears'})")
+    what = what or f"data: {command.data or 'synthetic smears'}"
+    say(f"run: {store.uri} ({what})")
     run = Run.open(store, command.settings, command.data)
     ray = RaySession(run)
     failed = True

@@ -40,6 +40,45 @@ class Command:
     estimate: bool = False
 
 
+@dataclass(frozen=True)
+class SegmentCommand:
+    """One parsed `segment`: the trained networks, the slides, where results go, and the settings."""
+
+    model: str
+    slides: tuple[str, ...]
+    output: str
+    settings: Settings
+
+
+def parse_segment(argv: Sequence[str], program: str, summary: str) -> SegmentCommand:
+    """Return the command in `argv`, as `parse` does.
+
+    Args:
+        argv: The command line without the program.
+        program: Its name, for `--help`.
+        summary: What it does, for `--help`.
+
+    Returns:
+        The command, its settings merged from all layers and validated.
+
+    Raises:
+        UsageError: An option or a file of settings is not possible; in one line that names it.
+    """
+    usage = "%(prog)s --model URI --slides URI [URI ...] --output URI [--config FILE.yaml] [--SECTION.KEY VALUE ...]"
+    parser = _bare_parser(program, summary, usage)
+    parser.add_argument("--model", required=True, metavar="URI", help="a finished run, or a folder with its models")
+    parser.add_argument(
+        "--slides", required=True, nargs="+", metavar="URI", help="folders of slides, or single ones; local or s3://"
+    )
+    parser.add_argument("--output", required=True, metavar="URI", help="a folder for each slide is made there")
+    _add_settings(parser, ("segment", "data"), everything="--help-all" in argv)
+    given = vars(parser.parse_args(argv))
+    model, slides, output, config = (given.pop(name) for name in ("model", "slides", "output", "config"))
+    for option, uri in (("--model", model), ("--output", output), *(("--slides", uri) for uri in slides)):
+        _require_open(option, uri)
+    return SegmentCommand(model, tuple(slides), output, _settings_of(given, config))
+
+
 def parse(argv: Sequence[str], program: str, summary: str, sections: Collection[str] = tuple(SECTIONS)) -> Command:
     """Return the command in `argv`. `--help` and unknown options end the process as argparse does.
 
@@ -64,8 +103,15 @@ def parse(argv: Sequence[str], program: str, summary: str, sections: Collection[
         raise UsageError("--dry-run and --estimate: give one of them")
     for option, uri in (("--data", data), ("--output", output)):
         _require_open(option, uri)
+    settings = _settings_of(given, config, synthetic=data is None)
+    require_sweep(settings)
+    return Command(data, output or default_output(data), settings, dry_run, estimate)
+
+
+def _settings_of(given: dict[str, Any], config: str | None, *, synthetic: bool = False) -> Settings:
+    """The settings on a command line, over those of `--config`, over those of synthetic smears."""
     layers: list[tuple[str, dict[str, Any]]] = []
-    if data is None:
+    if synthetic:
         layers.append((SYNTHETIC_CONFIG, read_yaml(find_config(SYNTHETIC_CONFIG))))
     if config is not None:
         layers.append((config, read_yaml(find_config(config))))
@@ -74,8 +120,7 @@ def parse(argv: Sequence[str], program: str, summary: str, sections: Collection[
     for section, tree in settings.model_dump().items():
         for key, value in tree.items():
             _require_open(f"{section}.{key}", value)
-    require_sweep(settings)
-    return Command(data, output or default_output(data), settings, dry_run, estimate)
+    return settings
 
 
 def _require_open(key: str, value: Any) -> None:
@@ -117,22 +162,14 @@ def merge_settings(layers: Sequence[tuple[str, dict[str, Any]]]) -> Settings:
 
 def _parser(program: str, summary: str, sections: Collection[str], *, everything: bool) -> argparse.ArgumentParser:
     """The options of every program; its help shows those of `sections` that are common, or everything."""
-    parser = argparse.ArgumentParser(
-        prog=program,
-        usage="%(prog)s [--data URI] [--output URI] [--config FILE.yaml] [--SECTION.KEY VALUE ...]",
-        description=summary,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="The same command again resumes a run. Exit status: 0 done, 1 a stage failed, 2 wrong usage.\n"
-        "Every script takes every setting; --help-all shows them.",
-    )
+    usage = "%(prog)s [--data URI] [--output URI] [--config FILE.yaml] [--SECTION.KEY VALUE ...]"
+    parser = _bare_parser(program, summary, usage)
     parser.add_argument(
         "--data",
         metavar="URI",
         help="local path or s3://bucket/prefix (default: synthetic smears, made on the spot)",
     )
     parser.add_argument("--output", metavar="URI", help="the run (default: runs/<name of the data, or synthetic>)")
-    parser.add_argument("--config", metavar="FILE.yaml", help="settings, looked up here, then in the repository")
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -143,7 +180,28 @@ def _parser(program: str, summary: str, sections: Collection[str], *, everything
         action="store_true",
         help="only say what each stage will take on this cluster: tiles, bytes, hours, from a short measured sample",
     )
+    _add_settings(parser, sections, everything=everything)
+    return parser
+
+
+def _bare_parser(program: str, summary: str, usage: str) -> argparse.ArgumentParser:
+    """A program without options but those of every one."""
+    parser = argparse.ArgumentParser(
+        prog=program,
+        usage=usage,
+        description=summary,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="The same command again resumes a run. Exit status: 0 done, 1 a stage failed, 2 wrong usage.\n"
+        "Every script takes every setting; --help-all shows them.",
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="settings, looked up here, then in the repository")
     parser.add_argument("--help-all", action="help", help="show every setting and exit")
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser, sections: Collection[str], *, everything: bool) -> None:
+    """Add every setting; help shows those of `sections` that are common, or everything."""
     for section, model in SECTIONS.items():
         fields = model.model_fields
         shown = {name for name in fields if everything or (section in sections and COMMON in fields[name].metadata)}
@@ -152,7 +210,6 @@ def _parser(program: str, summary: str, sections: Collection[str], *, everything
         for name, field in fields.items():
             text = _help(section, name, field) if name in shown else argparse.SUPPRESS
             group.add_argument(f"--{section}.{name}", metavar=_metavar(field), help=text)
-    return parser
 
 
 def _help(section: str, name: str, field: FieldInfo) -> str:

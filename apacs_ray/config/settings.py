@@ -287,6 +287,46 @@ class EvaluateSettings(Section):
     )
 
 
+class SegmentSettings(Section):
+    """Segmentation of whole slides by a trained ensemble."""
+
+    use: Common[Literal["fusion", "mean", "majority", "fcn32", "fcn16", "fcn8"]] = Field(
+        "fusion", description="what decides: the fusion, the members' mean or vote, or one member"
+    )
+    threshold: Common[float] = Field(0.5, gt=0, lt=1, description="probability from which a pixel is cell")
+    roi: Common[str | None] = Field(
+        None, description="GeoJSON that restricts every slide; default: NAME.roi.geojson beside a slide restricts that"
+    )
+    mpp: Common[float | None] = Field(
+        None, gt=0, description="um per px at which slides are segmented (default: that of the training, in model.json)"
+    )
+    tissue: bool = Field(True, description="leave out glass, on a lattice of 32 px")
+    core: int | None = Field(
+        None, ge=32, multiple_of=32, description="px, side of what is segmented at a time (default: as memory allows)"
+    )
+    halo: int | None = Field(
+        None,
+        ge=0,
+        multiple_of=32,
+        description="px that networks see around it (default: exact, 256 for members, 480 or 512 for the fusion)",
+    )
+    tta: bool = Field(False, description="average the logits of eight flips and turns")
+    origin: Literal["bounds", "corner"] = Field(
+        "bounds", description="where coordinates of objects begin: at the slide's bounds, as in QuPath, or its corner"
+    )
+    simplify: float = Field(0.75, ge=0, le=10, description="px by which outlines of objects may leave the mask's")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="of the networks' forward pass")
+    threads: int = Field(
+        1, ge=1, description="torch threads a worker; fixed, so that masks do not depend on the machine"
+    )
+
+    @property
+    def members(self) -> tuple[MemberName, ...]:
+        """The members that are asked for by `use`, less those that a fusion names."""
+        names = typing.get_args(MemberName)
+        return (self.use,) if self.use in names else names  # type: ignore[return-value]
+
+
 class RunSettings(Section):
     """The run as a whole."""
 
@@ -307,6 +347,7 @@ class Settings(Section):
     tune: TuneSettings = TuneSettings()
     fusion: FusionSettings = FusionSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    segment: SegmentSettings = SegmentSettings()
     run: RunSettings = RunSettings()
 
     @model_validator(mode="before")

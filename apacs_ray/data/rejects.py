@@ -24,7 +24,16 @@ class Reject:
     reason: str
 
     @classmethod
-    def of(cls, defect: BadInput, uri: str, slide_id: str | None, x: int | None = None, y: int | None = None) -> Reject:
-        """Return the row for a defect that ingest met."""
+    def of(
+        cls,
+        defect: BadInput,
+        uri: str,
+        slide_id: str | None,
+        x: int | None = None,
+        y: int | None = None,
+        *,
+        stage: str = STAGE,
+    ) -> Reject:
+        """Return the row for a defect that a stage met."""
         slide_id = None if slide_id is None else as_text(slide_id)
-        return cls(as_text(uri), slide_id, x, y, STAGE, defect.code, as_text(defect.reason))
+        return cls(as_text(uri), slide_id, x, y, stage, defect.code, as_text(defect.reason))

@@ -62,13 +62,28 @@ class Predictor:
             ) from error
 
     def _logits(self, rgb: npt.NDArray[np.uint8]) -> dict[str, Array]:
+        return {name: output[0].cpu().numpy() for name, output in self.batch(self.to_device(rgb[None])).items()}
+
+    def to_device(self, rgb: npt.NDArray[np.uint8]) -> torch.Tensor:
+        """Return pictures (N, H, W, 3) uint8 as `batch` takes them."""
         pixels = torch.from_numpy(np.array(rgb))  # a copy: decoded pictures are read-only
         if self._device.type == "cuda":
             pixels = pixels.pin_memory().to(self._device, non_blocking=True)
-        image = pixels.permute(2, 0, 1)[None].float() / 255  # channels_last, as pictures are stored
+        return pixels.permute(0, 3, 1, 2)  # channels_last, as pictures are stored
+
+    @torch.inference_mode()
+    def batch(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Run all networks on pictures of one size.
+
+        Args:
+            images: (N, 3, H, W) uint8, on the device.
+
+        Returns:
+            Model key -> logits (N, H, W) float32, on the device.
+        """
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half):
-            outputs = self._ensemble(image)
-        return {name: output[0, 0].float().cpu().numpy() for name, output in outputs.items()}
+            outputs = self._ensemble(images.float() / 255)
+        return {name: output[:, 0].float() for name, output in outputs.items()}
 
     def probabilities(self, rgb: npt.NDArray[np.uint8]) -> dict[str, Array]:
         """Return probabilities (H, W) float32 in 0..1 of every network."""

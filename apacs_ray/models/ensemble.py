@@ -14,13 +14,13 @@ from apacs_ray.models.spec import ModelSpec
 
 
 class Ensemble(nn.Module):
-    """Frozen members and any number of fusions, by key (`fusion`, `fusion_published`)."""
+    """Frozen members, those that are needed, and any number of fusions, by key (`fusion`, `fusion_published`)."""
 
     def __init__(
         self, members: Mapping[MemberName, nn.Module], fusions: Mapping[str, tuple[ModelSpec, nn.Module]]
     ) -> None:
         super().__init__()
-        self.members = nn.ModuleDict({name: members[name] for name in MEMBERS})
+        self.members = nn.ModuleDict({name: members[name] for name in MEMBERS if name in members})
         self.fusions = nn.ModuleDict({key: network for key, (_, network) in fusions.items()})
         self._inputs = {key: spec.members for key, (spec, _) in fusions.items()}
         self.requires_grad_(False).eval()

@@ -28,6 +28,8 @@ class NetworkEntry:
         kind: `member` (RGB in) or `fusion` (heatmaps and RGB in).
         gflops: 10^9 floating-point operations of a forward pass at `COST_SIDE` x `COST_SIDE` px and width 1, as torch's
             `FlopCounterMode` counts them (tests/test_models.py counts again).
+        reach: px from an output pixel to the furthest input that it depends on, in either direction; of a fusion from
+            the heatmaps and RGB on (tests/test_halo.py finds it by gradient).
         build: Returns a member, freshly initialized, for a width and a dropout probability; a fusion is built by
             `fusion.build_fusion`, from its head and its members.
         released: The layers of the checkpoint that the paper's authors released, by the name of ours.
@@ -39,6 +41,7 @@ class NetworkEntry:
     name: str
     kind: Literal["member", "fusion"]
     gflops: float
+    reach: int
     build: Callable[[float, float], nn.Module] | None = None
     released: Mapping[str, str] = field(default_factory=dict)
     released_file: str = ""
@@ -131,6 +134,7 @@ _ENTRIES = (
         "fcn32",
         "member",
         gflops=152.9,
+        reach=233,
         build=_fcn32,
         released={f"trunk.{layer}": layer for layer in _ALEX_LAYERS} | {"score": "score_fr", "upscore": "upscore"},
         released_file="fcn32.pth",
@@ -141,6 +145,7 @@ _ENTRIES = (
         "fcn16",
         "member",
         gflops=1102.3,
+        reach=241,
         build=_fcn16,
         released=_VGG_RELEASED | {"up_final": "upsample16"},
         released_file="fcn16.pth",
@@ -151,14 +156,15 @@ _ENTRIES = (
         "fcn8",
         "member",
         gflops=1102.3,
+        reach=250,
         build=_fcn8,
         released=_VGG_RELEASED | {"score_pool3": "score_pool3", "up_pool4": "upsample_pool4", "up_final": "upsample8"},
         released_file="fcn8.pth",
         imagenet=_VGG_IMAGENET,
         imagenet_file="vgg16.pth",
     ),
-    NetworkEntry("fusion", "fusion", gflops=179.0),  # the refined head on three members
-    NetworkEntry("fusion_published", "fusion", gflops=157.1, released=_FUSION_RELEASED),
+    NetworkEntry("fusion", "fusion", gflops=179.0, reach=208),  # the refined head on three members
+    NetworkEntry("fusion_published", "fusion", gflops=157.1, reach=233, released=_FUSION_RELEASED),
 )
 
 NETWORKS: Mapping[str, NetworkEntry] = {entry.name: entry for entry in _ENTRIES}

@@ -27,6 +27,7 @@ class ModelSpec:
     heatmap_init: HeatmapInit = "random"
     threshold: float = 0.5  # probability from which a pixel is cell
     training_data: str = ""  # fingerprint of the tiles
+    mpp: float | None = None  # um per px of the tiles; None where not known, or not all the same
     metrics: Mapping[str, float | None] = field(default_factory=dict)
 
     def to_json(self) -> bytes:

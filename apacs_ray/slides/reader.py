@@ -129,11 +129,7 @@ def level_downsample(full: tuple[int, int], level: tuple[int, int]) -> float:
 
 
 def read_box(slide: Slide, box: Box, downsample: float, width: int, height: int) -> Image.Image:
-    """Read a tile at any scale.
-
-    The nearest finer level is read. Where it is not at this scale already, it is resampled by Pillow's Lanczos filter
-    with its support widened to the scale (so nothing aliases), on the exact, fractional source rectangle, and with the
-    pixels around the tile, so that neighboring tiles fit.
+    """Read a tile at any scale: `read_rectangle` from the whole px at which its row says that it begins.
 
     Args:
         slide: open.
@@ -145,20 +141,42 @@ def read_box(slide: Slide, box: Box, downsample: float, width: int, height: int)
     Returns:
         The tile as an RGB picture.
     """
+    return read_rectangle(slide, box.x, box.y, downsample, width, height)
+
+
+def read_rectangle(slide: Slide, x: float, y: float, downsample: float, width: int, height: int) -> Image.Image:
+    """Read a rectangle at any scale and place.
+
+    The nearest finer level is read. Where it is not at this scale already, it is resampled by Pillow's Lanczos filter
+    with its support widened to the scale (so nothing aliases), on the exact, fractional source rectangle, and with the
+    pixels around it, so that neighbors fit.
+
+    Args:
+        slide: open.
+        x: left edge, level-0 px.
+        y: top edge, level-0 px.
+        downsample: level-0 px per px of the picture.
+        width: px of the picture.
+        height: px of the picture.
+
+    Returns:
+        The rectangle as an RGB picture.
+    """
     info = slide.info
     number = info.level_for(downsample)
     level = info.levels[number]
-    scale = downsample / level.downsample  # px of the level per px of the tile
-    left, top = box.x / level.downsample, box.y / level.downsample
+    scale = downsample / level.downsample  # px of the level per px of the picture
+    left, top = x / level.downsample, y / level.downsample
     if abs(scale - 1) < 1e-6 and abs(left - round(left)) < 1e-3 and abs(top - round(top)) < 1e-3:
         return slide.read_image(number, round(left), round(top), width, height)
-    margin = math.ceil(3 * max(scale, 1.0)) + 1  # Lanczos reaches three px of the tile
+    margin = math.ceil(3 * max(scale, 1.0)) + 1  # Lanczos reaches three px of the picture
     # only px within the slide: the background outside would tint its edge
     right, bottom = min(left + width * scale, level.width), min(top + height * scale, level.height)
-    x, y = max(math.floor(left) - margin, 0), max(math.floor(top) - margin, 0)
+    begin, head = max(math.floor(left) - margin, 0), max(math.floor(top) - margin, 0)
     end, foot = min(math.ceil(right) + margin, level.width), min(math.ceil(bottom) + margin, level.height)
-    source = slide.read_image(number, x, y, end - x, foot - y)
-    return source.resize((width, height), Image.Resampling.LANCZOS, box=(left - x, top - y, right - x, bottom - y))
+    source = slide.read_image(number, begin, head, end - begin, foot - head)
+    within = (left - begin, top - head, right - begin, bottom - head)
+    return source.resize((width, height), Image.Resampling.LANCZOS, box=within)
 
 
 def filled(info: SlideInfo, width: int, height: int) -> Rgb:

@@ -107,6 +107,7 @@ class Ingest(Stage[IngestResult]):
             ignored=dict(written.ignored),
             ignored_files=written.ignored_files,
             unreadable=dict(written.unreadable),
+            mpp=written.mpp,
         )
 
 

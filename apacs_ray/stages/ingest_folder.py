@@ -40,4 +40,5 @@ def ingest_folder(job: Job, source: Source, fingerprint: str) -> WrittenTiles:
         val_unit=manifest.val_unit,
         ignored=data.left.counts(),
         ignored_files=len(data.ignored),
+        mpp=settings.data.mpp,
     )

@@ -41,6 +41,7 @@ class WrittenTiles:
         ignored: Files that belong to nothing, by kind.
         ignored_files: How many these are.
         unreadable: Slides with tiles that could not be read: slide id -> the share that could.
+        mpp: um per px of the tiles; None where it is not known, or not the same for all.
     """
 
     unit: Literal["pairs", "slides"]
@@ -58,6 +59,7 @@ class WrittenTiles:
     ignored: Mapping[str, int] = field(default_factory=dict)
     ignored_files: int = 0
     unreadable: Mapping[str, str] = field(default_factory=dict)
+    mpp: float | None = None
 
     @property
     def tile_rejects(self) -> list[Reject]:
@@ -92,3 +94,4 @@ class IngestResult(StageResult):
     ignored: dict[str, int]
     ignored_files: int
     unreadable: dict[str, str]
+    mpp: float | None = None

@@ -17,7 +17,7 @@ from apacs_ray.data.words import Split
 from apacs_ray.distributed.data import inspect_slides, render_smears, write_slide_shards
 from apacs_ray.errors import BadInput
 from apacs_ray.slides.cache import SlideCache, default_cache
-from apacs_ray.slides.manifest import SlideSummary, SlideTask
+from apacs_ray.slides.manifest import NATIVE_TOLERANCE, SlideSummary, SlideTask
 from apacs_ray.slides.open import READERS
 from apacs_ray.slides.slide_tiles import SlideShard, plan_shards
 from apacs_ray.stages.ingest_result import UnitCounts, WrittenTiles
@@ -146,7 +146,17 @@ def ingest_slides(job: Job, source: Source, fingerprint: str) -> WrittenTiles:
         ignored=data.left.counts(),
         ignored_files=len(data.ignored),
         unreadable=_unreadable(inspected.summaries, shards, receipts),
+        mpp=common_mpp([summary for _, summary in inspected.opened if summary.tiles]),
     )
+
+
+def common_mpp(summaries: Sequence[SlideSummary]) -> float | None:
+    """Return the um per px of the tiles of all slides; None where it is not known, or not the same for all."""
+    mpps = [None if summary.mpp is None else summary.mpp * summary.downsample for summary in summaries]
+    known = sorted(mpp for mpp in mpps if mpp is not None)
+    if not known or len(known) < len(mpps) or known[-1] > (1 + 2 * NATIVE_TOLERANCE) * known[0]:
+        return None
+    return known[len(known) // 2]
 
 
 def _defects(inspected: InspectedSlides) -> list[Reject]:

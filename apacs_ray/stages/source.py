@@ -283,7 +283,7 @@ def require_clear(units: Sequence[Unit], names: Collection[str], setting: str) -
             raise UsageError(f"{setting}: {stem!r} may be each of {len(slides)} slides, call them {several}")
 
 
-def say_found(data: FolderData | SlideData) -> None:
+def say_found(data: FolderData | SlideData, stage: str = "ingest") -> None:
     """Say what each folder was taken for, and what is not used."""
     folders, more = "", 0
     for folder in data.folders:
@@ -293,10 +293,10 @@ def say_found(data: FolderData | SlideData) -> None:
         else:
             folders = text[:LONGEST]
     if folders:
-        say(f"ingest: folders: {folders}{f' and {more} more' if more else ''}")
+        say(f"{stage}: folders: {folders}{f' and {more} more' if more else ''}")
     ignored = data.left.describe()
     if ignored:
-        say(f"ingest: {ignored}")
+        say(f"{stage}: {ignored}")
 
 
 def _version(entry: Entry) -> tuple[str, int, str]:

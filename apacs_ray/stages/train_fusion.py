@@ -60,7 +60,7 @@ class TrainFusion(Stage[TrainingResult]):
         for key, (how, spec) in fusion_specs(job.settings, fusion).items():
             heatmaps = Heatmaps(how.members, self.heatmaps.fingerprint)
             networks.append(Network(key, spec, FOLDERS[key], how, heatmaps, pretrained=_pretrained(job, spec, how)))
-        trained = train_networks(job, networks, fingerprint, self.ingest.fingerprint)
+        trained = train_networks(job, networks, fingerprint, self.ingest.fingerprint, self.ingest.result.mpp)
         for key, folder in FOLDERS.items():
             if key not in trained:  # compared with under earlier settings
                 delete_others(job.store, folder, re.compile(rf"{folder}/({'|'.join(map(re.escape, KEPT))})"), ())

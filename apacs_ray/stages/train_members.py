@@ -41,7 +41,9 @@ class TrainMembers(Stage[TrainingResult]):
     def work(self, job: Job, fingerprint: str) -> TrainingResult:
         """Leave each member in `members/<name>`."""
         read_indices(job.store, ("test",))  # hours of training end in an evaluation: its tiles must be there
-        trained = train_networks(job, _networks(job.settings), fingerprint, self.ingest.fingerprint)
+        trained = train_networks(
+            job, _networks(job.settings), fingerprint, self.ingest.fingerprint, self.ingest.result.mpp
+        )
         return TrainingResult(Counts(len(trained), len(trained)), trained)
 
     def tidy(self, store: Store, fingerprint: str) -> None:

@@ -106,7 +106,7 @@ def read_indices(store: Store, splits: Sequence[str] = ("train", "val")) -> dict
 
 
 def train_networks(
-    job: Job, networks: Sequence[Network], fingerprint: str, training_data: str
+    job: Job, networks: Sequence[Network], fingerprint: str, training_data: str, mpp: float | None = None
 ) -> dict[str, TrainedNetwork]:
     """Train networks and leave `KEPT` of each in its folder, and its curves.
 
@@ -117,6 +117,7 @@ def train_networks(
         networks: In the order in which they are planned.
         fingerprint: Of the stage.
         training_data: Fingerprint of the tiles, for `model.json`.
+        mpp: um per px of the tiles, likewise.
 
     Returns:
         What became of each, by name.
@@ -152,7 +153,7 @@ def train_networks(
                 ),
             )
         for network in waiting:
-            _keep_best(store, network, replace(network.spec, training_data=training_data), fingerprint)
+            _keep_best(store, network, replace(network.spec, training_data=training_data, mpp=mpp), fingerprint)
     for network in networks:  # also of those that were trained before: other settings may have drawn theirs since
         write_curves(store, network.folder, read_history(store.read(f"{network.folder}/{HISTORY}").decode()))
     return {network.name: _trained(store, network, fingerprint) for network in networks}

@@ -1,0 +1,157 @@
+"""Parts of a slide's segmentation as workers leave them: shards of cores, Parquet, each written whole by one task."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import shapely
+
+from apacs_ray.data.grid import Box
+from apacs_ray.data.images import Mask
+from apacs_ray.data.rejects import Reject
+from apacs_ray.data.shards import Receipt, open_table, write_table
+from apacs_ray.inference.objects import CoreObjects, Edges, Piece
+from apacs_ray.storage import Store
+
+STRIP = 512  # rows of a mask that are compressed together: a row of the tiles of `mask.ome.tif`
+LEVEL = 1  # of zlib: strips are read once
+AHEAD = 8  # parts that are fetched while one is worked on
+_PIECE = pa.struct(
+    [
+        ("label", pa.int32()),
+        ("polygon", pa.binary()),  # WKB
+        ("pixels", pa.int64()),
+        ("probability", pa.int64()),
+        ("disagreement", pa.int64()),
+        ("row", pa.int64()),
+        ("column", pa.int64()),
+    ]
+)
+PART_SCHEMA = pa.schema(
+    [
+        ("number", pa.int64()),
+        ("x", pa.int64()),
+        ("y", pa.int64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("readable", pa.bool_()),
+        ("cells", pa.int64()),  # px of the mask that are set
+        ("mask", pa.list_(pa.binary())),  # strips from the top, packed bits, zlib
+        ("pieces", pa.list_(_PIECE)),
+        ("edges", pa.binary()),  # labels of the top, bottom, left and right side, int32, zlib
+    ]
+)
+
+
+@dataclass(frozen=True)
+class FinishedCore:
+    """A core whose mask is final. `mask` (H, W) bool; None where the slide could not be read."""
+
+    number: int
+    box: Box
+    mask: Mask | None
+    objects: CoreObjects
+
+
+def part_path(folder: str, shard: int) -> str:
+    """Return the path of a shard of cores in the folder of a slide's parts."""
+    return f"{folder}/cores-{shard:06d}.parquet"
+
+
+def write_part(store: Store, path: str, cores: Sequence[FinishedCore], rejects: Sequence[Reject]) -> None:
+    """Write a shard of cores."""
+    table = pa.Table.from_pylist([_row(core) for core in cores], PART_SCHEMA)
+    lost = sum(core.mask is None for core in cores)
+    receipt = Receipt(path, len(cores), len(cores) - lost, rejects=[asdict(reject) for reject in rejects])
+    write_table(store, table, receipt)
+
+
+def read_parts(store: Store, folder: str, shards: int, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield columns of all cores of a slide, in reading order; a few parts are fetched ahead.
+
+    Yields:
+        A row as a dict.
+    """
+
+    def read(number: int) -> pa.Table:
+        path = part_path(folder, number)
+        with store.open(path) as stream:
+            return open_table(stream, path).read(columns=list(columns))
+
+    with ThreadPoolExecutor(AHEAD) as pool:
+        waiting = [pool.submit(read, number) for number in range(min(AHEAD, shards))]
+        for number in range(shards):
+            table = waiting.pop(0).result()
+            if number + AHEAD < shards:
+                waiting.append(pool.submit(read, number + AHEAD))
+            for batch in table.to_batches(1):
+                yield from batch.to_pylist()
+
+
+def objects_of(row: dict[str, Any]) -> CoreObjects:
+    """Return the objects of a core, from its columns x, y, width, height, pieces and edges."""
+    box = Box(row["x"], row["y"], row["width"], row["height"])
+    pieces = tuple(
+        Piece(
+            piece["label"],
+            shapely.from_wkb(piece["polygon"]),  # type: ignore[arg-type]
+            piece["pixels"],
+            piece["probability"],
+            piece["disagreement"],
+            (piece["row"], piece["column"]),
+        )
+        for piece in row["pieces"]
+    )
+    if not pieces:
+        return CoreObjects(box, (), None)
+    sides = np.frombuffer(zlib.decompress(row["edges"]), np.int32)
+    ends = np.cumsum([box.width, box.width, box.height])
+    return CoreObjects(box, pieces, Edges(*np.split(sides, ends)))
+
+
+def strip_of(content: bytes, width: int) -> Mask:
+    """Return a strip of a core's mask, (rows, width) bool."""
+    bits = np.frombuffer(zlib.decompress(content), np.uint8).reshape(-1, -(-width // 8))
+    return np.unpackbits(bits, axis=1, count=width).astype(bool)
+
+
+def _row(core: FinishedCore) -> dict[str, Any]:
+    strips = []
+    if core.mask is not None:
+        packed = np.packbits(core.mask, axis=1)
+        strips = [zlib.compress(packed[top : top + STRIP].tobytes(), LEVEL) for top in range(0, len(packed), STRIP)]
+    edges = b""
+    if core.objects.edges is not None:
+        sides = (core.objects.edges.top, core.objects.edges.bottom, core.objects.edges.left, core.objects.edges.right)
+        edges = zlib.compress(np.concatenate(sides).astype(np.int32).tobytes(), LEVEL)
+    pieces = [
+        {
+            "label": piece.label,
+            "polygon": shapely.to_wkb(piece.polygon),
+            "pixels": piece.pixels,
+            "probability": piece.probability,
+            "disagreement": piece.disagreement,
+            "row": piece.first[0],
+            "column": piece.first[1],
+        }
+        for piece in core.objects.pieces
+    ]
+    box = core.box
+    return {
+        "number": core.number,
+        "x": box.x,
+        "y": box.y,
+        "width": box.width,
+        "height": box.height,
+        "readable": core.mask is not None,
+        "cells": 0 if core.mask is None else int(core.mask.sum()),
+        "mask": strips,
+        "pieces": pieces,
+        "edges": edges,
+    }

@@ -1,0 +1,123 @@
+"""Making the plan of a slide: it is opened, its tissue found, and regions that restrict it are read."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from apacs_ray.data.images import Rgb
+from apacs_ray.errors import BadInput
+from apacs_ray.inference.cores import Lattice
+from apacs_ray.inference.slide_plan import SlidePlan, area_cells, finished_plan, lattice_size, tissue_cells, write_plan
+from apacs_ray.slides.annotations.read import read_annotations
+from apacs_ray.slides.manifest import NATIVE_TOLERANCE, SlideTask, mpp_of, opened_slide
+from apacs_ray.slides.reader import Slide, SlideInfo
+from apacs_ray.slides.slide_files import SlideFiles
+from apacs_ray.slides.slide_grid import grid_size
+from apacs_ray.slides.tissue import Tissue, find_tissue
+from apacs_ray.storage import Store
+
+PICTURE = "picture.png"  # the scanned part of the slide at about 8 um per px
+MPP_NOTE = 0.1  # share by which a slide's mpp may differ from the training's before a person is told
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """How slides are cut: the um per px of the networks (None: each slide's own), and sizes in px."""
+
+    mpp: float | None
+    core: int
+    halo: int
+    shard: int
+    tissue: bool
+
+
+@dataclass(frozen=True)
+class Region:
+    """A GeoJSON that restricts a slide: where it lies, and its path there."""
+
+    store: Store
+    path: str
+
+
+def make_plan(reading: SlideTask, files: SlideFiles, region: Region | None, cutting: Cutting, parts: str) -> SlidePlan:
+    """Plan a slide, and leave the plan, its cells and the slide's picture in the folder `parts` of the output.
+
+    Args:
+        reading: Where slides lie, how they are opened, and the output.
+        files: The slide.
+        region: What restricts it.
+        cutting: How slides are cut.
+        parts: Folder of its parts.
+
+    Returns:
+        The plan.
+
+    Raises:
+        BadInput: The slide, or the region, cannot be read.
+    """
+    with opened_slide(reading, files) as slide:
+        plan, tissue = _planned(reading, files, slide, cutting)
+        cells = np.ones(lattice_size(plan.width, plan.height), bool)
+        if cutting.tissue:
+            cells &= tissue_cells(tissue, plan)
+        if region is not None:
+            cells &= _region_cells(region, slide.info, plan)
+    plan = finished_plan(plan, cells)
+    sink = io.BytesIO()
+    Image.fromarray(_scanned(tissue, slide.info)).save(sink, "png")
+    reading.output.write(f"{parts}/{PICTURE}", sink.getvalue())
+    write_plan(reading.output, parts, plan, cells)
+    return plan
+
+
+def _planned(reading: SlideTask, files: SlideFiles, slide: Slide, cutting: Cutting) -> tuple[SlidePlan, Tissue]:
+    info = slide.info
+    mpp = mpp_of(reading, files, info)
+    notes = list(info.notes)
+    downsample = cutting.mpp / mpp if cutting.mpp and mpp else 1.0
+    if abs(downsample - 1) < NATIVE_TOLERANCE:
+        downsample = 1.0
+    if mpp is None:
+        wanted = "" if cutting.mpp is None else f", though the networks expect {cutting.mpp:g}"
+        notes.append(f"its um per px are not known: segmented as it is{wanted} (data.mpps or data.mpp tells them)")
+    elif downsample < 1 - MPP_NOTE:
+        notes.append(f"{mpp:g} um per px, coarser than the {cutting.mpp:g} of the training: it is enlarged")
+    width, height = grid_size(info.bounds, downsample)
+    plan = SlidePlan(
+        files.slide_id,
+        info.engine,
+        width,
+        height,
+        downsample,
+        mpp,
+        info.bounds,
+        cutting.core,
+        cutting.halo,
+        cutting.shard,
+        notes=tuple(notes),
+    )
+    return plan, find_tissue(slide, mpp)
+
+
+def _region_cells(region: Region, info: SlideInfo, plan: SlidePlan) -> Lattice:
+    name = region.path.rpartition("/")[2]
+    try:
+        content = region.store.read_small(region.path)
+    except FileNotFoundError as error:
+        raise BadInput("bad_annotation", f"{name}: the region of interest is gone") from error
+    drawn = read_annotations(content, name).placed(info)
+    if not drawn.areas:
+        raise BadInput("bad_annotation", f"{name}: no area restricts the slide; draw one, or take the file away")
+    return area_cells(drawn.areas, plan)
+
+
+def _scanned(tissue: Tissue, info: SlideInfo) -> Rgb:
+    """The slide's small picture, cut to its bounds."""
+    box, scale = info.bounds, tissue.downsample
+    top, left = int(box.y / scale), int(box.x / scale)
+    bottom, right = max(int((box.y + box.height) / scale), top + 1), max(int((box.x + box.width) / scale), left + 1)
+    return tissue.picture[top:bottom, left:right]

@@ -1,0 +1,168 @@
+"""The files of a segmented slide, made of the parts that workers left; `slide.json`, written last, names them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import shapely
+from PIL import Image
+from shapely import affinity
+
+from apacs_ray.inference.objects import STEPS, CoreObjects, SlideObject, eccentricity, join
+from apacs_ray.inference.parts import objects_of, read_parts
+from apacs_ray.inference.planning import PICTURE
+from apacs_ray.inference.slide_plan import SlidePlan
+from apacs_ray.outputs.geojson import GeoJsonWriter
+from apacs_ray.outputs.geoparquet import GeoParquetWriter
+from apacs_ray.outputs.mask_bands import mask_bands
+from apacs_ray.outputs.ome_tiff import write_pyramid
+from apacs_ray.outputs.overview import Overview
+from apacs_ray.outputs.rows import ObjectRow, clean_geometry
+from apacs_ray.storage import Store
+
+SLIDE_JSON = "slide.json"
+MASK, GEOJSON, PARQUET, OVERVIEW = "mask.ome.tif", "cells.geojson.gz", "cells.parquet", "overview.png"
+
+NAMESPACE = uuid.UUID("6f0f5f0a-7c1e-5d0c-9f3e-0d6c3a2b8e11")
+
+
+@dataclass
+class Found:
+    """What a slide's segmentation found: objects, px of them, and how many of its cores could be read."""
+
+    objects: int = 0
+    pixels: int = 0
+    readable: int = 0
+    cores: int = 0
+
+
+def write_slide_files(
+    store: Store, parts: str, folder: str, plan: SlidePlan, *, origin: str, simplify: float, facts: Mapping[str, Any]
+) -> Found:
+    """Write the files of a slide; they count when `slide.json` is there.
+
+    Args:
+        store: The output.
+        parts: Folder of the slide's parts, all of which are there.
+        folder: Of the slide's files.
+        plan: By which it was cut.
+        origin: `bounds` or `corner`: where coordinates of objects begin.
+        simplify: px of the mask by which outlines may move.
+        facts: What else `slide.json` is to say.
+
+    Returns:
+        What was found.
+    """
+    store.delete(f"{folder}/{SLIDE_JSON}")
+    with tempfile.TemporaryDirectory() as scratch:
+        here = Path(scratch)
+        found = _write_objects(store, parts, plan, here, origin, simplify)
+        overview = Overview(plan.width, plan.height)
+        columns = ["x", "y", "width", "height", "mask"]
+        bands = mask_bands(read_parts(store, parts, plan.shards, columns), plan.width, plan.height)
+        write_pyramid(
+            here / MASK,
+            overview.watch(bands),
+            width=plan.width,
+            height=plan.height,
+            mpp=plan.output_mpp,
+            name=f"{plan.slide_id} mask",
+            uuid=str(uuid.uuid5(NAMESPACE, plan.slide_id)),
+        )
+        picture = np.array(Image.open(io.BytesIO(store.read(f"{parts}/{PICTURE}"))).convert("RGB"))
+        (here / OVERVIEW).write_bytes(overview.draw(picture))
+        files = {name: _facts(here / name) for name in (MASK, GEOJSON, PARQUET, OVERVIEW)}
+        for name in files:
+            store.upload(f"{folder}/{name}", here / name)
+    store.write(f"{folder}/{SLIDE_JSON}", _record(plan, found, {**facts, "origin": origin, "files": files}))
+    return found
+
+
+def object_row(one: SlideObject, plan: SlidePlan, *, origin: str, simplify: float) -> ObjectRow:
+    """Return an object as files hold it: in level-0 px from the bounds of the slide (or its corner)."""
+    scale = plan.downsample
+    x, y = (plan.bounds.x, plan.bounds.y) if origin == "corner" else (0, 0)
+    exact = affinity.affine_transform(one.polygon, [scale, 0, 0, scale, x, y])
+    shape = clean_geometry(exact, simplify * scale) or exact
+    left, top, right, bottom = exact.bounds
+    center = shapely.centroid(exact)
+    inside = one.polygon.bounds
+    return ObjectRow(
+        object_id=str(uuid.uuid5(NAMESPACE, f"{plan.slide_id} {one.first[0]} {one.first[1]}")),
+        geometry=shape,
+        area_um2=math.nan if plan.output_mpp is None else one.pixels * plan.output_mpp**2,
+        perimeter_um=math.nan if plan.mpp is None else shape.length * plan.mpp,
+        centroid_x=round(center.x, 2),
+        centroid_y=round(center.y, 2),
+        left=left,
+        top=top,
+        right=right,
+        bottom=bottom,
+        eccentricity=eccentricity(one.polygon),
+        probability=one.probability / one.pixels / STEPS,
+        disagreement=one.disagreement / one.pixels / STEPS,
+        pixels=one.pixels,
+        touches_border=inside[0] == 0 or inside[1] == 0 or inside[2] == plan.width or inside[3] == plan.height,
+    )
+
+
+def _write_objects(store: Store, parts: str, plan: SlidePlan, here: Path, origin: str, simplify: float) -> Found:
+    """Write `cells.geojson.gz` and `cells.parquet`, object after object."""
+    found = Found()
+
+    def counted() -> Iterator[CoreObjects]:
+        columns = ["x", "y", "width", "height", "readable", "cells", "pieces", "edges"]
+        for row in read_parts(store, parts, plan.shards, columns):
+            found.cores += 1
+            found.readable += row["readable"]
+            found.pixels += row["cells"]
+            yield objects_of(row)
+
+    with contextlib.ExitStack() as files:
+        stream = files.enter_context((here / GEOJSON).open("wb"))
+        geojson = files.enter_context(GeoJsonWriter(stream))
+        parquet = files.enter_context(GeoParquetWriter(here / PARQUET))
+        for one in join(counted(), plan.width):
+            row = object_row(one, plan, origin=origin, simplify=simplify)
+            geojson.write(row)
+            parquet.write(row)
+            found.objects += 1
+    return found
+
+
+def _record(plan: SlidePlan, found: Found, facts: Mapping[str, Any]) -> bytes:
+    mpp = plan.output_mpp
+    record = {
+        "slide_id": plan.slide_id,
+        "width": plan.width,
+        "height": plan.height,
+        "mpp": mpp,
+        "level0": {"mpp": plan.mpp, "downsample": plan.downsample, "bounds": asdict(plan.bounds)},
+        "engine": plan.engine,
+        "notes": list(plan.notes),
+        "core": plan.core,
+        "halo": plan.halo,
+        "cores": found.cores,
+        "readable": found.readable / found.cores if found.cores else 1.0,
+        "objects": found.objects,
+        "cell_px": found.pixels,
+        "cell_um2": None if mpp is None else found.pixels * mpp**2,
+        **facts,
+    }
+    return json.dumps(record, indent=1, sort_keys=True, allow_nan=False).encode()
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    with path.open("rb") as stream:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}

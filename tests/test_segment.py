@@ -1,0 +1,143 @@
+"""Segmentation of slides: the mask of the whole slide, however it is cut; and files that say what the mask says."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import shapely
+import tifffile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.segmentation import OneSlide, with_settings, write_ensemble
+from support.slide_files import picture, write_slide, write_tiff
+
+from apacs_ray.evaluation.objects import EIGHT
+from apacs_ray.outputs.slide_files import GEOJSON, MASK, OVERVIEW, PARQUET, SLIDE_JSON
+from apacs_ray.storage import LocalStore
+
+USES = ["fcn32", "fcn16", "fcn8", "mean", "majority", "fusion"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LocalStore]:
+    folder = tmp_path_factory.mktemp("models")
+    return {head: write_ensemble(folder / head, head) for head in ("refined", "published")}  # type: ignore[arg-type]
+
+
+SIDES = st.one_of(st.integers(1, 40), st.sampled_from([64, 65, 96, 128, 129, 255, 257, 320]), st.integers(1, 400))
+
+
+@given(
+    width=SIDES,
+    height=SIDES,
+    core=st.sampled_from([32, 64, 96, 160, 512]),
+    use=st.sampled_from([*USES, "published"]),
+    mpp=st.sampled_from([None, None, 0.4]),
+    shard=st.integers(1, 4),
+)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_mask_is_that_of_the_whole_slide(
+    models: dict[str, LocalStore],
+    tmp_path_factory: pytest.TempPathFactory,
+    width: int,
+    height: int,
+    core: int,
+    use: str,
+    mpp: float | None,
+    shard: int,
+) -> None:
+    folder = tmp_path_factory.mktemp("slide")
+    write_tiff(folder / "a.tif", picture(width, height, seed=width))
+    how = with_settings(core=core, use="fusion" if use == "published" else use, mpp=mpp)
+    model = models["published" if use == "published" else "refined"]
+    one = OneSlide(folder / "a.tif", model, folder / "out", how, shard)
+    assert one.plan.halo == {"fusion": 480, "published": 512}.get(use, 256)
+    one.require_mask_of_whole()
+
+
+@pytest.mark.parametrize("kind", ["tif", "mrxs"])
+def test_also_of_larger_slides_with_bounds(models: dict[str, LocalStore], tmp_path: Path, kind: str) -> None:
+    rgb = picture(1100, 900)
+    if kind == "tif":
+        write_tiff(tmp_path / "a.tif", rgb, kind="ome")
+    else:
+        write_slide(tmp_path / "a.mrxs", rgb, margin=1)
+    one = OneSlide(tmp_path / f"a.{kind}", models["refined"], tmp_path / "out", with_settings(core=512, use="fcn8"))
+    assert (one.plan.bounds.x, one.plan.bounds.y) == ((0, 0) if kind == "tif" else (128, 128))
+    assert 0.1 < one.require_mask_of_whole().mean() < 0.9
+
+
+def test_too_small_a_halo_is_seen(models: dict[str, LocalStore], tmp_path: Path) -> None:
+    """The comparison above would find it."""
+    write_tiff(tmp_path / "a.tif", picture(700, 600))
+    one = OneSlide(tmp_path / "a.tif", models["refined"], tmp_path / "out", with_settings(core=128, halo=64))
+    with pytest.raises(AssertionError, match="px differ"):
+        one.require_mask_of_whole()
+
+
+def test_tta_agrees_over_cores(models: dict[str, LocalStore], tmp_path: Path) -> None:
+    write_tiff(tmp_path / "a.tif", picture(450, 333))
+    one = OneSlide(
+        tmp_path / "a.tif", models["refined"], tmp_path / "out", with_settings(core=128, tta=True, use="fcn8")
+    )
+    mask = one.require_mask_of_whole()
+    plain = OneSlide(tmp_path / "a.tif", models["refined"], tmp_path / "plain", with_settings(core=128, use="fcn8"))
+    assert not np.array_equal(mask, plain.mask())
+
+
+@pytest.mark.parametrize("origin", ["bounds", "corner"])
+def test_files_say_what_the_mask_says(models: dict[str, LocalStore], tmp_path: Path, origin: str) -> None:
+    from scipy import ndimage
+
+    write_slide(tmp_path / "a b.mrxs", picture(600, 500), margin=1)
+    how = with_settings(core=256, use="fcn8", origin=origin, simplify=0.5, mpp=0.4)
+    one = OneSlide(tmp_path / "a b.mrxs", models["refined"], tmp_path / "out", how)
+    folder = one.run()
+    mask = tifffile.imread(folder / MASK, level=0) > 0
+    labels, count = ndimage.label(mask, EIGHT)
+    record = json.loads((folder / SLIDE_JSON).read_text())
+    assert (record["objects"], record["cell_px"]) == (count, int(mask.sum()))
+    assert record["cell_um2"] == pytest.approx(mask.sum() * 0.4**2)
+    rows = pq.read_table(folder / PARQUET).to_pylist()
+    features = json.loads(gzip.decompress((folder / GEOJSON).read_bytes()))["features"]
+    assert len(rows) == len(features) == count
+    assert [row["object_id"] for row in rows] == [feature["id"] for feature in features]
+    shift = 128 if origin == "corner" else 0
+    for row, feature in zip(rows, features, strict=True):
+        shape = shapely.geometry.shape(feature["geometry"])
+        assert shape.is_valid
+        assert shape.equals(shapely.from_wkb(row["geometry"]))
+        x, y = ((row["centroid_x"] - shift) / 1.6, (row["centroid_y"] - shift) / 1.6)
+        inside = shapely.affinity.affine_transform(shape, [1 / 1.6, 0, 0, 1 / 1.6, -shift / 1.6, -shift / 1.6])
+        assert inside.distance(shapely.Point(x, y)) < 40
+        left, top, right, bottom = (
+            round(value / 1.6 - shift / 1.6) for value in (row["left"], row["top"], row["right"], row["bottom"])
+        )
+        part = labels[top:bottom, left:right]
+        label = next(number for number in np.unique(part) if number and (labels == number).sum() == row["pixels"])
+        ys, xs = np.nonzero(labels == label)
+        assert (ys.mean() + 0.5, xs.mean() + 0.5) == (pytest.approx(y, abs=0.02), pytest.approx(x, abs=0.02))
+        assert inside.area == pytest.approx(row["pixels"], rel=0.3, abs=3)
+    assert (folder / OVERVIEW).stat().st_size > 1000
+
+
+def test_the_same_bytes_however_it_is_cut_and_once_more(models: dict[str, LocalStore], tmp_path: Path) -> None:
+    write_tiff(tmp_path / "a.tif", picture(500, 420))
+    contents = []
+    for number, (core, shard) in enumerate([(512, 4), (128, 3), (128, 1)]):
+        how = with_settings(core=core, use="fcn16")
+        folder = OneSlide(tmp_path / "a.tif", models["refined"], tmp_path / f"out{number}", how, shard).run()
+        rows = sorted(pq.read_table(folder / PARQUET).to_pylist(), key=lambda row: row["object_id"])
+        files = {name: (folder / name).read_bytes() for name in (MASK, OVERVIEW, GEOJSON, PARQUET)}
+        contents.append((rows, files))
+    for row, other in zip(contents[0][0], contents[1][0], strict=True):
+        for name in ("probability", "disagreement"):  # other sizes of convolutions add up in another order
+            assert row.pop(name) == pytest.approx(other.pop(name), abs=1e-4)
+        assert row == other
+    assert contents[0][1][MASK] == contents[1][1][MASK]
+    assert contents[1][1] == contents[2][1]

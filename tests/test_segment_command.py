@@ -1,0 +1,80 @@
+"""`segment.py` as a user runs it: new slides only, damaged ones rejected, killed and begun again to the same bytes."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from support.runs import run, start
+from support.segmentation import OneSlide, with_settings, write_ensemble
+from support.slide_files import picture, write_slide, write_tiff
+
+from apacs_ray.outputs.slide_files import GEOJSON, MASK, OVERVIEW, PARQUET, SLIDE_JSON
+from apacs_ray.storage import LocalStore
+from apacs_ray.testing.runs import kill_when
+
+HOW = ["--segment.core", "128", "--segment.use", "fcn8", "--segment.tissue", "false"]
+ROOT = Path(__file__).resolve().parent.parent
+FILES = (MASK, GEOJSON, PARQUET, OVERVIEW)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LocalStore:
+    return write_ensemble(tmp_path_factory.mktemp("model"))
+
+
+def test_only_new_slides_are_done_and_a_kill_changes_nothing(model: LocalStore, tmp_path: Path) -> None:
+    slides, output = tmp_path / "slïdes", tmp_path / "out"
+    (slides / "deep").mkdir(parents=True)
+    write_tiff(slides / "deep/a.tif", picture(300, 200))
+    (slides / "broken.svs").write_bytes(b"no slide" * 100)
+    command = ["--model", str(model.root), "--slides", str(slides), "--output", str(output), *HOW]
+    first = run(*command, script="segment.py")
+    assert first.status == 0, first.summary
+    (reject,) = pq.read_table(output / "rejects/segment.parquet").to_pylist()
+    assert (reject["slide_id"], reject["stage"]) == ("broken", "segment")
+    stage = json.loads((output / "run.json").read_text())["stages"]["segment"]
+    assert (stage["state"], stage["rows_in"], stage["rows_out"], stage["rejected"]) == ("done", 2, 1, 1)
+    before = (output / "a" / SLIDE_JSON).stat().st_mtime_ns
+
+    write_slide(slides / "b.mrxs", picture(900, 800, seed=1), margin=1)
+    process = start(*command, script="segment.py")
+    died = kill_when(process, lambda: any(output.glob("b/.parts-*/cores-*.parquet")))
+    assert died.status == -signal.SIGKILL
+    assert not (output / "b" / SLIDE_JSON).exists()
+    again = run(*command, script="segment.py")
+    assert again.status == 0, again.summary
+    assert "2 slides to segment, 1 unchanged" in again.text
+    assert (output / "a" / SLIDE_JSON).stat().st_mtime_ns == before
+    assert not list(output.glob("*/.parts-*"))
+
+    settings = with_settings(core=128, use="fcn8")
+    plain = OneSlide(slides / "b.mrxs", model, tmp_path / "plain", settings).run()
+    for name in FILES:
+        assert (output / "b" / name).read_bytes() == (plain / name).read_bytes(), name
+    record = json.loads((output / "b" / SLIDE_JSON).read_text())
+    assert record["files"].keys() == set(FILES)
+    documented = (ROOT / "docs/outputs.md").read_text().partition("\n## SLIDE/slide.json\n")[2]
+    assert sorted(record) == sorted(re.findall(r"^\| `(\w+)` ", documented, re.M))
+    assert record["readable"] == 1
+
+
+def test_what_cannot_be_is_told_in_a_line(model: LocalStore, tmp_path: Path) -> None:
+    (tmp_path / "slides").mkdir()
+    write_tiff(tmp_path / "slides/a.tif", picture(64, 64))
+    given = ["--output", str(tmp_path / "out")]
+    cases = [
+        (["--model", str(tmp_path / "nothing"), "--slides", str(tmp_path / "slides")], "no fusion/model.json there"),
+        (["--model", str(model.root), "--slides", str(tmp_path / "nothing")], "nothing there"),
+        (["--model", str(model.root), "--slides", str(model.root)], "no slides there"),
+        (["--model", str(model.root), "--slides", str(tmp_path / "slides"), "--segment.core", "100"], "segment.core"),
+    ]
+    for more, told in cases:
+        done = run(*more, *given, script="segment.py")
+        assert done.status == 2, done.summary
+        assert told in done.text.splitlines()[-1]
+        assert "Traceback" not in done.text
