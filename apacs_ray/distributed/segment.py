@@ -24,8 +24,8 @@ from apacs_ray.distributed.data import REJECT_SCHEMA
 from apacs_ray.distributed.tasks import KEEP_MEMORY, PoolPlan, configure_data, map_blocks
 from apacs_ray.errors import BadInput
 from apacs_ray.inference.cores import Core, Lattice, spread
-from apacs_ray.inference.objects import core_objects
-from apacs_ray.inference.parts import FinishedCore, part_path, write_part
+from apacs_ray.inference.objects import core_objects, without_small
+from apacs_ray.inference.parts import MAPS, FinishedCore, map_of, part_path, write_part
 from apacs_ray.inference.slide_plan import SlidePlan, read_cells
 from apacs_ray.runs.provenance import require_source, source_hash
 from apacs_ray.slides.manifest import SlideTask, opened_slide
@@ -64,6 +64,11 @@ class PlannedSlide:
     plan: SlidePlan
     parts: str
     done: frozenset[int] = field(default_factory=frozenset)
+
+    def least_px(self, settings: SegmentSettings) -> float:
+        """Return the px that an object must have; where the um per px are not known, every object counts."""
+        mpp = self.plan.output_mpp
+        return 0.0 if mpp is None else settings.min_area_um2 / mpp**2
 
     @property
     def missing(self) -> list[int]:
@@ -294,8 +299,12 @@ def _finished(task: SegmentTask, slides: Sequence[PlannedSlide], block: pa.Table
                 target[part] = np.frombuffer(row[name][0].as_buffer(), np.uint16).reshape(shape)
         else:
             rejects.append(Reject(**json.loads(row["reject"][0].as_py())))
-        known = mask if row["mask"][0].is_valid else None
-        cores.append(FinishedCore(core.number, box, known, core_objects(mask, values[0], values[1], box)))
+        readable = row["mask"][0].is_valid
+        mask, found = without_small(mask, core_objects(mask, values[0], values[1], box), slide.least_px(task.settings))
+        maps = {}
+        if task.settings.maps is not None:
+            maps = {name: map_of(part, task.settings.maps) for name, part in zip(MAPS, values, strict=True)}
+        cores.append(FinishedCore(core.number, box, mask if readable else None, found, maps))
     write_part(task.output, part_path(slide.parts, first["shard"]), cores, rejects)
     receipt = {
         "slide": first["slide"],

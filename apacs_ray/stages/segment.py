@@ -240,6 +240,8 @@ def _files_of(task: SegmentTask, slide: PlannedSlide, facts: dict[str, Any]) -> 
         slide.plan,
         origin=how.origin,
         simplify=how.simplify,
+        least=slide.least_px(how),
+        maps=how.maps,
         facts={**facts, "rejects": rejects},
     )
     seconds = round(time.perf_counter() - began, 3)
