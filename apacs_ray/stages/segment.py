@@ -19,16 +19,16 @@ import pyarrow.parquet as pq
 
 from apacs_ray.config.settings import Settings
 from apacs_ray.console import say
-from apacs_ray.data.rejects import Reject
+from apacs_ray.data.rejects import REJECT_SCHEMA, Reject
 from apacs_ray.data.units import one_unit
 from apacs_ray.distributed.cluster import joined_machines, refuse_local
-from apacs_ray.distributed.data import REJECT_SCHEMA
-from apacs_ray.distributed.segment import STAGE, PlannedSlide, SegmentTask, in_tasks, segment_shards, start_task
+from apacs_ray.distributed.segment import in_tasks, segment_shards, start_task
 from apacs_ray.distributed.session import RaySession
 from apacs_ray.distributed.tasks import PoolPlan, plan_pool
 from apacs_ray.errors import ApacsError, BadInput, UsageError
 from apacs_ray.inference.model_files import ModelFiles, find_models
 from apacs_ray.inference.planning import Cutting, make_plan
+from apacs_ray.inference.segment_steps import STAGE, PlannedSlide, SegmentTask
 from apacs_ray.inference.slide_plan import SlidePlan, read_plan
 from apacs_ray.outputs.slide_files import write_slide_files
 from apacs_ray.runs.run import Run

@@ -13,10 +13,10 @@ from typing import Any
 from apacs_ray.config.settings import TilesSettings
 from apacs_ray.data.rejects import Reject
 from apacs_ray.data.slide_tables import read_mpps, read_table_text
-from apacs_ray.distributed.segment import STAGE
 from apacs_ray.errors import UsageError
 from apacs_ray.inference.model_files import ModelFiles
 from apacs_ray.inference.planning import Region
+from apacs_ray.inference.segment_steps import STAGE
 from apacs_ray.outputs.slide_files import SLIDE_JSON
 from apacs_ray.runs.provenance import fingerprint
 from apacs_ray.runs.run import Run

@@ -11,12 +11,12 @@ from support.slide_files import picture
 from apacs_ray.config.settings import DataSettings, SegmentSettings, TilesSettings
 from apacs_ray.data.grid import Box
 from apacs_ray.data.images import Rgb
-from apacs_ray.distributed.segment import PlannedSlide, SegmentTask, _finished, _Networks, _windows
 from apacs_ray.inference.cores import spread
 from apacs_ray.inference.model_files import find_models
 from apacs_ray.inference.objects import STEPS
 from apacs_ray.inference.planning import Cutting, make_plan
 from apacs_ray.inference.predictor import Predictor
+from apacs_ray.inference.segment_steps import RunNetworks, PlannedSlide, SegmentTask, finish_shard, read_windows
 from apacs_ray.inference.segmenter import Segmented, Segmenter
 from apacs_ray.inference.slide_plan import read_cells
 from apacs_ray.models.spec import Head
@@ -69,8 +69,8 @@ class OneSlide:
 
     def shard(self, number: int) -> None:
         """Make a shard of cores."""
-        windows = _windows(self.task, self.planned, 0, number)
-        _finished(self.task, [self.planned], _Networks(self.task)(windows))
+        windows = read_windows(self.task, self.planned, 0, number)
+        finish_shard(self.task, [self.planned], RunNetworks(self.task)(windows))
 
     def run(self) -> Path:
         """Do all, and return the folder of the slide's files."""
