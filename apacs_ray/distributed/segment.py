@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from apacs_ray.data.rejects import Reject
 from apacs_ray.distributed.tasks import KEEP_MEMORY, PoolPlan, configure_data, map_blocks
-from apacs_ray.inference.segment_steps import RunNetworks, PlannedSlide, SegmentTask, finish_shard, read_windows
+from apacs_ray.inference.segment_steps import PlannedSlide, RunNetworks, SegmentTask, finish_shard, read_windows
 from apacs_ray.runs.provenance import require_source, source_hash
 
 LARGEST_BLOCK = 1 << 30  # bytes; a shard of windows stays in one block

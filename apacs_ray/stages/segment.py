@@ -123,7 +123,7 @@ def _largest_core(models: ModelFiles, halo: int, pool: PoolPlan, precision: str)
 
         room = torch.cuda.get_device_properties(0).total_memory / 2 if torch.cuda.is_available() else 8 * GIB
     each = BYTES_A_PIXEL * max(width, 0.125) * (0.5 if precision == "bfloat16" else 1)
-    largest = 1024 if not pool.gpus else CORES[0]
+    largest = CORES[0] if pool.gpus else CORES[1]  # on CPUs also small slides are to keep all workers busy
     fitting = [side for side in CORES if side <= largest and (side + 2 * halo) ** 2 * each <= room]
     return fitting[0] if fitting else CORES[-1]
 

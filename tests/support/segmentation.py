@@ -16,7 +16,7 @@ from apacs_ray.inference.model_files import find_models
 from apacs_ray.inference.objects import STEPS
 from apacs_ray.inference.planning import Cutting, make_plan
 from apacs_ray.inference.predictor import Predictor
-from apacs_ray.inference.segment_steps import RunNetworks, PlannedSlide, SegmentTask, finish_shard, read_windows
+from apacs_ray.inference.segment_steps import PlannedSlide, RunNetworks, SegmentTask, finish_shard, read_windows
 from apacs_ray.inference.segmenter import Segmented, Segmenter
 from apacs_ray.inference.slide_plan import read_cells
 from apacs_ray.models.spec import Head
