@@ -13,10 +13,10 @@ import numpy.typing as npt
 from apacs_ray.config.settings import DataSettings, SegmentSettings, TilesSettings
 from apacs_ray.data.grid import Box
 from apacs_ray.data.images import Rgb
-from apacs_ray.distributed.segment import PlannedSlide, SegmentTask, _finished, _Networks, _windows
 from apacs_ray.inference.cores import Core, cores_of
 from apacs_ray.inference.model_files import find_models
 from apacs_ray.inference.planning import Cutting, make_plan
+from apacs_ray.inference.segment_steps import PlannedSlide, RunNetworks, SegmentTask, finish_shard, read_windows
 from apacs_ray.inference.slide_plan import lattice_size
 from apacs_ray.outputs.slide_files import MASK, Found, write_slide_files
 from apacs_ray.slides.cache import SlideCache
@@ -47,7 +47,7 @@ class Segmenting:
         self.plan = make_plan(self._reading, files, None, Cutting(None, core, models.halo, 4, False), self._parts)
         self._task = SegmentTask(model, models.folders, store, settings)
         self._slide = PlannedSlide(files, self._reading, self.plan, self._parts)
-        self._networks = _Networks(self._task)
+        self._networks = RunNetworks(self._task)
         self.found = Found()
 
     def __call__(self) -> dict[str, float]:
@@ -58,8 +58,8 @@ class Segmenting:
         """
         seconds = dict.fromkeys(STEPS, 0.0)
         for shard in range(self.plan.shards):
-            windows = _windows(self._task, self._slide, 0, shard)
-            (receipt,) = _finished(self._task, [self._slide], self._networks(windows)).to_pylist()
+            windows = read_windows(self._task, self._slide, 0, shard)
+            (receipt,) = finish_shard(self._task, [self._slide], self._networks(windows)).to_pylist()
             for step in ("read", "networks", "objects"):
                 seconds[step] += receipt[step]
         began = time.perf_counter()

@@ -20,10 +20,9 @@ import pytest
 import apacs_ray
 from apacs_ray.__main__ import USAGE
 from apacs_ray.config.settings import Settings
-from apacs_ray.data.rejects import Reject
+from apacs_ray.data.rejects import REJECT_SCHEMA, Reject
 from apacs_ray.data.shards import RECEIPT, Receipt
 from apacs_ray.data.tile_rows import TILE_SCHEMA
-from apacs_ray.distributed.data import REJECT_SCHEMA
 from apacs_ray.distributed.heatmaps import HEATMAP_SCHEMA
 from apacs_ray.evaluation.metrics import compare, summarize
 from apacs_ray.evaluation.per_tile import per_tile_schema, tile_row

@@ -13,11 +13,15 @@ import shapely
 import tifffile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from scipy import ndimage
 from support.segmentation import OneSlide, with_settings, write_ensemble
 from support.slide_files import picture, write_slide, write_tiff
 
+from apacs_ray.errors import BadInput
 from apacs_ray.evaluation.objects import EIGHT
 from apacs_ray.outputs.slide_files import GEOJSON, MASK, OVERVIEW, PARQUET, SLIDE_JSON
+from apacs_ray.slides.open import open_slide
 from apacs_ray.storage import LocalStore
 
 USES = ["fcn32", "fcn16", "fcn8", "mean", "majority", "fusion"]
@@ -92,8 +96,6 @@ def test_tta_agrees_over_cores(models: dict[str, LocalStore], tmp_path: Path) ->
 
 @pytest.mark.parametrize("origin", ["bounds", "corner"])
 def test_files_say_what_the_mask_says(models: dict[str, LocalStore], tmp_path: Path, origin: str) -> None:
-    from scipy import ndimage
-
     write_slide(tmp_path / "a b.mrxs", picture(600, 500), margin=1)
     how = with_settings(core=256, use="fcn8", origin=origin, simplify=0.5, mpp=0.4)
     one = OneSlide(tmp_path / "a b.mrxs", models["refined"], tmp_path / "out", how)
@@ -141,3 +143,53 @@ def test_the_same_bytes_however_it_is_cut_and_once_more(models: dict[str, LocalS
         assert row == other
     assert contents[0][1][MASK] == contents[1][1][MASK]
     assert contents[1][1] == contents[2][1]
+
+
+@given(core=st.sampled_from([32, 96, 512]), area=st.sampled_from([0.5, 3.0, 40.0]))
+@settings(max_examples=8, deadline=None)
+def test_small_objects_are_taken_out_however_it_is_cut(
+    models: dict[str, LocalStore], tmp_path_factory: pytest.TempPathFactory, core: int, area: float
+) -> None:
+    folder = tmp_path_factory.mktemp("small")
+    write_tiff(folder / "a.tif", picture(300, 260, seed=3))
+    every = OneSlide(folder / "a.tif", models["refined"], folder / "all", with_settings(core=core, use="fcn16")).mask()
+    how = with_settings(core=core, use="fcn16", min_area_um2=area)
+    files = OneSlide(folder / "a.tif", models["refined"], folder / "out", how).run()
+    labels, _ = ndimage.label(every, EIGHT)
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    large = sizes * 0.25**2 >= area
+    mask = tifffile.imread(files / MASK, level=0) > 0
+    assert np.array_equal(mask, large[labels])
+    record = json.loads((files / SLIDE_JSON).read_text())
+    assert (record["objects"], record["cell_px"]) == (large.sum(), mask.sum())
+    assert sorted(pq.read_table(files / PARQUET)["pixels"].to_pylist()) == sorted(sizes[large].tolist())
+
+
+@pytest.mark.parametrize(("core", "downsample"), [(96, 4), (512, 32), (64, 1)])
+def test_maps_are_means_of_probability_and_disagreement(
+    models: dict[str, LocalStore], tmp_path: Path, core: int, downsample: int
+) -> None:
+    write_tiff(tmp_path / "a.tif", picture(333, 219))
+    one = OneSlide(tmp_path / "a.tif", models["refined"], tmp_path / "out", with_settings(core=core, maps=downsample))
+    files = one.run()
+    found = one.seen_as_a_whole()
+    for name, values in (("probability", found.probability), ("disagreement", found.disagreement)):
+        image = tifffile.imread(files / f"{name}.ome.tif", level=0)
+        assert image.shape == (-(-219 // downsample), -(-333 // downsample))
+        for row, column in [(0, 0), (1, 2), (image.shape[0] - 1, image.shape[1] - 1)]:
+            y, x = row * downsample, column * downsample
+            mean = values[y : y + downsample, x : x + downsample].mean() / 257
+            assert image[row, column] == pytest.approx(mean, abs=0.51)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp"])
+def test_a_plain_picture_is_a_slide(models: dict[str, LocalStore], tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"field.{suffix}"
+    Image.fromarray(picture(150, 120)).save(path)
+    one = OneSlide(path, models["refined"], tmp_path / "out", with_settings(core=64, use="fcn8"))
+    assert one.require_mask_of_whole().shape == (120, 150)
+    assert json.loads((tmp_path / "out/field" / SLIDE_JSON).read_text())["mpp"] is None
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(BadInput):
+        open_slide(path)

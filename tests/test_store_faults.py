@@ -18,13 +18,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from support.runs import SMALL, start
+from support.runs import SMALL, run, start
+from support.segmentation import OneSlide, with_settings, write_ensemble
+from support.slide_files import picture as field
+from support.slide_files import write_slide
 from torch import nn
 
 from apacs_ray.data.shards import Receipt, read_rows, write_table
 from apacs_ray.doctor.answers import CREDENTIALS
 from apacs_ray.errors import ApacsError, RefusedError, StoreTroubleError
 from apacs_ray.models.registry import MEMBERS
+from apacs_ray.outputs.slide_files import GEOJSON, MASK, OVERVIEW, PARQUET
 from apacs_ray.runs import lease
 from apacs_ray.runs.lease import LOCK, Lease, LeaseHeld
 from apacs_ray.slides.cache import SlideCache
@@ -402,6 +406,30 @@ def test_from_and_to_a_failing_store_the_numbers_are_the_same(
         assert [record.epoch for record in history] == [0, 1, 2]
         weights = (undisturbed / f"members/{name}/model.safetensors").read_bytes()
         assert output.read(f"members/{name}/model.safetensors") == weights
+
+
+def test_slides_from_and_to_a_failing_store_are_segmented_to_the_same_bytes(
+    s3: str, between: Proxy, tmp_path: Path
+) -> None:
+    model = write_ensemble(tmp_path / "model")
+    (tmp_path / "slides").mkdir()
+    write_slide(tmp_path / "slides/a.mrxs", field(500, 400), margin=1)
+    plain = OneSlide(
+        tmp_path / "slides/a.mrxs", model, tmp_path / "plain", with_settings(core=128, use="fcn8"), cores_a_shard=32
+    ).run()
+    for folder in ("model", "slides"):
+        there = open_store(f"{s3}/{folder}")
+        for path in sorted((tmp_path / folder).rglob("*.*")):
+            there.write(path.relative_to(tmp_path / folder).as_posix(), path.read_bytes())
+    between.behavior = Behavior(draw=at_random(dict.fromkeys(KINDS, 0.01), 0), delay=0.1)
+    places = ["--model", f"{s3}/model", "--slides", f"{s3}/slides", "--output", f"{s3}/out"]
+    how = ["--segment.core", "128", "--segment.use", "fcn8", "--segment.tissue", "false"]
+    done = run(*places, *how, script="segment.py")
+    between.behavior = Behavior()
+    assert done.status == 0, done.summary
+    output = open_store(f"{s3}/out/a")
+    for name in (MASK, GEOJSON, PARQUET, OVERVIEW):
+        assert output.read(name) == (plain / name).read_bytes(), name
 
 
 def without_source(tiles: pa.Table) -> pa.Table:

@@ -294,6 +294,7 @@ class SegmentSettings(Section):
         "fusion", description="what decides: the fusion, the members' mean or vote, or one member"
     )
     threshold: Common[float] = Field(0.5, gt=0, lt=1, description="probability from which a pixel is cell")
+    min_area_um2: Common[float] = Field(0.0, ge=0, description="objects of less area are background")
     roi: Common[str | None] = Field(
         None, description="GeoJSON that restricts every slide; default: NAME.roi.geojson beside a slide restricts that"
     )
@@ -315,6 +316,9 @@ class SegmentSettings(Section):
         "bounds", description="where coordinates of objects begin: at the slide's bounds, as in QuPath, or its corner"
     )
     simplify: float = Field(0.75, ge=0, le=10, description="px by which outlines of objects may leave the mask's")
+    maps: Literal[1, 2, 4, 8, 16, 32] | None = Field(
+        None, description="px of the mask per px of probability.ome.tif and disagreement.ome.tif; none: no maps"
+    )
     precision: Literal["float32", "bfloat16"] = Field("float32", description="of the networks' forward pass")
     threads: int = Field(
         1, ge=1, description="torch threads a worker; fixed, so that masks do not depend on the machine"

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pyarrow as pa
+
 from apacs_ray.errors import BadInput
 from apacs_ray.redact import as_text
 
 BAD_NAME = "its path has empty parts, '..' or characters that are no UTF-8; rename it"
 STAGE = "ingest"  # the stage that rejects inputs
+REJECT_SCHEMA = pa.schema(
+    [
+        ("uri", pa.string()),
+        ("slide_id", pa.string()),
+        ("x", pa.int64()),
+        ("y", pa.int64()),
+        ("stage", pa.string()),
+        ("code", pa.string()),
+        ("reason", pa.string()),
+    ]
+)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from apacs_ray.data.folders import Pair
 from apacs_ray.data.image_tiles import ShardTask, Source, probe_pair, write_shard
-from apacs_ray.data.rejects import Reject
+from apacs_ray.data.rejects import REJECT_SCHEMA, Reject
 from apacs_ray.data.shards import Receipt
 from apacs_ray.distributed.cluster import joined_cluster, joined_machines
 from apacs_ray.distributed.tasks import map_blocks
@@ -159,17 +159,6 @@ def of_one_slide(shards: Sequence[SlideShard], most: int) -> Iterator[list[Slide
         yield from (part[start : start + most] for start in range(0, len(part), most))
 
 
-REJECT_SCHEMA = pa.schema(
-    [
-        ("uri", pa.string()),
-        ("slide_id", pa.string()),
-        ("x", pa.int64()),
-        ("y", pa.int64()),
-        ("stage", pa.string()),
-        ("code", pa.string()),
-        ("reason", pa.string()),
-    ]
-)
 _REJECT = pa.struct(list(REJECT_SCHEMA))
 PROBE_SCHEMA = pa.schema([("index", pa.int64()), ("width", pa.int32()), ("height", pa.int32()), ("reject", _REJECT)])
 RECEIPT_SCHEMA = pa.schema(

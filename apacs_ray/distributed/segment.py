@@ -6,69 +6,19 @@ are made by a task as soon as all of its parts are there, while the networks go 
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
-from apacs_ray.config.settings import SegmentSettings
-from apacs_ray.data.grid import Box
 from apacs_ray.data.rejects import Reject
-from apacs_ray.data.units import one_unit
-from apacs_ray.distributed.data import REJECT_SCHEMA
 from apacs_ray.distributed.tasks import KEEP_MEMORY, PoolPlan, configure_data, map_blocks
-from apacs_ray.errors import BadInput
-from apacs_ray.inference.cores import Core, Lattice, spread
-from apacs_ray.inference.objects import core_objects
-from apacs_ray.inference.parts import FinishedCore, part_path, write_part
-from apacs_ray.inference.slide_plan import SlidePlan, read_cells
+from apacs_ray.inference.segment_steps import PlannedSlide, RunNetworks, SegmentTask, finish_shard, read_windows
 from apacs_ray.runs.provenance import require_source, source_hash
-from apacs_ray.slides.manifest import SlideTask, opened_slide
-from apacs_ray.slides.slide_files import SlideFiles
-from apacs_ray.slides.slide_window import read_window
-from apacs_ray.storage import Store
 
 LARGEST_BLOCK = 1 << 30  # bytes; a shard of windows stays in one block
-STAGE = "segment"
 TASK_CPUS = 0.25  # what a task asks for, so that some always run beside the networks
-
-
-@dataclass(frozen=True)
-class SegmentTask:
-    """What the segmentation of all slides has in common.
-
-    Attributes:
-        model: Where the networks are.
-        folders: Model key -> folder there.
-        output: Where results go.
-        settings: How is segmented.
-    """
-
-    model: Store
-    folders: Mapping[str, str]
-    output: Store
-    settings: SegmentSettings
-
-
-@dataclass(frozen=True)
-class PlannedSlide:
-    """A slide to segment: how it is read, its plan, where its parts go, and which shards are there already."""
-
-    files: SlideFiles
-    reading: SlideTask
-    plan: SlidePlan
-    parts: str
-    done: frozenset[int] = field(default_factory=frozenset)
-
-    @property
-    def missing(self) -> list[int]:
-        """Shards to make."""
-        return [number for number in range(self.plan.shards) if number not in self.done]
 
 
 @dataclass(frozen=True)
@@ -79,37 +29,6 @@ class ShardReceipt:
     cores: int
     rejects: tuple[Reject, ...]
     seconds: Mapping[str, float]
-
-
-WINDOW_SCHEMA = pa.schema(
-    [
-        ("slide", pa.int64()),
-        ("shard", pa.int64()),
-        ("core", pa.string()),
-        ("rgb", pa.large_binary()),  # null: it cannot be read
-        ("reject", pa.string()),
-        ("read_s", pa.float64()),
-    ]
-)
-MASK_SCHEMA = pa.schema(
-    [
-        *(WINDOW_SCHEMA.field(name) for name in ("slide", "shard", "core", "reject", "read_s")),
-        ("mask", pa.large_binary()),
-        ("probability", pa.large_binary()),
-        ("disagreement", pa.large_binary()),
-        ("networks_s", pa.float64()),
-    ]
-)
-RECEIPT_SCHEMA = pa.schema(
-    [
-        ("slide", pa.int64()),
-        ("cores", pa.int64()),
-        ("rejects", pa.list_(pa.struct(list(REJECT_SCHEMA)))),
-        ("read", pa.float64()),
-        ("networks", pa.float64()),
-        ("objects", pa.float64()),
-    ]
-)
 
 
 def segment_shards(
@@ -134,19 +53,19 @@ def segment_shards(
     def read(block: pa.Table) -> pa.Table:
         require_source(expected)
         (row,) = block.to_pylist()
-        return _windows(task, slides[row["slide"]], row["slide"], row["shard"])
+        return read_windows(task, slides[row["slide"]], row["slide"], row["shard"])
 
-    class Networks:
+    class Worker:
         def __init__(self) -> None:
             require_source(expected)
-            self._work = _Networks(task)
+            self._work = RunNetworks(task)
 
         def __call__(self, block: pa.Table) -> pa.Table:
             return self._work(block)
 
     def finish(block: pa.Table) -> pa.Table:
         require_source(expected)
-        return _finished(task, slides, block)
+        return finish_shard(task, slides, block)
 
     blocks = [
         pa.table({"slide": [number], "shard": [shard]}) for number, one in enumerate(slides) for shard in one.missing
@@ -167,7 +86,7 @@ def segment_shards(
                 compute=ray.data.TaskPoolStrategy(size=max(1, min(tasks_at_once, len(blocks)))),
             )
             .map_batches(
-                Networks,
+                Worker,
                 batch_size=None,
                 batch_format="pyarrow",
                 num_cpus=plan.cpus,
@@ -211,135 +130,3 @@ def start_task(work: Callable[[], str]) -> Any:
         return work()
 
     return ray.remote(num_cpus=TASK_CPUS)(task).remote()
-
-
-def _windows(task: SegmentTask, slide: PlannedSlide, number: int, shard: int) -> pa.Table:
-    """Read the windows of a shard; one that is damaged is its core's reject."""
-    cells = _cells(task.output, slide.parts)
-    rows: list[dict[str, Any]] = []
-    cores = slide.plan.shard_cores(cells, shard)
-    try:
-        with one_unit(slide.files.path, again=True), opened_slide(slide.reading, slide.files) as reader:
-            for core in cores:
-                assert core.window is not None
-                row: dict[str, Any] = {"slide": number, "shard": shard, "core": _encoded(core)}
-                began = time.perf_counter()
-                try:
-                    with one_unit(f"{slide.files.path} at {core.box.x}, {core.box.y}", again=True):
-                        row["rgb"] = read_window(reader, core.window, slide.plan.downsample).tobytes()
-                except BadInput as defect:
-                    row["reject"] = _reject(slide, core, defect)
-                rows.append({**row, "read_s": time.perf_counter() - began})
-    except BadInput as defect:  # it opened when it was planned, and does not now
-        for core in cores[len(rows) :]:
-            lost = {"slide": number, "shard": shard, "core": _encoded(core), "read_s": 0.0}
-            rows.append({**lost, "reject": _reject(slide, core, defect)})
-    return pa.Table.from_pylist(rows, WINDOW_SCHEMA)
-
-
-class _Networks:
-    """In an actor: the networks, loaded once."""
-
-    def __init__(self, task: SegmentTask) -> None:
-        from apacs_ray.inference.predictor import Predictor
-        from apacs_ray.inference.segmenter import Segmenter
-
-        how = task.settings
-        predictor = Predictor.load(task.model, task.folders, threads=how.threads, precision=how.precision)
-        self._segment = Segmenter(predictor, how.use, threshold=how.threshold, tta=how.tta)
-
-    def __call__(self, block: pa.Table) -> pa.Table:
-        rows = []
-        for number in range(len(block)):
-            row = block.slice(number, 1).select(["slide", "shard", "core", "reject", "read_s"]).to_pylist()[0]
-            core = _decoded(row["core"])
-            began = time.perf_counter()
-            pixels = block["rgb"][number]
-            if pixels.is_valid:
-                window = core.window
-                assert window is not None
-                rgb = np.frombuffer(pixels.as_buffer(), np.uint8).reshape(window.height, window.width, 3)
-                seen = _seen(core)
-                found = self._segment(rgb).crop(seen.x - window.x, seen.y - window.y, seen.width, seen.height)
-                row |= {
-                    "mask": np.packbits(found.mask).tobytes(),
-                    "probability": found.probability.tobytes(),
-                    "disagreement": found.disagreement.tobytes(),
-                }
-            rows.append({**row, "networks_s": time.perf_counter() - began})
-        return pa.Table.from_pylist(rows, MASK_SCHEMA)
-
-
-def _finished(task: SegmentTask, slides: Sequence[PlannedSlide], block: pa.Table) -> pa.Table:
-    """Find the objects of a shard, and write it."""
-    first = block.slice(0, 1).select(["slide", "shard"]).to_pylist()[0]
-    slide = slides[first["slide"]]
-    cells = _cells(task.output, slide.parts)
-    began = time.perf_counter()
-    cores, rejects = [], []
-    for number in range(len(block)):
-        row = block.slice(number, 1)
-        core = _decoded(row["core"][0].as_py())
-        box = core.box
-        mask = np.zeros((box.height, box.width), bool)
-        values = [np.zeros((box.height, box.width), np.uint16) for _ in range(2)]
-        if row["mask"][0].is_valid:
-            seen = _seen(core)
-            part = _within(seen, box)
-            shape, count = (seen.height, seen.width), seen.height * seen.width
-            bits = np.frombuffer(row["mask"][0].as_buffer(), np.uint8)
-            wanted = spread(cells, seen)
-            mask[part] = np.unpackbits(bits, count=count).reshape(shape).astype(bool) & wanted
-            for target, name in zip(values, ("probability", "disagreement"), strict=True):
-                target[part] = np.frombuffer(row[name][0].as_buffer(), np.uint16).reshape(shape)
-        else:
-            rejects.append(Reject(**json.loads(row["reject"][0].as_py())))
-        known = mask if row["mask"][0].is_valid else None
-        cores.append(FinishedCore(core.number, box, known, core_objects(mask, values[0], values[1], box)))
-    write_part(task.output, part_path(slide.parts, first["shard"]), cores, rejects)
-    receipt = {
-        "slide": first["slide"],
-        "cores": len(cores),
-        "rejects": [asdict(reject) for reject in rejects],
-        "read": sum(block["read_s"].to_pylist()),
-        "networks": sum(block["networks_s"].to_pylist()),
-        "objects": time.perf_counter() - began,
-    }
-    return pa.Table.from_pylist([receipt], RECEIPT_SCHEMA)
-
-
-@lru_cache(maxsize=8)
-def _cells(output: Store, parts: str) -> Lattice:
-    return read_cells(output, parts)
-
-
-def _seen(core: Core) -> Box:
-    """The part of a core that its window holds: all wanted cells are in it."""
-    box, window = core.box, core.window
-    assert window is not None
-    left, top = max(box.x, window.x), max(box.y, window.y)
-    right = min(box.x + box.width, window.x + window.width)
-    bottom = min(box.y + box.height, window.y + window.height)
-    return Box(left, top, right - left, bottom - top)
-
-
-def _within(inner: Box, outer: Box) -> tuple[slice, slice]:
-    """Rows and columns of a box in an array of another."""
-    y, x = inner.y - outer.y, inner.x - outer.x
-    return slice(y, y + inner.height), slice(x, x + inner.width)
-
-
-def _reject(slide: PlannedSlide, core: Core, defect: BadInput) -> str:
-    uri = slide.reading.data.uri_of(slide.files.path)
-    x = slide.plan.bounds.x + round(core.box.x * slide.plan.downsample)
-    y = slide.plan.bounds.y + round(core.box.y * slide.plan.downsample)
-    return json.dumps(asdict(Reject.of(defect, uri, slide.files.slide_id, x, y, stage=STAGE)))
-
-
-def _encoded(core: Core) -> str:
-    return json.dumps(asdict(core))
-
-
-def _decoded(text: str) -> Core:
-    tree = json.loads(text)
-    return Core(tree["number"], Box(**tree["box"]), None if tree["window"] is None else Box(**tree["window"]))

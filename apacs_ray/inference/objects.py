@@ -17,6 +17,8 @@ from shapely.geometry import MultiPolygon, Polygon
 from apacs_ray.data.grid import Box
 from apacs_ray.data.images import Mask
 from apacs_ray.inference.outlines import Labels, joined, label_objects, outlines
+from apacs_ray.slides.annotations.areas import rings_of
+from apacs_ray.slides.annotations.rasterize import fill
 
 STEPS = 65535  # in which probabilities are summed: whole numbers add up the same in any order
 Values = npt.NDArray[np.uint16]
@@ -112,6 +114,45 @@ def core_objects(mask: Mask, probability: Values, disagreement: Values, box: Box
     )
     edges = Edges(labels[0].copy(), labels[-1].copy(), labels[:, 0].copy(), labels[:, -1].copy())
     return CoreObjects(box, pieces, edges)
+
+
+def without_small(mask: Mask, found: CoreObjects, least: float) -> tuple[Mask, CoreObjects]:
+    """Take objects of less than `least` px out of a core, of those that cannot go on in its neighbors.
+
+    Args:
+        mask: (H, W) bool, of the core.
+        found: Its objects.
+        least: px.
+
+    Returns:
+        The mask and the objects that are left.
+    """
+    edges = found.edges
+    if edges is None:
+        return mask, found
+    open_labels = set(np.unique(np.concatenate([edges.top, edges.bottom, edges.left, edges.right])).tolist())
+    small = [piece for piece in found.pieces if piece.pixels < least and piece.label not in open_labels]
+    if not small:
+        return mask, found
+    mask = mask.copy()
+    for piece in small:
+        erase(mask, piece.polygon, found.box.x, found.box.y)
+    gone = {piece.label for piece in small}
+    pieces = tuple(piece for piece in found.pieces if piece.label not in gone)
+    return mask, CoreObjects(found.box, pieces, edges if pieces else None)
+
+
+def erase(mask: Mask, polygon: Polygon | MultiPolygon, x: int, y: int) -> None:
+    """Set the px of a polygon in a mask that begins at (x, y) to background, in place."""
+    for part in getattr(polygon, "geoms", [polygon]):
+        left, top, right, bottom = (int(side) for side in part.bounds)
+        rows = slice(max(top - y, 0), max(bottom - y, 0))
+        columns = slice(max(left - x, 0), max(right - x, 0))
+        window = mask[rows, columns]
+        inside = np.zeros(window.shape, bool)
+        if inside.size:
+            fill(inside, list(rings_of(part)), x + columns.start, y + rows.start, 1)
+            window[inside] = False
 
 
 def join(cores: Iterable[CoreObjects], width: int) -> Iterator[SlideObject]:

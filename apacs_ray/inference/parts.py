@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import shapely
 
@@ -16,10 +17,11 @@ from apacs_ray.data.grid import Box
 from apacs_ray.data.images import Mask
 from apacs_ray.data.rejects import Reject
 from apacs_ray.data.shards import Receipt, open_table, write_table
-from apacs_ray.inference.objects import CoreObjects, Edges, Piece
+from apacs_ray.inference.objects import STEPS, CoreObjects, Edges, Piece
 from apacs_ray.storage import Store
 
 STRIP = 512  # rows of a mask that are compressed together: a row of the tiles of `mask.ome.tif`
+MAPS = ("probability", "disagreement")
 LEVEL = 1  # of zlib: strips are read once
 AHEAD = 8  # parts that are fetched while one is worked on
 _PIECE = pa.struct(
@@ -45,18 +47,28 @@ PART_SCHEMA = pa.schema(
         ("mask", pa.list_(pa.binary())),  # strips from the top, packed bits, zlib
         ("pieces", pa.list_(_PIECE)),
         ("edges", pa.binary()),  # labels of the top, bottom, left and right side, int32, zlib
+        *((name, pa.list_(pa.binary())) for name in MAPS),  # strips from the top, uint8, zlib
     ]
 )
 
 
 @dataclass(frozen=True)
 class FinishedCore:
-    """A core whose mask is final. `mask` (H, W) bool; None where the slide could not be read."""
+    """A core whose mask is final.
+
+    Attributes:
+        number: Of the core.
+        box: Where it lies.
+        mask: (H, W) bool; None where the slide could not be read.
+        objects: In it.
+        maps: By name, (H / d, W / d) uint8 each, where they are asked for.
+    """
 
     number: int
     box: Box
     mask: Mask | None
     objects: CoreObjects
+    maps: Mapping[str, npt.NDArray[np.uint8]] = field(default_factory=dict)
 
 
 def part_path(folder: str, shard: int) -> str:
@@ -115,6 +127,20 @@ def objects_of(row: dict[str, Any]) -> CoreObjects:
     return CoreObjects(box, pieces, Edges(*np.split(sides, ends)))
 
 
+def map_of(values: npt.NDArray[np.uint16], downsample: int) -> npt.NDArray[np.uint8]:
+    """Return values in 1 / `objects.STEPS` as means over squares of `downsample` px, in 1 / 255."""
+    height, width = values.shape
+    rows, columns = np.arange(0, height, downsample), np.arange(0, width, downsample)
+    sums = np.add.reduceat(np.add.reduceat(values.astype(np.int64), rows, axis=0), columns, axis=1)
+    counts = np.outer(np.diff(np.append(rows, height)), np.diff(np.append(columns, width)))
+    return np.rint(sums / counts * (255 / STEPS)).astype(np.uint8)
+
+
+def map_strip_of(content: bytes, width: int) -> npt.NDArray[np.uint8]:
+    """Return a strip of a core's map, (rows, width) uint8."""
+    return np.frombuffer(zlib.decompress(content), np.uint8).reshape(-1, width)
+
+
 def strip_of(content: bytes, width: int) -> Mask:
     """Return a strip of a core's mask, (rows, width) bool."""
     bits = np.frombuffer(zlib.decompress(content), np.uint8).reshape(-1, -(-width // 8))
@@ -154,4 +180,8 @@ def _row(core: FinishedCore) -> dict[str, Any]:
         "mask": strips,
         "pieces": pieces,
         "edges": edges,
+        **{
+            name: [zlib.compress(values[top : top + STRIP].tobytes(), LEVEL) for top in range(0, len(values), STRIP)]
+            for name, values in core.maps.items()
+        },
     }

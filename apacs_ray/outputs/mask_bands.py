@@ -1,50 +1,107 @@
-"""The mask of a slide from the strips of its cores, band by band from top to bottom."""
+"""The mask of a slide, and its maps, from the strips of its cores, band by band from top to bottom."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from shapely.geometry import MultiPolygon, Polygon
 
-from apacs_ray.inference.parts import STRIP, strip_of
+from apacs_ray.inference.objects import erase
+from apacs_ray.inference.parts import STRIP, map_strip_of, strip_of
 from apacs_ray.outputs.ome_tiff import TILE
 
 Band = npt.NDArray[np.uint8]
 
 
-def mask_bands(cores: Iterable[dict[str, Any]], width: int, height: int) -> Iterator[Band]:
+def mask_bands(
+    cores: Iterable[dict[str, Any]], width: int, height: int, erased: Sequence[Polygon | MultiPolygon] = ()
+) -> Iterator[Band]:
     """Yield the mask of a slide.
 
     Args:
         cores: x, y, width, height and mask of its cores, in reading order; what is not there is background.
         width: Of the slide, px.
         height: Of the slide, px.
+        erased: Objects that are taken out.
 
     Returns:
         Bands, (512, width) uint8 of 0 and 255; the last one is as high as what is left.
     """
-    return _of_height(_strips(cores, width, height), TILE)
+
+    def strip(content: bytes, wide: int) -> Band:
+        return strip_of(content, wide) * np.uint8(255)
+
+    bands = _of_height(_strips(cores, "mask", 1, width, height, strip), TILE)
+    return _without(bands, erased) if erased else bands
 
 
-def _strips(cores: Iterable[dict[str, Any]], width: int, height: int) -> Iterator[Band]:
-    """Bands as high as the strips of the cores below them."""
-    done = 0
+def map_bands(cores: Iterable[dict[str, Any]], name: str, downsample: int, width: int, height: int) -> Iterator[Band]:
+    """Yield a map of a slide.
+
+    Args:
+        cores: x, y, width, height and the map of its cores, in reading order; what is not there is 0.
+        name: Of the map's column.
+        downsample: px of the slide per px of the map.
+        width: Of the slide, px.
+        height: Of the slide, px.
+
+    Returns:
+        Bands, (512, ceil(width / downsample)) uint8; the last one is as high as what is left.
+    """
+    return _of_height(_strips(cores, name, downsample, width, height, map_strip_of), TILE)
+
+
+def _strips(
+    cores: Iterable[dict[str, Any]],
+    column: str,
+    downsample: int,
+    width: int,
+    height: int,
+    decode: Callable[[bytes, int], Band],
+) -> Iterator[Band]:
+    """Bands as high as the strips of the cores below them. Cores begin at multiples of `downsample`."""
+
+    def scaled(side: int) -> int:
+        return -(-side // downsample)
+
+    done, across = 0, scaled(width)
     for top, row_of_cores in groupby(cores, key=lambda core: core["y"]):
         row = list(row_of_cores)
-        if top > done:
-            yield from _background(top - done, width)
-        done = top + row[0]["height"]
-        for number in range(-(-row[0]["height"] // STRIP)):
-            band = np.zeros((min(STRIP, row[0]["height"] - number * STRIP), width), np.uint8)
+        if scaled(top) > done:
+            yield from _background(scaled(top) - done, across)
+        high = scaled(row[0]["height"])
+        done = scaled(top) + high
+        for number in range(-(-high // STRIP)):
+            band = np.zeros((min(STRIP, high - number * STRIP), across), np.uint8)
             for core in row:
-                if core["mask"]:
-                    strip = strip_of(core["mask"][number], core["width"])
-                    band[:, core["x"] : core["x"] + core["width"]] = strip * np.uint8(255)
+                if core[column]:
+                    left, wide = scaled(core["x"]), scaled(core["width"])
+                    band[:, left : left + wide] = decode(core[column][number], wide)
             yield band
-    yield from _background(height - done, width)
+    yield from _background(scaled(height) - done, across)
+
+
+def _without(bands: Iterator[Band], erased: Sequence[Polygon | MultiPolygon]) -> Iterator[Band]:
+    """Bands less the px of some objects."""
+    waiting = sorted(erased, key=lambda one: one.bounds[1])  # by where they begin
+    begun: list[Polygon | MultiPolygon] = []
+    top = place = 0
+    for band in bands:
+        while place < len(waiting) and waiting[place].bounds[1] < top + len(band):
+            begun.append(waiting[place])
+            place += 1
+        if begun:
+            mask = band > 0
+            for one in begun:
+                erase(mask, one, 0, top)
+            band = mask * np.uint8(255)
+        top += len(band)
+        begun = [one for one in begun if one.bounds[3] > top]
+        yield band
 
 
 def _background(rows: int, width: int) -> Iterator[Band]:

@@ -18,14 +18,15 @@ import numpy as np
 import shapely
 from PIL import Image
 from shapely import affinity
+from shapely.geometry import MultiPolygon, Polygon
 
 from apacs_ray.inference.objects import STEPS, CoreObjects, SlideObject, eccentricity, join
-from apacs_ray.inference.parts import objects_of, read_parts
+from apacs_ray.inference.parts import MAPS, objects_of, read_parts
 from apacs_ray.inference.planning import PICTURE
 from apacs_ray.inference.slide_plan import SlidePlan
 from apacs_ray.outputs.geojson import GeoJsonWriter
 from apacs_ray.outputs.geoparquet import GeoParquetWriter
-from apacs_ray.outputs.mask_bands import mask_bands
+from apacs_ray.outputs.mask_bands import Band, map_bands, mask_bands
 from apacs_ray.outputs.ome_tiff import write_pyramid
 from apacs_ray.outputs.overview import Overview
 from apacs_ray.outputs.rows import ObjectRow, clean_geometry
@@ -48,7 +49,16 @@ class Found:
 
 
 def write_slide_files(
-    store: Store, parts: str, folder: str, plan: SlidePlan, *, origin: str, simplify: float, facts: Mapping[str, Any]
+    store: Store,
+    parts: str,
+    folder: str,
+    plan: SlidePlan,
+    *,
+    origin: str,
+    simplify: float,
+    least: float = 0.0,
+    maps: int | None = None,
+    facts: Mapping[str, Any],
 ) -> Found:
     """Write the files of a slide; they count when `slide.json` is there.
 
@@ -59,6 +69,8 @@ def write_slide_files(
         plan: By which it was cut.
         origin: `bounds` or `corner`: where coordinates of objects begin.
         simplify: px of the mask by which outlines may move.
+        least: px that an object must have; smaller ones become background.
+        maps: px of the mask per px of the maps of probability and disagreement; None: no maps.
         facts: What else `slide.json` is to say.
 
     Returns:
@@ -67,26 +79,41 @@ def write_slide_files(
     store.delete(f"{folder}/{SLIDE_JSON}")
     with tempfile.TemporaryDirectory() as scratch:
         here = Path(scratch)
-        found = _write_objects(store, parts, plan, here, origin, simplify)
+        found, erased = _write_objects(store, parts, plan, here, origin, simplify, least)
         overview = Overview(plan.width, plan.height)
-        columns = ["x", "y", "width", "height", "mask"]
-        bands = mask_bands(read_parts(store, parts, plan.shards, columns), plan.width, plan.height)
-        write_pyramid(
-            here / MASK,
-            overview.watch(bands),
-            width=plan.width,
-            height=plan.height,
-            mpp=plan.output_mpp,
-            name=f"{plan.slide_id} mask",
-            uuid=str(uuid.uuid5(NAMESPACE, plan.slide_id)),
-        )
+
+        def cores(column: str) -> Iterator[dict[str, Any]]:
+            return read_parts(store, parts, plan.shards, ["x", "y", "width", "height", column])
+
+        bands = mask_bands(cores("mask"), plan.width, plan.height, erased)
+        _write_image(here / MASK, overview.watch(bands), plan, "mask", 1)
+        names = [MASK]
+        for name in MAPS if maps else ():
+            assert maps is not None
+            names.append(f"{name}.ome.tif")
+            bands = map_bands(cores(name), name, maps, plan.width, plan.height)
+            _write_image(here / names[-1], bands, plan, name, maps)
         picture = np.array(Image.open(io.BytesIO(store.read(f"{parts}/{PICTURE}"))).convert("RGB"))
         (here / OVERVIEW).write_bytes(overview.draw(picture))
-        files = {name: _facts(here / name) for name in (MASK, GEOJSON, PARQUET, OVERVIEW)}
+        files = {name: _facts(here / name) for name in (*names, GEOJSON, PARQUET, OVERVIEW)}
         for name in files:
             store.upload(f"{folder}/{name}", here / name)
     store.write(f"{folder}/{SLIDE_JSON}", _record(plan, found, {**facts, "origin": origin, "files": files}))
     return found
+
+
+def _write_image(path: Path, bands: Iterator[Band], plan: SlidePlan, name: str, downsample: int) -> None:
+    mpp = plan.output_mpp
+    write_pyramid(
+        path,
+        bands,
+        width=-(-plan.width // downsample),
+        height=-(-plan.height // downsample),
+        mpp=None if mpp is None else mpp * downsample,
+        name=f"{plan.slide_id} {name}",
+        uuid=str(uuid.uuid5(NAMESPACE, f"{plan.slide_id} {name}")),
+        average=name in MAPS,
+    )
 
 
 def object_row(one: SlideObject, plan: SlidePlan, *, origin: str, simplify: float) -> ObjectRow:
@@ -117,9 +144,12 @@ def object_row(one: SlideObject, plan: SlidePlan, *, origin: str, simplify: floa
     )
 
 
-def _write_objects(store: Store, parts: str, plan: SlidePlan, here: Path, origin: str, simplify: float) -> Found:
-    """Write `cells.geojson.gz` and `cells.parquet`, object after object."""
+def _write_objects(
+    store: Store, parts: str, plan: SlidePlan, here: Path, origin: str, simplify: float, least: float
+) -> tuple[Found, list[Polygon | MultiPolygon]]:
+    """Write `cells.geojson.gz` and `cells.parquet`, object after object; returns also those that are too small."""
     found = Found()
+    small: list[Polygon | MultiPolygon] = []
 
     def counted() -> Iterator[CoreObjects]:
         columns = ["x", "y", "width", "height", "readable", "cells", "pieces", "edges"]
@@ -134,11 +164,15 @@ def _write_objects(store: Store, parts: str, plan: SlidePlan, here: Path, origin
         geojson = files.enter_context(GeoJsonWriter(stream))
         parquet = files.enter_context(GeoParquetWriter(here / PARQUET))
         for one in join(counted(), plan.width):
+            if one.pixels < least:
+                small.append(one.polygon)
+                found.pixels -= one.pixels
+                continue
             row = object_row(one, plan, origin=origin, simplify=simplify)
             geojson.write(row)
             parquet.write(row)
             found.objects += 1
-    return found
+    return found, small
 
 
 def _record(plan: SlidePlan, found: Found, facts: Mapping[str, Any]) -> bytes:

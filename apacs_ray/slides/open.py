@@ -1,5 +1,7 @@
 """The choice of the engine that reads a slide: ours for plain TIFF, OpenSlide for the formats of scanners' vendors.
 
+Plain pictures are slides of one level, for segmentation; a listing of data takes none for a slide.
+
 `READERS` lists the engines.
 """
 
@@ -13,6 +15,7 @@ from typing import Literal
 import openslide
 
 from apacs_ray.errors import BadInput
+from apacs_ray.slides import image_slide
 from apacs_ray.slides.openslide_engine import OpenSlideSlide
 from apacs_ray.slides.reader import Engine, Slide
 from apacs_ray.slides.tiff import OtherEngine, read_pyramid
@@ -69,13 +72,20 @@ def _order_of_vips(file: FileFormat) -> Order:
     return "first" if file.is_plain else "second"
 
 
+def _order_of_image(file: FileFormat) -> Order:
+    return "first" if file.magic.startswith(image_slide.MAGIC) else "never"
+
+
 def _order_of_openslide(file: FileFormat) -> Order:
+    if file.magic.startswith(image_slide.MAGIC) and file.vendor is None:
+        return "never"
     return "second" if file.is_tiff and file.is_plain else "first"
 
 
 # Of readers with the same order the one listed first is asked first. Which files are slides at all, their suffix says
 # (`find.SUFFIXES`).
 READERS = [
+    Reader("image", "Pillow", _order_of_image, lambda path, plane: image_slide.ImageSlide(path)),
     Reader("vips", "libvips", _order_of_vips, lambda path, plane: VipsSlide(path, read_pyramid(path, plane))),
     Reader("openslide", "OpenSlide", _order_of_openslide, lambda path, plane: OpenSlideSlide(path)),
 ]

@@ -16,10 +16,9 @@ import pyarrow.parquet as pq
 
 from apacs_ray.config.settings import Settings
 from apacs_ray.console import say
-from apacs_ray.data.rejects import Reject
+from apacs_ray.data.rejects import REJECT_SCHEMA, Reject
 from apacs_ray.data.shards import shard_paths
 from apacs_ray.data.slide_tables import read_table_text
-from apacs_ray.distributed.data import REJECT_SCHEMA
 from apacs_ray.errors import ApacsError, UsageError
 from apacs_ray.runs.markers import Counts
 from apacs_ray.runs.provenance import environment, fingerprint

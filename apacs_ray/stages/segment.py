@@ -19,16 +19,16 @@ import pyarrow.parquet as pq
 
 from apacs_ray.config.settings import Settings
 from apacs_ray.console import say
-from apacs_ray.data.rejects import Reject
+from apacs_ray.data.rejects import REJECT_SCHEMA, Reject
 from apacs_ray.data.units import one_unit
 from apacs_ray.distributed.cluster import joined_machines, refuse_local
-from apacs_ray.distributed.data import REJECT_SCHEMA
-from apacs_ray.distributed.segment import STAGE, PlannedSlide, SegmentTask, in_tasks, segment_shards, start_task
+from apacs_ray.distributed.segment import in_tasks, segment_shards, start_task
 from apacs_ray.distributed.session import RaySession
 from apacs_ray.distributed.tasks import PoolPlan, plan_pool
 from apacs_ray.errors import ApacsError, BadInput, UsageError
 from apacs_ray.inference.model_files import ModelFiles, find_models
 from apacs_ray.inference.planning import Cutting, make_plan
+from apacs_ray.inference.segment_steps import STAGE, PlannedSlide, SegmentTask
 from apacs_ray.inference.slide_plan import SlidePlan, read_plan
 from apacs_ray.outputs.slide_files import write_slide_files
 from apacs_ray.runs.run import Run
@@ -123,7 +123,7 @@ def _largest_core(models: ModelFiles, halo: int, pool: PoolPlan, precision: str)
 
         room = torch.cuda.get_device_properties(0).total_memory / 2 if torch.cuda.is_available() else 8 * GIB
     each = BYTES_A_PIXEL * max(width, 0.125) * (0.5 if precision == "bfloat16" else 1)
-    largest = 1024 if not pool.gpus else CORES[0]
+    largest = CORES[0] if pool.gpus else CORES[1]  # on CPUs also small slides are to keep all workers busy
     fitting = [side for side in CORES if side <= largest and (side + 2 * halo) ** 2 * each <= room]
     return fitting[0] if fitting else CORES[-1]
 
@@ -240,6 +240,8 @@ def _files_of(task: SegmentTask, slide: PlannedSlide, facts: dict[str, Any]) -> 
         slide.plan,
         origin=how.origin,
         simplify=how.simplify,
+        least=slide.least_px(how),
+        maps=how.maps,
         facts={**facts, "rejects": rejects},
     )
     seconds = round(time.perf_counter() - began, 3)

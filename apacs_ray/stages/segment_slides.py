@@ -13,20 +13,21 @@ from typing import Any
 from apacs_ray.config.settings import TilesSettings
 from apacs_ray.data.rejects import Reject
 from apacs_ray.data.slide_tables import read_mpps, read_table_text
-from apacs_ray.distributed.segment import STAGE
 from apacs_ray.errors import UsageError
 from apacs_ray.inference.model_files import ModelFiles
 from apacs_ray.inference.planning import Region
+from apacs_ray.inference.segment_steps import STAGE
 from apacs_ray.outputs.slide_files import SLIDE_JSON
 from apacs_ray.runs.provenance import fingerprint
 from apacs_ray.runs.run import Run
 from apacs_ray.slides.cache import SlideCache, default_cache
 from apacs_ray.slides.companions import read_heads
 from apacs_ray.slides.find import find_slides
+from apacs_ray.slides.image_slide import SUFFIXES
 from apacs_ray.slides.manifest import SlideTask
 from apacs_ray.slides.slide_files import SlideFiles
 from apacs_ray.stages.source import require_clear, say_found
-from apacs_ray.storage import Entry, Store, open_store
+from apacs_ray.storage import Entry, Store, is_bad_path, open_store
 
 GIB = 1 << 30
 VERSION = 1  # of what is written for a slide
@@ -78,20 +79,22 @@ def list_slides(run: Run, models: ModelFiles, uris: Sequence[str]) -> tuple[list
     listed: list[ListedSlide] = []
     for uri in uris:
         store, entries = _entries(uri)
+        regions = {entry.path: entry for entry in entries if entry.path.endswith(ROI)}
         data = find_slides(
-            entries,
+            [entry for entry in entries if entry.path not in regions],
             slide_regex=settings.data.slide_regex,
             root=store.uri,
             heads=read_heads(store, entries),
             split_given=True,
         )
-        say_found(data, STAGE)
+        pictures = _pictures(data.left.others)
+        others = tuple(entry for entry in data.left.others if not is_picture(entry.path))
+        say_found(replace(data, left=replace(data.left, others=others)), STAGE)
         rejects += [replace(reject, stage=STAGE) for reject in data.slide_rejects]
         require_clear(data.slides, mpps, "data.mpps")
-        by_path = {entry.path: entry for entry in entries}
         tiles = TilesSettings()
-        for slide in data.slides:
-            beside = by_path.get(f"{slide.path.rpartition('.')[0]}{ROI}")
+        for slide in (*data.slides, *pictures):
+            beside = regions.get(f"{slide.path.rpartition('.')[0]}{ROI}")
             region = roi or (Region(store, beside.path) if beside else None)
             version = None if region is None else region.store.version(region.path)
             files = replace(slide, kind=None, annotation=())
@@ -115,6 +118,21 @@ def list_slides(run: Run, models: ModelFiles, uris: Sequence[str]) -> tuple[list
         if count > 1:
             raise UsageError(f"{count} slides are called {name!r}; segment them to an --output each")
     return listed, rejects
+
+
+def is_picture(path: str) -> bool:
+    """Tell whether a file is a plain picture, by its suffix."""
+    return path.rpartition(".")[2].lower() in SUFFIXES
+
+
+def _pictures(entries: Iterable[Entry]) -> list[SlideFiles]:
+    """Plain pictures that belong to no slide: slides of one level, called by their path."""
+    pictures = []
+    for entry in entries:
+        if is_picture(entry.path) and not is_bad_path(entry.path):
+            stem = entry.path.rpartition(".")[0]
+            pictures.append(SlideFiles(stem, stem.rpartition("/")[2], None, (entry,), stem))
+    return pictures
 
 
 def _entries(uri: str) -> tuple[Store, list[Entry]]:

@@ -11,13 +11,13 @@ from support.slide_files import picture
 from apacs_ray.config.settings import DataSettings, SegmentSettings, TilesSettings
 from apacs_ray.data.grid import Box
 from apacs_ray.data.images import Rgb
-from apacs_ray.distributed.segment import PlannedSlide, SegmentTask, _finished, _Networks, _windows
 from apacs_ray.inference.cores import spread
 from apacs_ray.inference.model_files import find_models
 from apacs_ray.inference.objects import STEPS
 from apacs_ray.inference.planning import Cutting, make_plan
 from apacs_ray.inference.predictor import Predictor
-from apacs_ray.inference.segmenter import Segmenter
+from apacs_ray.inference.segment_steps import PlannedSlide, RunNetworks, SegmentTask, finish_shard, read_windows
+from apacs_ray.inference.segmenter import Segmented, Segmenter
 from apacs_ray.inference.slide_plan import read_cells
 from apacs_ray.models.spec import Head
 from apacs_ray.outputs.slide_files import MASK, write_slide_files
@@ -69,8 +69,8 @@ class OneSlide:
 
     def shard(self, number: int) -> None:
         """Make a shard of cores."""
-        windows = _windows(self.task, self.planned, 0, number)
-        _finished(self.task, [self.planned], _Networks(self.task)(windows))
+        windows = read_windows(self.task, self.planned, 0, number)
+        finish_shard(self.task, [self.planned], RunNetworks(self.task)(windows))
 
     def run(self) -> Path:
         """Do all, and return the folder of the slide's files."""
@@ -84,6 +84,8 @@ class OneSlide:
             self.plan,
             origin=settings.origin,
             simplify=settings.simplify,
+            least=self.planned.least_px(settings),
+            maps=settings.maps,
             facts={},
         )
         return Path(self.output.root) / self.plan.slide_id
@@ -92,22 +94,27 @@ class OneSlide:
         """The mask of the files, (H, W) bool."""
         return np.asarray(tifffile.imread(self.run() / MASK, level=0)) > 0
 
-    def require_mask_of_whole(self) -> np.ndarray:
-        """Return the mask of the files, which is that of the slide seen as a whole.
-
-        Convolutions of another size add up in another order: where a logit is next to nothing its sign may differ.
-        """
+    def seen_as_a_whole(self) -> Segmented:
+        """What the networks say of the whole slide at once."""
         box = Box(0, 0, self.plan.width, self.plan.height)
         with opened_slide(self.reading, self.files) as slide:
             rgb: Rgb = read_window(slide, box, self.plan.downsample)
         how = self.task.settings
         predictor = Predictor.load(self.task.model, self.task.folders, threads=how.threads, precision=how.precision)
-        found = Segmenter(predictor, how.use, threshold=how.threshold, tta=how.tta)(rgb)
+        return Segmenter(predictor, how.use, threshold=how.threshold, tta=how.tta)(rgb)
+
+    def require_mask_of_whole(self) -> np.ndarray:
+        """Return the mask of the files, which is that of the slide seen as a whole.
+
+        Convolutions of another size add up in another order: where a logit is next to nothing its sign may differ.
+        """
+        found, box = self.seen_as_a_whole(), Box(0, 0, self.plan.width, self.plan.height)
         wanted = spread(read_cells(self.output, self.parts), box)
         mask = self.mask()
         assert mask.shape == found.mask.shape
         differ = mask != (found.mask & wanted)
-        unclear = np.abs(found.probability.astype(int) - round(how.threshold * STEPS)) <= 1
+        threshold = round(self.task.settings.threshold * STEPS)
+        unclear = np.abs(found.probability.astype(int) - threshold) <= 1
         assert not (differ & ~unclear).any(), f"{(differ & ~unclear).sum()} px differ"
         assert differ.sum() <= 3
         return mask
