@@ -23,7 +23,7 @@ from apacs_ray.storage import Store
 STRIP = 512  # rows of a mask that are compressed together: a row of the tiles of `mask.ome.tif`
 MAPS = ("probability", "disagreement")
 LEVEL = 1  # of zlib: strips are read once
-AHEAD = 8  # parts that are fetched while one is worked on
+AHEAD = 4  # parts that are fetched while one is worked on
 _PIECE = pa.struct(
     [
         ("label", pa.int32()),

@@ -14,7 +14,7 @@ import shapely
 
 from apacs_ray.outputs.rows import ObjectRow
 
-ROW_GROUP = 50_000
+ROW_GROUP = 10_000
 BATCH = 1_000  # rows that wait as objects; as columns they take a fifth
 
 

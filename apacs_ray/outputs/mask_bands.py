@@ -118,7 +118,8 @@ def _of_height(bands: Iterator[Band], rows: int) -> Iterator[Band]:
         count += len(band)
         if count >= rows:
             whole = waiting[0] if len(waiting) == 1 else np.concatenate(waiting)
+            count -= rows
+            waiting = [whole[rows:].copy()] if count else []
             yield whole[:rows]
-            waiting, count = [whole[rows:]], count - rows
     if count:
         yield np.concatenate(waiting)
