@@ -193,3 +193,16 @@ def test_a_plain_picture_is_a_slide(models: dict[str, LocalStore], tmp_path: Pat
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(BadInput):
         open_slide(path)
+
+
+def test_the_picture_in_a_mirax_file_is_never_taken_for_the_slide(tmp_path: Path) -> None:
+    rgb = picture(300, 200)
+    write_slide(tmp_path / "a.mrxs", rgb)
+    Image.fromarray(rgb[:50, :60]).save(tmp_path / "preview.jpg")
+    (tmp_path / "a.mrxs").write_bytes((tmp_path / "preview.jpg").read_bytes())  # as scanners write it
+    slide = open_slide(tmp_path / "a.mrxs")
+    assert slide.info.engine == "openslide"
+    slide.close()
+    (tmp_path / "b.mrxs").write_bytes((tmp_path / "preview.jpg").read_bytes())  # without its folder
+    with pytest.raises(BadInput):
+        open_slide(tmp_path / "b.mrxs")

@@ -73,11 +73,17 @@ def _order_of_vips(file: FileFormat) -> Order:
 
 
 def _order_of_image(file: FileFormat) -> Order:
-    return "first" if file.magic.startswith(image_slide.MAGIC) else "never"
+    return "first" if _is_picture(file) else "never"
+
+
+def _is_picture(file: FileFormat) -> bool:
+    """Whether a file is a plain picture and says so: the main file of a MIRAX slide is a JPEG, too."""
+    suffix = file.path.suffix[1:].lower()
+    return file.vendor is None and suffix in image_slide.SUFFIXES and file.magic.startswith(image_slide.MAGIC)
 
 
 def _order_of_openslide(file: FileFormat) -> Order:
-    if file.magic.startswith(image_slide.MAGIC) and file.vendor is None:
+    if _is_picture(file):
         return "never"
     return "second" if file.is_tiff and file.is_plain else "first"
 
