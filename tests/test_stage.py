@@ -156,6 +156,9 @@ def test_the_record_of_a_setting_without_bounds_is_json_and_reads_as_the_same_se
 
     record = json.loads(store.read("run.json"), parse_constant=refuse)
     assert Settings.model_validate(record["settings"]) == settings
+    again = Run.open(store, settings, None)
+    again.close()
+    assert again.stages["ingest"]["state"] == "done"  # by the same settings
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"format": 4, "stages": [1]}', b'{"format": 4}', b"\xff\xfe"])

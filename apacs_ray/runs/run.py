@@ -68,7 +68,7 @@ class Run:
                 f"{self.store.uri}: holds a run of {there}, not of {given}; choose another --output, or give "
                 "--run.replace true to have it replaced"
             )
-        if record.get("settings") != self.settings.model_dump(mode="json"):
+        if record.get("settings") != _as_json(self.settings):
             # `run.json` will name these settings: what was done with others is no claim until it is found to hold
             for name, stage in self.stages.items():
                 self.stages[name] = {**stage, "state": EARLIER if stage.get("state") in CLAIMS else stage.get("state")}
@@ -116,7 +116,7 @@ class Run:
             "format": FORMAT_VERSION,
             "data": _place(self.data),
             "started": self._started,
-            "settings": json.loads(self.settings.model_dump_json()),
+            "settings": _as_json(self.settings),
             "environment": environment(),
             "source": {"path": str(ROOT), "hash": source_hash(), "git": git_commit()},
             "stages": self.stages,
@@ -145,6 +145,11 @@ class Run:
         except (ValueError, AttributeError, LookupError, RecursionError) as error:
             log.warning("%s: cannot be read (%s); it is written anew", self.store.uri_of(RUN_JSON), error)
         return {}
+
+
+def _as_json(settings: Settings) -> dict[str, Any]:
+    """The settings as `run.json` has them: `inf`, which JSON lacks, as a word."""
+    return dict(json.loads(settings.model_dump_json()))
 
 
 def _place(data: str | None) -> str | None:
