@@ -81,7 +81,7 @@ def _task(store: Store, name: str, width: float, settings: TrainingSettings, clu
     network = NetworkTask(name, ModelSpec("member", name, width=width), settings, "state", name)
     indices = {split: read_index(store, split) for split in ("train", "val")}
     (plan,) = plan_training([name], cluster, batch_size=BATCH).networks
-    return TrainingTask((network,), TileDataset(store, None, AUGMENTATION), indices, plan, 0, 0, source_hash())
+    return TrainingTask((network,), TileDataset(store, None, AUGMENTATION), indices, plan, 0, 0, source_hash(), 600.0)
 
 
 def _with_ray(task: TrainingTask, state: str) -> float:
