@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import socket
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from support.runs import SMALL
 
 from apacs_ray.testing.cluster import DEFAULT_PORT, RayCluster, processes
 from apacs_ray.testing.jobs import Job
-from apacs_ray.testing.runs import SLOWLY, read_json
+from apacs_ray.testing.runs import SLOWLY, TIMEOUT, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -107,7 +108,10 @@ def test_nodes_come_for_a_stage_and_go(undisturbed: Path, cells: Path, tmp_path:
         assert "GPU" in nodes()
         assert job.end() == "SUCCEEDED", job.logs()[-3000:]
         assert "training together: fcn32 + fcn16 + fcn8: 1 worker x 1 GPU" in job.logs()
-        job.until(lambda: not nodes())
+        deadline = time.monotonic() + TIMEOUT
+        while nodes():  # the job has ended, and they go when they have been idle for a while
+            assert time.monotonic() < deadline, nodes()
+            time.sleep(0.2)
     finally:
         cluster.stop()
     stages = [read_json(run / "run.json")["stages"] for run in (undisturbed, output)]
