@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from apacs_ray.errors import ApacsError, UsageError
 from apacs_ray.runs.markers import Counts
 from apacs_ray.runs.run import Run
 from apacs_ray.stages.stage import Committed, Job, Stage, StageResult, require_stage, run_stage
-from apacs_ray.stages.train_networks import read_indices
+from apacs_ray.stages.train_networks import TrainedNetwork, TrainingResult, read_indices, weights_hold
 from apacs_ray.storage import LocalStore, Store
 
 
@@ -52,6 +53,13 @@ class Measure(Stage[Measured]):
     @staticmethod
     def times(store: Store) -> int:
         return int(store.read("measured/times")) if store.version("measured/times") else 0
+
+
+class Held(Measure):
+    """Whose output is a file that somebody may change."""
+
+    def holds(self, store: Store, result: Measured) -> bool:
+        return store.read("measured/times") == b"1"
 
 
 FIRST = Committed("tiles", "1" * 16, StageResult(Counts(0, 0)))
@@ -186,3 +194,27 @@ def test_a_validation_without_cells_is_told_before_training(
         write_table(store, table, Receipt(path, 2, 2))
     read_indices(store)
     assert ("no val tile holds a cell" in capsys.readouterr().out) is told
+
+
+def test_a_stage_whose_files_were_changed_is_done_again(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    ray = RaySession(run)
+    run_stage(run, ray, Held(FIRST))
+    run_stage(run, ray, Held(FIRST))
+    assert Measure.times(run.store) == 1
+    run.store.write("measured/times", b"7")
+    run_stage(run, ray, Held(FIRST))
+    assert Measure.times(run.store) == 8
+    assert "measure: its files are not those that it committed; it is done again" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", [None, "gone", "other"])
+def test_weights_that_are_not_those_of_the_marker_do_not_hold(tmp_path: Path, damage: str | None) -> None:
+    store = LocalStore(str(tmp_path))
+    store.write("members/fcn8/model.safetensors", b"weights")
+    network = TrainedNetwork("members/fcn8", hashlib.sha256(b"weights").hexdigest(), 0, 1, 0.5, "cpu")
+    result = TrainingResult(Counts(1, 1), {"fcn8": network})
+    if damage == "gone":
+        store.delete("members/fcn8/model.safetensors")
+    elif damage == "other":
+        store.write("members/fcn8/model.safetensors", b"Weights")
+    assert weights_hold(store, result) is (damage is None)

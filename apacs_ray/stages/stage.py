@@ -96,6 +96,10 @@ class Stage(ABC, Generic[R]):
     def work(self, job: Job, fingerprint: str) -> R:
         """Make the output in `folder`, and say what it is. Nothing counts before the stage is committed."""
 
+    def holds(self, store: Store, result: R) -> bool:
+        """Return whether what a marker with `result` stands for is still there; if not, the stage is done again."""
+        return True
+
     def tidy(self, store: Store, fingerprint: str) -> None:
         """Remove what only the work needed. Called by every command that finds or makes the commit."""
 
@@ -114,6 +118,9 @@ def run_stage(run: Run, ray: RaySession, stage: Stage[R], later: Sequence[str] =
     """
     fingerprint = stage.fingerprint(run.settings)
     marker = run.committed(stage.folder, fingerprint)
+    if marker is not None and not stage.holds(run.store, _decoded(stage, marker).result):
+        say(f"{stage.name}: its files are not those that it committed; it is done again")
+        marker = None
     if marker is not None:
         run.record(stage.name, state="unchanged", **_record_of(marker))
         stage.tidy(run.store, fingerprint)  # a command that ended after its commit left that to this one

@@ -16,7 +16,7 @@ from apacs_ray.runs.provenance import fingerprint
 from apacs_ray.stages.heatmaps import HeatmapsResult
 from apacs_ray.stages.ingest_result import IngestResult
 from apacs_ray.stages.stage import Committed, Job, Stage, delete_others
-from apacs_ray.stages.train_networks import KEPT, Network, TrainingResult, forget_state, train_networks
+from apacs_ray.stages.train_networks import KEPT, Network, TrainingResult, forget_state, train_networks, weights_hold
 from apacs_ray.stages.tune_fusion import SweepResult
 from apacs_ray.storage import Store
 from apacs_ray.training.dataset import Heatmaps
@@ -66,6 +66,10 @@ class TrainFusion(Stage[TrainingResult]):
                 delete_others(job.store, folder, re.compile(rf"{folder}/({'|'.join(map(re.escape, KEPT))})"), ())
                 delete_others(job.store, f"{CURVES}/{folder}", CURVES_FILE, ())
         return TrainingResult(Counts(len(trained), len(trained)), trained)
+
+    def holds(self, store: Store, result: TrainingResult) -> bool:
+        """Return whether the weights are those that were committed."""
+        return weights_hold(store, result)
 
     def tidy(self, store: Store, fingerprint: str) -> None:
         """Delete the training state."""

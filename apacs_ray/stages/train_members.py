@@ -13,7 +13,14 @@ from apacs_ray.runs.markers import Counts
 from apacs_ray.runs.provenance import fingerprint
 from apacs_ray.stages.ingest_result import IngestResult
 from apacs_ray.stages.stage import Committed, Job, Stage
-from apacs_ray.stages.train_networks import Network, TrainingResult, forget_state, read_indices, train_networks
+from apacs_ray.stages.train_networks import (
+    Network,
+    TrainingResult,
+    forget_state,
+    read_indices,
+    train_networks,
+    weights_hold,
+)
 from apacs_ray.storage import Store
 
 
@@ -45,6 +52,10 @@ class TrainMembers(Stage[TrainingResult]):
             job, _networks(job.settings), fingerprint, self.ingest.fingerprint, self.ingest.result.mpp
         )
         return TrainingResult(Counts(len(trained), len(trained)), trained)
+
+    def holds(self, store: Store, result: TrainingResult) -> bool:
+        """Return whether the weights are those that were committed."""
+        return weights_hold(store, result)
 
     def tidy(self, store: Store, fingerprint: str) -> None:
         """Delete the training state."""

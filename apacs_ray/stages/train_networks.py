@@ -85,6 +85,20 @@ class TrainingResult(StageResult):
         return {name: network.sha256 for name, network in self.networks.items()}
 
 
+def weights_hold(store: Store, result: TrainingResult) -> bool:
+    """Return whether the weights that a stage committed are still there, of a local run by their hash.
+
+    What an object store has written stays as it is, and is read by everybody who uses it: there it is only looked up.
+    """
+    for network in result.networks.values():
+        path = f"{network.folder}/model.safetensors"
+        if store.version(path) is None:
+            return False
+        if store.is_local and hashlib.sha256(store.read(path)).hexdigest() != network.sha256:
+            return False
+    return True
+
+
 def read_indices(store: Store, splits: Sequence[str] = ("train", "val")) -> dict[str, TileIndex]:
     """Read the indices of annotated tiles, by default of those to learn from.
 
