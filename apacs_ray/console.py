@@ -168,15 +168,13 @@ def bars(stage: str, on_progress: Callable[[str, int], None]) -> Iterator[Bars]:
             ended.set()
 
 
-def slides_table(slides: Sequence[Mapping[str, Any]], unchanged: int, rejected: int) -> None:
+def slides_table(rows: Sequence[Mapping[str, Any]], unchanged: int, rejected: int) -> None:
     """Print what was found in each slide that was segmented, and what became of the others."""
     table = Table(title="slides", title_justify="left", caption=f"{unchanged} unchanged, {rejected} rejected")
     for heading in ("slide", "objects", "cell px", "cores", "readable", "files s"):
         table.add_column(heading, justify="left" if heading == "slide" else "right")
-    for slide in slides:
-        share = f"{slide['readable'] / slide['cores']:.1%}" if slide["cores"] else "no tissue"
-        values = (slide["objects"], slide["pixels"], slide["cores"], share, slide["seconds"])
-        table.add_row(cell(slide["slide"]), *(str(value) for value in values))
+    for row in rows:
+        table.add_row(*(cell(value) for value in row.values()))
     console.print(table)
 
 

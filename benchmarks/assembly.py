@@ -22,6 +22,7 @@ import shapely
 from measure import options, peak_resident, require, show
 from PIL import Image
 
+from apacs_ray.config.settings import SegmentSettings
 from apacs_ray.data.grid import Box
 from apacs_ray.inference.objects import CoreObjects, core_objects
 from apacs_ray.inference.parts import FinishedCore, part_path, write_part
@@ -66,7 +67,7 @@ def _write_parts(folder: str, side: int, core: int, mask: np.ndarray) -> SlidePl
     for shard in range(plan.shards):
         boxes = ((one.number, one.box) for one in plan.shard_cores(cells, shard))
         row = [FinishedCore(number, box, mask, _moved(first, box)) for number, box in boxes]
-        write_part(store, part_path("parts", shard), row, [])
+        write_part(store, part_path("parts", shard), row)
     sink = io.BytesIO()
     Image.new("RGB", (64, 64), "white").save(sink, "png")
     store.write(f"parts/{PICTURE}", sink.getvalue())
@@ -90,7 +91,7 @@ def _moved(objects: CoreObjects, box: Box) -> CoreObjects:
 def _assemble(folder: str, plan: SlidePlan) -> tuple[float, float, Found]:
     """Write the slide's files; return seconds, this process's peak memory in MB, and what was found."""
     began = time.perf_counter()
-    found = write_slide_files(LocalStore(folder), "parts", "slide", plan, origin="bounds", simplify=0.75, facts={})
+    found = write_slide_files(LocalStore(folder), "parts", plan, SegmentSettings(), {})
     return time.perf_counter() - began, peak_resident(), found
 
 

@@ -63,9 +63,7 @@ class Segmenting:
             for step in ("read", "networks", "objects"):
                 seconds[step] += receipt[step]
         began = time.perf_counter()
-        self.found = write_slide_files(
-            self._task.output, self._parts, self.plan.slide_id, self.plan, origin="bounds", simplify=0.75, facts={}
-        )
+        self.found = write_slide_files(self._task.output, self._parts, self.plan, self._task.settings, {})
         seconds["files"] = time.perf_counter() - began
         return seconds
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from apacs_ray.data.grid import Box, grid
+from apacs_ray.evaluation.objects import EIGHT, components
 from apacs_ray.inference.objects import SlideObject, core_objects, eccentricity, join
-from apacs_ray.inference.outlines import EIGHT, label_objects, outlines
+from apacs_ray.inference.outlines import outlines
 from apacs_ray.slides.annotations.areas import rings_of
 from apacs_ray.slides.annotations.rasterize import fill
 
@@ -39,7 +40,7 @@ def objects_of(mask: np.ndarray, side: int, skip_empty: bool = False) -> list[Sl
 @settings(deadline=None)
 def test_outlines_are_valid_and_hold_their_pixels_exactly(args: tuple[int, int, int, float]) -> None:
     mask = drawn(*args)
-    labels = label_objects(mask)
+    labels = components(mask)
     polygons = outlines(labels, 0, 0)
     assert len(polygons) == labels.max(initial=0)
     for number, polygon in enumerate(polygons, 1):
@@ -95,7 +96,7 @@ def test_those_that_end_are_not_held() -> None:
 def test_eccentricity_is_that_of_an_ellipse(across: int, down: int) -> None:
     y, x = np.mgrid[-down - 1 : down + 2, -across - 1 : across + 2]
     mask = (x / across) ** 2 + (y / down) ** 2 <= 1
-    (polygon,) = outlines(label_objects(mask), 1000, 2000)
+    (polygon,) = outlines(components(mask), 1000, 2000)
     expected = np.sqrt(1 - (min(across, down) / max(across, down)) ** 2)
     assert eccentricity(polygon) == pytest.approx(expected, abs=0.02)
     box = Box(0, 0, mask.shape[1], mask.shape[0])

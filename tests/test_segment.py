@@ -20,6 +20,10 @@ from support.slide_files import picture, write_slide, write_tiff
 
 from apacs_ray.errors import BadInput
 from apacs_ray.evaluation.objects import EIGHT
+from apacs_ray.evaluation.predictions import predictions
+from apacs_ray.inference.predictor import Predictor
+from apacs_ray.inference.segmenter import Segmenter
+from apacs_ray.models.registry import MEMBERS
 from apacs_ray.outputs.slide_files import GEOJSON, MASK, OVERVIEW, PARQUET, SLIDE_JSON
 from apacs_ray.slides.open import open_slide
 from apacs_ray.storage import LocalStore
@@ -206,3 +210,11 @@ def test_the_picture_in_a_mirax_file_is_never_taken_for_the_slide(tmp_path: Path
     (tmp_path / "b.mrxs").write_bytes((tmp_path / "preview.jpg").read_bytes())  # without its folder
     with pytest.raises(BadInput):
         open_slide(tmp_path / "b.mrxs")
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_pixel_is_cell_by_the_rule_of_evaluation(models: dict[str, LocalStore], use: str) -> None:
+    folders = {name: f"members/{name}" for name in MEMBERS} | {"fusion": "fusion"}
+    predictor = Predictor.load(models["refined"], folders, threads=1, precision="float32")
+    rgb = picture(160, 130)
+    assert np.array_equal(Segmenter(predictor, use)(rgb).mask, predictions(predictor.logits(rgb), rgb)[use])

@@ -18,7 +18,7 @@ from apacs_ray.config.settings import DataSettings, FusionSettings, MembersSetti
 from apacs_ray.config.sweep import read_sweep
 from apacs_ray.config.yaml import read_yaml
 from apacs_ray.errors import UsageError
-from apacs_ray.stages.ingest import reject_limit
+from apacs_ray.stages.rejects import reject_limit
 
 ROOT = Path(__file__).resolve().parent.parent
 

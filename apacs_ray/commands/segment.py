@@ -28,5 +28,16 @@ def _work(argv: Sequence[str]) -> int:
         from apacs_ray.stages.segment import segment
 
         outcome = segment(run, ray, given.model, given.slides)
-    slides_table(outcome.done, outcome.unchanged, outcome.rejected_slides)
+    rows = [
+        {
+            "slide": slide,
+            "objects": found.objects,
+            "cell px": found.pixels,
+            "cores": found.cores,
+            "readable": f"{found.readable:.1%}" if found.cores else "no tissue",
+            "files s": seconds,
+        }
+        for slide, (found, seconds) in outcome.done.items()
+    ]
+    slides_table(rows, outcome.unchanged, outcome.rejected_slides)
     return 0

@@ -18,7 +18,7 @@ from apacs_ray.data.image_tiles import ShardTask, Source, probe_pair, write_shar
 from apacs_ray.data.rejects import REJECT_SCHEMA, Reject
 from apacs_ray.data.shards import Receipt
 from apacs_ray.distributed.cluster import joined_cluster, joined_machines
-from apacs_ray.distributed.tasks import map_blocks
+from apacs_ray.distributed.tasks import map_blocks, map_numbers
 from apacs_ray.slides.manifest import SlideSummary, SlideTask, inspect_slide
 from apacs_ray.slides.slide_files import SlideFiles
 from apacs_ray.slides.slide_tiles import SlideShard, write_slide_shard
@@ -92,14 +92,9 @@ def receipts_of(
 
 def inspect_slides(task: SlideTask, slides: Sequence[SlideFiles], on_done: Callable[[int], None]) -> list[SlideSummary]:
     """Return the summary of every slide, in order; manifests are in the run."""
-
-    def inspect(block: pa.Table) -> pa.Table:
-        inspected = [inspect_slide(task, number, slides[number]) for number in block["number"].to_pylist()]
-        return pa.table({"summary": [summary.to_json() for summary in inspected]})
-
     summaries: list[SlideSummary] = []
-    for row in map_blocks(inspect, [pa.table({"number": [number]}) for number in range(len(slides))]):
-        summaries.append(SlideSummary.from_json(row["summary"]))
+    for text in map_numbers(lambda number: inspect_slide(task, number, slides[number]).to_json(), len(slides)):
+        summaries.append(SlideSummary.from_json(text))
         on_done(len(summaries))
     return summaries
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import pyarrow as pa
 
@@ -17,6 +17,7 @@ from apacs_ray.distributed.ray_internals import start_datasets_soon
 from apacs_ray.distributed.resource_plan import Cluster
 from apacs_ray.runs.provenance import require_source, source_hash
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 # For processes that run networks: glibc keeps large freed blocks instead of giving them back, so that a step does not
@@ -29,6 +30,35 @@ KEEP_MEMORY = {
         "MALLOC_TRIM_THRESHOLD_": str(2**63 - 1),
     }
 }
+
+
+def held_to_source(work: Callable[P, T]) -> Callable[P, T]:
+    """Return `work` for another process, which is held there to this process's source."""
+    expected = source_hash()
+
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        require_source(expected)
+        return work(*args, **kwargs)
+
+    return checked
+
+
+def pool_worker(prepare: Callable[[], Callable[[pa.Table], pa.Table]]) -> type:
+    """Return the class of an actor for `map_batches`: `prepare` runs there once, and gives what is done with blocks.
+
+    It runs with the first block and not at the actor's start: what is raised there Ray prints, and starts it again.
+    """
+    prepare = held_to_source(prepare)
+
+    class Worker:
+        _work: Callable[[pa.Table], pa.Table] | None = None
+
+        def __call__(self, block: pa.Table) -> pa.Table:
+            if self._work is None:
+                self._work = prepare()
+            return self._work(block)
+
+    return Worker
 
 
 def map_blocks(
@@ -44,19 +74,23 @@ def map_blocks(
     """
     import ray
 
-    expected = source_hash()
-
-    def checked(block: pa.Table) -> pa.Table:
-        require_source(expected)
-        return work(block)
-
     configure_data()
     places = int(joined_cluster().tiling_cpus / cpus)
     at_once = ray.data.TaskPoolStrategy(size=max(1, min(places, len(blocks))))
     dataset = ray.data.from_arrow(list(blocks)).map_batches(
-        checked, batch_size=None, batch_format="pyarrow", num_cpus=cpus, compute=at_once
+        held_to_source(work), batch_size=None, batch_format="pyarrow", num_cpus=cpus, compute=at_once
     )
     yield from dataset.iter_rows()
+
+
+def map_numbers(work: Callable[[int], str], count: int) -> Iterator[str]:
+    """Yield the texts that `work` returns for the numbers from 0 to `count` - 1, a task each, in order."""
+
+    def block_of(block: pa.Table) -> pa.Table:
+        return pa.table({"text": [work(number) for number in block["number"].to_pylist()]})
+
+    for row in map_blocks(block_of, [pa.table({"number": [number]}) for number in range(count)]):
+        yield row["text"]
 
 
 @dataclass(frozen=True)
@@ -88,21 +122,14 @@ def map_shards(
     """
     import ray
 
-    expected = source_hash()
-
-    class Worker:
-        _work: Callable[[str], pa.Table] | None = None
-
-        def __call__(self, block: pa.Table) -> pa.Table:
-            if self._work is None:  # not at its start: what is raised there Ray prints, and starts the actor again
-                require_source(expected)
-                self._work = work()
-            return pa.concat_tables([self._work(path) for path in block["path"].to_pylist()])
+    def of_block() -> Callable[[pa.Table], pa.Table]:
+        on_path = work()
+        return lambda block: pa.concat_tables([on_path(path) for path in block["path"].to_pylist()])
 
     configure_data()
     blocks = [pa.table({"path": [path]}) for path in paths]
     dataset = ray.data.from_arrow(blocks).map_batches(
-        Worker,
+        pool_worker(of_block),
         batch_size=1,  # a path; Ray Data wants a number where there are GPUs
         batch_format="pyarrow",
         num_cpus=plan.cpus,
@@ -123,15 +150,16 @@ def run_in_task(work: Callable[[], T], *, cpus: float, gpus: float) -> T:
     """
     import ray
 
-    expected = source_hash()
-
-    def task() -> T:
-        require_source(expected)
-        return work()
-
-    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, runtime_env=KEEP_MEMORY, max_retries=0)(task)
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, runtime_env=KEEP_MEMORY, max_retries=0)(held_to_source(work))
     result: T = ray.get(remote.remote())
     return result
+
+
+def start_task(work: Callable[[], T], *, cpus: float) -> Any:
+    """Start `work` in a task, which Ray does again where its node is lost; returns Ray's reference to the result."""
+    import ray
+
+    return ray.remote(num_cpus=cpus)(held_to_source(work)).remote()
 
 
 def configure_data() -> None:

@@ -14,6 +14,11 @@ SMALLEST_OBJECT = 16  # px; smaller components are specks, which do not count
 EIGHT = np.ones((3, 3), bool)
 
 
+def components(mask: Mask) -> Labels:
+    """Number the 8-connected components of a mask, (H, W) bool, from 1 in reading order of their first pixels."""
+    return np.asarray(ndimage.label(mask, EIGHT)[0], np.int32)
+
+
 def label_objects(mask: Mask) -> Labels:
     """Number the 8-connected components of at least `SMALLEST_OBJECT` px.
 
@@ -25,7 +30,7 @@ def label_objects(mask: Mask) -> Labels:
     Returns:
         (H, W) int32, 0 for background and for smaller components; the other numbers may have gaps.
     """
-    labels = np.asarray(ndimage.label(mask, EIGHT)[0], np.int32)
+    labels = components(mask)
     small = np.bincount(labels.ravel()) < SMALLEST_OBJECT
     if small.any() and labels.size:
         small[0] = False

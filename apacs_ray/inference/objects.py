@@ -16,7 +16,8 @@ from shapely.geometry import MultiPolygon, Polygon
 
 from apacs_ray.data.grid import Box
 from apacs_ray.data.images import Mask
-from apacs_ray.inference.outlines import Labels, joined, label_objects, outlines
+from apacs_ray.evaluation.objects import Labels, components
+from apacs_ray.inference.outlines import joined, outlines
 from apacs_ray.slides.annotations.areas import rings_of
 from apacs_ray.slides.annotations.rasterize import fill
 
@@ -87,7 +88,7 @@ def core_objects(mask: Mask, probability: Values, disagreement: Values, box: Box
     Returns:
         Its pieces and edges.
     """
-    labels = label_objects(mask)
+    labels = components(mask)
     polygons = outlines(labels, box.x, box.y)
     if not polygons:
         return CoreObjects(box, (), None)
@@ -272,20 +273,16 @@ def _keys(labels: Labels, base: int) -> npt.NDArray[np.int64]:
 
 def eccentricity(polygon: Polygon | MultiPolygon) -> float:
     """Return the eccentricity (0 circle .. 1 line) of the ellipse with the polygon's second moments."""
-    area = x = y = xx = xy = yy = 0.0
+    xx = xy = yy = 0.0
     center = shapely.centroid(polygon)
     for part in getattr(polygon, "geoms", [polygon]):
         for ring, sign in [(part.exterior, 1.0), *((hole, -1.0) for hole in part.interiors)]:
             points = np.asarray(ring.coords) - (center.x, center.y)
             (x0, y0), (x1, y1) = points[:-1].T, points[1:].T
             cross = x0 * y1 - x1 * y0  # Green's theorem
-            turn = sign * (1.0 if cross.sum() >= 0 else -1.0)
-            area += turn * cross.sum() / 2
-            x += turn * ((x0 + x1) * cross).sum() / 6
-            y += turn * ((y0 + y1) * cross).sum() / 6
-            xx += turn * ((x0 * x0 + x0 * x1 + x1 * x1) * cross).sum() / 12
-            yy += turn * ((y0 * y0 + y0 * y1 + y1 * y1) * cross).sum() / 12
-            xy += turn * ((x0 * y1 + 2 * x0 * y0 + 2 * x1 * y1 + x1 * y0) * cross).sum() / 24
-    spread = np.array([[xx - x * x / area, xy - x * y / area], [xy - x * y / area, yy - y * y / area]]) / area
-    least, most = np.linalg.eigvalsh(spread)
+            cross *= sign * (1.0 if cross.sum() >= 0 else -1.0)
+            xx += ((x0 * x0 + x0 * x1 + x1 * x1) * cross).sum() / 12
+            yy += ((y0 * y0 + y0 * y1 + y1 * y1) * cross).sum() / 12
+            xy += ((x0 * y1 + 2 * x0 * y0 + 2 * x1 * y1 + x1 * y0) * cross).sum() / 24
+    least, most = np.linalg.eigvalsh([[xx, xy], [xy, yy]])
     return float(np.sqrt(max(0.0, 1 - least / most))) if most > 0 else 0.0

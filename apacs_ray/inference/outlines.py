@@ -10,31 +10,23 @@ from __future__ import annotations
 from collections import defaultdict
 
 import numpy as np
-import numpy.typing as npt
 import shapely
 from scipy import ndimage
 from shapely.geometry import MultiPolygon, Polygon
 
-from apacs_ray.data.images import Mask
+from apacs_ray.evaluation.objects import Labels
 
-Labels = npt.NDArray[np.int32]
-EIGHT = np.ones((3, 3), bool)
 # of the top, right, bottom and left edge of a pixel, walked with the pixel on the right hand: the pixel ahead (y, x)
 AHEAD = np.array([(0, 1), (1, 0), (0, -1), (-1, 0)])
 OUTSIDE = np.array([(-1, 0), (0, 1), (1, 0), (0, -1)])  # the pixel on the left hand, which is no part of it
 BEGINS = np.array([(0, 0), (0, 1), (1, 1), (1, 0)])  # the corner (y, x) where the edge begins
 
 
-def label_objects(mask: Mask) -> Labels:
-    """Number the 8-connected components of a mask from 1, in reading order of their first pixels."""
-    return np.asarray(ndimage.label(mask, EIGHT)[0], np.int32)
-
-
 def outlines(labels: Labels, x: int, y: int) -> list[Polygon | MultiPolygon]:
     """Return the polygon of each object.
 
     Args:
-        labels: (H, W) int32 of `label_objects`.
+        labels: (H, W) int32 of `evaluation.objects.components`.
         x: px of the slide where the array begins.
         y: Likewise.
 

@@ -15,7 +15,7 @@ import shapely
 
 from apacs_ray.data.grid import Box
 from apacs_ray.data.images import Mask
-from apacs_ray.data.rejects import Reject
+from apacs_ray.data.rejects import REJECT_SCHEMA, Reject
 from apacs_ray.data.shards import Receipt, open_table, write_table
 from apacs_ray.inference.objects import STEPS, CoreObjects, Edges, Piece
 from apacs_ray.storage import Store
@@ -42,7 +42,7 @@ PART_SCHEMA = pa.schema(
         ("y", pa.int64()),
         ("width", pa.int32()),
         ("height", pa.int32()),
-        ("readable", pa.bool_()),
+        ("reject", pa.struct(list(REJECT_SCHEMA))),  # why the slide could not be read there; null: it could
         ("cells", pa.int64()),  # px of the mask that are set
         ("mask", pa.list_(pa.binary())),  # strips from the top, packed bits, zlib
         ("pieces", pa.list_(_PIECE)),
@@ -59,15 +59,17 @@ class FinishedCore:
     Attributes:
         number: Of the core.
         box: Where it lies.
-        mask: (H, W) bool; None where the slide could not be read.
+        mask: (H, W) bool.
         objects: In it.
+        reject: Why the slide could not be read there, and the mask is empty; None where it could.
         maps: By name, (H / d, W / d) uint8 each, where they are asked for.
     """
 
     number: int
     box: Box
-    mask: Mask | None
+    mask: Mask
     objects: CoreObjects
+    reject: Reject | None = None
     maps: Mapping[str, npt.NDArray[np.uint8]] = field(default_factory=dict)
 
 
@@ -76,12 +78,10 @@ def part_path(folder: str, shard: int) -> str:
     return f"{folder}/cores-{shard:06d}.parquet"
 
 
-def write_part(store: Store, path: str, cores: Sequence[FinishedCore], rejects: Sequence[Reject]) -> None:
+def write_part(store: Store, path: str, cores: Sequence[FinishedCore]) -> None:
     """Write a shard of cores."""
     table = pa.Table.from_pylist([_row(core) for core in cores], PART_SCHEMA)
-    lost = sum(core.mask is None for core in cores)
-    receipt = Receipt(path, len(cores), len(cores) - lost, rejects=[asdict(reject) for reject in rejects])
-    write_table(store, table, receipt)
+    write_table(store, table, Receipt(path, len(cores), len(cores)))
 
 
 def read_parts(store: Store, folder: str, shards: int, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -141,17 +141,18 @@ def map_strip_of(content: bytes, width: int) -> npt.NDArray[np.uint8]:
     return np.frombuffer(zlib.decompress(content), np.uint8).reshape(-1, width)
 
 
+def encode_strip(mask: Mask) -> bytes:
+    """Return a strip of a mask, (rows, width) bool, as `strip_of` takes it: packed bits, zlib."""
+    return zlib.compress(np.packbits(mask, axis=1).tobytes(), LEVEL)
+
+
 def strip_of(content: bytes, width: int) -> Mask:
-    """Return a strip of a core's mask, (rows, width) bool."""
+    """Return a strip of a mask, (rows, width) bool."""
     bits = np.frombuffer(zlib.decompress(content), np.uint8).reshape(-1, -(-width // 8))
     return np.unpackbits(bits, axis=1, count=width).astype(bool)
 
 
 def _row(core: FinishedCore) -> dict[str, Any]:
-    strips = []
-    if core.mask is not None:
-        packed = np.packbits(core.mask, axis=1)
-        strips = [zlib.compress(packed[top : top + STRIP].tobytes(), LEVEL) for top in range(0, len(packed), STRIP)]
     edges = b""
     if core.objects.edges is not None:
         sides = (core.objects.edges.top, core.objects.edges.bottom, core.objects.edges.left, core.objects.edges.right)
@@ -175,9 +176,9 @@ def _row(core: FinishedCore) -> dict[str, Any]:
         "y": box.y,
         "width": box.width,
         "height": box.height,
-        "readable": core.mask is not None,
-        "cells": 0 if core.mask is None else int(core.mask.sum()),
-        "mask": strips,
+        "reject": core.reject and asdict(core.reject),
+        "cells": int(core.mask.sum()),
+        "mask": [encode_strip(core.mask[top : top + STRIP]) for top in range(0, len(core.mask), STRIP)],
         "pieces": pieces,
         "edges": edges,
         **{

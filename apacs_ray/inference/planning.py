@@ -13,7 +13,7 @@ from apacs_ray.errors import BadInput
 from apacs_ray.inference.cores import Lattice
 from apacs_ray.inference.slide_plan import SlidePlan, area_cells, finished_plan, lattice_size, tissue_cells, write_plan
 from apacs_ray.slides.annotations.read import read_annotations
-from apacs_ray.slides.manifest import NATIVE_TOLERANCE, SlideTask, mpp_of, opened_slide
+from apacs_ray.slides.manifest import SlideTask, downsample_to, mpp_of, opened_slide
 from apacs_ray.slides.reader import Slide, SlideInfo
 from apacs_ray.slides.slide_files import SlideFiles
 from apacs_ray.slides.slide_grid import grid_size
@@ -37,10 +37,11 @@ class Cutting:
 
 @dataclass(frozen=True)
 class Region:
-    """A GeoJSON that restricts a slide: where it lies, and its path there."""
+    """A GeoJSON that restricts a slide: where it lies, its path there, and its version (None: it is not there)."""
 
     store: Store
     path: str
+    version: str | None
 
 
 def make_plan(reading: SlideTask, files: SlideFiles, region: Region | None, cutting: Cutting, parts: str) -> SlidePlan:
@@ -78,9 +79,7 @@ def _planned(reading: SlideTask, files: SlideFiles, slide: Slide, cutting: Cutti
     info = slide.info
     mpp = mpp_of(reading, files, info)
     notes = list(info.notes)
-    downsample = cutting.mpp / mpp if cutting.mpp and mpp else 1.0
-    if abs(downsample - 1) < NATIVE_TOLERANCE:
-        downsample = 1.0
+    downsample = downsample_to(cutting.mpp, mpp)
     if mpp is None:
         wanted = "" if cutting.mpp is None else f", though the networks expect {cutting.mpp:g}"
         notes.append(f"its um per px are not known: segmented as it is{wanted} (data.mpps or data.mpp tells them)")

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from apacs_ray.config.settings import SegmentSettings
 from apacs_ray.data.grid import Box
-from apacs_ray.data.rejects import REJECT_SCHEMA, Reject
+from apacs_ray.data.rejects import Reject
 from apacs_ray.data.units import one_unit
 from apacs_ray.errors import BadInput
 from apacs_ray.inference.cores import Core, Lattice, spread
@@ -59,11 +59,6 @@ class PlannedSlide:
     parts: str
     done: frozenset[int] = field(default_factory=frozenset)
 
-    def least_px(self, settings: SegmentSettings) -> float:
-        """Return the px that an object must have; where the um per px are not known, every object counts."""
-        mpp = self.plan.output_mpp
-        return 0.0 if mpp is None else settings.min_area_um2 / mpp**2
-
     @property
     def missing(self) -> list[int]:
         """Shards to make."""
@@ -84,8 +79,7 @@ MASK_SCHEMA = pa.schema(
     [
         *(WINDOW_SCHEMA.field(name) for name in ("slide", "shard", "core", "reject", "read_s")),
         ("mask", pa.large_binary()),
-        ("probability", pa.large_binary()),
-        ("disagreement", pa.large_binary()),
+        *((name, pa.large_binary()) for name in MAPS),
         ("networks_s", pa.float64()),
     ]
 )
@@ -93,7 +87,6 @@ RECEIPT_SCHEMA = pa.schema(
     [
         ("slide", pa.int64()),
         ("cores", pa.int64()),
-        ("rejects", pa.list_(pa.struct(list(REJECT_SCHEMA)))),
         ("read", pa.float64()),
         ("networks", pa.float64()),
         ("objects", pa.float64()),
@@ -113,7 +106,7 @@ def read_windows(task: SegmentTask, slide: PlannedSlide, number: int, shard: int
     Returns:
         Rows of `WINDOW_SCHEMA`, a core each.
     """
-    cells = _cells(task.output, slide.parts)
+    cells = _cells(task.output, slide)
     rows: list[dict[str, Any]] = []
     cores = slide.plan.shard_cores(cells, shard)
     try:
@@ -183,37 +176,12 @@ def finish_shard(task: SegmentTask, slides: Sequence[PlannedSlide], block: pa.Ta
     """
     first = block.slice(0, 1).select(["slide", "shard"]).to_pylist()[0]
     slide = slides[first["slide"]]
-    cells = _cells(task.output, slide.parts)
     began = time.perf_counter()
-    cores, rejects = [], []
-    for number in range(len(block)):
-        row = block.slice(number, 1)
-        core = _decoded(row["core"][0].as_py())
-        box = core.box
-        mask = np.zeros((box.height, box.width), bool)
-        values = [np.zeros((box.height, box.width), np.uint16) for _ in range(2)]
-        if row["mask"][0].is_valid:
-            seen = _seen(core)
-            part = _within(seen, box)
-            shape, count = (seen.height, seen.width), seen.height * seen.width
-            bits = np.frombuffer(row["mask"][0].as_buffer(), np.uint8)
-            wanted = spread(cells, seen)
-            mask[part] = np.unpackbits(bits, count=count).reshape(shape).astype(bool) & wanted
-            for target, name in zip(values, ("probability", "disagreement"), strict=True):
-                target[part] = np.frombuffer(row[name][0].as_buffer(), np.uint16).reshape(shape)
-        else:
-            rejects.append(Reject(**json.loads(row["reject"][0].as_py())))
-        readable = row["mask"][0].is_valid
-        mask, found = without_small(mask, core_objects(mask, values[0], values[1], box), slide.least_px(task.settings))
-        maps = {}
-        if task.settings.maps is not None:
-            maps = {name: map_of(part, task.settings.maps) for name, part in zip(MAPS, values, strict=True)}
-        cores.append(FinishedCore(core.number, box, mask if readable else None, found, maps))
-    write_part(task.output, part_path(slide.parts, first["shard"]), cores, rejects)
+    cores = [_finished(task.settings, slide, _cells(task.output, slide), block.slice(n, 1)) for n in range(len(block))]
+    write_part(task.output, part_path(slide.parts, first["shard"]), cores)
     receipt = {
         "slide": first["slide"],
         "cores": len(cores),
-        "rejects": [asdict(reject) for reject in rejects],
         "read": sum(block["read_s"].to_pylist()),
         "networks": sum(block["networks_s"].to_pylist()),
         "objects": time.perf_counter() - began,
@@ -221,9 +189,36 @@ def finish_shard(task: SegmentTask, slides: Sequence[PlannedSlide], block: pa.Ta
     return pa.Table.from_pylist([receipt], RECEIPT_SCHEMA)
 
 
+def _finished(settings: SegmentSettings, slide: PlannedSlide, cells: Lattice, row: pa.Table) -> FinishedCore:
+    """A core with its objects, of a row of `MASK_SCHEMA`."""
+    core = _decoded(row["core"][0].as_py())
+    box = core.box
+    mask = np.zeros((box.height, box.width), bool)
+    values = {name: np.zeros((box.height, box.width), np.uint16) for name in MAPS}
+    reject = None
+    if row["mask"][0].is_valid:
+        seen = _seen(core)
+        part, shape = _within(seen, box), (seen.height, seen.width)
+        bits = np.frombuffer(row["mask"][0].as_buffer(), np.uint8)
+        found = np.unpackbits(bits, count=seen.height * seen.width).reshape(shape).astype(bool)
+        mask[part] = found & spread(cells, seen)
+        for name, target in values.items():
+            target[part] = np.frombuffer(row[name][0].as_buffer(), np.uint16).reshape(shape)
+    else:
+        reject = Reject(**json.loads(row["reject"][0].as_py()))
+    objects = core_objects(mask, values["probability"], values["disagreement"], box)
+    mask, objects = without_small(mask, objects, slide.plan.least_px(settings.min_area_um2))
+    maps = {} if settings.maps is None else {name: map_of(part, settings.maps) for name, part in values.items()}
+    return FinishedCore(core.number, box, mask, objects, reject, maps)
+
+
+def _cells(output: Store, slide: PlannedSlide) -> Lattice:
+    return _cells_of(output, slide.parts, slide.plan)
+
+
 @lru_cache(maxsize=8)
-def _cells(output: Store, parts: str) -> Lattice:
-    return read_cells(output, parts)
+def _cells_of(output: Store, parts: str, plan: SlidePlan) -> Lattice:
+    return read_cells(output, parts, plan)
 
 
 def _seen(core: Core) -> Box:

@@ -5,25 +5,23 @@ It is made once, before any core is read, and kept beside the parts: a run that 
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 
 import numpy as np
 import shapely
-from PIL import Image
 from shapely.geometry import Polygon
 
 from apacs_ray.data.grid import Box
-from apacs_ray.data.images import encode_mask
 from apacs_ray.inference.cores import ALIGN, Core, Lattice, cores_of
+from apacs_ray.inference.parts import encode_strip, strip_of
 from apacs_ray.slides.tissue import ASSUMED_MPP, Tissue
 from apacs_ray.storage import Store
 
 MARGIN = 50.0  # um around tissue that are looked at, too: more than the rim of a pale cell
-PLAN, CELLS = "plan.json", "cells.png"
-Image.MAX_IMAGE_PIXELS = None
+PLAN, CELLS = "plan.json", "cells.bin"
 
 
 @dataclass(frozen=True)
@@ -75,14 +73,22 @@ class SlidePlan:
         tree = json.loads(text)
         return cls(**{**tree, "bounds": Box(**tree["bounds"]), "notes": tuple(tree["notes"])})
 
+    def least_px(self, um2: float) -> float:
+        """Return an area as px of the mask; where the um per px are not known, 0."""
+        return 0.0 if self.output_mpp is None else um2 / self.output_mpp**2
+
+    def cores_in(self, shard: int) -> int:
+        """Return how many cores a shard has."""
+        return min(self.shard, self.cores - shard * self.shard)
+
     def all_cores(self, cells: Lattice) -> Iterator[Core]:
         """Yield every core of the slide, in reading order."""
         return cores_of(self.width, self.height, self.core, self.halo, cells)
 
     def shard_cores(self, cells: Lattice, number: int) -> list[Core]:
         """Return the cores of a shard."""
-        wanted = [core for core in self.all_cores(cells) if core.window is not None]
-        return wanted[number * self.shard : (number + 1) * self.shard]
+        wanted = (core for core in self.all_cores(cells) if core.window is not None)
+        return list(islice(wanted, number * self.shard, (number + 1) * self.shard))
 
 
 def finished_plan(plan: SlidePlan, cells: Lattice) -> SlidePlan:
@@ -132,7 +138,7 @@ def lattice_size(width: int, height: int) -> tuple[int, int]:
 
 def write_plan(store: Store, folder: str, plan: SlidePlan, cells: Lattice) -> None:
     """Keep a plan in a folder of the output; `plan.json` is written last."""
-    store.write(f"{folder}/{CELLS}", encode_mask(cells))
+    store.write(f"{folder}/{CELLS}", encode_strip(cells))
     store.write(f"{folder}/{PLAN}", plan.to_json().encode())
 
 
@@ -144,9 +150,9 @@ def read_plan(store: Store, folder: str) -> SlidePlan | None:
         return None
 
 
-def read_cells(store: Store, folder: str) -> Lattice:
+def read_cells(store: Store, folder: str, plan: SlidePlan) -> Lattice:
     """Return the cells of the lattice that a plan looks at."""
-    return np.asarray(Image.open(io.BytesIO(store.read(f"{folder}/{CELLS}"))), bool)
+    return strip_of(store.read(f"{folder}/{CELLS}"), lattice_size(plan.width, plan.height)[1])
 
 
 def _spans(

@@ -6,12 +6,13 @@ been simplified, then rounded, then made valid on the grid of the rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import shapely
 from shapely.geometry import MultiPolygon, Polygon
-from shapely.geometry.base import BaseGeometry, BaseMultipartGeometry
+from shapely.geometry.base import BaseGeometry
+
+from apacs_ray.slides.annotations.areas import polygons_of
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def clean_geometry(geometry: BaseGeometry, tolerance_px: float, decimals: int = 
     # simplified, a part may cross another. Of what is valid this makes what is valid on the grid: edges that would
     # cross after rounding meet at a point of it
     rounded = shapely.set_precision(_valid_areas(simple), 10.0**-decimals, mode="valid_output")
-    parts = list(_polygons(rounded))
+    parts = list(polygons_of(rounded))
     if not parts:
         return None
     return parts[0] if len(parts) == 1 else MultiPolygon(parts)
@@ -80,13 +81,4 @@ def clean_geometry(geometry: BaseGeometry, tolerance_px: float, decimals: int = 
 
 def _valid_areas(geometry: BaseGeometry) -> BaseGeometry:
     valid = geometry if geometry.is_valid else shapely.make_valid(geometry)
-    return valid if isinstance(valid, Polygon | MultiPolygon) else MultiPolygon(list(_polygons(valid)))
-
-
-def _polygons(geometry: BaseGeometry) -> Iterator[Polygon]:
-    if isinstance(geometry, Polygon):
-        if geometry.area > 0:
-            yield geometry
-    elif isinstance(geometry, BaseMultipartGeometry):
-        for part in geometry.geoms:
-            yield from _polygons(part)
+    return valid if isinstance(valid, Polygon | MultiPolygon) else MultiPolygon(list(polygons_of(valid)))

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import io
 import json
 import math
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import shapely
-from PIL import Image
 from shapely import affinity
 from shapely.geometry import MultiPolygon, Polygon
 
+from apacs_ray.config.settings import SegmentSettings
+from apacs_ray.data.rejects import Reject
 from apacs_ray.inference.objects import STEPS, CoreObjects, SlideObject, eccentricity, join
 from apacs_ray.inference.parts import MAPS, objects_of, read_parts
 from apacs_ray.inference.planning import PICTURE
@@ -30,7 +28,8 @@ from apacs_ray.outputs.mask_bands import Band, map_bands, mask_bands
 from apacs_ray.outputs.ome_tiff import write_pyramid
 from apacs_ray.outputs.overview import Overview
 from apacs_ray.outputs.rows import ObjectRow, clean_geometry
-from apacs_ray.storage import Store
+from apacs_ray.storage import Store, file_facts
+from apacs_ray.training.dataset import decode_pixels
 
 SLIDE_JSON = "slide.json"
 MASK, GEOJSON, PARQUET, OVERVIEW = "mask.ome.tif", "cells.geojson.gz", "cells.parquet", "overview.png"
@@ -40,46 +39,43 @@ NAMESPACE = uuid.UUID("6f0f5f0a-7c1e-5d0c-9f3e-0d6c3a2b8e11")
 
 @dataclass
 class Found:
-    """What a slide's segmentation found: objects, px of them, and how many of its cores could be read."""
+    """What a slide's segmentation found: objects, px of them, its cores, and a row for each that could not be read."""
 
     objects: int = 0
     pixels: int = 0
-    readable: int = 0
     cores: int = 0
+    rejects: list[Reject] = field(default_factory=list)
+
+    @property
+    def readable(self) -> float:
+        """The share of the cores that could be read."""
+        return 1 - len(self.rejects) / self.cores if self.cores else 1.0
 
 
 def write_slide_files(
     store: Store,
     parts: str,
-    folder: str,
     plan: SlidePlan,
-    *,
-    origin: str,
-    simplify: float,
-    least: float = 0.0,
-    maps: int | None = None,
+    settings: SegmentSettings,
     facts: Mapping[str, Any],
 ) -> Found:
-    """Write the files of a slide; they count when `slide.json` is there.
+    """Write the files of a slide to the folder of its name; they count when `slide.json` is there.
 
     Args:
         store: The output.
         parts: Folder of the slide's parts, all of which are there.
-        folder: Of the slide's files.
         plan: By which it was cut.
-        origin: `bounds` or `corner`: where coordinates of objects begin.
-        simplify: px of the mask by which outlines may move.
-        least: px that an object must have; smaller ones become background.
-        maps: px of the mask per px of the maps of probability and disagreement; None: no maps.
+        settings: By which it was segmented.
         facts: What else `slide.json` is to say.
 
     Returns:
         What was found.
     """
+    folder = plan.slide_id
     store.delete(f"{folder}/{SLIDE_JSON}")
     with tempfile.TemporaryDirectory() as scratch:
         here = Path(scratch)
-        found, erased = _write_objects(store, parts, plan, here, origin, simplify, least)
+        found, erased = _write_objects(store, parts, plan, here, settings)
         overview = Overview(plan.width, plan.height)
 
         def cores(column: str) -> Iterator[dict[str, Any]]:
@@ -88,17 +84,16 @@ def write_slide_files(
         bands = mask_bands(cores("mask"), plan.width, plan.height, erased)
         _write_image(here / MASK, overview.watch(bands), plan, "mask", 1)
         names = [MASK]
-        for name in MAPS if maps else ():
-            assert maps is not None
-            names.append(f"{name}.ome.tif")
-            bands = map_bands(cores(name), name, maps, plan.width, plan.height)
-            _write_image(here / names[-1], bands, plan, name, maps)
-        picture = np.array(Image.open(io.BytesIO(store.read(f"{parts}/{PICTURE}"))).convert("RGB"))
-        (here / OVERVIEW).write_bytes(overview.draw(picture))
-        files = {name: _facts(here / name) for name in (*names, GEOJSON, PARQUET, OVERVIEW)}
+        if settings.maps is not None:
+            for name in MAPS:
+                names.append(f"{name}.ome.tif")
+                bands = map_bands(cores(name), name, settings.maps, plan.width, plan.height)
+                _write_image(here / names[-1], bands, plan, name, settings.maps)
+        (here / OVERVIEW).write_bytes(overview.draw(decode_pixels(store.read(f"{parts}/{PICTURE}"))))
+        files = {name: file_facts(here / name) for name in (*names, GEOJSON, PARQUET, OVERVIEW)}
         for name in files:
             store.upload(f"{folder}/{name}", here / name)
-    store.write(f"{folder}/{SLIDE_JSON}", _record(plan, found, {**facts, "origin": origin, "files": files}))
+    store.write(f"{folder}/{SLIDE_JSON}", _record(plan, found, {**facts, "origin": settings.origin, "files": files}))
     return found
 
 
@@ -116,12 +111,12 @@ def _write_image(path: Path, bands: Iterator[Band], plan: SlidePlan, name: str, 
     )
 
 
-def object_row(one: SlideObject, plan: SlidePlan, *, origin: str, simplify: float) -> ObjectRow:
+def object_row(one: SlideObject, plan: SlidePlan, settings: SegmentSettings) -> ObjectRow:
     """Return an object as files hold it: in level-0 px from the bounds of the slide (or its corner)."""
     scale = plan.downsample
-    x, y = (plan.bounds.x, plan.bounds.y) if origin == "corner" else (0, 0)
+    x, y = (plan.bounds.x, plan.bounds.y) if settings.origin == "corner" else (0, 0)
     exact = affinity.affine_transform(one.polygon, [scale, 0, 0, scale, x, y])
-    shape = clean_geometry(exact, simplify * scale) or exact
+    shape = clean_geometry(exact, settings.simplify * scale) or exact
     left, top, right, bottom = exact.bounds
     center = shapely.centroid(exact)
     inside = one.polygon.bounds
@@ -145,17 +140,19 @@ def object_row(one: SlideObject, plan: SlidePlan, *, origin: str, simplify: floa
 
 
 def _write_objects(
-    store: Store, parts: str, plan: SlidePlan, here: Path, origin: str, simplify: float, least: float
+    store: Store, parts: str, plan: SlidePlan, here: Path, settings: SegmentSettings
 ) -> tuple[Found, list[Polygon | MultiPolygon]]:
     """Write `cells.geojson.gz` and `cells.parquet`, object after object; returns also those that are too small."""
     found = Found()
     small: list[Polygon | MultiPolygon] = []
+    least = plan.least_px(settings.min_area_um2)
 
     def counted() -> Iterator[CoreObjects]:
-        columns = ["x", "y", "width", "height", "readable", "cells", "pieces", "edges"]
+        columns = ["x", "y", "width", "height", "reject", "cells", "pieces", "edges"]
         for row in read_parts(store, parts, plan.shards, columns):
             found.cores += 1
-            found.readable += row["readable"]
+            if row["reject"] is not None:
+                found.rejects.append(Reject(**row["reject"]))
             found.pixels += row["cells"]
             yield objects_of(row)
 
@@ -168,7 +165,7 @@ def _write_objects(
                 small.append(one.polygon)
                 found.pixels -= one.pixels
                 continue
-            row = object_row(one, plan, origin=origin, simplify=simplify)
+            row = object_row(one, plan, settings)
             geojson.write(row)
             parquet.write(row)
             found.objects += 1
@@ -188,15 +185,11 @@ def _record(plan: SlidePlan, found: Found, facts: Mapping[str, Any]) -> bytes:
         "core": plan.core,
         "halo": plan.halo,
         "cores": found.cores,
-        "readable": found.readable / found.cores if found.cores else 1.0,
+        "readable": found.readable,
+        "rejects": [asdict(reject) for reject in found.rejects],
         "objects": found.objects,
         "cell_px": found.pixels,
         "cell_um2": None if mpp is None else found.pixels * mpp**2,
         **facts,
     }
     return json.dumps(record, indent=1, sort_keys=True, allow_nan=False).encode()
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    with path.open("rb") as stream:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}

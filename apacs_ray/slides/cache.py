@@ -21,10 +21,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from apacs_ray.config.settings import DataSettings
 from apacs_ray.errors import ApacsError, BadInput
 from apacs_ray.storage import Entry, Store, is_bad_path
 from apacs_ray.storage.own_folder import open_own_file, own_folder
 
+GIB = 1 << 30
 CHUNK = 8 << 20  # bytes
 LOCK = ".lock"
 _OURS = re.compile(r"[0-9a-f]{24}(\.part-\S+)?")  # folders of staged slides; nothing else is touched
@@ -41,6 +43,11 @@ class SlideCache:
 
     folder: Path
     limit: int
+
+    @classmethod
+    def of(cls, settings: DataSettings) -> SlideCache:
+        """Return the cache that settings ask for."""
+        return cls(Path(settings.cache or default_cache()), round(settings.cache_gb * GIB))
 
     @contextlib.contextmanager
     def staged(self, store: Store, entries: Sequence[Entry]) -> Iterator[Path]:

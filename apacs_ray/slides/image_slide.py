@@ -8,9 +8,9 @@ from PIL import Image
 
 from apacs_ray.data.grid import Box
 from apacs_ray.data.images import Rgb, decode_image
+from apacs_ray.slides.mask_sources import MAX_PIXELS
 from apacs_ray.slides.reader import Level, SlideInfo, filled
 
-MAX_PIXELS = 400_000_000  # as `data.max_pixels` has it; larger pictures are to be pyramids
 MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"BM")
 SUFFIXES = {"png", "jpg", "jpeg", "bmp"}
 

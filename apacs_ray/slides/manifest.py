@@ -233,6 +233,12 @@ def mpp_of(task: SlideTask, slide: SlideFiles, info: SlideInfo) -> float | None:
     return task.mpps.get(slide.slide_id) or info.mpp or task.settings.mpp
 
 
+def downsample_to(wanted: float | None, mpp: float | None) -> float:
+    """Return level-0 px per px at `wanted` um per px; 1 where that is about the slide's own, or either is unknown."""
+    downsample = wanted / mpp if wanted and mpp else 1.0
+    return 1.0 if abs(downsample - 1) < NATIVE_TOLERANCE else downsample
+
+
 def plan_slide(
     task: SlideTask, slide: SlideFiles, info: SlideInfo, tissue: Tissue
 ) -> tuple[list[TilePlan], SlideSummary]:
@@ -252,9 +258,7 @@ def plan_slide(
     if mpp is None:
         unused = ", tiles.mpp is not kept" if task.tiles.mpp else ""
         notes.append(f"no mpp: cut at native resolution{unused}, tissue is looked for as at {ASSUMED_MPP} um/px")
-    downsample = task.tiles.mpp / mpp if task.tiles.mpp and mpp else 1.0
-    if abs(downsample - 1) < NATIVE_TOLERANCE:
-        downsample = 1.0
+    downsample = downsample_to(task.tiles.mpp, mpp)
     tiles = list(tiles_of(task.tiles, info, tissue, downsample, mpp))
     skipped: Counter[str] = Counter(tile.skipped for tile in tiles if tile.skipped is not None)
     count = len(tiles) - skipped.total()

@@ -5,18 +5,11 @@ What the data is decides who cuts it (`ingest_folder`, `ingest_slides`); this mo
 
 from __future__ import annotations
 
-import io
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import ClassVar
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from apacs_ray.config.settings import Settings
-from apacs_ray.console import say
-from apacs_ray.data.rejects import REJECT_SCHEMA, Reject
 from apacs_ray.data.shards import shard_paths
 from apacs_ray.data.slide_tables import read_table_text
 from apacs_ray.errors import ApacsError, UsageError
@@ -25,6 +18,7 @@ from apacs_ray.runs.provenance import environment, fingerprint
 from apacs_ray.stages.ingest_folder import ingest_folder
 from apacs_ray.stages.ingest_result import IngestResult, UnitCounts, WrittenTiles
 from apacs_ray.stages.ingest_slides import ingest_slides, make_smears
+from apacs_ray.stages.rejects import require_within_limit, write_rejects
 from apacs_ray.stages.source import Source, smears_inputs
 from apacs_ray.stages.stage import Job, Stage, delete_others
 from apacs_ray.storage import Store
@@ -83,15 +77,17 @@ class Ingest(Stage[IngestResult]):
         counts = Counts(written.tiles, sum(rows.values()), dict(skipped), len(tile_rejects))
         counts.reconcile(self.name)
         rejects = [*written.rejects, *written.annotation_rejects, *tile_rejects, *written.defects]
-        _write_rejects(job.store, fingerprint, rejects)
+        table = f"rejects/ingest-{fingerprint[:8]}.parquet"
+        write_rejects(job.store, table, rejects)
+        delete_others(job.store, "rejects", REJECTS, [table])
         _delete_other_shards(job.store, {receipt.path for receipt in written.receipts})
         rejected = len(written.rejects) + len(written.annotation_rejects) + len(tile_rejects)
         job.ray.metrics.rejects(self.name, rejected)  # before they end the stage
         if not counts.rows_out:
             raise ApacsError(_nothing_left(written, job.store))
-        _require_within_limit(job, written.unit, len(written.rejects), written.units.listed)
-        _require_within_limit(job, "annotations", len(written.annotation_rejects), written.annotations)
-        _require_within_limit(job, "tiles", len(tile_rejects), written.tiles)
+        require_within_limit(job, written.unit, len(written.rejects), written.units.listed)
+        require_within_limit(job, "annotations", len(written.annotation_rejects), written.annotations)
+        require_within_limit(job, "tiles", len(tile_rejects), written.tiles)
         refused_annotations = len(written.annotation_rejects)
         return IngestResult(
             counts,
@@ -108,24 +104,6 @@ class Ingest(Stage[IngestResult]):
             unreadable=dict(written.unreadable),
             mpp=written.mpp,
         )
-
-
-def reject_limit(text: str, listed: int) -> int:
-    """Return how many of `listed` units `data.max_rejects` lets go: a count, a share, or the larger of 1 % and 5."""
-    if text == "default":
-        return max(5, listed // 100)
-    if text.endswith("%"):
-        return int(listed * float(text[:-1]) / 100)
-    return int(text)
-
-
-def _write_rejects(store: Store, fingerprint: str, rejects: Sequence[Reject]) -> None:
-    table = pa.Table.from_pylist([asdict(reject) for reject in rejects], REJECT_SCHEMA)
-    sink = io.BytesIO()
-    pq.write_table(table, sink)
-    path = f"rejects/ingest-{fingerprint[:8]}.parquet"
-    store.write(path, sink.getvalue())
-    delete_others(store, "rejects", REJECTS, [path])
 
 
 def _delete_other_shards(store: Store, current: set[str]) -> None:
@@ -145,16 +123,3 @@ def _nothing_left(written: WrittenTiles, store: Store) -> str:
         counted = ", ".join(f"{reason} {count}" for reason, count in skipped.items() if count)
         reasons.append(f"{skipped.total()} tiles skipped ({counted})")
     return f"ingest: no tile is left: {', '.join(reasons)}; the reasons are in {store.uri_of('rejects')}"
-
-
-def _require_within_limit(job: Job, unit: str, rejected: int, listed: int) -> None:
-    """Raise ApacsError when more was rejected than `data.max_rejects` allows."""
-    text, place = job.settings.data.max_rejects, job.store.uri_of("rejects")
-    limit = reject_limit(text, listed)
-    if rejected > limit:
-        raise ApacsError(
-            f"ingest: {rejected} of {listed} {unit} rejected, data.max_rejects ({text}) allows {limit}; "
-            f"the reasons are in {place}"
-        )
-    if rejected:
-        say(f"ingest: {rejected} of {listed} {unit} rejected; the reasons are in {place}")

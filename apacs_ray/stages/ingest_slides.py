@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from apacs_ray.config.settings import Settings
 from apacs_ray.console import say
@@ -16,7 +15,7 @@ from apacs_ray.data.slide_tables import read_mpps, read_table_text
 from apacs_ray.data.words import Split
 from apacs_ray.distributed.data import inspect_slides, render_smears, write_slide_shards
 from apacs_ray.errors import BadInput
-from apacs_ray.slides.cache import SlideCache, default_cache
+from apacs_ray.slides.cache import SlideCache
 from apacs_ray.slides.manifest import NATIVE_TOLERANCE, SlideSummary, SlideTask
 from apacs_ray.slides.open import READERS
 from apacs_ray.slides.slide_tiles import SlideShard, plan_shards
@@ -27,7 +26,6 @@ from apacs_ray.storage import Store
 from apacs_ray.synthetic import slide as synthetic
 
 MANIFEST = re.compile(r"manifest/[0-9a-f]{8}/\d{6,}\.(parquet|png)")  # what a run writes there; nothing else is ours
-GIB = 1 << 30
 NOTES_SHOWN = 5
 
 
@@ -93,7 +91,7 @@ class InspectedSlides:
 def slide_task(source: Source, output: Store, fingerprint: str) -> SlideTask:
     """Return how the slides of a source are read and where their tiles go."""
     settings = source.settings
-    cache = SlideCache(Path(settings.data.cache or default_cache()), round(settings.data.cache_gb * GIB))
+    cache = SlideCache.of(settings.data)
     mpps = read_mpps(read_table_text(settings.data.mpps))
     require_clear(source.slides, mpps, "data.mpps")
     return SlideTask(source.store, source.masks_store, output, settings.tiles, settings.data, cache, fingerprint, mpps)

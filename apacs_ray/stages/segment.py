@@ -6,34 +6,32 @@ It is no stage of the pipeline, which ends in numbers: its output is a folder a 
 
 from __future__ import annotations
 
-import io
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from apacs_ray.config.settings import Settings
 from apacs_ray.console import say
-from apacs_ray.data.rejects import REJECT_SCHEMA, Reject
+from apacs_ray.data.rejects import Reject
 from apacs_ray.data.units import one_unit
 from apacs_ray.distributed.cluster import joined_machines, refuse_local
-from apacs_ray.distributed.segment import in_tasks, segment_shards, start_task
+from apacs_ray.distributed.segment import TASK_CPUS, segment_shards
 from apacs_ray.distributed.session import RaySession
-from apacs_ray.distributed.tasks import PoolPlan, plan_pool
+from apacs_ray.distributed.tasks import PoolPlan, map_numbers, plan_pool, start_task
 from apacs_ray.errors import ApacsError, BadInput, UsageError
 from apacs_ray.inference.model_files import ModelFiles, find_models
+from apacs_ray.inference.parts import part_path
 from apacs_ray.inference.planning import Cutting, make_plan
 from apacs_ray.inference.segment_steps import STAGE, PlannedSlide, SegmentTask
 from apacs_ray.inference.slide_plan import SlidePlan, read_plan
-from apacs_ray.outputs.slide_files import write_slide_files
+from apacs_ray.outputs.slide_files import Found, write_slide_files
 from apacs_ray.runs.run import Run
-from apacs_ray.stages.ingest import reject_limit
+from apacs_ray.stages.rejects import require_within_limit, write_rejects
 from apacs_ray.stages.segment_slides import ListedSlide, finished_record, forget_parts, list_slides
+from apacs_ray.stages.stage import Job
 from apacs_ray.storage import open_store
 
 GIB = 1 << 30
@@ -48,7 +46,7 @@ class Outcome:
 
     slides: int = 0
     unchanged: int = 0
-    done: list[dict[str, Any]] = field(default_factory=list)
+    done: dict[str, tuple[Found, float]] = field(default_factory=dict)  # by slide id; seconds that its files took
     rejects: list[Reject] = field(default_factory=list)
     rejected_slides: int = 0
 
@@ -69,7 +67,7 @@ def segment(run: Run, ray: RaySession, model: str, slides: Sequence[str]) -> Out
         UsageError: There are no slides, or the output or the model is none.
         ApacsError: More slides are rejected than `data.max_rejects` allows; their reasons are written.
     """
-    settings = run.settings
+    job, settings = Job(run, ray, STAGE), run.settings
     if run.stages.keys() - {STAGE}:
         raise UsageError(f"--output {run.store.uri}: holds a run that trains; choose another folder")
     store = open_store(model)
@@ -93,10 +91,11 @@ def segment(run: Run, ray: RaySession, model: str, slides: Sequence[str]) -> Out
         pool = _beside_tasks(plan_pool(ray.cluster(), len(waiting) * 1000))
         cutting = _cutting(settings, models, pool)
         say(f"{STAGE}: {_described(settings, models, cutting, pool)}")
-        planned = _plan(run, ray, waiting, cutting, outcome)
+        planned = _plan(job, waiting, cutting, outcome)
         task = SegmentTask(store, dict(models.folders), run.store, settings.segment)
-        _work(run, ray, task, planned, pool, models, outcome)
-    return _closed(run, outcome)
+        _work(job, task, planned, pool, models, outcome)
+    _close(job, outcome)
+    return outcome
 
 
 def _beside_tasks(pool: PoolPlan) -> PoolPlan:
@@ -128,11 +127,9 @@ def _largest_core(models: ModelFiles, halo: int, pool: PoolPlan, precision: str)
     return fitting[0] if fitting else CORES[-1]
 
 
-def _plan(
-    run: Run, ray: RaySession, slides: Sequence[ListedSlide], cutting: Cutting, outcome: Outcome
-) -> list[PlannedSlide]:
+def _plan(job: Job, slides: Sequence[ListedSlide], cutting: Cutting, outcome: Outcome) -> list[PlannedSlide]:
     """Open every slide; one that does not open is a reject."""
-    output = run.store
+    output = job.store
 
     def work(number: int) -> str:
         one = slides[number]
@@ -145,8 +142,8 @@ def _plan(
         return plan.to_json()
 
     planned: list[PlannedSlide] = []
-    with _progress(ray) as progress:
-        for number, text in enumerate(in_tasks(work, len(slides))):
+    with job.progress() as progress:
+        for number, text in enumerate(map_numbers(work, len(slides))):
             progress.show("slides planned", number + 1, len(slides))
             one, tree = slides[number], json.loads(text)
             if "reject" in tree:
@@ -157,14 +154,13 @@ def _plan(
             for note in plan.notes:
                 say(f"{STAGE}: {plan.slide_id}: {note}")
             names = {entry.path for entry in output.list(one.parts)}
-            done = frozenset(n for n in range(plan.shards) if f"{one.parts}/cores-{n:06d}.parquet" in names)
+            done = frozenset(shard for shard in range(plan.shards) if part_path(one.parts, shard) in names)
             planned.append(PlannedSlide(one.files, one.reading, plan, one.parts, done))
     return planned
 
 
 def _work(
-    run: Run,
-    ray: RaySession,
+    job: Job,
     task: SegmentTask,
     slides: Sequence[PlannedSlide],
     pool: PoolPlan,
@@ -177,11 +173,7 @@ def _work(
     left = [len(slide.missing) for slide in slides]
     seconds: list[Counter[str]] = [Counter() for _ in slides]
     total = sum(slide.plan.cores for slide in slides)
-    done = total - sum(
-        min(slide.plan.shard, slide.plan.cores - shard * slide.plan.shard)
-        for slide in slides
-        for shard in slide.missing
-    )
+    done = total - sum(slide.plan.cores_in(shard) for slide in slides for shard in slide.missing)
     ending: list[tuple[int, Any]] = []
     began = time.time()
     most = max(1, pool.actors)  # slides whose files are made at a time
@@ -191,20 +183,20 @@ def _work(
             collect()
         slide = slides[number]
         facts = _slide_facts(slide, task, models)
-        ending.append((number, start_task(lambda: _files_of(task, slide, facts))))
+        ending.append((number, start_task(lambda: _files_of(task, slide, facts), cpus=TASK_CPUS)))
 
     def collect() -> None:
         number, reference = ending.pop(0)
-        record = json.loads(ray_library.get(reference))
+        found, took = ray_library.get(reference)
         slide = slides[number]
-        outcome.rejects += [Reject(**reject) for reject in record.pop("rejects")]
-        outcome.done.append({"slide": slide.plan.slide_id, **record})
-        timings = {**{step: round(value, 3) for step, value in seconds[number].items()}, "files": record["seconds"]}
         folder = slide.plan.slide_id
-        run.store.write(f"{folder}/timings.json", json.dumps(timings, indent=1, sort_keys=True).encode())
-        forget_parts(run.store, folder, [entry.path for entry in run.store.list(folder)])
+        outcome.rejects += found.rejects
+        outcome.done[folder] = found, took
+        timings = {**{step: round(value, 3) for step, value in seconds[number].items()}, "files": took}
+        job.store.write(f"{folder}/timings.json", json.dumps(timings, indent=1, sort_keys=True).encode())
+        forget_parts(job.store, folder, [entry.path for entry in job.store.list(folder)])
 
-    with _progress(ray) as progress:
+    with job.progress() as progress:
         for number, slide in enumerate(slides):
             if not slide.missing:
                 end(number)
@@ -220,32 +212,11 @@ def _work(
     say(f"{STAGE}: {len(slides)} slides in {time.time() - began:.0f} s")
 
 
-def _files_of(task: SegmentTask, slide: PlannedSlide, facts: dict[str, Any]) -> str:
-    """In a task: write the files of a slide."""
-    from apacs_ray.data.shards import read_receipt
-    from apacs_ray.inference.parts import part_path
-
+def _files_of(task: SegmentTask, slide: PlannedSlide, facts: Mapping[str, Any]) -> tuple[Found, float]:
+    """In a task: write the files of a slide; returns what was found, and the seconds it took."""
     began = time.perf_counter()
-    rejects: list[dict[str, Any]] = []
-    for shard in range(slide.plan.shards):
-        receipt = read_receipt(task.output, part_path(slide.parts, shard))
-        if receipt is None:
-            raise ApacsError(f"{task.output.uri_of(part_path(slide.parts, shard))}: gone since it was written")
-        rejects += receipt.rejects
-    how = task.settings
-    found = write_slide_files(
-        task.output,
-        slide.parts,
-        slide.plan.slide_id,
-        slide.plan,
-        origin=how.origin,
-        simplify=how.simplify,
-        least=slide.least_px(how),
-        maps=how.maps,
-        facts={**facts, "rejects": rejects},
-    )
-    seconds = round(time.perf_counter() - began, 3)
-    return json.dumps({**asdict(found), "seconds": seconds, "rejects": rejects})
+    found = write_slide_files(task.output, slide.parts, slide.plan, task.settings, facts)
+    return found, round(time.perf_counter() - began, 3)
 
 
 def _slide_facts(slide: PlannedSlide, task: SegmentTask, models: ModelFiles) -> dict[str, Any]:
@@ -258,30 +229,26 @@ def _slide_facts(slide: PlannedSlide, task: SegmentTask, models: ModelFiles) -> 
     }
 
 
-def _closed(run: Run, outcome: Outcome) -> Outcome:
-    """Write the rejects, and judge them."""
-    table = pa.Table.from_pylist([asdict(reject) for reject in outcome.rejects], REJECT_SCHEMA)
-    sink = io.BytesIO()
-    pq.write_table(table, sink)
-    run.store.write(f"rejects/{STAGE}.parquet", sink.getvalue())
+def _close(job: Job, outcome: Outcome) -> None:
+    """Write the rejects, and judge them. Raises ApacsError when too many slides are rejected."""
+    write_rejects(job.store, f"rejects/{STAGE}.parquet", outcome.rejects)
     counts = {
         "rows_in": outcome.slides,
         "rows_out": len(outcome.done),
         "skipped": {"unchanged": outcome.unchanged},
         "rejected": outcome.rejected_slides,
     }
-    text, place = run.settings.data.max_rejects, run.store.uri_of("rejects")
-    limit = reject_limit(text, outcome.slides)
-    failed = outcome.rejected_slides > limit or outcome.rejected_slides == outcome.slides
-    run.record(STAGE, state="failed" if failed else "done", **counts)
-    if failed:
-        raise ApacsError(
-            f"{STAGE}: {outcome.rejected_slides} of {outcome.slides} slides rejected, data.max_rejects ({text}) allows "
-            f"{limit}; the others are done, the reasons are in {place}"
-        )
-    if outcome.rejects:
-        say(f"{STAGE}: {outcome.rejected_slides} of {outcome.slides} slides rejected; the reasons are in {place}")
-    return outcome
+    regions = len(outcome.rejects) - outcome.rejected_slides
+    if regions:
+        say(f"{STAGE}: {regions} regions of slides cannot be read; the reasons are in {job.store.uri_of('rejects')}")
+    try:
+        require_within_limit(job, "slides", outcome.rejected_slides, outcome.slides)
+        if outcome.rejected_slides == outcome.slides:
+            raise ApacsError(f"{STAGE}: no slide is left; the reasons are in {job.store.uri_of('rejects')}")
+    except ApacsError:
+        job.run.record(STAGE, state="failed", **counts)
+        raise
+    job.run.record(STAGE, state="done", **counts)
 
 
 def _described(settings: Settings, models: ModelFiles, cutting: Cutting, pool: PoolPlan) -> str:
@@ -291,11 +258,3 @@ def _described(settings: Settings, models: ModelFiles, cutting: Cutting, pool: P
         f"{settings.segment.use} of {', '.join(models.folders)} at {mpp}, cores of {cutting.core} px with a halo of "
         f"{cutting.halo}, {pool.actors} workers of {device}"
     )
-
-
-def _progress(ray: RaySession) -> Any:
-    from functools import partial
-
-    from apacs_ray.console import bars
-
-    return bars(STAGE, partial(ray.metrics.rows, STAGE))

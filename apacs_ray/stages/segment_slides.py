@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from apacs_ray.config.settings import TilesSettings
@@ -20,7 +19,7 @@ from apacs_ray.inference.segment_steps import STAGE
 from apacs_ray.outputs.slide_files import SLIDE_JSON
 from apacs_ray.runs.provenance import fingerprint
 from apacs_ray.runs.run import Run
-from apacs_ray.slides.cache import SlideCache, default_cache
+from apacs_ray.slides.cache import SlideCache
 from apacs_ray.slides.companions import read_heads
 from apacs_ray.slides.find import find_slides
 from apacs_ray.slides.image_slide import SUFFIXES
@@ -29,7 +28,6 @@ from apacs_ray.slides.slide_files import SlideFiles
 from apacs_ray.stages.source import require_clear, say_found
 from apacs_ray.storage import Entry, Store, is_bad_path, open_store
 
-GIB = 1 << 30
 VERSION = 1  # of what is written for a slide
 ROI = ".roi.geojson"
 
@@ -71,11 +69,12 @@ def list_slides(run: Run, models: ModelFiles, uris: Sequence[str]) -> tuple[list
     settings = run.settings
     rejects: list[Reject] = []
     mpps = read_mpps(read_table_text(settings.data.mpps))
-    cache = SlideCache(Path(settings.data.cache or default_cache()), round(settings.data.cache_gb * GIB))
+    cache = SlideCache.of(settings.data)
     roi = None
     if settings.segment.roi is not None:
         folder, _, name = settings.segment.roi.rpartition("/")
-        roi = Region(open_store(folder or "."), name)
+        place = open_store(folder or ".")
+        roi = Region(place, name, place.version(name))
     listed: list[ListedSlide] = []
     for uri in uris:
         store, entries = _entries(uri)
@@ -88,21 +87,21 @@ def list_slides(run: Run, models: ModelFiles, uris: Sequence[str]) -> tuple[list
             split_given=True,
         )
         pictures = _pictures(data.left.others)
-        others = tuple(entry for entry in data.left.others if not is_picture(entry.path))
+        used = {picture.path for picture in pictures}
+        others = tuple(entry for entry in data.left.others if entry.path not in used)
         say_found(replace(data, left=replace(data.left, others=others)), STAGE)
         rejects += [replace(reject, stage=STAGE) for reject in data.slide_rejects]
         require_clear(data.slides, mpps, "data.mpps")
         tiles = TilesSettings()
         for slide in (*data.slides, *pictures):
             beside = regions.get(f"{slide.path.rpartition('.')[0]}{ROI}")
-            region = roi or (Region(store, beside.path) if beside else None)
-            version = None if region is None else region.store.version(region.path)
+            region = roi or (Region(store, beside.path, beside.version) if beside else None)
             files = replace(slide, kind=None, annotation=())
             mark = fingerprint(
                 stage=STAGE,
                 version=VERSION,
                 slide=[(entry.path, entry.size, entry.version) for entry in files.files],
-                region=version,
+                region=region and region.version,
                 models=dict(models.sha256),
                 mpp=settings.segment.mpp or models.mpp,
                 own_mpp=mpps.get(slide.slide_id) or settings.data.mpp,
@@ -120,17 +119,12 @@ def list_slides(run: Run, models: ModelFiles, uris: Sequence[str]) -> tuple[list
     return listed, rejects
 
 
-def is_picture(path: str) -> bool:
-    """Tell whether a file is a plain picture, by its suffix."""
-    return path.rpartition(".")[2].lower() in SUFFIXES
-
-
 def _pictures(entries: Iterable[Entry]) -> list[SlideFiles]:
     """Plain pictures that belong to no slide: slides of one level, called by their path."""
     pictures = []
     for entry in entries:
-        if is_picture(entry.path) and not is_bad_path(entry.path):
-            stem = entry.path.rpartition(".")[0]
+        stem, _, suffix = entry.path.rpartition(".")
+        if suffix.lower() in SUFFIXES and not is_bad_path(entry.path):
             pictures.append(SlideFiles(stem, stem.rpartition("/")[2], None, (entry,), stem))
     return pictures
 
@@ -171,7 +165,6 @@ def finished_record(output: Store, slide: ListedSlide) -> dict[str, Any] | None:
 
 def forget_parts(output: Store, folder: str, paths: Iterable[str]) -> None:
     """Delete the parts of a slide among `paths`."""
-    for parts in sorted(
-        {match[1] for path in paths if (match := re.match(rf"({re.escape(folder)}/\.parts-\w+)/", path))}
-    ):
+    below = re.compile(rf"({re.escape(folder)}/\.parts-\w+)/")
+    for parts in sorted({match[1] for match in map(below.match, paths) if match}):
         output.delete_folder(parts)

@@ -5,7 +5,7 @@ One module a kind of store (local, s3); how S3 is reached (s3_access); which req
 """
 
 from apacs_ray.storage.base import SMALL, Conflict, Entry, Store, is_bad_path
-from apacs_ray.storage.local import LocalStore
+from apacs_ray.storage.local import LocalStore, file_facts
 from apacs_ray.storage.open import is_local, open_store
 from apacs_ray.storage.s3 import S3Store
 from apacs_ray.storage.s3_access import S3Access, s3_client, s3_options
@@ -18,6 +18,7 @@ __all__ = [
     "S3Access",
     "S3Store",
     "Store",
+    "file_facts",
     "is_bad_path",
     "is_local",
     "open_store",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import logging
 import os
 import shutil
@@ -12,7 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pyarrow.fs as pafs
 
@@ -22,6 +23,13 @@ from apacs_ray.storage.own_folder import open_own_file
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _log = logging.getLogger(__name__)
+
+
+def file_facts(path: Path) -> dict[str, Any]:
+    """Return `size` and `sha256` of a file, as records name it by."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": digest}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ goes on from it equals training that was never interrupted.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from apacs_ray.errors import ApacsError
+from apacs_ray.storage import file_facts
 from apacs_ray.training.history import EpochPart, EpochRecord
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -66,7 +66,7 @@ def save_state(folder: Path, state: Snapshot) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(state.weights, folder / MODEL)
         save_file(state.moments, folder / OPTIMIZER)
-        tree = {**state.tree, "files": {name: _facts(folder / name) for name in (MODEL, OPTIMIZER)}}
+        tree = {**state.tree, "files": {name: file_facts(folder / name) for name in (MODEL, OPTIMIZER)}}
         (folder / STATE).write_text(json.dumps(tree, indent=1))
     except (OSError, SafetensorError) as error:
         raise ApacsError(
@@ -85,7 +85,7 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
     """
     tree = _read_tree(folder / STATE)
     for name in (MODEL, OPTIMIZER):
-        if not (folder / name).is_file() or _facts(folder / name) != tree["files"].get(name):
+        if not (folder / name).is_file() or file_facts(folder / name) != tree["files"].get(name):
             raise ApacsError(f"{folder / name}: damaged checkpoint (size or hash is not what {STATE} says)")
     weights, rest = load_file(folder / MODEL), _unflatten(load_file(folder / OPTIMIZER), tree["optimizer"])
     bare = bare_model(model)
@@ -126,12 +126,6 @@ def _read_tree(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict) or not {"files", "history", "optimizer"} <= set(tree):
         raise ApacsError(f"{path}: not the state of a training")
     return tree
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"size": path.stat().st_size, "sha256": digest}
 
 
 def _copied(value: Tensor) -> Tensor:

@@ -76,18 +76,7 @@ class OneSlide:
         """Do all, and return the folder of the slide's files."""
         for number in range(self.plan.shards):
             self.shard(number)
-        settings = self.task.settings
-        write_slide_files(
-            self.output,
-            self.parts,
-            self.plan.slide_id,
-            self.plan,
-            origin=settings.origin,
-            simplify=settings.simplify,
-            least=self.planned.least_px(settings),
-            maps=settings.maps,
-            facts={},
-        )
+        write_slide_files(self.output, self.parts, self.plan, self.task.settings, {})
         return Path(self.output.root) / self.plan.slide_id
 
     def mask(self) -> np.ndarray:
@@ -109,7 +98,7 @@ class OneSlide:
         Convolutions of another size add up in another order: where a logit is next to nothing its sign may differ.
         """
         found, box = self.seen_as_a_whole(), Box(0, 0, self.plan.width, self.plan.height)
-        wanted = spread(read_cells(self.output, self.parts), box)
+        wanted = spread(read_cells(self.output, self.parts, self.plan), box)
         mask = self.mask()
         assert mask.shape == found.mask.shape
         differ = mask != (found.mask & wanted)

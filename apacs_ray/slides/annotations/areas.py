@@ -28,13 +28,13 @@ def areas_of(geometry: BaseGeometry) -> tuple[list[Polygon], str | None]:
         The polygons (none: the geometry cannot be used), and the defect (None: there is none).
     """
     if geometry.is_valid:
-        areas = list(_polygons(geometry))
+        areas = list(polygons_of(geometry))
         return areas, None if areas else "it has no area"
     if _meets_itself_often(geometry):
         return [], f"it crosses itself more than {MAX_CROSSINGS} times"
     reason = shapely.is_valid_reason(geometry)
     try:
-        return list(_polygons(shapely.make_valid(geometry))), reason
+        return list(polygons_of(shapely.make_valid(geometry))), reason
     except shapely.errors.GEOSException as error:
         return [], f"it cannot be made valid: {str(error)[:120]}"
 
@@ -64,7 +64,7 @@ def cut_out(areas: Sequence[Polygon], holes: Sequence[Polygon]) -> Iterator[tupl
             yield [], f"negative regions cross it more than {MAX_CROSSINGS} times"
         else:
             try:
-                yield list(_polygons(shapely.difference(area, shapely.union_all(cutting)))), None
+                yield list(polygons_of(shapely.difference(area, shapely.union_all(cutting)))), None
             except shapely.errors.GEOSException as error:
                 yield [], f"its negative regions cannot be cut out: {str(error)[:120]}"
 
@@ -76,13 +76,14 @@ def rings_of(area: Polygon) -> Iterator[Ring]:
         yield np.asarray(hole.coords)[:, :2]
 
 
-def _polygons(geometry: BaseGeometry) -> Iterator[Polygon]:
+def polygons_of(geometry: BaseGeometry) -> Iterator[Polygon]:
+    """Yield the polygons in a geometry of any kind that have an area."""
     if isinstance(geometry, Polygon):
         if geometry.area > 0:
             yield geometry
     elif isinstance(geometry, MultiPolygon | GeometryCollection):
         for part in geometry.geoms:
-            yield from _polygons(part)
+            yield from polygons_of(part)
 
 
 def _all_rings(geometry: BaseGeometry) -> Iterator[Ring]:
