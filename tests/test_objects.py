@@ -8,11 +8,14 @@ import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
+from support.segmentation import filled_by_scipy
 
 from apacs_ray.data.grid import Box, grid
 from apacs_ray.evaluation.objects import EIGHT, components
-from apacs_ray.inference.objects import SlideObject, core_objects, eccentricity, join
-from apacs_ray.inference.outlines import outlines
+from apacs_ray.inference.holes import fill_holes
+from apacs_ray.inference.joining import join
+from apacs_ray.inference.objects import SlideObject, core_objects, eccentricity, paint
+from apacs_ray.inference.outlines import joined, outlines
 from apacs_ray.slides.annotations.areas import rings_of
 from apacs_ray.slides.annotations.rasterize import fill
 
@@ -67,7 +70,35 @@ def test_cut_in_any_way_they_are_the_same(args: tuple[int, int, int, float], sid
         )
         assert other.polygon.is_valid, shapely.is_valid_reason(other.polygon)
         assert other.polygon.area == one.pixels
-        assert shapely.normalize(one.polygon) == shapely.normalize(other.polygon)
+        assert shapely.to_wkt(one.polygon) == shapely.to_wkt(other.polygon)
+
+
+@given(MASKS, st.integers(1, 25), st.integers(0, 12))
+@settings(deadline=None, max_examples=300)
+def test_holes_are_filled_however_it_is_cut(args: tuple[int, int, int, float], side: int, least: int) -> None:
+    mask = drawn(*args)
+    cores, found = [], np.zeros_like(mask)
+    for box in grid(mask.shape[1], mask.shape[0], side, side, "keep"):
+        part = slice(box.y, box.y + box.height), slice(box.x, box.x + box.width)
+        values = np.ones_like(mask[part], np.uint16)
+        one = core_objects(mask[part], values, values, box)
+        found[part], one = fill_holes(mask[part], one, least)
+        cores.append(one)
+    objects = list(join(cores, mask.shape[1], least))
+    for one in objects:
+        for hole in one.holes:
+            paint(found, hole, 0, 0, True)
+    expected = filled_by_scipy(mask, least)
+    assert np.array_equal(found, expected)
+    polygons = outlines(components(expected), 0, 0)
+    firsts = sorted(one.first for one in objects_of(expected, 100))
+    assert sorted(one.first for one in objects) == firsts
+    shapes = {shapely.to_wkt(joined([polygon])) for polygon in polygons}
+    assert {shapely.to_wkt(one.polygon) for one in objects} == shapes
+    for one in objects:
+        assert one.polygon.is_valid
+        assert one.size == one.polygon.area
+        assert one.probability == one.pixels
 
 
 def test_those_that_end_are_not_held() -> None:

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
-from support.segmentation import OneSlide, with_settings, write_ensemble
+from support.segmentation import OneSlide, filled_by_scipy, with_settings, write_ensemble
 from support.slide_files import picture, write_slide, write_tiff
 
 from apacs_ray.errors import BadInput
@@ -168,6 +168,26 @@ def test_small_objects_are_taken_out_however_it_is_cut(
     record = json.loads((files / SLIDE_JSON).read_text())
     assert (record["objects"], record["cell_px"]) == (large.sum(), mask.sum())
     assert sorted(pq.read_table(files / PARQUET)["pixels"].to_pylist()) == sorted(sizes[large].tolist())
+
+
+@pytest.mark.parametrize("core", [32, 96, 512])
+def test_holes_are_filled_in_every_file(models: dict[str, LocalStore], tmp_path: Path, core: int) -> None:
+    write_tiff(tmp_path / "a.tif", picture(300, 260, seed=3))
+    how = with_settings(core=core, use="fcn16", fill_holes_um2=20.0, min_area_um2=3.0)
+    files = OneSlide(tmp_path / "a.tif", models["refined"], tmp_path / "out", how).run()
+    plain = with_settings(core=core, use="fcn16")
+    every = OneSlide(tmp_path / "a.tif", models["refined"], tmp_path / "all", plain).mask()
+    labels, _ = ndimage.label(filled_by_scipy(every, 20.0 / 0.25**2), EIGHT)
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    expected = (sizes * 0.25**2 >= 3.0)[labels]
+    assert (expected & ~every).sum() > 20
+    mask = tifffile.imread(files / MASK, level=0) > 0
+    assert np.array_equal(mask, expected)
+    record = json.loads((files / SLIDE_JSON).read_text())
+    rows = pq.read_table(files / PARQUET)
+    assert (record["objects"], record["cell_px"]) == (len(rows), mask.sum())
+    assert sum(rows["pixels"].to_pylist()) == mask.sum()
 
 
 @pytest.mark.parametrize(("core", "downsample"), [(96, 4), (512, 32), (64, 1)])

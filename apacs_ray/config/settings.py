@@ -295,6 +295,9 @@ class SegmentSettings(Section):
     )
     threshold: Common[float] = Field(0.5, gt=0, lt=1, description="probability from which a pixel is cell")
     min_area_um2: Common[float] = Field(0.0, ge=0, description="objects of less area are background")
+    fill_holes_um2: Common[float] = Field(
+        0.0, ge=0, description="holes in objects of less area are filled, with all that lies in them"
+    )
     roi: Common[str | None] = Field(
         None, description="GeoJSON that restricts every slide; default: NAME.roi.geojson beside a slide restricts that"
     )

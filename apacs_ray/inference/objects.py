@@ -6,8 +6,8 @@ whole numbers: joined in any order they give the same object, however the slide 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from shapely.geometry import MultiPolygon, Polygon
 from apacs_ray.data.grid import Box
 from apacs_ray.data.images import Mask
 from apacs_ray.evaluation.objects import Labels, components
-from apacs_ray.inference.outlines import joined, outlines
+from apacs_ray.inference.outlines import outlines
 from apacs_ray.slides.annotations.areas import rings_of
 from apacs_ray.slides.annotations.rasterize import fill
 
@@ -32,10 +32,11 @@ class Piece:
     Attributes:
         label: Its number in its core, from 1.
         polygon: Along the edges of pixels, px of the slide.
-        pixels: How many it has.
-        probability: Sum over its pixels, in 1 / `STEPS`.
+        pixels: That the networks call cell.
+        probability: Sum over these, in 1 / `STEPS`.
         disagreement: Likewise.
         first: (row, column) of its first pixel in reading order, px of the slide.
+        filled: Pixels of holes that were filled, which are in `polygon`, too.
     """
 
     label: int
@@ -44,6 +45,11 @@ class Piece:
     probability: int
     disagreement: int
     first: tuple[int, int]
+    filled: int = 0
+
+    def with_filled(self, polygon: Polygon | MultiPolygon, holes: Sequence[Polygon]) -> Piece:
+        """Return it with the outline that it has when holes are filled."""
+        return replace(self, polygon=polygon, filled=self.filled + round(sum(hole.area for hole in holes)))
 
 
 @dataclass(frozen=True)
@@ -67,13 +73,24 @@ class CoreObjects:
 
 @dataclass(frozen=True)
 class SlideObject:
-    """One object of a slide; as `Piece`, with everything that belongs to it."""
+    """One object of a slide; as `Piece`, with everything that belongs to it.
+
+    Attributes:
+        holes: Those of `filled` that are not yet in the masks of the cores.
+    """
 
     polygon: Polygon | MultiPolygon
     pixels: int
     probability: int
     disagreement: int
     first: tuple[int, int]
+    filled: int = 0
+    holes: tuple[Polygon, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Pixels of the mask."""
+        return self.pixels + self.filled
 
 
 def core_objects(mask: Mask, probability: Values, disagreement: Values, box: Box) -> CoreObjects:
@@ -128,23 +145,29 @@ def without_small(mask: Mask, found: CoreObjects, least: float) -> tuple[Mask, C
     Returns:
         The mask and the objects that are left.
     """
-    edges = found.edges
-    if edges is None:
+    if found.edges is None:
         return mask, found
-    open_labels = set(np.unique(np.concatenate([edges.top, edges.bottom, edges.left, edges.right])).tolist())
-    small = [piece for piece in found.pieces if piece.pixels < least and piece.label not in open_labels]
+    ends_elsewhere = open_labels(found.edges)
+    small = [
+        piece for piece in found.pieces if piece.pixels + piece.filled < least and piece.label not in ends_elsewhere
+    ]
     if not small:
         return mask, found
     mask = mask.copy()
     for piece in small:
-        erase(mask, piece.polygon, found.box.x, found.box.y)
+        paint(mask, piece.polygon, found.box.x, found.box.y, False)
     gone = {piece.label for piece in small}
     pieces = tuple(piece for piece in found.pieces if piece.label not in gone)
-    return mask, CoreObjects(found.box, pieces, edges if pieces else None)
+    return mask, CoreObjects(found.box, pieces, found.edges if pieces else None)
 
 
-def erase(mask: Mask, polygon: Polygon | MultiPolygon, x: int, y: int) -> None:
-    """Set the px of a polygon in a mask that begins at (x, y) to background, in place."""
+def open_labels(edges: Edges) -> set[int]:
+    """Return the labels of what may go on in the neighbors of a core."""
+    return set(np.unique(np.concatenate([edges.top, edges.bottom, edges.left, edges.right])).tolist())
+
+
+def paint(mask: Mask, polygon: Polygon | MultiPolygon, x: int, y: int, value: bool) -> None:
+    """Set the px of a polygon in a mask that begins at (x, y), in place."""
     for part in getattr(polygon, "geoms", [polygon]):
         left, top, right, bottom = (int(side) for side in part.bounds)
         rows = slice(max(top - y, 0), max(bottom - y, 0))
@@ -153,122 +176,7 @@ def erase(mask: Mask, polygon: Polygon | MultiPolygon, x: int, y: int) -> None:
         inside = np.zeros(window.shape, bool)
         if inside.size:
             fill(inside, list(rings_of(part)), x + columns.start, y + rows.start, 1)
-            window[inside] = False
-
-
-def join(cores: Iterable[CoreObjects], width: int) -> Iterator[SlideObject]:
-    """Join the pieces of a slide's cores.
-
-    Objects that may still go on below are held, and no others: memory grows with the slide's width, not its height.
-
-    Args:
-        cores: In reading order; those without pieces may be left out.
-        width: Of the slide, px.
-
-    Yields:
-        Every object once: those that end in a row of cores by their first pixels, row after row.
-    """
-    open_objects = _Joining(width)
-    row: list[CoreObjects] = []
-    for core in cores:
-        if row and core.box.y != row[0].box.y:
-            yield from open_objects.take(row)
-            row = []
-        row.append(core)
-    if row:
-        yield from open_objects.take(row)
-    yield from open_objects.finish()
-
-
-@dataclass
-class _Joining:
-    """Objects that reach the lower side of the last row of cores."""
-
-    width: int
-    _parents: dict[int, int] = field(default_factory=dict)
-    _pieces: dict[int, list[Piece]] = field(default_factory=dict)  # by root
-    _members: dict[int, list[int]] = field(default_factory=dict)  # keys of each root
-    _frontier: npt.NDArray[np.int64] | None = None  # keys along the lower side, 0 for background
-    _foot: int = 0  # px where that side lies
-    _next: int = 1
-
-    def take(self, row: Sequence[CoreObjects]) -> Iterator[SlideObject]:
-        """Add a row of cores, and yield the objects that end there."""
-        top, bottom = np.zeros(self.width, np.int64), np.zeros(self.width, np.int64)
-        before: tuple[int, npt.NDArray[np.int64]] | None = None  # where the last core ended, and its right side
-        for core in row:
-            if core.edges is None:
-                continue
-            base = self._next - 1
-            for piece in core.pieces:
-                self._add(base + piece.label, piece)
-            columns = slice(core.box.x, core.box.x + core.box.width)
-            top[columns], bottom[columns] = _keys(core.edges.top, base), _keys(core.edges.bottom, base)
-            if before is not None and before[0] == core.box.x:
-                self._touch(before[1], _keys(core.edges.left, base))
-            before = core.box.x + core.box.width, _keys(core.edges.right, base)
-        box = row[0].box
-        if self._frontier is not None and self._foot == box.y:
-            self._touch(self._frontier, top)
-        self._frontier, self._foot = bottom, box.y + box.height
-        going_on = {self._root(int(key)) for key in np.unique(bottom) if key}
-        yield from self._end([root for root in self._pieces if root not in going_on])
-
-    def finish(self) -> Iterator[SlideObject]:
-        """Yield what is left at the slide's lower end."""
-        yield from self._end(list(self._pieces))
-
-    def _add(self, key: int, piece: Piece) -> None:
-        self._parents[key] = key
-        self._pieces[key], self._members[key] = [piece], [key]
-        self._next = key + 1
-
-    def _touch(self, one: npt.NDArray[np.int64], other: npt.NDArray[np.int64]) -> None:
-        """Unite what meets across a line: px at the same place, or one px further to either side."""
-        length = len(one)
-        for shift in (-1, 0, 1):
-            mine = one[max(shift, 0) : length + min(shift, 0)]
-            theirs = other[max(-shift, 0) : length + min(-shift, 0)]
-            both = (mine > 0) & (theirs > 0)
-            for a, b in np.unique(np.stack([mine[both], theirs[both]], axis=1), axis=0).tolist():
-                self._unite(a, b)
-
-    def _unite(self, a: int, b: int) -> None:
-        keep, gone = sorted((self._root(a), self._root(b)))
-        if keep == gone:
-            return
-        if len(self._members[gone]) > len(self._members[keep]):
-            keep, gone = gone, keep
-        self._parents[gone] = keep
-        self._pieces[keep] += self._pieces.pop(gone)
-        self._members[keep] += self._members.pop(gone)
-
-    def _root(self, key: int) -> int:
-        while self._parents[key] != key:
-            self._parents[key] = self._parents[self._parents[key]]
-            key = self._parents[key]
-        return key
-
-    def _end(self, roots: list[int]) -> list[SlideObject]:
-        ended = []
-        for root in roots:
-            pieces = self._pieces.pop(root)
-            for key in self._members.pop(root):
-                del self._parents[key]
-            ended.append(
-                SlideObject(
-                    joined([piece.polygon for piece in pieces]),
-                    sum(piece.pixels for piece in pieces),
-                    sum(piece.probability for piece in pieces),
-                    sum(piece.disagreement for piece in pieces),
-                    min(piece.first for piece in pieces),
-                )
-            )
-        return sorted(ended, key=lambda one: one.first)
-
-
-def _keys(labels: Labels, base: int) -> npt.NDArray[np.int64]:
-    return np.where(labels > 0, labels.astype(np.int64) + base, 0)
+            window[inside] = value
 
 
 def eccentricity(polygon: Polygon | MultiPolygon) -> float:

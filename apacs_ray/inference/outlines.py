@@ -57,7 +57,7 @@ def joined(polygons: list[Polygon | MultiPolygon]) -> Polygon | MultiPolygon:
     # a canonical ring begins at a corner, so that removing points on straight lines keeps its beginning
     whole = shapely.normalize(shapely.union_all(polygons, grid_size=1))
     straight: Polygon | MultiPolygon = shapely.simplify(whole, 0)  # type: ignore[assignment]
-    return straight
+    return shapely.normalize(straight)  # parts are ordered by all of their points
 
 
 def _rings(parts: Labels, count: int) -> list[list[list[tuple[int, int]]]]:

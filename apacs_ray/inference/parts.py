@@ -33,6 +33,7 @@ _PIECE = pa.struct(
         ("disagreement", pa.int64()),
         ("row", pa.int64()),
         ("column", pa.int64()),
+        ("filled", pa.int64()),
     ]
 )
 PART_SCHEMA = pa.schema(
@@ -43,7 +44,6 @@ PART_SCHEMA = pa.schema(
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("reject", pa.struct(list(REJECT_SCHEMA))),  # why the slide could not be read there; null: it could
-        ("cells", pa.int64()),  # px of the mask that are set
         ("mask", pa.list_(pa.binary())),  # strips from the top, packed bits, zlib
         ("pieces", pa.list_(_PIECE)),
         ("edges", pa.binary()),  # labels of the top, bottom, left and right side, int32, zlib
@@ -117,6 +117,7 @@ def objects_of(row: dict[str, Any]) -> CoreObjects:
             piece["probability"],
             piece["disagreement"],
             (piece["row"], piece["column"]),
+            piece["filled"],
         )
         for piece in row["pieces"]
     )
@@ -166,6 +167,7 @@ def _row(core: FinishedCore) -> dict[str, Any]:
             "disagreement": piece.disagreement,
             "row": piece.first[0],
             "column": piece.first[1],
+            "filled": piece.filled,
         }
         for piece in core.objects.pieces
     ]
@@ -177,7 +179,6 @@ def _row(core: FinishedCore) -> dict[str, Any]:
         "width": box.width,
         "height": box.height,
         "reject": core.reject and asdict(core.reject),
-        "cells": int(core.mask.sum()),
         "mask": [encode_strip(core.mask[top : top + STRIP]) for top in range(0, len(core.mask), STRIP)],
         "pieces": pieces,
         "edges": edges,

@@ -21,6 +21,7 @@ from apacs_ray.data.rejects import Reject
 from apacs_ray.data.units import one_unit
 from apacs_ray.errors import BadInput
 from apacs_ray.inference.cores import Core, Lattice, spread
+from apacs_ray.inference.holes import fill_holes
 from apacs_ray.inference.objects import core_objects, without_small
 from apacs_ray.inference.parts import MAPS, FinishedCore, map_of, part_path, write_part
 from apacs_ray.inference.slide_plan import SlidePlan, read_cells
@@ -207,6 +208,7 @@ def _finished(settings: SegmentSettings, slide: PlannedSlide, cells: Lattice, ro
     else:
         reject = Reject(**json.loads(row["reject"][0].as_py()))
     objects = core_objects(mask, values["probability"], values["disagreement"], box)
+    mask, objects = fill_holes(mask, objects, slide.plan.least_px(settings.fill_holes_um2))
     mask, objects = without_small(mask, objects, slide.plan.least_px(settings.min_area_um2))
     maps = {} if settings.maps is None else {name: map_of(part, settings.maps) for name, part in values.items()}
     return FinishedCore(core.number, box, mask, objects, reject, maps)

@@ -10,15 +10,16 @@ import numpy as np
 import numpy.typing as npt
 from shapely.geometry import MultiPolygon, Polygon
 
-from apacs_ray.inference.objects import erase
+from apacs_ray.inference.objects import paint
 from apacs_ray.inference.parts import STRIP, map_strip_of, strip_of
 from apacs_ray.outputs.ome_tiff import TILE
 
 Band = npt.NDArray[np.uint8]
+Change = tuple[Polygon | MultiPolygon, bool]  # px of a slide, and whether they are cell
 
 
 def mask_bands(
-    cores: Iterable[dict[str, Any]], width: int, height: int, erased: Sequence[Polygon | MultiPolygon] = ()
+    cores: Iterable[dict[str, Any]], width: int, height: int, changes: Sequence[Change] = ()
 ) -> Iterator[Band]:
     """Yield the mask of a slide.
 
@@ -26,7 +27,7 @@ def mask_bands(
         cores: x, y, width, height and mask of its cores, in reading order; what is not there is background.
         width: Of the slide, px.
         height: Of the slide, px.
-        erased: Objects that are taken out.
+        changes: Areas that are all cell, or all background, whatever the cores say.
 
     Returns:
         Bands, (512, width) uint8 of 0 and 255; the last one is as high as what is left.
@@ -36,7 +37,7 @@ def mask_bands(
         return strip_of(content, wide) * np.uint8(255)
 
     bands = _of_height(_strips(cores, "mask", 1, width, height, strip), TILE)
-    return _without(bands, erased) if erased else bands
+    return _changed(bands, changes) if changes else bands
 
 
 def map_bands(cores: Iterable[dict[str, Any]], name: str, downsample: int, width: int, height: int) -> Iterator[Band]:
@@ -85,22 +86,22 @@ def _strips(
     yield from _background(scaled(height) - done, across)
 
 
-def _without(bands: Iterator[Band], erased: Sequence[Polygon | MultiPolygon]) -> Iterator[Band]:
-    """Bands less the px of some objects."""
-    waiting = sorted(erased, key=lambda one: one.bounds[1])  # by where they begin
-    begun: list[Polygon | MultiPolygon] = []
+def _changed(bands: Iterator[Band], changes: Sequence[Change]) -> Iterator[Band]:
+    """Bands with some areas painted."""
+    waiting = sorted(changes, key=lambda change: change[0].bounds[1])  # by where they begin
+    begun: list[Change] = []
     top = place = 0
     for band in bands:
-        while place < len(waiting) and waiting[place].bounds[1] < top + len(band):
+        while place < len(waiting) and waiting[place][0].bounds[1] < top + len(band):
             begun.append(waiting[place])
             place += 1
         if begun:
             mask = band > 0
-            for one in begun:
-                erase(mask, one, 0, top)
+            for area, value in begun:
+                paint(mask, area, 0, top, value)
             band = mask * np.uint8(255)
         top += len(band)
-        begun = [one for one in begun if one.bounds[3] > top]
+        begun = [change for change in begun if change[0].bounds[3] > top]
         yield band
 
 

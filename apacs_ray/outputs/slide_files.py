@@ -14,17 +14,17 @@ from typing import Any
 
 import shapely
 from shapely import affinity
-from shapely.geometry import MultiPolygon, Polygon
 
 from apacs_ray.config.settings import SegmentSettings
 from apacs_ray.data.rejects import Reject
-from apacs_ray.inference.objects import STEPS, CoreObjects, SlideObject, eccentricity, join
+from apacs_ray.inference.joining import join
+from apacs_ray.inference.objects import STEPS, CoreObjects, SlideObject, eccentricity
 from apacs_ray.inference.parts import MAPS, objects_of, read_parts
 from apacs_ray.inference.planning import PICTURE
 from apacs_ray.inference.slide_plan import SlidePlan
 from apacs_ray.outputs.geojson import GeoJsonWriter
 from apacs_ray.outputs.geoparquet import GeoParquetWriter
-from apacs_ray.outputs.mask_bands import Band, map_bands, mask_bands
+from apacs_ray.outputs.mask_bands import Band, Change, map_bands, mask_bands
 from apacs_ray.outputs.ome_tiff import write_pyramid
 from apacs_ray.outputs.overview import Overview
 from apacs_ray.outputs.rows import ObjectRow, clean_geometry
@@ -75,13 +75,13 @@ def write_slide_files(
     store.delete(f"{folder}/{SLIDE_JSON}")
     with tempfile.TemporaryDirectory() as scratch:
         here = Path(scratch)
-        found, erased = _write_objects(store, parts, plan, here, settings)
+        found, changes = _write_objects(store, parts, plan, here, settings)
         overview = Overview(plan.width, plan.height)
 
         def cores(column: str) -> Iterator[dict[str, Any]]:
             return read_parts(store, parts, plan.shards, ["x", "y", "width", "height", column])
 
-        bands = mask_bands(cores("mask"), plan.width, plan.height, erased)
+        bands = mask_bands(cores("mask"), plan.width, plan.height, changes)
         _write_image(here / MASK, overview.watch(bands), plan, "mask", 1)
         names = [MASK]
         if settings.maps is not None:
@@ -123,7 +123,7 @@ def object_row(one: SlideObject, plan: SlidePlan, settings: SegmentSettings) -> 
     return ObjectRow(
         object_id=str(uuid.uuid5(NAMESPACE, f"{plan.slide_id} {one.first[0]} {one.first[1]}")),
         geometry=shape,
-        area_um2=math.nan if plan.output_mpp is None else one.pixels * plan.output_mpp**2,
+        area_um2=math.nan if plan.output_mpp is None else one.size * plan.output_mpp**2,
         perimeter_um=math.nan if plan.mpp is None else shape.length * plan.mpp,
         centroid_x=round(center.x, 2),
         centroid_y=round(center.y, 2),
@@ -134,42 +134,42 @@ def object_row(one: SlideObject, plan: SlidePlan, settings: SegmentSettings) -> 
         eccentricity=eccentricity(one.polygon),
         probability=one.probability / one.pixels / STEPS,
         disagreement=one.disagreement / one.pixels / STEPS,
-        pixels=one.pixels,
+        pixels=one.size,
         touches_border=inside[0] == 0 or inside[1] == 0 or inside[2] == plan.width or inside[3] == plan.height,
     )
 
 
 def _write_objects(
     store: Store, parts: str, plan: SlidePlan, here: Path, settings: SegmentSettings
-) -> tuple[Found, list[Polygon | MultiPolygon]]:
-    """Write `cells.geojson.gz` and `cells.parquet`, object after object; returns also those that are too small."""
+) -> tuple[Found, list[Change]]:
+    """Write `cells.geojson.gz` and `cells.parquet`; returns also what objects change in the masks of cores."""
     found = Found()
-    small: list[Polygon | MultiPolygon] = []
-    least = plan.least_px(settings.min_area_um2)
+    changes: list[Change] = []
+    least, fill = plan.least_px(settings.min_area_um2), plan.least_px(settings.fill_holes_um2)
 
     def counted() -> Iterator[CoreObjects]:
-        columns = ["x", "y", "width", "height", "reject", "cells", "pieces", "edges"]
+        columns = ["x", "y", "width", "height", "reject", "pieces", "edges"]
         for row in read_parts(store, parts, plan.shards, columns):
             found.cores += 1
             if row["reject"] is not None:
                 found.rejects.append(Reject(**row["reject"]))
-            found.pixels += row["cells"]
             yield objects_of(row)
 
     with contextlib.ExitStack() as files:
         stream = files.enter_context((here / GEOJSON).open("wb"))
         geojson = files.enter_context(GeoJsonWriter(stream))
         parquet = files.enter_context(GeoParquetWriter(here / PARQUET))
-        for one in join(counted(), plan.width):
-            if one.pixels < least:
-                small.append(one.polygon)
-                found.pixels -= one.pixels
+        for one in join(counted(), plan.width, fill):
+            if one.size < least:
+                changes.append((one.polygon, False))
                 continue
+            changes += [(hole, True) for hole in one.holes]
             row = object_row(one, plan, settings)
             geojson.write(row)
             parquet.write(row)
             found.objects += 1
-    return found, small
+            found.pixels += one.size
+    return found, changes
 
 
 def _record(plan: SlidePlan, found: Found, facts: Mapping[str, Any]) -> bytes:

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import tifffile
+from scipy import ndimage
 from support.slide_files import picture
 
 from apacs_ray.config.settings import DataSettings, SegmentSettings, TilesSettings
 from apacs_ray.data.grid import Box
 from apacs_ray.data.images import Rgb
+from apacs_ray.evaluation.objects import components
 from apacs_ray.inference.cores import spread
 from apacs_ray.inference.model_files import find_models
 from apacs_ray.inference.objects import STEPS
@@ -112,3 +114,16 @@ class OneSlide:
 def with_settings(**changes: object) -> SegmentSettings:
     """The settings of a segmentation of pictures that are no smears."""
     return SegmentSettings.model_validate({"tissue": False, **changes})
+
+
+def filled_by_scipy(mask: np.ndarray, least: float) -> np.ndarray:
+    """The mask with what each object encloses, in areas (connected by sides) of less than `least` px."""
+    whole = mask.copy()
+    labels = components(mask)
+    for number in range(1, labels.max(initial=0) + 1):
+        one = labels == number
+        areas, count = ndimage.label(ndimage.binary_fill_holes(one) & ~one)
+        for area in range(1, count + 1):
+            if (areas == area).sum() < least:
+                whole |= areas == area
+    return whole
