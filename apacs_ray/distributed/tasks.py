@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ParamSpec, TypeVar
 
 import pyarrow as pa
@@ -108,6 +108,12 @@ def plan_pool(cluster: Cluster, shards: int) -> PoolPlan:
     if gpus:
         return PoolPlan(max(1, min(gpus, shards)), min(1.0, cluster.cpus / (2 * gpus)), 1.0)
     return PoolPlan(max(1, min(int(cluster.cpus), shards)), min(1.0, cluster.cpus), 0.0)
+
+
+def plan_segment_pool(cluster: Cluster) -> PoolPlan:
+    """Plan the actors that segment: a GPU each, else half a CPU; the rest is for the tasks before and behind them."""
+    pool = plan_pool(cluster, max(1, int(max(cluster.cpus, cluster.gpus))))
+    return pool if pool.gpus else replace(pool, cpus=pool.cpus / 2)
 
 
 def map_shards(

@@ -10,7 +10,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from apacs_ray.config.settings import Settings
@@ -20,8 +20,9 @@ from apacs_ray.data.units import one_unit
 from apacs_ray.distributed.cluster import joined_machines, refuse_local
 from apacs_ray.distributed.segment import TASK_CPUS, segment_shards
 from apacs_ray.distributed.session import RaySession
-from apacs_ray.distributed.tasks import PoolPlan, map_numbers, plan_pool, start_task
+from apacs_ray.distributed.tasks import PoolPlan, map_numbers, plan_segment_pool, start_task
 from apacs_ray.errors import ApacsError, BadInput, UsageError
+from apacs_ray.inference.cutting import choose_cutting
 from apacs_ray.inference.model_files import ModelFiles, find_models
 from apacs_ray.inference.parts import part_path
 from apacs_ray.inference.planning import Cutting, make_plan
@@ -33,11 +34,6 @@ from apacs_ray.stages.rejects import require_within_limit, write_rejects
 from apacs_ray.stages.segment_slides import ListedSlide, finished_record, forget_parts, list_slides
 from apacs_ray.stages.stage import Job
 from apacs_ray.storage import open_store
-
-GIB = 1 << 30
-CORES = (4096, 2048, 1024, 512)  # px, the largest first
-BYTES_A_PIXEL = 640  # of a window, at width 1 in float32: what FCN-8's first block holds at a time, and some
-SHARD_BYTES = 96 << 20  # of windows that are one block on their way
 
 
 @dataclass
@@ -88,43 +84,14 @@ def segment(run: Run, ray: RaySession, model: str, slides: Sequence[str]) -> Out
         ray.start()
         for uri in (model, *slides):
             refuse_local(joined_machines(), uri, "--slides or --model")
-        pool = _beside_tasks(plan_pool(ray.cluster(), len(waiting) * 1000))
-        cutting = _cutting(settings, models, pool)
+        pool = plan_segment_pool(ray.cluster())
+        cutting = choose_cutting(settings.segment, models, workers=pool.actors, on_gpus=pool.gpus > 0)
         say(f"{STAGE}: {_described(settings, models, cutting, pool)}")
         planned = _plan(job, waiting, cutting, outcome)
         task = SegmentTask(store, dict(models.folders), run.store, settings.segment)
         _work(job, task, planned, pool, models, outcome)
     _close(job, outcome)
     return outcome
-
-
-def _beside_tasks(pool: PoolPlan) -> PoolPlan:
-    """Leave half of the CPUs to the tasks that feed the networks and those that take their masks, on one CPU too."""
-    return pool if pool.gpus else replace(pool, cpus=pool.cpus / 2)
-
-
-def _cutting(settings: Settings, models: ModelFiles, pool: PoolPlan) -> Cutting:
-    """Choose sizes: the core once, from the memory of a worker; a slide that was begun keeps what its plan says."""
-    how = settings.segment
-    halo = models.halo if how.halo is None else how.halo
-    core = how.core or _largest_core(models, halo, pool, how.precision)
-    window = 3 * (core + 2 * halo) ** 2
-    return Cutting(how.mpp or models.mpp, core, halo, max(1, SHARD_BYTES // window), how.tissue)
-
-
-def _largest_core(models: ModelFiles, halo: int, pool: PoolPlan, precision: str) -> int:
-    import psutil
-
-    width = max(spec.width for spec in models.specs.values())
-    room = psutil.virtual_memory().total / 2 / pool.actors
-    if pool.gpus:
-        import torch
-
-        room = torch.cuda.get_device_properties(0).total_memory / 2 if torch.cuda.is_available() else 8 * GIB
-    each = BYTES_A_PIXEL * max(width, 0.125) * (0.5 if precision == "bfloat16" else 1)
-    largest = CORES[0] if pool.gpus else CORES[1]  # on CPUs also small slides are to keep all workers busy
-    fitting = [side for side in CORES if side <= largest and (side + 2 * halo) ** 2 * each <= room]
-    return fitting[0] if fitting else CORES[-1]
 
 
 def _plan(job: Job, slides: Sequence[ListedSlide], cutting: Cutting, outcome: Outcome) -> list[PlannedSlide]:
