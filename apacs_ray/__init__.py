@@ -9,13 +9,14 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from apacs_ray.commands.segment import segment
     from apacs_ray.config.settings import Settings
     from apacs_ray.inference.predictor import Predictor, load_ensemble
     from apacs_ray.slides.open import open_slide
     from apacs_ray.storage import open_store
 
 __version__ = "0.1.0"
-__all__ = ["Predictor", "Settings", "__version__", "load_ensemble", "open_slide", "open_store"]
+__all__ = ["Predictor", "Settings", "__version__", "load_ensemble", "open_slide", "open_store", "segment"]
 
 _HOME = {
     "Predictor": "apacs_ray.inference.predictor",
@@ -23,6 +24,7 @@ _HOME = {
     "load_ensemble": "apacs_ray.inference.predictor",
     "open_slide": "apacs_ray.slides.open",
     "open_store": "apacs_ray.storage",
+    "segment": "apacs_ray.commands.segment",
 }
 
 

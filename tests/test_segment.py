@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import shapely
 import tifffile
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -18,7 +19,8 @@ from scipy import ndimage
 from support.segmentation import OneSlide, filled_by_scipy, with_settings, write_ensemble
 from support.slide_files import picture, write_slide, write_tiff
 
-from apacs_ray.errors import BadInput
+from apacs_ray.data.grid import Box
+from apacs_ray.errors import ApacsError, BadInput
 from apacs_ray.evaluation.objects import EIGHT
 from apacs_ray.evaluation.predictions import predictions
 from apacs_ray.inference.predictor import Predictor
@@ -230,6 +232,37 @@ def test_the_picture_in_a_mirax_file_is_never_taken_for_the_slide(tmp_path: Path
     (tmp_path / "b.mrxs").write_bytes((tmp_path / "preview.jpg").read_bytes())  # without its folder
     with pytest.raises(BadInput):
         open_slide(tmp_path / "b.mrxs")
+
+
+@pytest.mark.parametrize(("fits", "tta"), [(700 * 700, False), (620 * 780, True), (590 * 610, False)])
+def test_a_window_beyond_the_memory_of_a_gpu_gives_the_same_mask(
+    models: dict[str, LocalStore], monkeypatch: pytest.MonkeyPatch, fits: int, tta: bool
+) -> None:
+    """Only how much fits is simulated."""
+    folders = {name: f"members/{name}" for name in MEMBERS} | {"fusion": "fusion"}
+    predictor = Predictor.load(models["refined"], folders, threads=1, precision="float32")
+    segmenter, rgb, keep = Segmenter(predictor, "fcn8", tta=tta), picture(1000, 700), Box(256, 32, 488, 600)
+    whole = segmenter(rgb, keep, 256)
+    batch, sizes = predictor.batch, []
+
+    def limited(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        if images[0, 0].numel() > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        sizes.append(images.shape)
+        return batch(images)
+
+    monkeypatch.setattr(predictor, "batch", limited)
+    if fits < 600 * 600:  # what 256 px need at least
+        with pytest.raises(ApacsError, match=r"^the GPU's memory is too small .*segment.use to one member"):
+            segmenter(rgb, keep, 256)
+        return
+    parts = segmenter(rgb, keep, 256)
+    assert len(sizes) >= (16 if tta else 2)
+    assert np.array_equal(parts.mask, whole.mask)
+    for name in ("probability", "disagreement"):
+        one, other = getattr(parts, name).astype(int), getattr(whole, name).astype(int)
+        assert one.shape == (600, 488)
+        assert np.abs(one - other).max() <= 7  # 1e-4
 
 
 @pytest.mark.parametrize("use", USES)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -63,6 +65,52 @@ def test_only_new_slides_are_done_and_a_kill_changes_nothing(model: LocalStore, 
     assert record["readable"] == 1
 
 
+def test_damaged_slides_among_others_are_rejects(model: LocalStore, tmp_path: Path) -> None:
+    slides, output = tmp_path / "slides", tmp_path / "out"
+    slides.mkdir()
+    for number in range(15):
+        write_tiff(slides / f"whole-{number:02d}.tif", picture(70 + 3 * number, 64, seed=number))
+    whole = (slides / "whole-00.tif").read_bytes()
+    (slides / "noise.svs").write_bytes(bytes(range(256)) * 9)
+    (slides / "empty.tif").touch()
+    (slides / "cut.tif").write_bytes(whole[: len(whole) // 2])
+    (slides / "header.tif").write_bytes(whole[:8])
+    (slides / "alone.mrxs").write_bytes(b"no folder beside it")
+    command = ["--model", str(model.root), "--slides", str(slides), "--output", str(output), *HOW]
+    done = run(*command, script="segment.py")
+    assert done.status == 0, done.summary
+    rejects = pq.read_table(output / "rejects/segment.parquet").to_pylist()
+    assert sorted(row["uri"].rpartition("/")[2] for row in rejects) == [
+        "alone.mrxs", "cut.tif", "empty.tif", "header.tif", "noise.svs",
+    ]  # fmt: skip
+    assert all(row["reason"] for row in rejects)
+    assert sorted(path.parent.name for path in output.glob(f"*/{SLIDE_JSON}")) == [
+        f"whole-{number:02d}" for number in range(15)
+    ]
+    stage = json.loads((output / "run.json").read_text())["stages"]["segment"]
+    assert (stage["rows_in"], stage["rows_out"], stage["rejected"]) == (20, 15, 5)
+    strict = run(*command, "--data.max_rejects", "4", script="segment.py")
+    assert strict.status == 1, strict.summary
+    assert "15 unchanged" in strict.text
+
+
+def test_it_is_a_function_too(model: LocalStore, tmp_path: Path) -> None:
+    write_tiff(tmp_path / "a.tif", picture(300, 200))
+    script = (
+        "import apacs_ray, sys\n"
+        "how = apacs_ray.Settings.model_validate({'segment': {'use': 'fcn8', 'tissue': False}})\n"
+        "found = apacs_ray.segment(sys.argv[1], sys.argv[2], sys.argv[3], how)\n"
+        "print('objects', {slide: one.objects for slide, (one, _) in found.done.items()}, found.unchanged)\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", script, str(model.root), str(tmp_path / "a.tif"), str(tmp_path / "out")],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    record = json.loads((tmp_path / "out/a" / SLIDE_JSON).read_text())
+    assert record["objects"] > 0
+    assert f"objects {{'a': {record['objects']}}} 0" in process.stdout
+
+
 def test_what_cannot_be_is_told_in_a_line(model: LocalStore, tmp_path: Path) -> None:
     (tmp_path / "slides").mkdir()
     write_tiff(tmp_path / "slides/a.tif", picture(64, 64))
@@ -72,6 +120,10 @@ def test_what_cannot_be_is_told_in_a_line(model: LocalStore, tmp_path: Path) -> 
         (["--model", str(model.root), "--slides", str(tmp_path / "nothing")], "nothing there"),
         (["--model", str(model.root), "--slides", str(model.root)], "no slides there"),
         (["--model", str(model.root), "--slides", str(tmp_path / "slides"), "--segment.core", "100"], "segment.core"),
+        (
+            ["--model", str(model.root), "--slides", str(tmp_path / "slides"), "--segment.roi", "nothing.geojson"],
+            "segment.roi nothing.geojson: no such file",
+        ),
     ]
     for more, told in cases:
         done = run(*more, *given, script="segment.py")

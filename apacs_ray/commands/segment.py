@@ -5,10 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from functools import partial
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from apacs_ray.commands.shell import opened_run, run_command
 from apacs_ray.config.command_line import Command, parse_segment
+from apacs_ray.config.settings import Settings
+
+if TYPE_CHECKING:
+    from apacs_ray.stages.segment import Outcome
 
 SUMMARY = "Segment whole slides by a trained ensemble: masks and objects that QuPath opens."
 
@@ -20,14 +24,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def _work(argv: Sequence[str]) -> int:
     given = parse_segment(argv, "segment.py", SUMMARY)
-    with opened_run(Command(None, given.output, given.settings), what=f"slides: {', '.join(given.slides)}") as (
-        run,
-        ray,
-    ):
-        from apacs_ray.console import slides_table
-        from apacs_ray.stages.segment import segment
+    from apacs_ray.console import slides_table
 
-        outcome = segment(run, ray, given.model, given.slides)
+    outcome = segment(given.model, given.slides, given.output, given.settings)
     rows = [
         {
             "slide": slide,
@@ -41,3 +40,29 @@ def _work(argv: Sequence[str]) -> int:
     ]
     slides_table(rows, outcome.unchanged, outcome.rejected_slides)
     return 0
+
+
+def segment(model: str, slides: str | Sequence[str], output: str, settings: Settings | None = None) -> Outcome:
+    """Segment whole slides, as the command `segment` does; `docs/outputs.md` says what is written.
+
+    It starts Ray, or joins the cluster that `RAY_ADDRESS` names, and ends it again.
+
+    Args:
+        model: Path or URI of a finished run, or of a folder of models.
+        slides: Folders with slides, or single slides.
+        output: Where each slide gets a folder.
+        settings: Of which `segment`, `data` and `run` count; None: the defaults.
+
+    Returns:
+        What became of the slides: `done` holds, by slide, what was found; `rejects` what could not be read.
+
+    Raises:
+        UsageError: There are no slides, or the output or the model is none.
+        ApacsError: No slide is left, or more are rejected than `data.max_rejects` allows.
+    """
+    slides = (slides,) if isinstance(slides, str) else tuple(slides)
+    command = Command(None, output, settings or Settings())
+    with opened_run(command, what=f"slides: {', '.join(slides)}") as (run, ray):
+        from apacs_ray.stages.segment import segment as on_ray
+
+        return on_ray(run, ray, model, slides)

@@ -71,6 +71,7 @@ WINDOW_SCHEMA = pa.schema(
         ("slide", pa.int64()),
         ("shard", pa.int64()),
         ("core", pa.string()),
+        ("halo", pa.int32()),
         ("rgb", pa.large_binary()),  # null: it cannot be read
         ("reject", pa.string()),
         ("read_s", pa.float64()),
@@ -114,7 +115,7 @@ def read_windows(task: SegmentTask, slide: PlannedSlide, number: int, shard: int
         with one_unit(slide.files.path, again=True), opened_slide(slide.reading, slide.files) as reader:
             for core in cores:
                 assert core.window is not None
-                row: dict[str, Any] = {"slide": number, "shard": shard, "core": _encoded(core)}
+                row = _row(slide, number, shard, core)
                 began = time.perf_counter()
                 try:
                     with one_unit(f"{slide.files.path} at {core.box.x}, {core.box.y}", again=True):
@@ -123,9 +124,10 @@ def read_windows(task: SegmentTask, slide: PlannedSlide, number: int, shard: int
                     row["reject"] = _reject(slide, core, defect)
                 rows.append({**row, "read_s": time.perf_counter() - began})
     except BadInput as defect:  # it opened when it was planned, and does not now
-        for core in cores[len(rows) :]:
-            lost = {"slide": number, "shard": shard, "core": _encoded(core), "read_s": 0.0}
-            rows.append({**lost, "reject": _reject(slide, core, defect)})
+        rows += [
+            {**_row(slide, number, shard, core), "read_s": 0.0, "reject": _reject(slide, core, defect)}
+            for core in cores[len(rows) :]
+        ]
     return pa.Table.from_pylist(rows, WINDOW_SCHEMA)
 
 
@@ -154,7 +156,8 @@ class RunNetworks:
                 assert window is not None
                 rgb = np.frombuffer(pixels.as_buffer(), np.uint8).reshape(window.height, window.width, 3)
                 seen = _seen(core)
-                found = self._segment(rgb).crop(seen.x - window.x, seen.y - window.y, seen.width, seen.height)
+                keep = Box(seen.x - window.x, seen.y - window.y, seen.width, seen.height)
+                found = self._segment(rgb, keep, block["halo"][number].as_py())
                 row |= {
                     "mask": np.packbits(found.mask).tobytes(),
                     "probability": found.probability.tobytes(),
@@ -244,6 +247,10 @@ def _reject(slide: PlannedSlide, core: Core, defect: BadInput) -> str:
     x = slide.plan.bounds.x + round(core.box.x * slide.plan.downsample)
     y = slide.plan.bounds.y + round(core.box.y * slide.plan.downsample)
     return json.dumps(asdict(Reject.of(defect, uri, slide.files.slide_id, x, y, stage=STAGE)))
+
+
+def _row(slide: PlannedSlide, number: int, shard: int, core: Core) -> dict[str, Any]:
+    return {"slide": number, "shard": shard, "core": _encoded(core), "halo": slide.plan.halo}
 
 
 def _encoded(core: Core) -> str:

@@ -8,6 +8,7 @@ from PIL import Image
 
 from apacs_ray.data.grid import Box
 from apacs_ray.data.images import Rgb, decode_image
+from apacs_ray.errors import BadInput
 from apacs_ray.slides.mask_sources import MAX_PIXELS
 from apacs_ray.slides.reader import Level, SlideInfo, filled
 
@@ -20,7 +21,13 @@ class ImageSlide:
 
     def __init__(self, path: Path) -> None:
         """Decode the picture at `path`. Raises BadInput where it is none, damaged or too large."""
-        self._pixels = decode_image(path.read_bytes(), MAX_PIXELS)
+        try:
+            self._pixels = decode_image(path.read_bytes(), MAX_PIXELS)
+        except BadInput as defect:
+            if defect.code != "too_large":
+                raise
+            reason = f"{path.name}: too large a picture to be decoded whole; save it as a tiled TIFF ({defect.reason})"
+            raise BadInput("too_large", reason) from defect
         height, width, _ = self._pixels.shape
         self.info = SlideInfo("image", (Level(width, height, 1.0),), None, Box(0, 0, width, height))
 

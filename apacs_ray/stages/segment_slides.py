@@ -75,6 +75,8 @@ def list_slides(run: Run, models: ModelFiles, uris: Sequence[str]) -> tuple[list
         folder, _, name = settings.segment.roi.rpartition("/")
         place = open_store(folder or ".")
         roi = Region(place, name, place.version(name))
+        if roi.version is None:
+            raise UsageError(f"segment.roi {settings.segment.roi}: no such file")
     listed: list[ListedSlide] = []
     for uri in uris:
         store, entries = _entries(uri)
