@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 from yaml import safe_dump as yaml_dump
 
 from apacs_ray.commands import pipeline
@@ -95,6 +97,41 @@ def test_lists_none_and_booleans_from_the_command_line() -> None:
     assert settings.fusion.members == ("fcn32", "fcn8")
     assert settings.tiles.stride is None
     assert settings.fusion.compare is True
+
+
+def values_of(annotation: Any, default: Any) -> list[Any]:
+    """All values of a setting that has few, else one."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return list(typing.get_args(annotation))
+    found = [value for one in typing.get_args(annotation) for value in values_of(one, None)]
+    if annotation is bool:
+        found += [True, False]
+    return found + [default] * (default is not None)
+
+
+@pytest.mark.parametrize("section", sorted(SECTIONS))
+def test_what_a_setting_can_be_it_can_be_from_the_command_line(section: str) -> None:
+    for name, field in SECTIONS[section].model_fields.items():
+        for value in values_of(field.annotation, field.get_default(call_default_factory=True)):
+            if isinstance(value, BaseModel | tuple | dict):
+                continue
+            given = [f"--{section}.{name}", str(value).lower() if isinstance(value, bool) else str(value)]
+            refusal = ""
+            try:
+                settings = command("--data", "d", *given).settings
+            except UsageError as error:  # it does not go with the default of another setting
+                refusal = str(error)
+            else:
+                assert getattr(getattr(settings, section), name) == value, given
+            assert "Input should be" not in refusal
+
+
+@pytest.mark.parametrize("text", ["1", "4", "32", "none"])
+def test_maps_are_of_whole_px_in_every_core(text: str) -> None:
+    maps = command("--data", "d", "--segment.maps", text).settings.segment.maps
+    assert maps == (None if text == "none" else int(text))
+    with pytest.raises(UsageError, match=r"segment.maps: .*must be 1, 2, 4, 8, 16 or 32"):
+        command("--data", "d", "--segment.maps", "3")
 
 
 def test_default_output_is_named_after_the_data() -> None:

@@ -319,13 +319,23 @@ class SegmentSettings(Section):
         "bounds", description="where coordinates of objects begin: at the slide's bounds, as in QuPath, or its corner"
     )
     simplify: float = Field(0.75, ge=0, le=10, description="px by which outlines of objects may leave the mask's")
-    maps: Literal[1, 2, 4, 8, 16, 32] | None = Field(
-        None, description="px of the mask per px of probability.ome.tif and disagreement.ome.tif; none: no maps"
+    maps: int | None = Field(
+        None,
+        ge=1,
+        le=32,
+        description="px of the mask per px of probability.ome.tif and disagreement.ome.tif (1, 2, 4 ..); none: no maps",
     )
     precision: Literal["float32", "bfloat16"] = Field("float32", description="of the networks' forward pass")
     threads: int = Field(
         1, ge=1, description="torch threads a worker; fixed, so that masks do not depend on the machine"
     )
+
+    @field_validator("maps")
+    @classmethod
+    def _whole_px_in_every_core(cls, value: int | None) -> int | None:
+        if value is not None and 32 % value:
+            raise ValueError("must be 1, 2, 4, 8, 16 or 32")
+        return value
 
     @property
     def members(self) -> tuple[MemberName, ...]:
