@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from support.runs import SMALL, SWEPT, run, start
+from support.segmentation import OneSlide, with_settings, write_ensemble
+from support.slide_files import picture, write_tiff
 
+from apacs_ray.outputs.slide_files import GEOJSON, MASK, OVERVIEW, PARQUET, SLIDE_JSON
 from apacs_ray.storage import open_store
 from apacs_ray.synthetic.slide import slide_specs
 from apacs_ray.synthetic.write import write_smear
@@ -96,6 +99,36 @@ def test_nodes_that_go_cost_little_and_change_nothing(
     assert process.returncode == 0, text[-3000:]
     assert "a node is to be taken away" in text
     same_training(untrained, undisturbed)
+
+
+def test_segmentation_loses_a_worker_and_a_node(tmp_path: Path, cluster: RayCluster, nodes: list[Node]) -> None:
+    """And ends with the bytes of one process."""
+    model, slides, output = write_ensemble(tmp_path / "model"), tmp_path / "slides", tmp_path / "out"
+    slides.mkdir()
+    for number in range(24):
+        write_tiff(slides / f"{number:02d}.tif", picture(500, 420, seed=number))
+    how = ["--segment.core", "128", "--segment.use", "fcn8", "--segment.tissue", "false"]
+    where = ["--model", model.root, "--slides", str(slides), "--output", str(output)]
+    process = start(*where, *how, script="segment.py", env=cluster.joined)
+
+    def busy(parts: int) -> tuple[int, Node]:
+        """Where networks run when so many slides have their parts, or had them."""
+        made = partial(output.glob, "*/.parts-*/cores-*.parquet")
+        networks = "ray::MapWorker(MapBatches(Worker))"
+        return wait_for(process, lambda: worker_of(nodes, networks) if len(list(made())) >= parts else None)
+
+    os.kill(busy(1)[0], signal.SIGKILL)
+    _, node = busy(3)
+    assert len(list(output.glob(f"*/{SLIDE_JSON}"))) < 24
+    nodes.remove(node)
+    kill_node(node)
+    text, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, text[-3000:]
+    assert "Traceback" not in text
+    for path in sorted(slides.iterdir()):
+        alone = OneSlide(path, model, tmp_path / "alone", with_settings(core=128, use="fcn8"), cores_a_shard=78).run()
+        for name in (MASK, GEOJSON, PARQUET, OVERVIEW):
+            assert (output / path.stem / name).read_bytes() == (alone / name).read_bytes(), f"{path.stem} {name}"
 
 
 def test_every_stage_after_the_members_loses_a_node(

@@ -209,6 +209,20 @@ def test_maps_are_means_of_probability_and_disagreement(
             assert image[row, column] == pytest.approx(mean, abs=0.51)
 
 
+def test_the_overview_shows_the_slide_as_sharp_as_it_is(models: dict[str, LocalStore], tmp_path: Path) -> None:
+    """Tissue is looked for on a much smaller picture."""
+    write_slide(tmp_path / "a.mrxs", picture(384, 256), margin=1)
+    files = OneSlide(tmp_path / "a.mrxs", models["refined"], tmp_path / "out", with_settings(use="fcn8")).run()
+    shown = np.asarray(Image.open(files / OVERVIEW).convert("RGB")).astype(int)
+    slide = open_slide(tmp_path / "a.mrxs")
+    read = slide.read(0, slide.info.bounds.x, slide.info.bounds.y, 384, 256).astype(int)
+    slide.close()
+    assert shown.shape == (256, 384, 3)
+    mask = tifffile.imread(files / MASK, level=0) > 0
+    inner = ndimage.binary_erosion(mask) | ~mask
+    assert np.array_equal(shown[inner], read[inner])
+
+
 @pytest.mark.parametrize("suffix", ["png", "jpg", "bmp"])
 def test_a_plain_picture_is_a_slide(models: dict[str, LocalStore], tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"field.{suffix}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
+from apacs_ray.data.grid import Box
 from apacs_ray.data.images import Rgb
 from apacs_ray.errors import BadInput
 from apacs_ray.inference.cores import Lattice
@@ -17,10 +19,13 @@ from apacs_ray.slides.manifest import SlideTask, downsample_to, mpp_of, opened_s
 from apacs_ray.slides.reader import Slide, SlideInfo
 from apacs_ray.slides.slide_files import SlideFiles
 from apacs_ray.slides.slide_grid import grid_size
+from apacs_ray.slides.slide_window import read_window
 from apacs_ray.slides.tissue import Tissue, find_tissue
 from apacs_ray.storage import Store
 
-PICTURE = "picture.png"  # the scanned part of the slide at about 8 um per px
+PICTURE = "picture.png"  # the scanned part of the slide
+PICTURE_SIDE = 1600  # px, its longer side; longer where tissue was looked for on a larger picture
+AT_ONCE = 1 << 26  # px of a level that are read for it
 MPP_NOTE = 0.1  # share by which a slide's mpp may differ from the training's before a person is told
 
 
@@ -67,9 +72,10 @@ def make_plan(reading: SlideTask, files: SlideFiles, region: Region | None, cutt
             cells &= tissue_cells(tissue, plan)
         if region is not None:
             cells &= _region_cells(region, slide.info, plan)
+        picture = _picture(slide, tissue)
     plan = finished_plan(plan, cells)
     sink = io.BytesIO()
-    Image.fromarray(_scanned(tissue, slide.info)).save(sink, "png")
+    Image.fromarray(picture).save(sink, "png")
     reading.output.write(f"{parts}/{PICTURE}", sink.getvalue())
     write_plan(reading.output, parts, plan, cells)
     return plan
@@ -82,7 +88,10 @@ def _planned(reading: SlideTask, files: SlideFiles, slide: Slide, cutting: Cutti
     downsample = downsample_to(cutting.mpp, mpp)
     if mpp is None:
         wanted = "" if cutting.mpp is None else f", though the networks expect {cutting.mpp:g}"
-        notes.append(f"its um per px are not known: segmented as it is{wanted} (data.mpps or data.mpp tells them)")
+        notes.append(
+            f"um per px not known: segmented as it is{wanted}, and areas in um2 "
+            "do not apply (data.mpps or data.mpp tells them)"
+        )
     elif downsample < 1 - MPP_NOTE:
         notes.append(f"{mpp:g} um per px, coarser than the {cutting.mpp:g} of the training: it is enlarged")
     width, height = grid_size(info.bounds, downsample)
@@ -114,9 +123,18 @@ def _region_cells(region: Region, info: SlideInfo, plan: SlidePlan) -> Lattice:
     return area_cells(drawn.areas, plan)
 
 
-def _scanned(tissue: Tissue, info: SlideInfo) -> Rgb:
-    """The slide's small picture, cut to its bounds."""
-    box, scale = info.bounds, tissue.downsample
-    top, left = int(box.y / scale), int(box.x / scale)
-    bottom, right = max(int((box.y + box.height) / scale), top + 1), max(int((box.x + box.width) / scale), left + 1)
+def _picture(slide: Slide, tissue: Tissue) -> Rgb:
+    """The scanned part of a slide, `PICTURE_SIDE` px long where that is read at once, else as tissue was looked for."""
+    bounds = slide.info.bounds
+    longest = max(bounds.width, bounds.height)
+    downsample = max(1.0, longest / PICTURE_SIDE)
+    level = slide.info.levels[slide.info.level_for(downsample)]
+    if longest / tissue.downsample < PICTURE_SIDE and bounds.width * bounds.height < AT_ONCE * level.downsample**2:
+        width, height = grid_size(bounds, downsample)
+        with contextlib.suppress(BadInput):  # damaged there: its core will say so
+            return read_window(slide, Box(0, 0, width, height), downsample)
+    scale = tissue.downsample
+    top, left = int(bounds.y / scale), int(bounds.x / scale)
+    bottom = max(int((bounds.y + bounds.height) / scale), top + 1)
+    right = max(int((bounds.x + bounds.width) / scale), left + 1)
     return tissue.picture[top:bottom, left:right]

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from apacs_ray.config.settings import Settings
-from apacs_ray.console import say
+from apacs_ray.console import few, say
 from apacs_ray.data.rejects import Reject
 from apacs_ray.data.units import one_unit
 from apacs_ray.distributed.cluster import joined_machines, refuse_local
@@ -109,6 +109,7 @@ def _plan(job: Job, slides: Sequence[ListedSlide], cutting: Cutting, outcome: Ou
         return plan.to_json()
 
     planned: list[PlannedSlide] = []
+    noted: dict[str, list[str]] = {}
     with job.progress() as progress:
         for number, text in enumerate(map_numbers(work, len(slides))):
             progress.show("slides planned", number + 1, len(slides))
@@ -119,10 +120,12 @@ def _plan(job: Job, slides: Sequence[ListedSlide], cutting: Cutting, outcome: Ou
                 continue
             plan = SlidePlan.from_json(text)
             for note in plan.notes:
-                say(f"{STAGE}: {plan.slide_id}: {note}")
+                noted.setdefault(note, []).append(plan.slide_id)
             names = {entry.path for entry in output.list(one.parts)}
             done = frozenset(shard for shard in range(plan.shards) if part_path(one.parts, shard) in names)
             planned.append(PlannedSlide(one.files, one.reading, plan, one.parts, done))
+    for note, slide_ids in noted.items():
+        say(f"{STAGE}: {few(slide_ids)}: {note}")
     return planned
 
 
