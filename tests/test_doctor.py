@@ -6,6 +6,7 @@ import email.utils
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -13,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,13 +22,15 @@ import boto3
 import numpy as np
 import pytest
 from ray._common.utils import get_default_ray_temp_dir
+from support.segmentation import write_ensemble
+from support.slide_files import picture, write_tiff
 
 from apacs_ray.commands.doctor import doctor
-from apacs_ray.config.command_line import parse
+from apacs_ray.config.command_line import parse, parse_segment
 from apacs_ray.distributed.probe import ClusterProbe, cause
 from apacs_ray.distributed.resource_plan import Nodes, cluster_of
 from apacs_ray.distributed.session import private_session_folder
-from apacs_ray.doctor import cluster, codecs, devices, folders, machine, objects, tables, versions
+from apacs_ray.doctor import cluster, codecs, devices, folders, machine, objects, segmenting, tables, versions
 from apacs_ray.doctor.finding import Finding, examine, redacted
 from apacs_ray.doctor.stores import Stores
 from apacs_ray.errors import ApacsError, UsageError
@@ -536,3 +539,85 @@ def test_a_failed_check_is_exit_status_1(
     assert "planted-word" not in text
     assert os.environ["AWS_SECRET_ACCESS_KEY"] not in text
     assert list(tmp_path.iterdir()) == []
+
+
+# segmentation
+
+
+def test_a_segmentation_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user asks for it: by the options of `segment`."""
+    monkeypatch.setenv("COLUMNS", "400")
+    model = write_ensemble(tmp_path / "model", mpp=0.25)
+    (tmp_path / "slides").mkdir()
+    write_tiff(tmp_path / "slides/a.tif", picture(300, 200), mpp=0.5)
+    options = ["--model", str(model.root), "--slides", str(tmp_path / "slides"), "--output", str(tmp_path / "out")]
+    status, text = call("doctor", *options)
+    assert status == 0, text
+    for words in ("fusion of fcn32, fcn16, fcn8, fusion", "1 slide; a.tif opens: 300 x 200 px", "it is enlarged"):
+        assert words in text
+    assert re.search(r"2.00 times.*cores of \d+ px with a halo of 480", text, re.S)
+    assert "training" not in re.sub(r"trained.*", "", text).partition("cluster")[2]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def checks(tmp_path: Path) -> Callable[..., segmenting.SegmentChecks]:
+    model = write_ensemble(tmp_path / "model", mpp=0.25)
+    (tmp_path / "slides").mkdir()
+    write_tiff(tmp_path / "slides/a.tif", picture(300, 200), mpp=0.25)
+
+    def of(*more: str) -> segmenting.SegmentChecks:
+        given = ["--model", str(model.root), "--slides", str(tmp_path / "slides"), "--output", str(tmp_path / "out")]
+        return segmenting.SegmentChecks(parse_segment([*given, *more], "doctor", ""))
+
+    return of
+
+
+def test_networks_that_are_not_whole(checks: Callable[..., segmenting.SegmentChecks], tmp_path: Path) -> None:
+    assert only(checks().check_model()).state == "ok"
+    weights = tmp_path / "model/fusion/model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    cut = only(checks().check_model())
+    assert (cut.state, bool(cut.advice)) == ("failed", True)
+    weights.unlink()
+    gone = only(checks().check_model())
+    assert gone.state == "failed"
+    assert "has no weights" in gone.message
+    (tmp_path / "model/run.json").write_text("{}")
+    weights.write_bytes(whole)
+    uncommitted = only(checks().check_model())
+    assert (uncommitted.state, "no finished run" in uncommitted.message) == ("failed", True)
+    shutil.rmtree(tmp_path / "model")
+    assert "no fusion/model.json there" in only(checks().check_model()).message
+
+
+def test_slides_and_their_resolution(checks: Callable[..., segmenting.SegmentChecks], tmp_path: Path) -> None:
+    def resolution(*more: str) -> Finding:
+        one = checks(*more)
+        list(one.check_model())
+        return next(finding for finding in one.check_slides() if finding.name == "resolution")
+
+    assert resolution().state == "ok"
+    assert "another size" in resolution("--segment.mpp", "0.5").advice
+    assert resolution("--segment.mpp", "0.26").state == "ok"
+    slides = tmp_path / "slides"
+    write_tiff(slides / "a.tif", picture(300, 200), mpp=None)
+    unknown = resolution()
+    assert (unknown.state, "--data.mpp" in unknown.advice) == ("warning", True)
+    assert resolution("--data.mpp", "0.25").state == "ok"
+    (slides / "a.tif").write_bytes(b"no slide" * 100)
+    closed = only(checks().check_slides())
+    assert (closed.state, "does not open" in closed.message) == ("warning", True)
+    (slides / "a.tif").unlink()
+    assert "nothing there" in only(checks().check_slides()).message
+
+
+def test_a_core_that_does_not_fit_the_memory(checks: Callable[..., segmenting.SegmentChecks]) -> None:
+    """Of a cluster of many CPUs each worker has little; a core that is given is not made smaller."""
+    for cpus, more, state in ((1, [], "ok"), (10**6, [], "failed"), (1, ["--segment.core", "65536"], "failed")):
+        one = checks(*more)
+        list(one.check_model())
+        finding = only(one.check_cores(cluster_of([Nodes(cpus, 0, 1)], [])))
+        assert finding.state == state, finding.message
+        assert (finding.advice == "") == (state == "ok")

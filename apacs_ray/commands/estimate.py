@@ -55,7 +55,8 @@ def estimate(run: Run, ray: RaySession, names: Sequence[str]) -> None:
         "evaluate": lambda: [networks.evaluation()],
     }
     shown = [line for name, work in lines.items() if name in names for line in work()]
-    _show(shown)
+    show_lines(shown, unit="tiles")
+    say("tiles of training: one in each epoch of each network")
     there = f"{cluster.cpus:.0f} CPUs" + (f" and {cluster.gpus:g} GPUs" if cluster.gpus else "")
     say(f"on {there}, from a sample of {time.perf_counter() - began:.0f} s; nodes that have to start come on top")
     if run.settings.members.patience or run.settings.fusion.patience:
@@ -78,10 +79,10 @@ def _look_at_data(run: Run, cluster: Cluster, *, trains: bool) -> tuple[Tiles, S
     listed: Sequence[Unit]
     chosen: Sequence[Unit]
     if source.holds_folders:
-        some = _chosen(source.pairs, PAIRS)
+        some = chosen_of(source.pairs, PAIRS)
         listed, chosen, cut = source.pairs, some, partial(cut_pairs, store, some, settings.tiles, settings.data)
     else:
-        few = _chosen(source.slides, SLIDES)
+        few = chosen_of(source.slides, SLIDES)
         listed, chosen, cut = source.slides, few, partial(cut_slides, slide_task(source, run.store, "estimate"), few)
     if not listed:
         raise ApacsError(f"{store.uri}: nothing to cut")
@@ -95,18 +96,18 @@ def _look_at_data(run: Run, cluster: Cluster, *, trains: bool) -> tuple[Tiles, S
     return tiles, sample.cut.tile, tiling(tiles, sample.cut.each, opening, shard=shard, cpus=cluster.tiling_cpus)
 
 
-def _chosen(listed: Sequence[U], most: int) -> list[U]:
+def chosen_of(listed: Sequence[U], most: int) -> list[U]:
     """At most so many of each kind, from all over the listing."""
-    kinds = sorted({_kind(unit) for unit in listed})
-    return [unit for kind in kinds for unit in spread([one for one in listed if _kind(one) == kind], most)]
+    kinds = sorted({kind_of(unit) for unit in listed})
+    return [unit for kind in kinds for unit in spread([one for one in listed if kind_of(one) == kind], most)]
 
 
-def _kind(unit: Unit) -> str:
+def kind_of(unit: Unit) -> str:
     """Scanners differ in how many bytes a pixel takes them."""
     return "pair" if isinstance(unit, Pair) else unit.path.rpartition(".")[2].lower()
 
 
-def _weight(unit: Unit) -> int:
+def weight_of(unit: Unit) -> int:
     """What a unit's tiles are proportional to: slides of more bytes have more."""
     return 1 if isinstance(unit, Pair) else sum(entry.size for entry in unit.files)
 
@@ -118,12 +119,12 @@ def count_tiles(
     weights: dict[str, float] = defaultdict(float)
     found: dict[str, float] = defaultdict(float)
     for unit, count in zip(chosen, tiles, strict=True):
-        weights[_kind(unit)] += _weight(unit)
-        found[_kind(unit)] += count
+        weights[kind_of(unit)] += weight_of(unit)
+        found[kind_of(unit)] += count
     splits = dict.fromkeys(("train", "val", "test"), 0.0)
     for unit in listed:
-        kind = _kind(unit)
-        splits[unit.split or "train"] += _weight(unit) * found[kind] / max(1, weights[kind])
+        kind = kind_of(unit)
+        splits[unit.split or "train"] += weight_of(unit) * found[kind] / max(1, weights[kind])
     if not splits["val"]:
         splits["val"] = val_fraction * splits["train"]
         splits["train"] -= splits["val"]
@@ -224,26 +225,28 @@ class _Networks:
         )
 
 
-def _show(lines: Sequence[Line]) -> None:
+def show_lines(lines: Sequence[Line], *, unit: str, wall: float | None = None) -> None:
+    """Print a table of stages; in all it takes `wall` s, or one stage after the other."""
     table = Table(title="estimate", title_justify="left")
-    for heading in ("stage", "tiles", "ms each", "CPU h", "GPU h", "GB", "wall time"):
+    for heading in ("stage", unit, "ms each", "CPU h", "GPU h", "GB", "wall time"):
         table.add_column(heading, justify="left" if heading == "stage" else "right")
     for line in lines:
         table.add_row(cell(line.stage), str(line.tiles), f"{1000 * line.each:.0f}", *_sums([line]))
     table.add_section()
-    table.add_row("in all", "", "", *_sums(lines))
+    *sums, one_by_one = _sums(lines)
+    table.add_row("in all", "", "", *sums, one_by_one if wall is None else duration(wall))
     console.print(table)
-    say("tiles of training: one in each epoch of each network")
 
 
 def _sums(lines: Sequence[Line]) -> list[str]:
     cpu, gpu, size, wall = (
         sum(getattr(line, what) for line in lines) for what in ("cpu_seconds", "gpu_seconds", "size", "wall")
     )
-    return [f"{cpu / HOUR:.2f}", f"{gpu / HOUR:.2f}", f"{size / 1e9:.2f}", _duration(wall)]
+    return [f"{cpu / HOUR:.2f}", f"{gpu / HOUR:.2f}", f"{size / 1e9:.2f}", duration(wall)]
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return seconds in words."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     if seconds < HOUR:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 from apacs_ray.commands.shell import opened_run, run_command
-from apacs_ray.config.command_line import Command, parse_segment
+from apacs_ray.config.command_line import Command, SegmentCommand, parse_segment
 from apacs_ray.config.settings import Settings
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def _work(argv: Sequence[str]) -> int:
     given = parse_segment(argv, "segment.py", SUMMARY)
+    if given.estimate:
+        return _estimate(given)
     from apacs_ray.console import slides_table
 
     outcome = segment(given.model, given.slides, given.output, given.settings)
@@ -39,6 +41,15 @@ def _work(argv: Sequence[str]) -> int:
         for slide, (found, seconds) in outcome.done.items()
     ]
     slides_table(rows, outcome.unchanged, outcome.rejected_slides)
+    return 0
+
+
+def _estimate(given: SegmentCommand) -> int:
+    command = Command(None, given.output, given.settings)
+    with opened_run(command, what=f"slides: {', '.join(given.slides)}") as (run, ray):
+        from apacs_ray.commands.estimate_segment import estimate_segment  # this one imports torch
+
+        estimate_segment(run, ray, given.model, given.slides)
     return 0
 
 

@@ -48,15 +48,17 @@ class SegmentCommand:
     slides: tuple[str, ...]
     output: str
     settings: Settings
+    estimate: bool = False
 
 
-def parse_segment(argv: Sequence[str], program: str, summary: str) -> SegmentCommand:
+def parse_segment(argv: Sequence[str], program: str, summary: str, *, estimates: bool = True) -> SegmentCommand:
     """Return the command in `argv`, as `parse` does.
 
     Args:
         argv: The command line without the program.
         program: Its name, for `--help`.
         summary: What it does, for `--help`.
+        estimates: Whether it has `--estimate`.
 
     Returns:
         The command, its settings merged from all layers and validated.
@@ -71,12 +73,19 @@ def parse_segment(argv: Sequence[str], program: str, summary: str) -> SegmentCom
         "--slides", required=True, nargs="+", metavar="URI", help="folders of slides, or single ones; local or s3://"
     )
     parser.add_argument("--output", required=True, metavar="URI", help="a folder for each slide is made there")
+    if estimates:
+        parser.add_argument(
+            "--estimate",
+            action="store_true",
+            help="only say what it will take on this cluster: cores, FLOPs, bytes, hours, from a short measured sample",
+        )
     _add_settings(parser, ("segment", "data"), everything="--help-all" in argv)
     given = vars(parser.parse_args(argv))
     model, slides, output, config = (given.pop(name) for name in ("model", "slides", "output", "config"))
+    estimate = given.pop("estimate", False)
     for option, uri in (("--model", model), ("--output", output), *(("--slides", uri) for uri in slides)):
         _require_open(option, uri)
-    return SegmentCommand(model, tuple(slides), output, _settings_of(given, config))
+    return SegmentCommand(model, tuple(slides), output, _settings_of(given, config), estimate)
 
 
 def parse(argv: Sequence[str], program: str, summary: str, sections: Collection[str] = tuple(SECTIONS)) -> Command:

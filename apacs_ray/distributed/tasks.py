@@ -93,6 +93,10 @@ def map_numbers(work: Callable[[int], str], count: int) -> Iterator[str]:
         yield row["text"]
 
 
+# Tasks that read windows, and tasks that find objects, at a time for each actor that runs networks
+TASKS_AN_ACTOR = 2
+
+
 @dataclass(frozen=True)
 class PoolPlan:
     """A pool of actors: how many, and the CPUs and GPUs that each asks for."""

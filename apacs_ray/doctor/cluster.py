@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from apacs_ray.config.command_line import Command
 from apacs_ray.config.sweep import read_sweep
@@ -19,12 +19,22 @@ ADVICE = "unset RAY_ADDRESS to run on this machine, or start the cluster (ray st
 
 
 def check_cluster(command: Command, probe: Callable[[], ClusterProbe] = probe_cluster) -> Iterator[Finding]:
-    """Check the plans on the cluster at `RAY_ADDRESS`, else on this machine, where Ray is not started."""
+    """Check the plans of training on the cluster at `RAY_ADDRESS`, else on this machine, where Ray is not started."""
+    places = ((command.output, "--output"), (command.data, "--data"))
+    yield from check_plans(places, lambda cluster: _plans(command, cluster), probe)
+
+
+def check_plans(
+    places: Iterable[tuple[str | None, str]],
+    plans: Callable[[Cluster], Iterator[Finding]],
+    probe: Callable[[], ClusterProbe] = probe_cluster,
+) -> Iterator[Finding]:
+    """Check the cluster, that its nodes see all `places` (URI and option), and the `plans` on it."""
     address = os.environ.get("RAY_ADDRESS", "")
     if not address or address == "local":
         cluster = this_machine()
         yield Finding("cluster", "ok", f"this machine: {_resources(cluster)} (RAY_ADDRESS is not set)")
-        yield from _plans(command, cluster)
+        yield from plans(cluster)
         return
     problem = why_unreachable(address)
     if problem:
@@ -38,12 +48,12 @@ def check_cluster(command: Command, probe: Callable[[], ClusterProbe] = probe_cl
         return
     machines = f"{probed.machines} machine{'s' * (probed.machines != 1)}"
     yield Finding("cluster", "ok", f"RAY_ADDRESS {address}: {machines}, {_resources(probed.cluster)}")
-    for uri, option in ((command.output, "--output"), (command.data, "--data")):
+    for uri, option in places:
         try:
             refuse_local(probed.machines, uri, option)
         except ApacsError as error:
             yield Finding("cluster", "failed", str(error), "copy it to S3: aws s3 sync; and give its URI")
-    yield from _plans(command, probed.cluster)
+    yield from plans(probed.cluster)
 
 
 def this_machine() -> Cluster:

@@ -141,14 +141,14 @@ def _cropped(size: Size, crop: int) -> Size:
 
 def _seconds_to_load(tile: SampleTile) -> float:
     """Decoding and augmentation."""
-    return _fastest(lambda: augment(*tile.pixels(), 1, Augmentation(0, True, True)))
+    return fastest(lambda: augment(*tile.pixels(), 1, Augmentation(0, True, True)))
 
 
 def _storing(tile: SampleTile) -> tuple[float, int]:
     """Seconds to encode a tile's heatmaps, and their bytes: a blurred gray picture stands for each."""
     gray = Image.fromarray(tile.pixels()[0]).convert("L").filter(ImageFilter.GaussianBlur(4))
     pictures = dict.fromkeys(map(str, MEMBERS), (np.asarray(gray) / 255).astype(np.float32))
-    return _fastest(lambda: encode_heatmaps(pictures)), len(encode_heatmaps(pictures))
+    return fastest(lambda: encode_heatmaps(pictures)), len(encode_heatmaps(pictures))
 
 
 def _seconds_to_judge(tile: SampleTile, inference: Inference) -> float:
@@ -159,7 +159,7 @@ def _seconds_to_judge(tile: SampleTile, inference: Inference) -> float:
     height, width = truth.shape
     place = {"tile_id": "", "slide_id": "", "x": 0, "y": 0, "width": width, "height": height}
     once = {"once_left": 0, "once_top": 0, "once_right": width, "once_bottom": height}
-    return _fastest(lambda: tile_row({**place, **once}, predictions(logits, rgb), truth, border=0, disputed=MEMBERS))
+    return fastest(lambda: tile_row({**place, **once}, predictions(logits, rgb), truth, border=0, disputed=MEMBERS))
 
 
 def _time_training(tile: SampleTile, training: Training, load: float, device: torch.device) -> Seconds:
@@ -181,7 +181,7 @@ def _time_training(tile: SampleTile, training: Training, load: float, device: to
         output = train_step(model, optimizer, whole_step, settings, device)
         output.losses.cpu()  # waits for the device
 
-    a_tile = _fastest(step) / batch
+    a_tile = fastest(step) / batch
     train = a_tile * flops([spec], mask.shape) / flops([spec], part)
     return Seconds(train, train * flops([spec], whole) / flops([spec], mask.shape) / (1 + BACKWARD), load)
 
@@ -199,12 +199,12 @@ def _time_inference(tile: SampleTile, inference: Inference, device: torch.device
             {key: (spec, build(spec)) for key, spec in heads.items()},
         )
         predictor = Predictor(ensemble, threads=inference.threads, precision=inference.precision)
-        took = _fastest(partial(predictor.logits, rgb[: part[0], : part[1]]))
+        took = fastest(partial(predictor.logits, rgb[: part[0], : part[1]]))
         seconds.append(took * flops(specs, mask.shape) / flops(specs, part))
     return seconds[0], seconds[1]
 
 
-def _fastest(work: Callable[[], object]) -> float:
+def fastest(work: Callable[[], object]) -> float:
     """Seconds of the fastest of a few repetitions: the first allocates, and others use this machine as well."""
     seconds = []
     for _ in range(REPETITIONS):

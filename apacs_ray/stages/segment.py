@@ -20,7 +20,7 @@ from apacs_ray.data.units import one_unit
 from apacs_ray.distributed.cluster import joined_machines, refuse_local
 from apacs_ray.distributed.segment import TASK_CPUS, segment_shards
 from apacs_ray.distributed.session import RaySession
-from apacs_ray.distributed.tasks import PoolPlan, map_numbers, plan_segment_pool, start_task
+from apacs_ray.distributed.tasks import TASKS_AN_ACTOR, PoolPlan, map_numbers, plan_segment_pool, start_task
 from apacs_ray.errors import ApacsError, BadInput, UsageError
 from apacs_ray.inference.cutting import choose_cutting
 from apacs_ray.inference.model_files import ModelFiles, find_models
@@ -33,7 +33,7 @@ from apacs_ray.runs.run import Run
 from apacs_ray.stages.rejects import require_within_limit, write_rejects
 from apacs_ray.stages.segment_slides import ListedSlide, finished_record, forget_parts, list_slides
 from apacs_ray.stages.stage import Job
-from apacs_ray.storage import open_store
+from apacs_ray.storage import Store, open_store
 
 
 @dataclass
@@ -45,6 +45,38 @@ class Outcome:
     done: dict[str, tuple[Found, float]] = field(default_factory=dict)  # by slide id; seconds that its files took
     rejects: list[Reject] = field(default_factory=list)
     rejected_slides: int = 0
+
+
+def find_work(run: Run, model: str, slides: Sequence[str]) -> tuple[Store, ModelFiles, list[ListedSlide], Outcome]:
+    """Find the networks and the slides.
+
+    Args:
+        run: The output.
+        model: URI of a run or of a folder of models.
+        slides: URIs of folders with slides, or of single slides.
+
+    Returns:
+        Where the networks are, what they are, the slides to segment, and what is known of the others.
+
+    Raises:
+        UsageError: There are no slides, or the output or the model is none.
+    """
+    if run.stages.keys() - {STAGE}:
+        raise UsageError(f"--output {run.store.uri}: holds a run that trains; choose another folder")
+    store = open_store(model)
+    models = find_models(store, run.settings.segment)
+    listed, rejects = list_slides(run, models, slides)
+    outcome = Outcome(len(listed) + len(rejects), rejects=rejects, rejected_slides=len(rejects))
+    waiting = []
+    for one in listed:
+        record = finished_record(run.store, one)
+        if record is None:
+            waiting.append(one)
+        else:
+            outcome.unchanged += 1
+            outcome.rejects += [Reject(**reject) for reject in record["rejects"]]
+    say(f"{STAGE}: {len(waiting)} slides to segment, {outcome.unchanged} unchanged")
+    return store, models, waiting, outcome
 
 
 def segment(run: Run, ray: RaySession, model: str, slides: Sequence[str]) -> Outcome:
@@ -64,21 +96,7 @@ def segment(run: Run, ray: RaySession, model: str, slides: Sequence[str]) -> Out
         ApacsError: More slides are rejected than `data.max_rejects` allows; their reasons are written.
     """
     job, settings = Job(run, ray, STAGE), run.settings
-    if run.stages.keys() - {STAGE}:
-        raise UsageError(f"--output {run.store.uri}: holds a run that trains; choose another folder")
-    store = open_store(model)
-    models = find_models(store, settings.segment)
-    listed, rejects = list_slides(run, models, slides)
-    outcome = Outcome(len(listed) + len(rejects), rejects=rejects, rejected_slides=len(rejects))
-    waiting = []
-    for one in listed:
-        record = finished_record(run.store, one)
-        if record is None:
-            waiting.append(one)
-        else:
-            outcome.unchanged += 1
-            outcome.rejects += [Reject(**reject) for reject in record["rejects"]]
-    say(f"{STAGE}: {len(waiting)} slides to segment, {outcome.unchanged} unchanged")
+    store, models, waiting, outcome = find_work(run, model, slides)
     if waiting:
         run.record_start(STAGE, ())
         ray.start()
@@ -86,7 +104,7 @@ def segment(run: Run, ray: RaySession, model: str, slides: Sequence[str]) -> Out
             refuse_local(joined_machines(), uri, "--slides or --model")
         pool = plan_segment_pool(ray.cluster())
         cutting = choose_cutting(settings.segment, models, workers=pool.actors, on_gpus=pool.gpus > 0)
-        say(f"{STAGE}: {_described(settings, models, cutting, pool)}")
+        say(f"{STAGE}: {described(settings, models, cutting, pool)}")
         planned = _plan(job, waiting, cutting, outcome)
         task = SegmentTask(store, dict(models.folders), run.store, settings.segment)
         _work(job, task, planned, pool, models, outcome)
@@ -170,7 +188,7 @@ def _work(
         for number, slide in enumerate(slides):
             if not slide.missing:
                 end(number)
-        for receipt in segment_shards(task, slides, pool, 2 * pool.actors):
+        for receipt in segment_shards(task, slides, pool, TASKS_AN_ACTOR * pool.actors):
             done += receipt.cores
             progress.show("cores", done, total)
             seconds[receipt.slide].update(receipt.seconds)
@@ -221,7 +239,8 @@ def _close(job: Job, outcome: Outcome) -> None:
     job.run.record(STAGE, state="done", **counts)
 
 
-def _described(settings: Settings, models: ModelFiles, cutting: Cutting, pool: PoolPlan) -> str:
+def described(settings: Settings, models: ModelFiles, cutting: Cutting, pool: PoolPlan) -> str:
+    """Return in words what is run, at which resolution, in which cores, where."""
     mpp = f"{cutting.mpp:g} um per px" if cutting.mpp else "the slides' own resolution (model.json names none)"
     device = "a GPU" if pool.gpus else f"{pool.cpus:g} CPU"
     return (

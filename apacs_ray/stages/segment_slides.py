@@ -20,16 +20,13 @@ from apacs_ray.outputs.slide_files import SLIDE_JSON
 from apacs_ray.runs.provenance import fingerprint
 from apacs_ray.runs.run import Run
 from apacs_ray.slides.cache import SlideCache
-from apacs_ray.slides.companions import read_heads
-from apacs_ray.slides.find import find_slides
-from apacs_ray.slides.image_slide import SUFFIXES
+from apacs_ray.slides.listing import slides_at
 from apacs_ray.slides.manifest import SlideTask
 from apacs_ray.slides.slide_files import SlideFiles
 from apacs_ray.stages.source import require_clear, say_found
-from apacs_ray.storage import Entry, Store, is_bad_path, open_store
+from apacs_ray.storage import Store, open_store
 
 VERSION = 1  # of what is written for a slide
-ROI = ".roi.geojson"
 
 
 @dataclass(frozen=True)
@@ -79,24 +76,14 @@ def list_slides(run: Run, models: ModelFiles, uris: Sequence[str]) -> tuple[list
             raise UsageError(f"segment.roi {settings.segment.roi}: no such file")
     listed: list[ListedSlide] = []
     for uri in uris:
-        store, entries = _entries(uri)
-        regions = {entry.path: entry for entry in entries if entry.path.endswith(ROI)}
-        data = find_slides(
-            [entry for entry in entries if entry.path not in regions],
-            slide_regex=settings.data.slide_regex,
-            root=store.uri,
-            heads=read_heads(store, entries),
-            split_given=True,
-        )
-        pictures = _pictures(data.left.others)
-        used = {picture.path for picture in pictures}
-        others = tuple(entry for entry in data.left.others if entry.path not in used)
-        say_found(replace(data, left=replace(data.left, others=others)), STAGE)
+        found = slides_at(uri, settings.data.slide_regex)
+        store, data = found.store, found.data
+        say_found(data, STAGE)
         rejects += [replace(reject, stage=STAGE) for reject in data.slide_rejects]
         require_clear(data.slides, mpps, "data.mpps")
         tiles = TilesSettings()
-        for slide in (*data.slides, *pictures):
-            beside = regions.get(f"{slide.path.rpartition('.')[0]}{ROI}")
+        for slide in found.slides:
+            beside = found.region_beside(slide)
             region = roi or (Region(store, beside.path, beside.version) if beside else None)
             files = replace(slide, kind=None, annotation=())
             mark = fingerprint(
@@ -119,31 +106,6 @@ def list_slides(run: Run, models: ModelFiles, uris: Sequence[str]) -> tuple[list
         if count > 1:
             raise UsageError(f"{count} slides are called {name!r}; segment them to an --output each")
     return listed, rejects
-
-
-def _pictures(entries: Iterable[Entry]) -> list[SlideFiles]:
-    """Plain pictures that belong to no slide: slides of one level, called by their path."""
-    pictures = []
-    for entry in entries:
-        stem, _, suffix = entry.path.rpartition(".")
-        if suffix.lower() in SUFFIXES and not is_bad_path(entry.path):
-            pictures.append(SlideFiles(stem, stem.rpartition("/")[2], None, (entry,), stem))
-    return pictures
-
-
-def _entries(uri: str) -> tuple[Store, list[Entry]]:
-    """The store of a folder of slides with all that is in it; or of one slide, with what is named after it."""
-    store = open_store(uri)
-    entries = list(store.list())
-    if entries:
-        return store, entries
-    folder, _, name = uri.rstrip("/").rpartition("/")
-    store, stem = open_store(folder or "."), name.rpartition(".")[0]
-    named = (f"{stem or name}/", f"{stem or name}.")
-    entries = [entry for entry in store.list() if entry.path == name or entry.path.startswith(named)]
-    if all(entry.path != name for entry in entries):
-        raise UsageError(f"--slides {uri}: nothing there")
-    return store, entries
 
 
 def finished_record(output: Store, slide: ListedSlide) -> dict[str, Any] | None:
