@@ -33,9 +33,9 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from apacs_ray.config.settings import Settings
 from apacs_ray.config.sweep import read_sweep
-from apacs_ray.distributed.autoscaler import startable_nodes
+from apacs_ray.distributed.autoscaler import nodes_of, startable_nodes
 from apacs_ray.distributed.resource_plan import Nodes, TrainingPlan, cluster_of, plan_training
-from apacs_ray.distributed.tasks import plan_pool
+from apacs_ray.distributed.tasks import plan_pool, plan_segment_pool
 from apacs_ray.errors import UsageError
 from apacs_ray.models.registry import MEMBERS
 
@@ -43,6 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CLUSTER = ROOT / "cluster"
 PINNED = f"ray[data,default,train,tune]=={ray.__version__}"
 CLOUDS = ("aws", "gcp")
+SEGMENT = ("segment_spot", "segment_on_demand")  # off until somebody wants them
 # CPUs and GPUs of the machine types, as the clouds document them
 MACHINES = {
     "m7i.xlarge": (4, 0),
@@ -111,9 +112,9 @@ def test_the_head_takes_no_tasks_and_everything_else_starts_from_zero(name: str)
     assert head["resources"] == {"CPU": 0}
     assert not is_spot(head)
     assert nodes
-    for node in nodes.values():
+    for kind, node in nodes.items():
         assert node["min_workers"] == 0
-        assert 1 <= node["max_workers"] <= config["max_workers"]
+        assert (0 if kind in SEGMENT else 1) <= node["max_workers"] <= config["max_workers"]
     assert 0 < config["idle_timeout_minutes"] <= 30
 
 
@@ -126,8 +127,10 @@ def test_workers_are_spot_with_dearer_types_to_fall_back_on(name: str) -> None:
         "cpu_on_demand": False,
         "gpu_spot": True,
         "gpu_on_demand": False,
+        "segment_spot": True,
+        "segment_on_demand": False,
     }
-    for kind in ("cpu", "gpu"):
+    for kind in ("cpu", "gpu", "segment"):
         spot, fallback = nodes[f"{kind}_spot"], nodes[f"{kind}_on_demand"]
         for same in ("resources", "max_workers"):
             assert spot[same] == fallback[same]
@@ -310,7 +313,9 @@ def test_compute_engine_knows_every_field(kind: str) -> None:
     }
     (disk,) = config["disks"]
     assert set(disk) == {"boot", "autoDelete", "type", "initializeParams"}
-    assert set(disk["initializeParams"]) == {"diskSizeGb", "sourceImage"}
+    assert set(disk["initializeParams"]) - {"diskType"} == {"diskSizeGb", "sourceImage"}
+    zone = load("gcp")["provider"]["availability_zone"]
+    assert disk["initializeParams"].get("diskType", f"zones/{zone}/").startswith(f"zones/{zone}/")
     assert (
         disk["initializeParams"]["sourceImage"]
         == nodes["head"]["node_config"]["disks"][0]["initializeParams"]["sourceImage"]
@@ -520,6 +525,24 @@ def test_tiling_pools_and_trials_fit_a_node(name: str) -> None:
         trial = read_sweep(str(path)).resources
         assert trial.gpu <= 1
         assert trial.cpu * (gpus / max(trial.gpu, 0.01) if trial.gpu else 1) <= cpus, path.name
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_nodes_that_segment_are_off_and_planned_with_when_they_are_on(name: str) -> None:
+    """More of the nodes that train, so that a worker of either kind has the same CPUs; without them nothing changes."""
+    config = load(name)
+    nodes = config["available_node_types"]
+    assert {nodes[kind]["max_workers"] for kind in SEGMENT} == {0}
+    assert nodes_of(config) == nodes_of({**config, "available_node_types": {
+        kind: node for kind, node in nodes.items() if kind not in SEGMENT}})  # fmt: skip
+    for kind in SEGMENT:
+        assert nodes[kind]["resources"] == nodes["gpu_spot"]["resources"]
+        nodes[kind]["max_workers"] = 25
+    config["max_workers"] = 35
+    planned = cluster_of([], nodes_of(config))
+    assert (planned.gpus, planned.gpu_cpus) == (100, 12)
+    pool = plan_segment_pool(planned)
+    assert (pool.actors, pool.gpus, pool.cpus) == (100, 1, 1)
 
 
 @pytest.mark.parametrize("name", [*CLOUDS, "kuberay"])

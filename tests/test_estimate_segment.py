@@ -55,6 +55,7 @@ def test_every_resource_is_busy_with_its_own_work() -> None:
         "CPUs": pytest.approx(800 / 16),
         "tasks that read": pytest.approx(100 / 8),
         "tasks that find objects": pytest.approx(400 / 8),
+        "tasks that write files": pytest.approx(300 / 4),
         "driver": 10,
         "disks": 3000 / 50 / 2,
         "network": (3000 + 1600) / 100 / 2,
@@ -70,9 +71,11 @@ def test_more_gpus_show_what_is_short_next() -> None:
     many = replace(GPUS, devices=400)
     assert bottleneck(WORK, COSTS, replace(many, cpus=64)) == "tasks that find objects"
     assert bottleneck(WORK, COSTS, replace(many, cpus=8, tasks=800)) == "CPUs (objects: 50% of their work)"
-    assert bottleneck(WORK, COSTS, replace(many, cpus=800, tasks=800)) == "disks"
+    assert bottleneck(WORK, COSTS, replace(many, cpus=800, tasks=800, disk=40)) == "disks"
     assert bottleneck(WORK, COSTS, replace(many, cpus=800, tasks=800, disk=None, network=10)) == "network"
-    assert bottleneck(WORK, COSTS, replace(many, cpus=800, tasks=800, disk=None, network=None)) == "driver"
+    unlimited = replace(many, cpus=800, tasks=800, disk=None, network=None)
+    assert bottleneck(WORK, COSTS, unlimited) == "tasks that write files"
+    assert bottleneck(WORK, replace(COSTS, driver=2), unlimited) == "driver"
 
 
 def test_without_gpus_networks_are_work_of_the_cores() -> None:

@@ -33,13 +33,13 @@ def startable_nodes() -> list[Nodes]:
 
 
 def nodes_of(config: Mapping[str, Any]) -> list[Nodes]:
-    """The worker nodes of a cluster's file, as Ray's cluster launcher reads it."""
+    """The worker nodes of a cluster's file, as Ray's cluster launcher reads it; types that may not start are none."""
     limit = config.get("max_workers", 2)  # Ray's default
     head = config.get("head_node_type")
     return [
         Nodes(float(has.get("CPU", 0)), float(has.get("GPU", 0)), min(limit, kind.get("max_workers", limit)))
         for name, kind in config.get("available_node_types", {}).items()
-        if name != head and (has := kind.get("resources", {}))
+        if name != head and (has := kind.get("resources", {})) and kind.get("max_workers", limit)
     ]
 
 

@@ -84,7 +84,8 @@ class Machines:
         devices: That run the networks: GPUs, or processes on the cores.
         gpus: Whether they are GPUs.
         nodes: That read slides.
-        tasks: Most tasks at a time that read, and most that find objects.
+        tasks: Most tasks at a time that read, and most that find objects. Those that write the files of a slide are as
+            many as there are devices.
         copies: How often a slide is copied to some node's disk; 0 where slides are read where they lie.
         disk: Bytes/s that a node's disk writes, None where not known.
         network: Bytes/s that a node receives, None where not known.
@@ -138,6 +139,7 @@ def loads(work: Workload, costs: UnitCosts, machines: Machines) -> list[Load]:
         Load("CPUs", (on_cores + (0.0 if machines.gpus else networks)) / machines.cpus),
         Load("tasks that read", cores["read"] / min(machines.tasks, machines.cpus)),
         Load("tasks that find objects", cores["objects"] / min(machines.tasks, machines.cpus)),
+        Load("tasks that write files", cores["files"] / _writers(work, machines)),
         Load("driver", costs.driver * work.shards),
     ]
     if machines.disk is not None:
@@ -189,5 +191,10 @@ def segment_lines(work: Workload, costs: UnitCosts, machines: Machines) -> list[
         line("read", work.cores, 0.0, tasks),
         Line("networks", count, networks / max(1, count), cpu, gpu, 0.0, networks / machines.devices),
         line("objects", work.cores, parts, tasks),
-        line("files", work.slides, written, min(machines.cpus, work.slides)),
+        line("files", work.slides, written, _writers(work, machines)),
     ]
+
+
+def _writers(work: Workload, machines: Machines) -> float:
+    """How many slides' files are written at a time."""
+    return max(1.0, min(machines.devices, machines.cpus, work.slides))
