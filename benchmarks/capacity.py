@@ -28,7 +28,8 @@ from tiling import write_slide
 
 from apacs_ray.config.settings import SegmentSettings
 from apacs_ray.data.grid import Box
-from apacs_ray.distributed.tasks import TASKS_AN_ACTOR
+from apacs_ray.distributed.resource_plan import Cluster
+from apacs_ray.distributed.tasks import plan_segment_pool
 from apacs_ray.estimate.segment_sample import costs_of
 from apacs_ray.estimate.segmenting import (
     Machines,
@@ -204,8 +205,8 @@ def machines(gpu: str, number: int) -> Machines:
     nodes = math.ceil(number / GPUS_A_NODE[gpu])
     cpus = number * CPUS_A_NODE[gpu] / GPUS_A_NODE[gpu]
     copies = 1.0 + nodes  # of a slide: to the node that plans it, and to every node that reads some of it
-    tasks = TASKS_AN_ACTOR * number
-    return Machines(cpus, number, True, nodes, tasks, copies, DISK[gpu], NETWORK[gpu])
+    pool = plan_segment_pool(Cluster(cpus, number, nodes, cpus / nodes))
+    return Machines(cpus, number, True, nodes, pool.tasks, pool.writers, copies, DISK[gpu], NETWORK[gpu])
 
 
 def plan_rows(costs: dict[str, float], gpu: str) -> list[dict[str, Any]]:
@@ -301,8 +302,8 @@ def _hour_lines(costs: dict[str, float]) -> list[str]:
             for row in rows
         ),
         "",
-        f"`segment` has for each GPU {TASKS_AN_ACTOR} tasks that read, {TASKS_AN_ACTOR} that find objects, and one",
-        "that writes a slide's files at a time, however many CPUs there are.",
+        "`segment` gives a third of the CPUs beside the GPUs each to tasks that read, find objects and write",
+        "the files of slides.",
     ]
 
 

@@ -1,16 +1,16 @@
 """Stop the segmentation of slides at random moments and start it again, until it ends: the bytes must be the same.
 
-The driver is stopped by SIGKILL, SIGTERM and SIGHUP in turn, a random time after the output last changed, `--kills`
-times; then the same command is left to its end. All files but `timings.json` must equal those of a run that nobody
-disturbed. A slide that was done is not done again.
+The driver is stopped by SIGKILL, SIGTERM and SIGHUP in turn after a random number of changes of the output, `--kills`
+times. Where a start comes to its end first, and after the last stop, all files but `timings.json` must equal those of a
+run that nobody disturbed; then it begins anew. A slide that was done is not done again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +32,7 @@ from apacs_ray.testing.ensembles import random_networks, write_networks  # noqa:
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
 SIDE = 640  # px of a slide
 HOW = ["--segment.core", "160", "--segment.maps", "4", "--segment.fill_holes_um2", "5", "--segment.tissue", "false"]
-LATEST = 8.0  # s, at most, from a start's first change of the output to the signal
+LATEST = 6  # changes for each slide, at most, until the signal
 
 
 def main() -> None:
@@ -50,18 +50,22 @@ def main() -> None:
         require(undisturbed.wait() == 0, "an undisturbed run fails: " + _log(place, "undisturbed"))
         rows: list[dict[str, Any]] = []
         done: dict[str, int] = {}
-        for number, sent in zip(range(kills), itertools.cycle(SIGNALS), strict=False):
-            process = _start(place, "stopped")
-            status = _stop(process, place / "stopped", sent, generator.uniform(0, LATEST))
+        stops = 0
+        while stops <= kills:
+            sent, last = SIGNALS[stops % len(SIGNALS)], stops == kills
+            process, changes = _start(place, "stopped"), generator.randint(1, LATEST * slides)
+            status = process.wait() if last else _stop(process, place / "stopped", sent, changes)
+            require(status in (0, -sent, 130), f"stop {stops}: status {status}: {_log(place, 'stopped')}")
             again = _done(place / "stopped")
-            require(done.items() <= again.items(), f"stop {number}: a slide that was done was done again")
-            done = again
-            require(status in (0, -sent, 130), f"stop {number}: status {status}: {_log(place, 'stopped')}")
-            rows.append({"stop": number, "signal": sent.name, "status": status, "slides done": len(done)})
-        require(_start(place, "stopped").wait() == 0, "the last start fails: " + _log(place, "stopped"))
-        different = _differences(place / "undisturbed", place / "stopped")
+            require(done.items() <= again.items(), f"stop {stops}: a slide that was done was done again")
+            rows.append({"signal": sent.name, "changes": changes, "status": status, "slides done": len(again)})
+            done, stops = again, stops + (status != 0 or last)
+            if status == 0:
+                different = _differences(place / "undisturbed", place / "stopped")
+                require(not different, f"not the bytes of an undisturbed run: {', '.join(different)}")
+                shutil.rmtree(place / "stopped")
+                done = {}
     show(f"segmentation of {slides} slides, stopped", rows, arguments.json)
-    require(not different, f"not the bytes of an undisturbed run: {', '.join(different)}")
 
 
 def _write(place: Path, slides: int) -> None:
@@ -80,14 +84,13 @@ def _start(place: Path, output: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen([*command, *where, *HOW], stdout=log, stderr=log, start_new_session=True)
 
 
-def _stop(process: subprocess.Popen[bytes], output: Path, sent: signal.Signals, pause: float) -> int:
-    """Stop a run `pause` s after it first changed the output, with all that it started; return its status."""
+def _stop(process: subprocess.Popen[bytes], output: Path, sent: signal.Signals, changes: int) -> int:
+    """Stop a run when so many files are new in the output, with all that it started; return its status."""
     before = _state(output)
-    while process.poll() is None and _state(output) == before:
-        time.sleep(0.05)
-    end = time.monotonic() + pause
-    while process.poll() is None and time.monotonic() < end:
-        time.sleep(0.05)
+    new: set[str] = set()
+    while process.poll() is None and len(new) < changes:
+        new |= _state(output) - before
+        time.sleep(0.01)
     if process.poll() is None:
         process.send_signal(sent)
     status = process.wait()

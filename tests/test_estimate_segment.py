@@ -44,7 +44,7 @@ COSTS = UnitCosts(
     plan=4, read=0.1, networks=2, objects=0.5, files=0.25, glass=0.02, driver=0.5, part_bytes=2, file_bytes=3,
     glass_bytes=0.5,
 )  # fmt: skip
-GPUS = Machines(cpus=16, devices=4, gpus=True, nodes=2, tasks=8, copies=3, disk=50, network=100)
+GPUS = Machines(cpus=16, devices=4, gpus=True, nodes=2, tasks=8, writers=4, copies=3, disk=50, network=100)
 
 
 def test_every_resource_is_busy_with_its_own_work() -> None:
@@ -79,7 +79,7 @@ def test_more_gpus_show_what_is_short_next() -> None:
 
 
 def test_without_gpus_networks_are_work_of_the_cores() -> None:
-    cores = Machines(cpus=2, devices=2, gpus=False, nodes=1, tasks=4)
+    cores = Machines(cpus=2, devices=2, gpus=False, nodes=1, tasks=4, writers=2)
     assert loads(WORK, COSTS, cores)[0].seconds == pytest.approx(2800 / 2)
     assert bottleneck(WORK, COSTS, cores) == "CPUs (networks: 71% of their work)"
     found = {line.stage: line for line in segment_lines(WORK, COSTS, cores)}

@@ -14,7 +14,7 @@ from apacs_ray.config.settings import Settings
 from apacs_ray.console import cell, console, say
 from apacs_ray.distributed.cluster import has_gpus, joined_machines, refuse_local
 from apacs_ray.distributed.session import RaySession
-from apacs_ray.distributed.tasks import TASKS_AN_ACTOR, PoolPlan, plan_segment_pool, run_in_task
+from apacs_ray.distributed.tasks import SegmentPool, plan_segment_pool, run_in_task
 from apacs_ray.errors import ApacsError
 from apacs_ray.estimate.cutting import SLIDES
 from apacs_ray.estimate.networks import ASSUMED_GPU
@@ -84,7 +84,8 @@ def estimate_segment(run: Run, ray: RaySession, model: str, slides: Sequence[str
         pool.actors,
         pool.gpus > 0,
         nodes,
-        TASKS_AN_ACTOR * pool.actors,
+        pool.tasks,
+        pool.writers,
         copies=float(min(nodes, total.shards) + 1) if remote else 0.0,
     )
     _show_estimate(total, sample.costs, machines)
@@ -170,7 +171,7 @@ def _show_estimate(work: Workload, costs: UnitCosts, machines: Machines) -> None
     say(f"{read}; {bytes_written(work, costs) / 1e9:.2f} GB are written")
 
 
-def _show_cores(work: Workload, settings: Settings, models: ModelFiles, cutting: Cutting, pool: PoolPlan) -> None:
+def _show_cores(work: Workload, settings: Settings, models: ModelFiles, cutting: Cutting, pool: SegmentPool) -> None:
     flops = window_flops(models, (1024, 1024), tta=settings.segment.tta)
     each = {name: count / 1024**2 * MEGAPIXEL / 1e12 for name, count in flops.items()}
     mean = work.window_pixels / work.cores / MEGAPIXEL

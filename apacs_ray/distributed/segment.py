@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from apacs_ray.distributed.tasks import KEEP_MEMORY, PoolPlan, configure_data, held_to_source, pool_worker
+from apacs_ray.distributed.tasks import KEEP_MEMORY, SegmentPool, configure_data, held_to_source, pool_worker
 from apacs_ray.inference.segment_steps import PlannedSlide, RunNetworks, SegmentTask, finish_shard, read_windows
 
 LARGEST_BLOCK = 1 << 30  # bytes; a shard of windows stays in one block
@@ -28,16 +28,13 @@ class ShardReceipt:
     seconds: Mapping[str, float]
 
 
-def segment_shards(
-    task: SegmentTask, slides: Sequence[PlannedSlide], plan: PoolPlan, tasks_at_once: int
-) -> Iterator[ShardReceipt]:
+def segment_shards(task: SegmentTask, slides: Sequence[PlannedSlide], plan: SegmentPool) -> Iterator[ShardReceipt]:
     """Make every missing shard of the slides, in order.
 
     Args:
         task: What all have in common.
         slides: By number.
-        plan: The actors that run networks.
-        tasks_at_once: Most tasks that read, and most that find objects.
+        plan: The actors that run networks, and how many tasks there are beside them.
 
     Yields:
         A receipt for each shard.
@@ -56,7 +53,7 @@ def segment_shards(
         return
     configure_data()
     whole: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}  # a block is a shard
-    at_once = ray.data.TaskPoolStrategy(size=max(1, min(tasks_at_once, len(blocks))))
+    at_once = ray.data.TaskPoolStrategy(size=max(1, min(plan.tasks, len(blocks))))
     in_tasks = {**whole, "num_cpus": TASK_CPUS, "compute": at_once}
     in_actors = {
         **whole,

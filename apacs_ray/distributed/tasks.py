@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 import pyarrow as pa
@@ -93,10 +93,6 @@ def map_numbers(work: Callable[[int], str], count: int) -> Iterator[str]:
         yield row["text"]
 
 
-# Tasks that read windows, and tasks that find objects, at a time for each actor that runs networks
-TASKS_AN_ACTOR = 2
-
-
 @dataclass(frozen=True)
 class PoolPlan:
     """A pool of actors: how many, and the CPUs and GPUs that each asks for."""
@@ -114,10 +110,33 @@ def plan_pool(cluster: Cluster, shards: int) -> PoolPlan:
     return PoolPlan(max(1, min(int(cluster.cpus), shards)), min(1.0, cluster.cpus), 0.0)
 
 
-def plan_segment_pool(cluster: Cluster) -> PoolPlan:
-    """Plan the actors that segment: a GPU each, else half a CPU; the rest is for the tasks before and behind them."""
+@dataclass(frozen=True)
+class SegmentPool(PoolPlan):
+    """Actors that run networks, and the tasks before and behind them.
+
+    Attributes:
+        tasks: Most that read windows at a time, and most that find objects.
+        writers: Slides whose files are written at a time.
+    """
+
+    tasks: int
+    writers: int
+
+
+def plan_segment_pool(cluster: Cluster) -> SegmentPool:
+    """Plan the actors that segment: a GPU each, else half a CPU; the other CPUs are for the tasks.
+
+    Beside GPUs the tasks that read, those that find objects and those that write get a third of these each.
+
+    Returns:
+        The plan.
+    """
     pool = plan_pool(cluster, max(1, int(max(cluster.cpus, cluster.gpus))))
-    return pool if pool.gpus else replace(pool, cpus=pool.cpus / 2)
+    tasks = 2 * pool.actors  # one at work, and one whose block is on its way
+    if not pool.gpus:
+        return SegmentPool(pool.actors, pool.cpus / 2, 0.0, tasks, pool.actors)
+    third = int((cluster.cpus - pool.actors * pool.cpus) / 3)
+    return SegmentPool(pool.actors, pool.cpus, pool.gpus, max(tasks, third), max(pool.actors, third))
 
 
 def map_shards(

@@ -84,8 +84,8 @@ class Machines:
         devices: That run the networks: GPUs, or processes on the cores.
         gpus: Whether they are GPUs.
         nodes: That read slides.
-        tasks: Most tasks at a time that read, and most that find objects. Those that write the files of a slide are as
-            many as there are devices.
+        tasks: Most tasks at a time that read, and most that find objects.
+        writers: Slides whose files are written at a time.
         copies: How often a slide is copied to some node's disk; 0 where slides are read where they lie.
         disk: Bytes/s that a node's disk writes, None where not known.
         network: Bytes/s that a node receives, None where not known.
@@ -96,6 +96,7 @@ class Machines:
     gpus: bool
     nodes: int
     tasks: float
+    writers: float
     copies: float = 0.0
     disk: float | None = None
     network: float | None = None
@@ -197,4 +198,4 @@ def segment_lines(work: Workload, costs: UnitCosts, machines: Machines) -> list[
 
 def _writers(work: Workload, machines: Machines) -> float:
     """How many slides' files are written at a time."""
-    return max(1.0, min(machines.devices, machines.cpus, work.slides))
+    return max(1.0, min(machines.writers, machines.cpus, work.slides))

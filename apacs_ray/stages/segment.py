@@ -20,7 +20,7 @@ from apacs_ray.data.units import one_unit
 from apacs_ray.distributed.cluster import joined_machines, refuse_local
 from apacs_ray.distributed.segment import TASK_CPUS, segment_shards
 from apacs_ray.distributed.session import RaySession
-from apacs_ray.distributed.tasks import TASKS_AN_ACTOR, PoolPlan, map_numbers, plan_segment_pool, start_task
+from apacs_ray.distributed.tasks import SegmentPool, map_numbers, plan_segment_pool, start_task
 from apacs_ray.errors import ApacsError, BadInput, UsageError
 from apacs_ray.inference.cutting import choose_cutting
 from apacs_ray.inference.model_files import ModelFiles, find_models
@@ -151,7 +151,7 @@ def _work(
     job: Job,
     task: SegmentTask,
     slides: Sequence[PlannedSlide],
-    pool: PoolPlan,
+    pool: SegmentPool,
     models: ModelFiles,
     outcome: Outcome,
 ) -> None:
@@ -164,10 +164,9 @@ def _work(
     done = total - sum(slide.plan.cores_in(shard) for slide in slides for shard in slide.missing)
     ending: list[tuple[int, Any]] = []
     began = time.time()
-    most = max(1, pool.actors)  # slides whose files are made at a time
 
     def end(number: int) -> None:
-        while len(ending) >= most:
+        while len(ending) >= pool.writers:
             collect()
         slide = slides[number]
         facts = _slide_facts(slide, task, models)
@@ -188,7 +187,7 @@ def _work(
         for number, slide in enumerate(slides):
             if not slide.missing:
                 end(number)
-        for receipt in segment_shards(task, slides, pool, TASKS_AN_ACTOR * pool.actors):
+        for receipt in segment_shards(task, slides, pool):
             done += receipt.cores
             progress.show("cores", done, total)
             seconds[receipt.slide].update(receipt.seconds)
@@ -239,7 +238,7 @@ def _close(job: Job, outcome: Outcome) -> None:
     job.run.record(STAGE, state="done", **counts)
 
 
-def described(settings: Settings, models: ModelFiles, cutting: Cutting, pool: PoolPlan) -> str:
+def described(settings: Settings, models: ModelFiles, cutting: Cutting, pool: SegmentPool) -> str:
     """Return in words what is run, at which resolution, in which cores, where."""
     mpp = f"{cutting.mpp:g} um per px" if cutting.mpp else "the slides' own resolution (model.json names none)"
     device = "a GPU" if pool.gpus else f"{pool.cpus:g} CPU"
