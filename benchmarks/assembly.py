@@ -32,8 +32,8 @@ from apacs_ray.outputs.slide_files import Found, write_slide_files
 from apacs_ray.storage import LocalStore
 from apacs_ray.synthetic.slide import render, slide_specs
 
-CORE = 2000  # px; those of a run are multiples of 32, for the sake of its networks
-SIDES = (10_000, 40_000)
+CORE = 2048  # px
+SIDES = (10_240, 40_960)
 SHARD = 4  # cores of a part, as `stages.segment` has them of this size
 LARGEST_RATIO = 1.2  # of the larger slide's peak to the smaller one's
 

@@ -14,8 +14,8 @@ import shapely
 
 from apacs_ray.outputs.rows import ObjectRow
 
-ROW_GROUP = 10_000
-BATCH = 1_000  # rows that wait as objects; as columns they take a fifth
+BATCH = 500  # rows that wait as objects; as columns they take a fifth
+ROW_GROUP = 4 * BATCH  # some MB of outlines
 
 
 def _field(name: str, kind: pa.DataType, unit: str, *, nullable: bool = False) -> pa.Field:

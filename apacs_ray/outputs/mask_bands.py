@@ -83,6 +83,7 @@ def _strips(
                     left, wide = scaled(core["x"]), scaled(core["width"])
                     band[:, left : left + wide] = decode(core[column][number], wide)
             yield band
+            del band  # before the next one is made
     yield from _background(scaled(height) - done, across)
 
 

@@ -166,6 +166,7 @@ def _top_tiles(bands: Iterator[Band], side: int, below: _Reduced | None) -> Iter
         if below is not None:
             below.take(band)
         yield from _encoded(band, side)
+        del band  # before the next one is made
 
 
 def _spooled(spool: IO[bytes]) -> Iterator[bytes]:
@@ -203,6 +204,7 @@ def _checked(path: Path, bands: Iterable[Band], width: int, height: int, *, is_m
         if is_mask and any((band[row] + np.uint8(1)).max() > 1 for row in range(len(band))):  # 255 becomes 0, 0 1
             raise ValueError(f"{path}: a mask has values other than 0 and 255 from row {top} on")
         yield band
+        del band
     if next(bands, None) is not None:
         raise ValueError(f"{path}: there are more bands than {height} rows need")
 

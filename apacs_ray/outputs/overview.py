@@ -42,6 +42,7 @@ class Overview:
             self._mask[rows[first]] |= np.logical_or.reduceat(columns, first, axis=0)
             self._row += len(band)
             yield band
+            del band  # before the next one is made
 
     def draw(self, picture: Rgb) -> bytes:
         """Return a PNG of the slide's small `picture` (H, W, 3), of any size, with the outlines on it."""
