@@ -105,7 +105,7 @@ def test_segmentation_loses_a_worker_and_a_node(tmp_path: Path, cluster: RayClus
     """And ends with the bytes of one process."""
     model, slides, output = write_ensemble(tmp_path / "model"), tmp_path / "slides", tmp_path / "out"
     slides.mkdir()
-    for number in range(24):
+    for number in range(16):
         write_tiff(slides / f"{number:02d}.tif", picture(500, 420, seed=number))
     how = ["--segment.core", "128", "--segment.use", "fcn8", "--segment.tissue", "false"]
     where = ["--model", model.root, "--slides", str(slides), "--output", str(output)]
@@ -119,7 +119,7 @@ def test_segmentation_loses_a_worker_and_a_node(tmp_path: Path, cluster: RayClus
 
     os.kill(busy(1)[0], signal.SIGKILL)
     _, node = busy(3)
-    assert len(list(output.glob(f"*/{SLIDE_JSON}"))) < 24
+    assert len(list(output.glob(f"*/{SLIDE_JSON}"))) < 16
     nodes.remove(node)
     kill_node(node)
     text, _ = process.communicate(timeout=400)
