@@ -13,7 +13,7 @@ from apacs_ray.models.ensemble import Ensemble
 from apacs_ray.models.fusion import RefinedFusion, build_fusion
 from apacs_ray.models.onnx import export_onnx
 from apacs_ray.models.registry import build_member
-from apacs_ray.models.spec import MEMBERS, Head, ModelSpec
+from apacs_ray.models.spec import MEMBERS, FusionStart, Head, ModelSpec
 
 WIDTH = 0.05
 
@@ -22,7 +22,8 @@ WIDTH = 0.05
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_graph_gives_torchs_logits(tmp_path: Path, head: Head, members: tuple) -> None:  # type: ignore[type-arg]
     torch.manual_seed(1)
-    fusion = build_fusion(head, members, width=WIDTH)
+    start = FusionStart("fitted", dict(zip(members, (0.2, 0.7, 0.1), strict=False)), 1.4, -0.8)
+    fusion = build_fusion(head, members, width=WIDTH, start=start)
     if isinstance(fusion, RefinedFusion):
         for score in (*fusion.scores, fusion.fine_score):  # as after training
             torch.nn.init.normal_(score.weight, std=0.05)

@@ -146,7 +146,8 @@ def test_killed_and_resumed_the_numbers_are_the_same(undisturbed: Path, cells: P
     assert read_json(output / "evaluation/metrics.json") == read_json(undisturbed / "evaluation/metrics.json")
     for path in [*undisturbed.glob("heatmaps/split=*/*.parquet"), undisturbed / "fusion/model.safetensors"]:
         assert (output / path.relative_to(undisturbed)).read_bytes() == path.read_bytes()
-    assert [line.split(",")[0] for line in (output / "fusion/history.csv").read_text().splitlines()[1:]] == ["0", "1"]
+    history = (output / "fusion/history.csv").read_text().splitlines()[1:]
+    assert [line.split(",")[0] for line in history] == ["-1", "0", "1"]  # what it starts from, and two epochs
 
 
 def test_ctrl_c_ends_a_run_cleanly(cells: Path, untrained: Path) -> None:

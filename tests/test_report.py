@@ -20,10 +20,11 @@ from apacs_ray.evaluation.metrics import compare, summarize
 from apacs_ray.evaluation.per_tile import per_tile_schema, tile_row
 from apacs_ray.evaluation.predictions import MODEL_KEYS
 from apacs_ray.models.registry import MEMBERS
+from apacs_ray.models.spec import FusionStart
 from apacs_ray.report.charts import VARIABLES, dice_chart, difference_chart, slide_chart, sweep_charts, training_charts
 from apacs_ray.report.overlays import COLORS, LARGEST, overlay, panel
 from apacs_ray.report.page import ReportContext, TilePicture, build_report
-from apacs_ray.report.summary import best_epoch, best_member, headline, read_sweep_table, verdict
+from apacs_ray.report.summary import best_member, headline, kept_epochs, read_sweep_table, verdict
 from apacs_ray.training.history import EpochRecord
 
 HOSTILE = "<script>alert('x')</script>\"><img src=x onerror=y> 切片 &amp;"
@@ -70,6 +71,8 @@ def context(**changes: Any) -> ReportContext:
         "metrics": summarize(table, models, 0),
         "comparison": compare(table, models, "fusion", 0),
         "histories": {name: history(0.4, 0.5) for name in (*MEMBERS, "fusion")},
+        "kept": dict.fromkeys((*MEMBERS, "fusion"), 1),
+        "start": None,
         "trials": TRIALS.replace("a,", HOSTILE.replace('"', "") + ",", 1),
         "best": {"learning_rate": 0.01, "members": ["fcn16", "fcn8"]},
         "stages": {"ingest": done, "evaluate": {"state": "running"}},
@@ -205,9 +208,11 @@ def test_a_test_set_without_cells_still_gives_a_report() -> None:
 
 
 def test_the_headline_names_the_member_that_was_best_on_validation() -> None:
-    made = context(histories={"fcn32": history(0.3, 0.7), "fcn16": history(0.6), "fusion": history(0.9)})
-    assert best_member(made.histories) == "fcn32"
-    words = headline(made.metrics, made.comparison, made.histories)
+    made = context()
+    histories = {"fcn32": history(0.3, 0.7), "fcn16": history(0.6), "fusion": history(0.9)}
+    kept = kept_epochs(histories, {"fcn32": 1, "fcn16": 0, "fusion": 0})
+    assert best_member(kept) == "fcn32"
+    words = headline(made.metrics, made.comparison, kept)
     difference = made.metrics["fusion"]["dice"] - made.metrics["fcn32"]["dice"]
     assert f"FCN-32 was the best single network on validation; the fusion's Dice is {difference:.3f} higher" in words
     assert "Resampling confirms" in words
@@ -228,14 +233,22 @@ def test_verdicts(difference: float | None, span: list[float] | None, words: str
     assert verdict({"dice_difference": difference, "ci95": span, "significant": significant}) == words
 
 
-def test_the_best_epoch_is_the_first_best_and_never_an_undefined_one() -> None:
-    best = best_epoch(history(0.2, math.nan, 0.7, 0.7, 0.1))
-    assert best is not None
-    assert best.epoch == 2
-    undefined = best_epoch(history(math.nan))
-    assert undefined is not None
-    assert undefined.epoch == 0
-    assert best_epoch(()) is None
+def test_the_kept_epochs_are_those_that_the_run_names() -> None:
+    kept = kept_epochs({"fcn8": history(0.2, 0.7, 0.1), "fcn16": history()}, {"fcn8": 2, "fcn16": 0})
+    assert {name: record.epoch for name, record in kept.items()} == {"fcn8": 2}
+
+
+def test_a_start_that_was_kept_is_said_to_be_the_fusion() -> None:
+    start = FusionStart("fcn8", {"fcn32": 0.0, "fcn16": 0.0, "fcn8": 1.0}, val_dice=0.91)
+    before = EpochRecord(-1, math.nan, math.nan, 0.3, 0.91, 0.0, 0.0)
+    histories = {"fcn8": history(0.91), "fusion": (before, *history(0.4, 0.5))}
+    page = Page(build_report(context(histories=histories, kept={"fcn8": 0, "fusion": -1}, start=start)))
+    assert "No epoch of its training was better on validation than what it started from, which was kept" in page.text
+    assert "no epoch was better on validation, so it is the fusion" in page.text
+    assert "What the fusion starts from" in page.text
+    assert not {"nan", "+nan"} & set(page.text.lower().split())
+    page = Page(build_report(context(histories=histories, kept={"fcn8": 0, "fusion": 1}, start=start)))
+    assert "No epoch of its training was better" not in page.text
 
 
 def test_the_sweep_is_read_best_first_without_failed_trials() -> None:
@@ -286,7 +299,7 @@ def test_no_chart_without_figures() -> None:
     assert slide_chart({"fusion": charted(None)}) == ""
     assert difference_chart({"fcn8": undefined}) == ""
     assert difference_chart({}) == ""
-    assert training_charts({"fcn8": []}) == []
+    assert training_charts({"fcn8": []}, {}) == []
     assert sweep_charts(read_sweep_table("")) == []
 
 
@@ -316,10 +329,11 @@ def test_a_far_floor_does_not_flatten_the_other_differences(floor: float, words:
 
 
 def test_training_charts_live_with_undefined_epochs() -> None:
-    (chart,) = training_charts({"fcn8": history(0.2, math.nan, 0.7), "fusion": history()})
+    histories = {"fcn8": history(0.2, math.nan, 0.7), "fusion": history()}
+    (chart,) = training_charts(histories, kept_epochs(histories, {"fcn8": 2}))
     assert {"FCN-8", "0.7000", "epoch"} <= set(Page(chart).words)
     assert "nan" not in chart
-    assert len(training_charts({"fcn8": history(math.nan)})) == 1
+    assert len(training_charts({"fcn8": history(math.nan)}, {"fcn8": history(math.nan)[0]})) == 1
 
 
 def test_a_sweep_has_a_chart_for_each_sampled_setting_and_none_for_the_epochs() -> None:

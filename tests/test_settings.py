@@ -245,6 +245,7 @@ FUSION_BEFORE: dict[str, dict[str, Any]] = {
         **{"optimizer": "adam", "schedule": "constant", "warmup_epochs": 0, "dice_weight": 0.0, "crop": 0},
         **{"flips": False, "turns": False, "jitter": 0.0, "dropout": 0.5, "precision": "float32", "patience": 0},
         **{"head": "published", "members": ["fcn32", "fcn16", "fcn8"], "heatmap_init": "random", "from_best": False},
+        "select": "loss",  # what the released code keeps; before, there was no choice
     },
     "real_cells": {
         **{"epochs": 8, "batch_size": 2, "learning_rate": 5e-4, "dropout": 0.1, "crop": 300, "jitter": 0.05},
@@ -415,12 +416,13 @@ def test_a_fingerprint_leaves_out_what_is_marked_on_the_field() -> None:
     settings = Settings()
     left_out = {
         "data": {"max_rejects", "cache", "cache_gb"},
-        "members": {"workers", "mode"},
-        "fusion": {"workers", "from_best", "compare"},
+        "members": {"workers", "mode", "select"},  # select: as long as it is what there was before it
+        "fusion": {"workers", "from_best", "compare", "select"},
     }
     for name in Settings.model_fields:
         section = getattr(settings, name)
         assert section.fingerprint_inputs() == section.model_dump(exclude=left_out.get(name, set())), name
+    assert MembersSettings(select="loss").fingerprint_inputs()["select"] == "loss"
     sweep = read_sweep("tune_configs/fusion_optuna.yaml")
     assert sweep.fingerprint_inputs() == sweep.model_dump(exclude={"concurrency", "resources"})
     counted = settings.fusion.fingerprint_inputs(exclude={"epochs", "patience"})

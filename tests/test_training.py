@@ -33,7 +33,7 @@ from apacs_ray.models.registry import MEMBERS, build_member
 from apacs_ray.training.augment import Augmentation, augment, jitter_stain
 from apacs_ray.training.batch import Sample, batches
 from apacs_ray.training.dataset import decode_tile_mask
-from apacs_ray.training.history import EpochRecord, epochs_since_best, history_csv, read_history, score
+from apacs_ray.training.history import EpochRecord, best_record, epochs_since_best, history_csv, read_history, score
 from apacs_ray.training.interruption import Interruption
 from apacs_ray.training.loop import Trainer, earliest_place, train_epochs
 from apacs_ray.training.loss import tile_losses
@@ -445,6 +445,18 @@ class TestTraining:
         assert epochs_since_best(history((0.0, 0.9), (0.0, 0.7), (0.0, 0.6))) == 0  # it learns, and goes on
         assert best((0.5, 0.9), (0.4, 0.1), (math.nan, 0.0)) == 0
         assert best((0.5, 0.3), (0.5, 0.2), (0.5, 0.2)) == 1
+
+    def test_the_lowest_loss_may_decide_instead(self) -> None:
+        figures = [(0.9, 0.4), (0.5, 0.2), (0.6, 0.2)]
+        history = tuple(EpochRecord(n, 0, 0, loss, dice, 0, 0) for n, (dice, loss) in enumerate(figures))
+        kept = [best_record(history, "dice"), best_record(history, "loss")]
+        assert [record.epoch for record in kept if record] == [0, 2]
+        assert (epochs_since_best(history, "loss"), epochs_since_best(history, "dice")) == (0, 2)
+        for select, finished in (("dice", True), ("loss", False)):
+            how = changed(CONFIG, epochs=9, patience=2, select=select)
+            trainer = Trainer(tiny(), how, seed=SEED, device=CPU)
+            trainer.history = history
+            assert trainer.finished() == finished
 
     def test_early_stopping_ends_the_run(self) -> None:
         config = changed(CONFIG, epochs=9, patience=2, learning_rate=1e-12)  # nothing is learned

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import typing
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -15,6 +16,7 @@ from apacs_ray.config.section import NOT_IN_FINGERPRINT, Common, Section
 
 MemberName = Literal["fcn32", "fcn16", "fcn8"]
 HeatmapInit = Literal["random", "mean", "zero"]
+Select = Literal["dice", "loss"]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -167,7 +169,10 @@ class TrainingSettings(Section):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 autocast where the device computes it fast, else float32"
     )
-    patience: int = Field(15, ge=0, description="epochs without a better val Dice before training stops; 0: never")
+    select: Select = Field(
+        "dice", description="which epoch's weights are kept: of the highest val Dice, or of the lowest val loss"
+    )
+    patience: int = Field(15, ge=0, description="epochs without a better one (select) before training stops; 0: never")
     workers: Annotated[int, NOT_IN_FINGERPRINT] = Field(
         0, ge=0, description="DDP workers a network; 0: as the cluster allows"
     )
@@ -177,6 +182,10 @@ class TrainingSettings(Section):
         if self.warmup_epochs > self.epochs:
             raise ValueError(f"warmup_epochs {self.warmup_epochs:g} are more than the {self.epochs} epochs")
         return self
+
+    def fingerprint_inputs(self, *, exclude: Collection[str] = ()) -> dict[str, Any]:
+        """Return the fields that a training depends on; `select` where it is not what it was before it could be set."""
+        return super().fingerprint_inputs(exclude={*exclude, "select"} if self.select == "dice" else exclude)
 
     @field_validator("crop")
     @classmethod
@@ -218,7 +227,7 @@ class FusionSettings(TrainingSettings):
 
     head: Common[Literal["published", "refined"]] = Field(
         "refined",
-        description="published: as released; refined: finer skips and a residual onto the members' mean",
+        description="published: as released; refined: finer skips and a residual onto the members' best combination",
     )
     members: tuple[MemberName, ...] = Field(
         ("fcn32", "fcn16", "fcn8"), description="members whose heatmaps it reads (two or all three)"

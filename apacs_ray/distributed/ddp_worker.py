@@ -134,7 +134,7 @@ def _keep(task: TrainingTask, network: NetworkTask, state: Snapshot) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         save_state(Path(folder), state)
-        keep_checkpoint(task.store, network.state, task.attempt, Path(folder))
+        keep_checkpoint(task.store, network.state, task.attempt, Path(folder), network.settings.select)
 
 
 def _resume(trainer: Trainer, store: Store, state: str) -> None:

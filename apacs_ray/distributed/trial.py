@@ -9,8 +9,8 @@ taken away.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from apacs_ray.distributed.resource_plan import NetworkPlan
 from apacs_ray.distributed.train import fit
 from apacs_ray.distributed.worker import NetworkTask, TrainingTask, WorkerHooks, train_worker
 from apacs_ray.errors import ApacsError, StoreTroubleError, gpu_too_small
-from apacs_ray.models.spec import fusion_spec
+from apacs_ray.models.spec import FusionStart, fusion_spec
 from apacs_ray.runs.provenance import require_source
 from apacs_ray.storage import Store
 from apacs_ray.training.augment import Augmentation
@@ -43,7 +43,8 @@ IN_MEMORY = 2**30  # bytes of decoded tiles that a trial may keep
 class TrialTask:
     """What all trials have in common. With `plan` each trains by DDP workers; `state` is their folder in the run.
 
-    `pretrained` is where the weights lie that all of them begin with; None: each as its setting says.
+    `pretrained` is where the weights lie that all of them begin with; None: each as its setting says, a refined head
+    as that of `starts` which is of its members.
     """
 
     store: Store
@@ -60,6 +61,7 @@ class TrialTask:
     checkpoint_every: float  # s
     plan: NetworkPlan | None = None
     pretrained: str | None = None
+    starts: Mapping[str, FusionStart] = field(default_factory=dict)
 
     def settings(self, config: dict[str, Any]) -> FusionSettings:
         """Return the fusion's settings with those that Ray Tune drew; the scheduler ends a trial early, no patience."""
@@ -72,7 +74,7 @@ class TrialTask:
 
         settings = self.settings(config)
         state = f"{self.state}/trials/{trial_id}"
-        spec = fusion_spec(settings, self.width)
+        spec = fusion_spec(settings, self.width, starts=self.starts)
         pretrained = self.pretrained
         if (
             pretrained is None

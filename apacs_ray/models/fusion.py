@@ -1,13 +1,13 @@
 """The fusion network: the members' heatmaps and RGB in, one segmentation out.
 
 Published head: the FCN-32 network on 6 input channels (5 with two members), heatmaps first. Refined head: the same
-trunk and inputs, but scores from strides 4, 8, 16 and 32 and a light path at full resolution are added to the mean of
-the members' logits. Its scores start at zero, so it starts as that mean and learns the correction.
+trunk and inputs, but scores from strides 4, 8, 16 and 32 and a light path at full resolution are added to a weighted
+mean of the members' logits. Its scores start at zero, so it starts as that mean and learns the correction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,33 @@ from torch import Tensor, nn
 from apacs_ray.config.settings import HeatmapInit, MemberName
 from apacs_ray.errors import ApacsError
 from apacs_ray.models.fcn import FCN32, AlexTrunk, Score, Upsample, crop, initialize, pad_to, scaled
-from apacs_ray.models.spec import Head
+from apacs_ray.models.spec import CLAMP, FusionStart, Head
 
-CLAMP = 1 / 510  # heatmaps are stored as uint8: half a step away from 0 and 1 keeps the logit finite
+START = "start."  # of the names of tensors that older files of a refined fusion lack: it starts as the mean
+
+
+class MembersLogit(nn.Module):
+    """sum(weight * logit) / temperature + bias of the members' clamped logits: what a refined fusion starts as."""
+
+    weights: Tensor
+    temperature: Tensor
+    bias: Tensor
+
+    def __init__(self, weights: Sequence[float], temperature: float = 1.0, bias: float = 0.0) -> None:
+        super().__init__()
+        self.register_buffer("weights", torch.tensor(weights, dtype=torch.float32))
+        self.register_buffer("temperature", torch.tensor(temperature, dtype=torch.float32))
+        self.register_buffer("bias", torch.tensor(bias, dtype=torch.float32))
+
+    def forward(self, heatmaps: Tensor) -> Tensor:
+        """Return logits (N, 1, H, W) float32 for probabilities (N, M, H, W)."""
+        with torch.autocast(heatmaps.device.type, enabled=False):
+            logits = torch.logit(heatmaps.float(), eps=CLAMP) * self.weights[:, None, None]
+            return logits.sum(dim=1, keepdim=True) / self.temperature + self.bias
 
 
 class RefinedFusion(nn.Module):
-    """FCN-8-like skips on the AlexNet trunk, plus a residual onto the members' mean logit.
+    """FCN-8-like skips on the AlexNet trunk, as a residual onto a combination of the members' logits.
 
     Feature i of a map with stride s lies at input pixel s * i + a (a = -95, -91, -83 for conv1, pool1, pool2 and 13
     for fc7); a bilinear transposed convolution of kernel 2 s - 1 puts it at s * i + s - 1. The crop offsets s - 1 - a
@@ -30,9 +50,10 @@ class RefinedFusion(nn.Module):
 
     SKIPS = ((4, 98), (8, 98), (16, 98), (32, 18))  # stride, crop offset
 
-    def __init__(self, members: int, *, width: float, dropout: float) -> None:
+    def __init__(self, start: MembersLogit, *, width: float, dropout: float) -> None:
         super().__init__()
-        self.members = members
+        self.start = start
+        self.members = members = len(start.weights)
         self.trunk = AlexTrunk(members + 3, width, dropout)
         self.dropout = nn.Dropout2d(dropout)
         channels = (
@@ -56,17 +77,11 @@ class RefinedFusion(nn.Module):
         """Return logits (N, 1, H, W) for probabilities and RGB (N, M + 3, H, W) in 0..1."""
         height, width = x.shape[2:]
         *skips, deep = self.trunk(pad_to(x, AlexTrunk.produced))
-        logits = mean_logit(x[:, : self.members]) + self.fine_score(self.fine(x))
+        logits = self.start(x[:, : self.members]) + self.fine_score(self.fine(x))
         features = (*skips, self.dropout(deep))
         for feature, score, up, (_, offset) in zip(features, self.scores, self.ups, self.SKIPS, strict=True):
             logits = logits + crop(up(score(feature)), offset, height, width)
         return logits
-
-
-def mean_logit(heatmaps: Tensor) -> Tensor:
-    """Return the mean (N, 1, H, W) float32 of the clamped logits of probabilities (N, M, H, W)."""
-    with torch.autocast(heatmaps.device.type, enabled=False):
-        return torch.logit(heatmaps.float(), eps=CLAMP).mean(dim=1, keepdim=True)
 
 
 def build_fusion(
@@ -76,12 +91,14 @@ def build_fusion(
     width: float = 1.0,
     dropout: float = 0.5,
     heatmap_init: HeatmapInit = "random",
+    start: FusionStart | None = None,
 ) -> nn.Module:
     """Return a freshly initialized fusion network.
 
     Input (N, M + 3, H, W) in 0..1, the probabilities of `members` first, then RGB; output logits (N, 1, H, W).
     `heatmap_init`: how the first layer treats the heatmaps at the start: like any channel (`random`), not at all
-    (`zero`), or as the mean over the RGB filters (`mean`).
+    (`zero`), or as the mean over the RGB filters (`mean`). `start`: what the refined head starts as (None: the mean of
+    the members' logits).
 
     Returns:
         The network, in training mode.
@@ -92,7 +109,11 @@ def build_fusion(
         network = FCN32(in_channels=count + 3, width=width, dropout=dropout)
         initialize(network, heatmaps=count)
     else:
-        network = RefinedFusion(count, width=width, dropout=dropout)
+        if start is None:
+            combined = MembersLogit([1 / count] * count)
+        else:
+            combined = MembersLogit([start.weights[name] for name in members], start.temperature, start.bias)
+        network = RefinedFusion(combined, width=width, dropout=dropout)
         initialize(network, heatmaps=count)
         for score in (*network.scores, network.fine_score):
             nn.init.zeros_(score.weight)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
@@ -12,6 +12,34 @@ from apacs_ray.errors import ApacsError
 from apacs_ray.models.registry import MEMBERS
 
 Head = Literal["published", "refined"]
+CLAMP = 1 / 510  # heatmaps are stored as uint8: half a step away from 0 and 1 keeps the logit finite
+
+
+@dataclass(frozen=True)
+class FusionStart:
+    """What a refined fusion adds its residual to: sum(weight * logit) / temperature + bias, of clamped logits.
+
+    Attributes:
+        name: A member's, `mean` or `fitted`.
+        weights: By member, from 0, of sum 1.
+        temperature: Above 0.
+        bias: Logits.
+        val_dice: Pooled over the validation tiles, in 0..1; None where it is not defined.
+        val_entropy: Mean binary cross-entropy there, over tiles.
+        val_soft_dice: Mean of 1 - soft Dice there, over tiles.
+    """
+
+    name: str
+    weights: Mapping[str, float]
+    temperature: float = 1.0
+    bias: float = 0.0
+    val_dice: float | None = None
+    val_entropy: float = 0.0
+    val_soft_dice: float = 0.0
+
+    def val_loss(self, dice_weight: float) -> float:
+        """Return its loss on the validation tiles, as `training.loss` defines it."""
+        return self.val_entropy + dice_weight * self.val_soft_dice
 
 
 @dataclass(frozen=True)
@@ -29,6 +57,7 @@ class ModelSpec:
     training_data: str = ""  # fingerprint of the tiles
     mpp: float | None = None  # um per px of the tiles; None where not known, or not all the same
     metrics: Mapping[str, float | None] = field(default_factory=dict)
+    start: FusionStart | None = None  # of a refined fusion; None: the mean, as in files of before there were others
 
     def to_json(self) -> bytes:
         """Return the text of `model.json`."""
@@ -38,16 +67,20 @@ class ModelSpec:
     def from_json(cls, content: bytes) -> ModelSpec:
         """Return what `model.json` says. Raises ApacsError when it is none."""
         try:
-            spec = cls(**json.loads(content))
+            tree = json.loads(content)
+            start = tree.get("start")
+            spec = cls(**{**tree, "start": None if start is None else FusionStart(**start)})
             if not (0 < spec.width <= 1 and 0 <= spec.dropout < 1 and set(spec.members) <= set(MEMBERS)):
                 raise ValueError(f"width {spec.width}, dropout {spec.dropout}, members {spec.members}")
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ApacsError(f"model.json: not a model description ({error})") from error
         return replace(spec, members=tuple(spec.members))
 
 
-def fusion_spec(settings: FusionSettings, width: float, name: str = "fusion") -> ModelSpec:
-    """Return the fusion network that settings describe."""
+def fusion_spec(
+    settings: FusionSettings, width: float, name: str = "fusion", starts: Mapping[str, FusionStart] | None = None
+) -> ModelSpec:
+    """Return the fusion network that settings describe; `starts` are those fitted, by `start_key`."""
     return ModelSpec(
         "fusion",
         name,
@@ -56,4 +89,10 @@ def fusion_spec(settings: FusionSettings, width: float, name: str = "fusion") ->
         head=settings.head,
         members=settings.members,
         heatmap_init=settings.heatmap_init,
+        start=(starts or {}).get(start_key(settings.members)) if settings.head == "refined" else None,
     )
+
+
+def start_key(members: Sequence[str]) -> str:
+    """Return the key of a start among those of all sets of members, such as `fcn16+fcn8`."""
+    return "+".join(members)

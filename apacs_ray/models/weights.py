@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from apacs_ray.errors import ApacsError
-from apacs_ray.models.fusion import build_fusion
+from apacs_ray.models.fusion import START, build_fusion
 from apacs_ray.models.registry import NETWORKS, build_member
 from apacs_ray.models.spec import ModelSpec
 
@@ -24,7 +24,14 @@ def build(spec: ModelSpec) -> nn.Module:
     """Return a freshly initialized network. Raises ApacsError when there is no such member."""
     if spec.kind == "member":
         return build_member(spec.name, width=spec.width, dropout=spec.dropout)
-    return build_fusion(spec.head, spec.members, width=spec.width, dropout=spec.dropout, heatmap_init=spec.heatmap_init)
+    return build_fusion(
+        spec.head,
+        spec.members,
+        width=spec.width,
+        dropout=spec.dropout,
+        heatmap_init=spec.heatmap_init,
+        start=spec.start,
+    )
 
 
 def weights_bytes(model: nn.Module) -> bytes:
@@ -62,6 +69,7 @@ class _Undrawn(TorchFunctionMode):
 
 def _assign(model: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
     expected = model.state_dict()
+    tensors = {key: value for key, value in expected.items() if key.startswith(START)} | dict(tensors)
     for key, value in expected.items():
         if key not in tensors:
             raise ApacsError(f"{name}: the weights lack {key}; do they belong to another architecture?")

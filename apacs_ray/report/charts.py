@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from apacs_ray.report.summary import NAMES, PAPER, Sweep, best_epoch
+from apacs_ray.report.summary import NAMES, PAPER, Sweep
 from apacs_ray.training.history import EpochRecord
 
 # the variables of report.css with their values in light mode; a chart names the variable, so dark mode applies to it
@@ -101,8 +101,8 @@ def slide_chart(metrics: Rows) -> Markup:
     return _by_model("Dice of each slide by model", dice, paint)
 
 
-def training_charts(histories: Mapping[str, Sequence[EpochRecord]]) -> list[Markup]:
-    """Draw train and val Dice by epoch, a panel a network, on one scale for all."""
+def training_charts(histories: Mapping[str, Sequence[EpochRecord]], kept: Mapping[str, EpochRecord]) -> list[Markup]:
+    """Draw train and val Dice by epoch, a panel a network, on one scale for all; `kept` is marked."""
     values = [value for history in histories.values() for r in history for value in (r.train_dice, r.val_dice)]
     lowest = _floor(min((value for value in values if math.isfinite(value)), default=0.0))
 
@@ -112,7 +112,7 @@ def training_charts(histories: Mapping[str, Sequence[EpochRecord]]) -> list[Mark
             # a dot too, for an epoch between two undefined ones is no line
             axes.plot(epochs, [r.train_dice for r in history], ".--", color=TRAIN, linewidth=1.6, markersize=3)
             axes.plot(epochs, [r.val_dice for r in history], ".-", color=VAL, linewidth=1.6, markersize=3)
-            best = best_epoch(history)
+            best = kept.get(name)
             if best is not None:
                 axes.plot(best.epoch + 1, best.val_dice, "o", color=FUSION, clip_on=False)
                 axes.set_title(f"{best.val_dice:.4f}", loc="right", fontsize=10)

@@ -10,9 +10,10 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from apacs_ray.models.spec import FusionStart
 from apacs_ray.report import charts
 from apacs_ray.report.overlays import COLORS, data_uri
-from apacs_ray.report.summary import NAMES, PAPER, best_epoch, best_member, headline, read_sweep_table, verdict
+from apacs_ray.report.summary import NAMES, PAPER, best_member, headline, kept_epochs, read_sweep_table, verdict
 from apacs_ray.training.history import EpochRecord
 
 REJECTS_SHOWN = 20
@@ -60,7 +61,9 @@ class ReportContext:
         output: The run's URI.
         metrics: Model -> figures, of `evaluation.metrics.summarize`.
         comparison: Other model -> its difference from the fusion, of `evaluation.metrics.compare`.
-        histories: Network -> its epochs.
+        histories: Network -> its epochs; -1 is its start, where that is known.
+        kept: Network -> the epoch whose weights are kept.
+        start: What the fusion starts as; None where its head is the published one.
         trials: The text of `tune/trials.csv`, empty without a sweep.
         best: The settings of the best trial, empty without a sweep.
         stages: Stage -> its entry in `run.json`.
@@ -76,6 +79,8 @@ class ReportContext:
     metrics: Mapping[str, Mapping[str, Any]]
     comparison: Mapping[str, Mapping[str, Any]]
     histories: Mapping[str, Sequence[EpochRecord]]
+    kept: Mapping[str, int]
+    start: FusionStart | None
     trials: str
     best: Mapping[str, Any]
     stages: Mapping[str, Mapping[str, Any]]
@@ -106,16 +111,17 @@ def build_report(context: ReportContext) -> str:
         "data_uri": data_uri,
     }
     sweep = read_sweep_table(context.trials)
+    kept = kept_epochs(context.histories, context.kept)
     fusion = context.metrics["fusion"]
     slides = sorted(fusion["per_slide"].items(), key=lambda item: (item[1]["dice"] is None, item[1]["dice"], item[0]))
     return environment.get_template("report.html.j2").render(
         report=context,
-        headline=headline(context.metrics, context.comparison, context.histories),
+        headline=headline(context.metrics, context.comparison, kept),
         fusion=fusion,
         paper=PAPER,
-        best_member=best_member(context.histories),
+        best_member=best_member(kept),
         verdicts={name: verdict(row) for name, row in context.comparison.items()},
-        best_epochs={name: best_epoch(history) for name, history in context.histories.items()},
+        kept_epochs=kept,
         sweep=sweep,
         top_trials=sweep.trials[:TRIALS_SHOWN],
         kinds=KINDS,

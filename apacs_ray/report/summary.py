@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from apacs_ray.models.registry import MEMBERS
-from apacs_ray.training.history import EpochRecord, score
+from apacs_ray.training.history import START, EpochRecord, score
 
 # accuracy, IoU, Dice on APACS23's own test slides (Scientific Data 11:733, 2024)
 PAPER = {
@@ -80,15 +80,14 @@ def read_sweep_table(trials_csv: str) -> Sweep:
     return Sweep(tuple(trials), len(rows) - len(trials))
 
 
-def best_epoch(history: Sequence[EpochRecord]) -> EpochRecord | None:
-    """Return the epoch whose weights a run keeps, the one of the highest `score`. None without any."""
-    return max(history, key=score, default=None)
+def kept_epochs(histories: Mapping[str, Sequence[EpochRecord]], kept: Mapping[str, int]) -> dict[str, EpochRecord]:
+    """Return the epoch of each network whose weights the run has kept; `kept` is its number."""
+    return {name: record for name, history in histories.items() for record in history if record.epoch == kept.get(name)}
 
 
-def best_member(histories: Mapping[str, Sequence[EpochRecord]]) -> str | None:
+def best_member(kept: Mapping[str, EpochRecord]) -> str | None:
     """Return the member that was best on validation, which is how one would choose a single network."""
-    best = {name: best_epoch(histories[name]) for name in MEMBERS if name in histories}
-    scores = {name: score(record) for name, record in best.items() if record is not None}
+    scores = {name: score(kept[name]) for name in MEMBERS if name in kept}
     return max(scores, key=scores.__getitem__, default=None)
 
 
@@ -104,7 +103,7 @@ def verdict(row: Mapping[str, Any]) -> str:
 def headline(
     metrics: Mapping[str, Mapping[str, Any]],
     comparison: Mapping[str, Mapping[str, Any]],
-    histories: Mapping[str, Sequence[EpochRecord]],
+    kept: Mapping[str, EpochRecord],
 ) -> str:
     """Put the result in two or three sentences."""
     fusion = metrics["fusion"]
@@ -113,7 +112,9 @@ def headline(
     span = fusion["dice_ci95"]
     interval = f" (95 % interval {span[0]:.3f} to {span[1]:.3f})" if span else ""
     words = [f"The fusion reaches a pooled Dice of {fusion['dice']:.3f}{interval} on tiles that no selection has seen."]
-    member = best_member(histories)
+    if kept.get("fusion") is not None and kept["fusion"].epoch == START:
+        words.append("No epoch of its training was better on validation than what it started from, which was kept.")
+    member = best_member(kept)
     row = comparison.get(member) if member else None
     if member and row and row["dice_difference"] is not None:
         words.append(

@@ -20,6 +20,7 @@ from apacs_ray.distributed.evaluation import EvaluateTask, draw_tiles, evaluate_
 from apacs_ray.distributed.tasks import plan_pool
 from apacs_ray.evaluation.metrics import compare, dice_of, pixel_counts, summarize
 from apacs_ray.models.registry import MEMBERS
+from apacs_ray.models.spec import ModelSpec
 from apacs_ray.report.page import ReportContext, TilePicture, build_report
 from apacs_ray.runs.markers import Counts
 from apacs_ray.runs.provenance import environment, fingerprint, git_commit
@@ -130,6 +131,8 @@ class Evaluate(Stage[EvaluateResult]):
             histories={
                 key: read_history(store.read(f"{folder}/history.csv").decode()) for key, folder in folders.items()
             },
+            kept={key: networks[key].epoch for key in folders},
+            start=ModelSpec.from_json(store.read(f"{self.fusion.folder}/model.json")).start,
             trials=store.read("tune/trials.csv").decode() if self.sweep is not None else "",
             best=self.sweep.result.best if self.sweep is not None else {},
             stages=dict(job.run.stages),

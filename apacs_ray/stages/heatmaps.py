@@ -9,11 +9,13 @@ import numpy as np
 
 from apacs_ray.config.settings import Settings
 from apacs_ray.console import say
-from apacs_ray.data.shards import TileIndex, shard_paths
+from apacs_ray.data.shards import TileIndex, read_index, shard_paths
 from apacs_ray.distributed.heatmaps import ALL, HeatmapTask, write_heatmaps
+from apacs_ray.distributed.starts import ValidationTiles, fit_starts, group_slides
 from apacs_ray.distributed.tasks import plan_pool
 from apacs_ray.errors import ApacsError
 from apacs_ray.models.registry import MEMBERS
+from apacs_ray.models.spec import FusionStart
 from apacs_ray.runs.markers import Counts
 from apacs_ray.runs.provenance import fingerprint
 from apacs_ray.stages.ingest_result import IngestResult
@@ -25,13 +27,18 @@ from apacs_ray.training.dataset import Heatmaps
 from apacs_ray.training.tensorboard import CURVES, CURVES_FILE, curves_path
 
 SPLITS = ("train", "val")  # test tiles are read by `evaluate` only
+STARTS = 1  # version of how the starts of fusions are fitted
 
 
 @dataclass(frozen=True)
 class HeatmapsResult(StageResult):
-    """Heatmaps of `counts` tiles, by members of so many `folds`."""
+    """Heatmaps of `counts` tiles, by members of so many `folds`, and where fusions start that read them.
+
+    `starts` are by the members that a fusion reads, joined by `+`.
+    """
 
     folds: int
+    starts: dict[str, FusionStart]
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,7 @@ class StoreHeatmaps(Stage[HeatmapsResult]):
             training=settings.members.fingerprint_inputs() if folds > 1 else None,
             precision=settings.evaluate.precision,
             seed=settings.run.seed,
+            starts=STARTS,
         )
 
     def work(self, job: Job, fingerprint: str) -> HeatmapsResult:
@@ -91,7 +99,9 @@ class StoreHeatmaps(Stage[HeatmapsResult]):
                     store.delete(path)
         drawn = {curves_path(folder) for fold in folders.keys() - {ALL} for folder in folders[fold].values()}
         delete_others(store, f"{CURVES}/heatmaps", CURVES_FILE, drawn)
-        return HeatmapsResult(Counts(rows_in, rows_out), folds)
+        val = read_index(store, "val")
+        starts = fit_starts(ValidationTiles(store, task.heatmaps, group_slides(val.slide_ids)), val.paths)
+        return HeatmapsResult(Counts(rows_in, rows_out), folds, starts)
 
     def tidy(self, store: Store, fingerprint: str) -> None:
         """Delete the members of the folds."""

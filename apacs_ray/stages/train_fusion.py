@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from apacs_ray.config.settings import FusionSettings, Settings
 from apacs_ray.console import say
 from apacs_ray.models.pretrained import pretrained_fusion, published_fusion, published_fusion_version
-from apacs_ray.models.spec import ModelSpec, fusion_spec
+from apacs_ray.models.spec import FusionStart, ModelSpec, fusion_spec
 from apacs_ray.runs.markers import Counts
 from apacs_ray.runs.provenance import fingerprint
 from apacs_ray.stages.heatmaps import HeatmapsResult
@@ -57,7 +57,10 @@ class TrainFusion(Stage[TrainingResult]):
             values = ", ".join(f"{name} {getattr(fusion, name)}" for name in changed)
             say(f"train_fusion: from the sweep: {values} (--fusion.from_best false keeps your own)")
         networks = []
-        for key, (how, spec) in fusion_specs(job.settings, fusion).items():
+        starts = self.heatmaps.result.starts
+        for key, (how, spec) in fusion_specs(job.settings, fusion, starts).items():
+            if spec.start is not None:
+                say(f"{key}: starts as {described(spec.start)}")
             heatmaps = Heatmaps(how.members, self.heatmaps.fingerprint)
             networks.append(Network(key, spec, FOLDERS[key], how, heatmaps, pretrained=_pretrained(job, spec, how)))
         trained = train_networks(job, networks, fingerprint, self.ingest.fingerprint, self.ingest.result.mpp)
@@ -89,13 +92,26 @@ def fusion_folders(settings: Settings) -> dict[str, str]:
     return FOLDERS if settings.fusion.compare else {"fusion": FOLDERS["fusion"]}
 
 
-def fusion_specs(settings: Settings, fusion: FusionSettings) -> dict[str, tuple[FusionSettings, ModelSpec]]:
-    """Return how the fusions of a run learn and what they are, by key, when `fusion` says how the first one does."""
+def fusion_specs(
+    settings: Settings, fusion: FusionSettings, starts: Mapping[str, FusionStart] | None = None
+) -> dict[str, tuple[FusionSettings, ModelSpec]]:
+    """Return how the fusions of a run learn and what they are, by key, when `fusion` says how the first one does.
+
+    `starts` are those that were fitted, by members; without them a refined fusion starts as the mean.
+    """
     hows = {
         key: fusion if key == "fusion" else fusion.model_copy(update={"head": "published"})
         for key in fusion_folders(settings)
     }
-    return {key: (how, fusion_spec(how, how.width, key)) for key, how in hows.items()}
+    return {key: (how, fusion_spec(how, how.width, key, starts)) for key, how in hows.items()}
+
+
+def described(start: FusionStart) -> str:
+    """Return a start in words."""
+    weights = " + ".join(f"{weight:.2f} {name}" for name, weight in start.weights.items() if weight)
+    dice = "not defined" if start.val_dice is None else f"{start.val_dice:.4f}"
+    shape = f" / {start.temperature:.2f} {start.bias:+.2f}" if start.name == "fitted" else ""
+    return f"{start.name} ({weights}{shape}), val Dice {dice}"
 
 
 def _pretrained(job: Job, spec: ModelSpec, how: FusionSettings) -> Callable[[], bytes | None]:

@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from apacs_ray.config.settings import MembersSettings, TrainingSettings
 from apacs_ray.console import say
 from apacs_ray.data.shards import TileIndex, read_index
@@ -16,13 +18,14 @@ from apacs_ray.distributed.train import read_progress, train
 from apacs_ray.distributed.worker import NetworkTask, TrainingTask
 from apacs_ray.errors import ApacsError
 from apacs_ray.models.spec import ModelSpec
+from apacs_ray.models.weights import build, weights_bytes
 from apacs_ray.runs.provenance import source_hash
 from apacs_ray.stages.stage import Job, StageResult
 from apacs_ray.storage import Store
 from apacs_ray.training.augment import Augmentation
 from apacs_ray.training.checkpoints import best_checkpoint, best_weights, complete_checkpoints
 from apacs_ray.training.dataset import Heatmaps, TileDataset
-from apacs_ray.training.history import EpochRecord, history_csv, read_history, score
+from apacs_ray.training.history import START, EpochRecord, history_csv, read_history, score
 from apacs_ray.training.tensorboard import write_curves
 
 PRETRAINED = "pretrained.safetensors"
@@ -59,7 +62,7 @@ class TrainedNetwork:
     Attributes:
         folder: Of its model in the run.
         sha256: Of `model.safetensors`.
-        epoch: Of these weights, from 0.
+        epoch: Of these weights, from 0; -1: those that training started from were better than every epoch's.
         epochs: That were trained.
         val_dice: Of these weights, in 0..1; None where it is not defined.
         device: On which it was trained.
@@ -166,8 +169,9 @@ def train_networks(
                     rows=now["epoch"] * tiles[name],
                 ),
             )
+        seed = job.settings.run.seed
         for network in waiting:
-            _keep_best(store, network, replace(network.spec, training_data=training_data, mpp=mpp), fingerprint)
+            keep_best(store, network, replace(network.spec, training_data=training_data, mpp=mpp), fingerprint, seed)
     for network in networks:  # also of those that were trained before: other settings may have drawn theirs since
         write_curves(store, network.folder, read_history(store.read(f"{network.folder}/{HISTORY}").decode()))
     return {network.name: _trained(store, network, fingerprint) for network in networks}
@@ -232,29 +236,59 @@ def forget_state(store: Store, folders: Sequence[str]) -> None:
                 store.delete_folder(f"{folder}/{top}")
 
 
-def _keep_best(store: Store, network: Network, spec: ModelSpec, fingerprint: str) -> None:
-    """Copy the best checkpoint's weights to the network's folder, and its history."""
+def keep_best(store: Store, network: Network, spec: ModelSpec, fingerprint: str, seed: int) -> None:
+    """Copy the best weights to the network's folder, of a checkpoint or those it started from, and its history.
+
+    Args:
+        store: The run.
+        network: That was trained.
+        spec: What `model.json` is to say of it, but for its metrics.
+        fingerprint: Of the stage.
+        seed: With which it was built.
+
+    Raises:
+        ApacsError: No epoch has left weights that are whole.
+    """
     checkpoints = complete_checkpoints(store, state_folder(network, fingerprint))
-    best_and_weights = best_weights(store, checkpoints)
+    select = network.settings.select
+    best_and_weights = best_weights(store, checkpoints, select)
     if best_and_weights is None:
         raise ApacsError(f"{network.name}: training ended without a checkpoint that is whole")
     best, weights = best_and_weights
-    if best != best_checkpoint(checkpoints):
+    if best != best_checkpoint(checkpoints, select):
         say(f"{network.name}: the best weights are damaged in the store; those of epoch {best.epoch} are taken")
     history = tuple(EpochRecord(**record) for record in checkpoints[-1].state["history"])
-    if not score(best.record)[0]:
+    kept_record = best.record
+    start = start_record(network)
+    if start is not None:
+        history = (start, *history)
+        if score(start, select) > score(kept_record, select):
+            say(f"{network.name}: no epoch is better on validation than the start (val Dice {start.val_dice:.4f})")
+            torch.manual_seed(seed)
+            kept_record, weights = start, weights_bytes(build(spec))
+    if select == "dice" and not score(kept_record)[0]:
         say(
             f"{network.name}: no epoch has a val Dice above 0 (do the val tiles hold cells?); the weights of epoch "
-            f"{best.epoch}, of the lowest val loss, are kept"
+            f"{kept_record.epoch}, of the lowest val loss, are kept"
         )
-    val_dice = None if math.isnan(best.record.val_dice) else best.record.val_dice
-    metrics = {"epoch": best.epoch, "epochs": len(history), "val_dice": val_dice}
+    val_dice = None if math.isnan(kept_record.val_dice) else kept_record.val_dice
+    metrics = {"epoch": kept_record.epoch, "epochs": history[-1].epoch + 1, "val_dice": val_dice}
     kept = {WEIGHTS: weights, SPEC: replace(spec, metrics=metrics).to_json(), HISTORY: history_csv(history).encode()}
     for name, content in kept.items():
         store.write(f"{network.folder}/{name}", content)
     # settings that are tried in turn train to the same folder: a mark names the files that it is of. Weights alone
     # would not do: those of two settings may be equal, as where one of them allows more epochs
     store.write(done_mark(network, fingerprint), encode_mark(kept))
+
+
+def start_record(network: Network) -> EpochRecord | None:
+    """Return what validation says of a network as it is built; None of one that says nothing before it is trained."""
+    start = network.spec.start
+    if start is None:
+        return None
+    dice = math.nan if start.val_dice is None else start.val_dice
+    loss = start.val_loss(network.settings.dice_weight)
+    return EpochRecord(START, math.nan, math.nan, loss, dice, 0.0, 0.0)
 
 
 def done_mark(network: Network, fingerprint: str) -> str:

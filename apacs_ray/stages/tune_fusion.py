@@ -89,6 +89,7 @@ class TuneFusion(Stage[SweepResult]):
             settings.run.max_failures,
             60 * settings.run.checkpoint_minutes,
             pretrained=pretrained,
+            starts=self.heatmaps.result.starts,
         )
         with job.progress() as progress:
             trials = sweep(

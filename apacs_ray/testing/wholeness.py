@@ -93,7 +93,7 @@ def _networks(store: Store, marker: Marker) -> Iterator[str]:
         said = {key: network[key] for key in ("epoch", "epochs", "val_dice")}
         if spec.metrics != said:
             yield f"{name} {said}, model.json {spec.metrics}"
-        if len(history) != network["epochs"]:
+        if sum(record.epoch >= 0 for record in history) != network["epochs"]:
             yield f"{name} of {network['epochs']} epochs, history.csv of {len(history)}"
 
 

@@ -15,6 +15,8 @@ from apacs_ray.config.settings import TrainingSettings
 from apacs_ray.training.augment import Pixels
 from apacs_ray.training.sampler import Phase, SampleRef
 
+SMOOTH = 1.0  # px: keeps the Dice term of the loss defined on a tile without cells
+
 
 @dataclass(frozen=True)
 class Sample:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from apacs_ray.config.settings import Select
 from apacs_ray.storage import SMALL, Store
 from apacs_ray.training.history import EpochRecord, score
 
@@ -66,7 +67,7 @@ def complete_checkpoints(store: Store, folder: str) -> list[Checkpoint]:
     return sorted(found, key=lambda checkpoint: (*checkpoint.place, checkpoint.path))
 
 
-def keep_checkpoint(store: Store, folder: str, attempt: int, local: Path) -> None:
+def keep_checkpoint(store: Store, folder: str, attempt: int, local: Path, select: Select = "dice") -> None:
     """Put the checkpoint in a local folder into the run, and delete all others but the best there.
 
     Those of a later attempt stay: this worker may be of an attempt that was given up.
@@ -79,6 +80,7 @@ def keep_checkpoint(store: Store, folder: str, attempt: int, local: Path) -> Non
         folder: Of the network's training state in it.
         attempt: Number of this start of the training.
         local: Folder of the checkpoint on this machine.
+        select: What makes an epoch the best.
     """
     state = json.loads((local / STATE).read_text())
     part = f"_step_{state['part']['steps']:05d}" if state["part"] else ""
@@ -86,7 +88,7 @@ def keep_checkpoint(store: Store, folder: str, attempt: int, local: Path) -> Non
     store = store.with_timeout(TIMEOUT)
     for name in (*FILES, STATE):
         store.upload(f"{path}/{name}", local / name)
-    best = best_checkpoint(complete_checkpoints(store, folder))
+    best = best_checkpoint(complete_checkpoints(store, folder), select)
     kept = {path} | ({best.path} if best else set())
     epochs = {match[0] for entry in store.list(folder) if (match := _EPOCH.match(entry.path))}
     for other in epochs - kept:
@@ -94,16 +96,18 @@ def keep_checkpoint(store: Store, folder: str, attempt: int, local: Path) -> Non
             store.delete_folder(other)
 
 
-def best_checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint | None:
+def best_checkpoint(checkpoints: list[Checkpoint], select: Select = "dice") -> Checkpoint | None:
     """Return the checkpoint of the best epoch, by its `score`; None when no epoch has ended."""
     whole = [checkpoint for checkpoint in checkpoints if checkpoint.whole]
-    return max(whole, key=lambda checkpoint: score(checkpoint.record), default=None)
+    return max(whole, key=lambda checkpoint: score(checkpoint.record, select), default=None)
 
 
-def best_weights(store: Store, checkpoints: Sequence[Checkpoint]) -> tuple[Checkpoint, bytes] | None:
+def best_weights(
+    store: Store, checkpoints: Sequence[Checkpoint], select: Select = "dice"
+) -> tuple[Checkpoint, bytes] | None:
     """Return the best checkpoint whose weights are whole, and these; None when there is none."""
     left = list(checkpoints)
-    while (best := best_checkpoint(left)) is not None:
+    while (best := best_checkpoint(left, select)) is not None:
         weights = store.read(f"{best.path}/{MODEL}")
         if hashlib.sha256(weights).hexdigest() == best.state["files"][MODEL]["sha256"]:
             return best, weights

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+
+from apacs_ray.config.settings import Select
+
+START = -1  # the epoch of a network that has not been trained yet
 
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """One epoch of training. Losses are means over tiles; Dice is pooled over pixels (of the crops, in training)."""
+    """One epoch of training. Losses are means over tiles; Dice is pooled over pixels (of the crops, in training).
+
+    Epoch -1 (`START`) is the network before any: it has no training figures.
+    """
 
     epoch: int
     train_loss: float
@@ -29,25 +37,31 @@ class EpochPart:
     seconds: float
 
 
-def score(record: EpochRecord) -> tuple[float, float, int]:
+def score(record: EpochRecord, select: Select = "dice") -> tuple[float, float, int]:
     """Return what decides which epoch's weights are kept; larger is better.
 
-    Validation Dice decides, of equals the lower validation loss, of equals the earlier epoch. A Dice that is not
-    defined (nothing true, nothing predicted) counts as 0: where validation tiles hold no cell, the loss alone tells an
-    epoch that rightly finds nothing from one of false positives. Where no epoch finds a cell yet, it tells who learns.
+    By `dice` validation Dice decides, of equals the lower validation loss, of equals the earlier epoch. A Dice that is
+    not defined (nothing true, nothing predicted) counts as 0: where validation tiles hold no cell, the loss alone tells
+    an epoch that rightly finds nothing from one of false positives. Where no epoch finds a cell yet, it tells who
+    learns. By `loss` the loss decides first.
 
     Returns:
-        Dice in 0..1, the negative loss, the negative epoch.
+        Dice in 0..1, the negative loss, the negative epoch; by `loss` the first two change places.
     """
     dice = 0.0 if math.isnan(record.val_dice) else record.val_dice
-    return dice, -record.val_loss, -record.epoch
+    first, second = (dice, -record.val_loss) if select == "dice" else (-record.val_loss, dice)
+    return first, second, -record.epoch
 
 
-def epochs_since_best(history: tuple[EpochRecord, ...]) -> int:
+def best_record(history: Iterable[EpochRecord], select: Select = "dice") -> EpochRecord | None:
+    """Return the epoch of the highest `score`; None without any."""
+    return max(history, key=lambda record: score(record, select), default=None)
+
+
+def epochs_since_best(history: tuple[EpochRecord, ...], select: Select = "dice") -> int:
     """Return how many epochs came after the one with the highest `score`."""
-    if not history:
-        return 0
-    return history[-1].epoch - max(history, key=score).epoch
+    best = best_record(history, select)
+    return history[-1].epoch - best.epoch if best else 0
 
 
 def progress_metrics(history: tuple[EpochRecord, ...]) -> dict[str, float]:

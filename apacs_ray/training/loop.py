@@ -130,10 +130,11 @@ class Trainer:
         return self.next_epoch, self._part.steps if self._part else 0
 
     def finished(self) -> bool:
-        """Return whether the last epoch is done, or `patience` epochs passed without a better validation Dice."""
+        """Return whether the last epoch is done, or `patience` epochs passed without a better one."""
         if self.next_epoch >= self.settings.epochs:
             return True
-        return bool(self.settings.patience) and epochs_since_best(self.history) >= self.settings.patience
+        patience = self.settings.patience
+        return bool(patience) and epochs_since_best(self.history, self.settings.select) >= patience
 
     def run(
         self,

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SMOOTH = 1.0  # px: keeps the Dice term defined on a tile without cells
+from apacs_ray.training.batch import SMOOTH
 
 
 def tile_losses(logits: Tensor, mask: Tensor, valid: Tensor, dice_weight: float) -> Tensor:

@@ -39,6 +39,7 @@ def write_curves(
     text.
     """
     path = curves_path(name)
+    history = tuple(record for record in history if record.epoch >= 0)  # a start has no loss of training
     began = _began(store, path, len(history))
     if began is None:
         began = time.time() - sum(record.seconds for record in history)

@@ -1,0 +1,145 @@
+"""Where fusions start, fitted on the validation tiles from stored heatmaps in two passes. Only counts come back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+
+from apacs_ray.data.shards import open_table
+from apacs_ray.distributed.tasks import map_blocks
+from apacs_ray.models.spec import FusionStart, start_key
+from apacs_ray.storage import Store
+from apacs_ray.training.augment import Pixels
+from apacs_ray.training.dataset import Heatmaps, decode_pixels, decode_tile_mask
+from apacs_ray.training.start import (
+    FOLDS,
+    Levels,
+    Overlap,
+    best_start,
+    fitted_start,
+    loss_terms,
+    member_sets,
+    overlap,
+    plain_starts,
+    rule,
+)
+
+
+@dataclass(frozen=True)
+class ValidationTiles:
+    """The annotated tiles of validation, with their stored heatmaps; small, as it travels with tasks.
+
+    `fold_of` gives the group, from 0, of each slide.
+    """
+
+    store: Store
+    heatmaps: Heatmaps
+    fold_of: Mapping[str, int]
+
+    def read(self, path: str) -> Iterator[tuple[int, Pixels, Pixels]]:
+        """Yield fold, heatmaps (H, W, M) uint8 and mask (H, W) uint8 in {0, 1} of each annotated tile of a shard."""
+        with self.store.open(path) as tiles, self.store.open(self.heatmaps.path(path)) as stored:
+            masks, beside = open_table(tiles, path), open_table(stored, path)
+            for number in range(masks.num_row_groups):
+                rows = masks.read_row_group(number, columns=["slide_id", "mask"])
+                pictures = beside.read_row_group(number, columns=["heatmaps"])["heatmaps"]
+                for slide, mask, heatmaps in zip(rows["slide_id"], rows["mask"], pictures, strict=True):
+                    if mask.is_valid:
+                        yield (
+                            self.fold_of[slide.as_py()],
+                            decode_pixels(heatmaps.as_py()),
+                            decode_tile_mask(mask.as_py()),
+                        )
+
+
+def group_slides(slide_ids: Iterable[str]) -> dict[str, int]:
+    """Return the fold of each slide, as even as can be, at most `FOLDS` of them."""
+    return {slide: number % FOLDS for number, slide in enumerate(sorted(set(slide_ids)))}
+
+
+def fit_starts(tiles: ValidationTiles, paths: Sequence[str]) -> dict[str, FusionStart]:
+    """Fit the start of a fusion of every set of members.
+
+    Args:
+        tiles: How they are read.
+        paths: Of the shards of validation tiles.
+
+    Returns:
+        The best start by `start_key` of its members.
+    """
+    folds = _count_levels(tiles, paths)
+    candidates = {members: plain_starts(members) for members in member_sets()}
+    for members, starts in candidates.items():
+        if (fitted := fitted_start(folds, members)) is not None:
+            starts.append(fitted)
+    different = list({rule(start): start for starts in candidates.values() for start in starts}.values())
+    overlaps = dict(zip(map(rule, different), _find(tiles, paths, different), strict=True))
+    best = {
+        start_key(members): best_start(starts, [overlaps[rule(start)] for start in starts])
+        for members, starts in candidates.items()
+    }
+    return dict(zip(best, _with_losses(tiles, paths, list(best.values())), strict=True))
+
+
+def _count_levels(tiles: ValidationTiles, paths: Sequence[str]) -> list[Levels]:
+    """Count the pixels of each group of slides."""
+    count = max(tiles.fold_of.values(), default=-1) + 1
+
+    def count_shard(path: str) -> bytes:
+        parts: list[list[Levels]] = [[] for _ in range(count)]
+        for fold, heatmaps, mask in tiles.read(path):
+            parts[fold].append(Levels.of(heatmaps, mask))
+        rows = [
+            np.stack([np.full_like(levels.place, fold), levels.place, levels.background, levels.cell])
+            for fold, levels in enumerate(map(Levels.added, parts))
+        ]
+        return np.concatenate([np.zeros((4, 0), np.int64), *rows], axis=1).tobytes()
+
+    totals = [Levels.added([])] * count
+    for content in _over_shards(count_shard, paths):
+        folds, *levels = np.frombuffer(content, np.int64).reshape(4, -1)
+        totals = [
+            Levels.added([total, Levels(*(column[folds == fold] for column in levels))])
+            for fold, total in enumerate(totals)
+        ]
+    return totals
+
+
+def _find(tiles: ValidationTiles, paths: Sequence[str], starts: Sequence[FusionStart]) -> list[Overlap]:
+    """Count what each candidate finds on all tiles."""
+
+    def find(path: str) -> bytes:
+        found = [[astuple(overlap(start, *tile)) for start in starts] for _, *tile in tiles.read(path)]
+        return np.array(found, np.int64).reshape(-1, len(starts), 3).sum(axis=0).tobytes()
+
+    total = np.zeros((len(starts), 3), np.int64)
+    for content in _over_shards(find, paths):
+        total += np.frombuffer(content, np.int64).reshape(-1, 3)
+    return [Overlap(*row) for row in total.tolist()]
+
+
+def _with_losses(tiles: ValidationTiles, paths: Sequence[str], starts: Sequence[FusionStart]) -> list[FusionStart]:
+    """Return starts with the means over all tiles of the terms of their loss."""
+
+    def lose(path: str) -> bytes:
+        return np.array([[loss_terms(start, *tile) for start in starts] for _, *tile in tiles.read(path)]).tobytes()
+
+    parts = [np.frombuffer(content).reshape(-1, len(starts), 2) for content in _over_shards(lose, paths)]
+    means = np.concatenate([np.zeros((0, len(starts), 2)), *parts])
+    if not len(means):
+        return list(starts)
+    return [
+        replace(start, val_entropy=entropy, val_soft_dice=soft_dice)
+        for start, (entropy, soft_dice) in zip(starts, means.mean(axis=0).tolist(), strict=True)
+    ]
+
+
+def _over_shards(work: Callable[[str], bytes], paths: Sequence[str]) -> Iterator[bytes]:
+    def of_block(block: pa.Table) -> pa.Table:
+        return pa.table({"content": pa.array([work(path) for path in block["path"].to_pylist()], pa.binary())})
+
+    for row in map_blocks(of_block, [pa.table({"path": [path]}) for path in paths]):
+        yield row["content"]
