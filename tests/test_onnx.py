@@ -27,7 +27,8 @@ def test_the_graph_gives_torchs_logits(tmp_path: Path, head: Head, members: tupl
     if isinstance(fusion, RefinedFusion):
         for score in (*fusion.scores, fusion.fine_score):  # as after training
             torch.nn.init.normal_(score.weight, std=0.05)
-    spec = ModelSpec("fusion", "fusion", WIDTH, head=head, members=members)
+    views = 4 if head == "refined" else 1
+    spec = ModelSpec("fusion", "fusion", WIDTH, head=head, members=members, views=views)
     ensemble = Ensemble({name: build_member(name, width=WIDTH) for name in MEMBERS}, {"fusion": (spec, fusion)})
     export_onnx(ensemble, tmp_path / "e.onnx", height=120, width=88)
     session = onnxruntime.InferenceSession(tmp_path / "e.onnx")

@@ -412,6 +412,13 @@ def test_configs_are_found_from_anywhere_also_those_of_an_installed_package(
     assert command("--config", "configs/paper.yaml", "--data", "x").settings.members.width == 1.0
 
 
+def test_views_are_those_that_there_are() -> None:
+    assert command("--data", "x", "--heatmaps.views", "4").settings.heatmaps.views == 4
+    assert command().settings.heatmaps.views == 4  # the default run's
+    with pytest.raises(UsageError, match=r"heatmaps\.views: 3 is none of 1, 4, 8"):
+        command("--data", "x", "--heatmaps.views", "3")
+
+
 def test_a_fingerprint_leaves_out_what_is_marked_on_the_field() -> None:
     settings = Settings()
     left_out = {

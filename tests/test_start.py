@@ -25,6 +25,7 @@ from apacs_ray.models.ensemble import Ensemble
 from apacs_ray.models.fusion import RefinedFusion, build_fusion
 from apacs_ray.models.registry import MEMBERS, build_member
 from apacs_ray.models.spec import FusionStart, ModelSpec, fusion_spec, start_key
+from apacs_ray.models.views import over_views
 from apacs_ray.models.weights import build, load_model, weights_bytes
 from apacs_ray.stages.train_networks import Network, keep_best, state_folder
 from apacs_ray.storage import LocalStore
@@ -239,6 +240,45 @@ class TestNetwork:
 
 
 CPU = torch.device("cpu")
+
+
+class TestViews:
+    def members(self) -> dict[str, torch.nn.Module]:
+        torch.manual_seed(4)
+        return {name: build_member(name, width=TINY).eval() for name in MEMBERS}
+
+    @pytest.mark.parametrize(("views", "turns"), [(4, 2), (8, 1)])
+    def test_what_they_say_turns_with_the_picture(self, views, turns: int) -> None:
+        members = self.members()
+
+        def networks(images: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {name: member(images) for name, member in members.items()}
+
+        picture = torch.rand(1, 3, 64, 64)
+        with torch.inference_mode():
+            plain = over_views(networks, picture, views)
+            turned = over_views(networks, torch.rot90(picture, turns, (2, 3)), views)
+            flipped = over_views(networks, picture.flip(3), views)
+            for name in MEMBERS:
+                torch.testing.assert_close(torch.rot90(plain[name], turns, (2, 3)), turned[name], atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(plain[name].flip(3), flipped[name], atol=1e-4, rtol=1e-4)
+            assert over_views(networks, torch.rand(1, 3, 45, 70), views)["fcn8"].shape == (1, 1, 45, 70)
+            torch.testing.assert_close(over_views(networks, picture, 1)["fcn8"], members["fcn8"](picture))
+
+    def test_a_fusion_reads_them_and_members_answer_for_themselves(self) -> None:
+        alone = FusionStart("fcn8", {"fcn32": 0.0, "fcn16": 0.0, "fcn8": 1.0}, temperature=100.0)
+        members = self.members()
+        picture = torch.rand(2, 3, 64, 64)
+        said = {}
+        for views in (1, 4):
+            spec = ModelSpec("fusion", "fusion", width=TINY, start=alone, views=views)
+            with torch.inference_mode():
+                said[views] = Ensemble(members, {"fusion": (spec, build(spec))})(picture)
+        for name in MEMBERS:
+            assert torch.equal(said[1][name], said[4][name])
+        mean = over_views(lambda images: {"fcn8": members["fcn8"](images)}, picture, 4)["fcn8"]
+        assert not torch.allclose(mean, said[1]["fcn8"], atol=1e-2)
+        torch.testing.assert_close(said[4]["fusion"], mean.clamp(-6.2324, 6.2324) / 100, atol=1e-4, rtol=1e-3)
 
 
 def test_starts_are_fitted_over_shards_of_stored_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from apacs_ray.config.section import NOT_IN_FINGERPRINT, Common, Section
 MemberName = Literal["fcn32", "fcn16", "fcn8"]
 HeatmapInit = Literal["random", "mean", "zero"]
 Select = Literal["dice", "loss"]
+VIEWS = (1, 4, 8)  # of a picture: as it is, its flips as well, quarter turns of these as well
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -276,6 +277,18 @@ class HeatmapsSettings(Section):
         le=20,
         description="1: in-sample heatmaps, as in the paper; K > 1: out-of-fold, K more trainings",
     )
+    views: int = Field(
+        1,
+        description="views of a picture over which the members' logits are averaged for the fusion: 1: as it is; "
+        "4: its flips as well; 8: quarter turns as well; so many times the time of the members, also in use",
+    )
+
+    @field_validator("views")
+    @classmethod
+    def _a_number_of_views(cls, value: int) -> int:
+        if value not in VIEWS:
+            raise ValueError(f"{value} is none of {', '.join(map(str, VIEWS))}")
+        return value
 
 
 class TuneSettings(Section):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
-from apacs_ray.config.settings import FusionSettings, HeatmapInit, MemberName
+from apacs_ray.config.settings import VIEWS, FusionSettings, HeatmapInit, MemberName
 from apacs_ray.errors import ApacsError
 from apacs_ray.models.registry import MEMBERS
 
@@ -57,6 +57,7 @@ class ModelSpec:
     training_data: str = ""  # fingerprint of the tiles
     mpp: float | None = None  # um per px of the tiles; None where not known, or not all the same
     metrics: Mapping[str, float | None] = field(default_factory=dict)
+    views: int = 1  # of a picture, over which the logits of its members are averaged for a fusion
     start: FusionStart | None = None  # of a refined fusion; None: the mean, as in files of before there were others
 
     def to_json(self) -> bytes:
@@ -70,8 +71,15 @@ class ModelSpec:
             tree = json.loads(content)
             start = tree.get("start")
             spec = cls(**{**tree, "start": None if start is None else FusionStart(**start)})
-            if not (0 < spec.width <= 1 and 0 <= spec.dropout < 1 and set(spec.members) <= set(MEMBERS)):
-                raise ValueError(f"width {spec.width}, dropout {spec.dropout}, members {spec.members}")
+            if not (
+                0 < spec.width <= 1
+                and 0 <= spec.dropout < 1
+                and set(spec.members) <= set(MEMBERS)
+                and spec.views in VIEWS
+            ):
+                raise ValueError(
+                    f"width {spec.width}, dropout {spec.dropout}, members {spec.members}, views {spec.views}"
+                )
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ApacsError(f"model.json: not a model description ({error})") from error
         return replace(spec, members=tuple(spec.members))

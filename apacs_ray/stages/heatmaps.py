@@ -65,6 +65,7 @@ class StoreHeatmaps(Stage[HeatmapsResult]):
             precision=settings.evaluate.precision,
             seed=settings.run.seed,
             starts=STARTS,
+            views=settings.heatmaps.views,
         )
 
     def work(self, job: Job, fingerprint: str) -> HeatmapsResult:
@@ -87,6 +88,7 @@ class StoreHeatmaps(Stage[HeatmapsResult]):
             fold_of,
             settings.evaluate.threads,
             settings.evaluate.precision,
+            settings.heatmaps.views,
         )
         planned = sum(self.ingest.result.tiles[split] for split in SPLITS)
         with job.progress() as progress:

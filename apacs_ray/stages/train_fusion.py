@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from apacs_ray.config.settings import FusionSettings, Settings
@@ -103,7 +103,8 @@ def fusion_specs(
         key: fusion if key == "fusion" else fusion.model_copy(update={"head": "published"})
         for key in fusion_folders(settings)
     }
-    return {key: (how, fusion_spec(how, how.width, key, starts)) for key, how in hows.items()}
+    views = settings.heatmaps.views
+    return {key: (how, replace(fusion_spec(how, how.width, key, starts), views=views)) for key, how in hows.items()}
 
 
 def described(start: FusionStart) -> str:
