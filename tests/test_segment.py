@@ -100,6 +100,17 @@ def test_tta_agrees_over_cores(models: dict[str, LocalStore], tmp_path: Path) ->
     assert not np.array_equal(mask, plain.mask())
 
 
+@pytest.mark.parametrize("side", [450, 448])
+def test_a_fusion_over_views_of_its_members_agrees_over_cores(tmp_path: Path, side: int) -> None:
+    write_tiff(tmp_path / "a.tif", picture(side, 352))
+    masks = []
+    for views in (1, 4):
+        model = write_ensemble(tmp_path / f"{views}", views=views)
+        one = OneSlide(tmp_path / "a.tif", model, tmp_path / f"out{views}", with_settings(core=128))
+        masks.append(one.require_mask_of_whole())
+    assert not np.array_equal(*masks)
+
+
 @pytest.mark.parametrize("origin", ["bounds", "corner"])
 def test_files_say_what_the_mask_says(models: dict[str, LocalStore], tmp_path: Path, origin: str) -> None:
     write_slide(tmp_path / "a b.mrxs", picture(600, 500), margin=1)

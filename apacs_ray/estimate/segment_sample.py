@@ -31,7 +31,7 @@ from apacs_ray.inference.objects import core_objects, without_small
 from apacs_ray.inference.parts import MAPS, FinishedCore, map_of, part_path, write_part
 from apacs_ray.inference.planning import PICTURE, Cutting, Region, make_plan
 from apacs_ray.inference.predictor import Predictor
-from apacs_ray.inference.segmenter import VIEWS, Segmented, Segmenter
+from apacs_ray.inference.segmenter import TTA_VIEWS, Segmented, Segmenter
 from apacs_ray.inference.slide_plan import SlidePlan, finished_plan, lattice_size, read_cells, write_plan
 from apacs_ray.outputs.slide_files import write_slide_files
 from apacs_ray.slides.manifest import SlideTask, opened_slide
@@ -117,8 +117,12 @@ def sample_slides(
 
 def window_flops(models: ModelFiles, size: tuple[int, int], *, tta: bool) -> dict[str, int]:
     """Return the floating-point operations of each network on a window of (height, width)."""
-    views = len(VIEWS) if tta else 1
-    return {name: views * flops([spec], size) for name, spec in models.specs.items()}
+    views = TTA_VIEWS if tta else 1
+    of_fusion = max(spec.views for spec in models.specs.values())  # of each view its members are run
+    return {
+        name: views * (of_fusion if spec.kind == "member" else 1) * flops([spec], size)
+        for name, spec in models.specs.items()
+    }
 
 
 def _look_at(reading: SlideTask, slide: SlideToSample, cutting: Cutting) -> LookedAt:
@@ -168,7 +172,7 @@ def _through_networks(
     windows: Sequence[Rgb], model: Store, models: ModelFiles, settings: SegmentSettings, *, assumed: bool
 ) -> tuple[list[Segmented], float]:
     """Segment the middles of windows, squares of one size; return what was found, and seconds a px of a window."""
-    specs, views = list(models.specs.values()), len(VIEWS) if settings.tta else 1
+    specs, views = list(models.specs.values()), TTA_VIEWS if settings.tta else 1
     smallest = min(window.shape[0] for window in windows), min(window.shape[1] for window in windows)
     side = max(ALIGN, min(affordable_part(specs, smallest, views, default_device())) // ALIGN * ALIGN)
     predictor = Predictor.load(model, models.folders, threads=settings.threads, precision=settings.precision)
@@ -177,7 +181,7 @@ def _through_networks(
     for window in windows:
         top, left = (window.shape[0] - side) // 2, (window.shape[1] - side) // 2
         parts.append(np.ascontiguousarray(window[max(top, 0) :, max(left, 0) :][:side, :side]))
-    on_assumed = views * flops(specs, (side, side)) / ASSUMED_GPU
+    on_assumed = sum(window_flops(models, (side, side), tta=settings.tta).values()) / ASSUMED_GPU
     seconds = on_assumed if assumed else fastest(partial(segmenter, parts[0]))
     return [segmenter(part) for part in parts], seconds / side**2
 

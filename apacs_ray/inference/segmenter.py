@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from apacs_ray.data.grid import Box
@@ -18,9 +17,10 @@ from apacs_ray.inference.cores import ALIGN
 from apacs_ray.inference.objects import STEPS
 from apacs_ray.inference.predictor import Predictor
 from apacs_ray.models.registry import MEMBERS
+from apacs_ray.models.views import over_views
 
 SMALLEST = 256  # px, side of what is kept of the smallest window that is tried
-VIEWS = [(turns, flip) for flip in (False, True) for turns in range(4)]
+TTA_VIEWS = 8
 
 
 @dataclass(frozen=True)
@@ -115,21 +115,12 @@ class Segmenter:
 
     def logits(self, rgb: Rgb) -> dict[str, Tensor]:
         """Return logits (H, W) float32 of every network, on the device; with `tta` the mean over eight views."""
-        images = self._predictor.to_device(rgb[None])
-        if not self._tta:
-            return {name: output[0] for name, output in self._predictor.batch(images).items()}
-        height, width = rgb.shape[:2]
-        # views fit each other only where sides are multiples of the networks' stride
-        images = F.pad(images, (0, -width % ALIGN, 0, -height % ALIGN))
-        sums: dict[str, Tensor] = {}
-        for turns, flip in VIEWS:
-            view = torch.rot90(images.flip(3) if flip else images, turns, (2, 3))
-            view = view.contiguous(memory_format=torch.channels_last)
-            for name, output in self._predictor.batch(view).items():
-                back = torch.rot90(output[0], -turns, (0, 1))
-                back = back.flip(1) if flip else back
-                sums[name] = sums[name] + back if name in sums else back
-        return {name: total[:height, :width] / len(VIEWS) for name, total in sums.items()}
+
+        def networks(view: Tensor) -> dict[str, Tensor]:
+            return {name: output[:, None] for name, output in self._predictor.batch(view).items()}
+
+        outputs = over_views(networks, self._predictor.to_device(rgb[None]), TTA_VIEWS if self._tta else 1)
+        return {name: output[0, 0] for name, output in outputs.items()}
 
 
 def _in_steps(values: Tensor) -> npt.NDArray[np.uint16]:

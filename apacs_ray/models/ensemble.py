@@ -42,7 +42,7 @@ class Ensemble(nn.Module):
         for key, network in self.fusions.items():
             members, views = self._inputs[key]
             if views not in averaged:
-                averaged[views] = over_views(self._say, image, views)
+                averaged[views] = over_views(self._say, image, views, averaged[1])
             heatmaps = torch.cat([torch.sigmoid(averaged[views][name].float()) for name in members], dim=1)
             logits[key] = fuse(network, heatmaps, image)
         return logits

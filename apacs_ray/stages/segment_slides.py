@@ -128,7 +128,11 @@ def finished_record(output: Store, slide: ListedSlide) -> dict[str, Any] | None:
 
 
 def forget_parts(output: Store, folder: str, paths: Iterable[str]) -> None:
-    """Delete the parts of a slide among `paths`."""
+    """Delete the parts of a slide among `paths`, and files that a killed process left half written."""
+    paths = list(paths)
     below = re.compile(rf"({re.escape(folder)}/\.parts-\w+)/")
     for parts in sorted({match[1] for match in map(below.match, paths) if match}):
         output.delete_folder(parts)
+    half = re.compile(rf"{re.escape(folder)}/\.[^/]+\.tmp")
+    for path in filter(half.fullmatch, paths):
+        output.delete(path)

@@ -19,7 +19,7 @@ Networks = Mapping[str, tuple[ModelSpec, nn.Module]]
 
 @torch.no_grad()
 def random_networks(
-    picture: Rgb, *, width: float, head: Head = "refined", seed: int = 0, mpp: float | None = None
+    picture: Rgb, *, width: float, head: Head = "refined", seed: int = 0, mpp: float | None = None, views: int = 1
 ) -> Networks:
     """Return random members and a fusion on them, each with a bias by which about half of `picture` is cell.
 
@@ -29,6 +29,7 @@ def random_networks(
         head: Of the fusion.
         seed: The members of equal seeds are equal, whatever the head.
         mpp: um per px that their descriptions name.
+        views: Of a picture, over which the fusion reads its members.
 
     Returns:
         Their descriptions and modules in eval mode, by key: the members', then `fusion`.
@@ -48,7 +49,7 @@ def random_networks(
             nn.init.normal_(score.weight, std=0.1)
     last = fusion.fine_score if head == "refined" else fusion.score
     _center(last, fusion(torch.cat([*heatmaps, image], dim=1)))
-    return networks | {"fusion": (ModelSpec("fusion", "fusion", width=width, head=head, mpp=mpp), fusion)}
+    return networks | {"fusion": (ModelSpec("fusion", "fusion", width=width, head=head, mpp=mpp, views=views), fusion)}
 
 
 def write_networks(store: Store, networks: Networks) -> None:

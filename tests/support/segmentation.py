@@ -33,10 +33,12 @@ from apacs_ray.testing.ensembles import random_networks, write_networks
 WIDTH = 0.02
 
 
-def write_ensemble(folder: Path, head: Head = "refined", seed: int = 0, mpp: float | None = None) -> LocalStore:
+def write_ensemble(
+    folder: Path, head: Head = "refined", seed: int = 0, mpp: float | None = None, views: int = 1
+) -> LocalStore:
     """Random networks, each with a bias by which about half of a picture is cell."""
     store = LocalStore(str(folder))
-    write_networks(store, random_networks(picture(640, 640), width=WIDTH, head=head, seed=seed, mpp=mpp))
+    write_networks(store, random_networks(picture(640, 640), width=WIDTH, head=head, seed=seed, mpp=mpp, views=views))
     return store
 
 
