@@ -68,7 +68,7 @@ def test_every_resource_is_busy_with_its_own_work() -> None:
 
 
 def test_more_gpus_show_what_is_short_next() -> None:
-    many = replace(GPUS, devices=400)
+    many = replace(GPUS, devices=400, writers=400)
     assert bottleneck(WORK, COSTS, replace(many, cpus=64)) == "tasks that find objects"
     assert bottleneck(WORK, COSTS, replace(many, cpus=8, tasks=800)) == "CPUs (objects: 50% of their work)"
     assert bottleneck(WORK, COSTS, replace(many, cpus=800, tasks=800, disk=40)) == "disks"

@@ -165,6 +165,10 @@ def _work(
     ending: list[tuple[int, Any]] = []
     began = time.time()
 
+    def busy() -> float:
+        """The share of the time so far that the workers spent in networks."""
+        return sum(each["networks"] for each in seconds) / (pool.actors * (time.time() - began))
+
     def end(number: int) -> None:
         while len(ending) >= pool.writers:
             collect()
@@ -179,7 +183,8 @@ def _work(
         folder = slide.plan.slide_id
         outcome.rejects += found.rejects
         outcome.done[folder] = found, took
-        timings = {**{step: round(value, 3) for step, value in seconds[number].items()}, "files": took}
+        timings = {**seconds[number], "files": took, "busy": busy()}
+        timings = {step: round(value, 3) for step, value in timings.items()}
         job.store.write(f"{folder}/timings.json", json.dumps(timings, indent=1, sort_keys=True).encode())
         forget_parts(job.store, folder, [entry.path for entry in job.store.list(folder)])
 
@@ -196,7 +201,8 @@ def _work(
                 end(receipt.slide)
         while ending:
             collect()
-    say(f"{STAGE}: {len(slides)} slides in {time.time() - began:.0f} s")
+    share = f"; {pool.actors} workers spent {busy():.0%} of it in networks" if done else ""
+    say(f"{STAGE}: {len(slides)} slides in {time.time() - began:.0f} s{share}")
 
 
 def _files_of(task: SegmentTask, slide: PlannedSlide, facts: Mapping[str, Any]) -> tuple[Found, float]:
