@@ -51,12 +51,6 @@ class _Lines(logging.Handler):
             self.handleError(record)
 
 
-def few(names: Sequence[str], most: int = 3) -> str:
-    """Return names for a line: the first ones, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{', '.join(names[:most])}{more}"
-
-
 def print_log() -> None:
     """Print what our modules log from now on, redacted, as lines of this process; more calls change nothing.
 

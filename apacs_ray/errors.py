@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 
 class ApacsError(Exception):
@@ -44,6 +45,12 @@ class BadInput(Exception):
 
     def __str__(self) -> str:
         return f"{self.code}: {self.reason}"
+
+
+def few(names: Sequence[str], most: int = 3) -> str:
+    """Return names for a line: the first ones, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
 
 
 def carried_message(error: object) -> str | None:

@@ -44,7 +44,7 @@ from apacs_ray.estimate.segmenting import (
     wall_seconds,
 )
 from apacs_ray.inference.cores import cores_of
-from apacs_ray.inference.cutting import SHARD_BYTES
+from apacs_ray.inference.cutting import cores_a_shard
 from apacs_ray.inference.segmenter import Segmented
 from apacs_ray.inference.slide_plan import lattice_size
 from apacs_ray.models.registry import MEMBERS, NETWORKS
@@ -165,17 +165,9 @@ def workload() -> Workload:
     high, wide = round(down * share), round(across * share)
     top, left = (down - high) // 2, (across - wide) // 2
     wanted[top : top + high, left : left + wide] = True
-    cores = [core for core in cores_of(WIDTH, HEIGHT, CORE, HALO, wanted) if core.window is not None]
-    a_shard = max(1, SHARD_BYTES // (3 * (CORE + 2 * HALO) ** 2))
-    return Workload(
-        slides=1,
-        size=SLIDE_BYTES,
-        pixels=WIDTH * HEIGHT,
-        cores=len(cores),
-        core_pixels=sum(core.box.width * core.box.height for core in cores),
-        window_pixels=sum(core.window.width * core.window.height for core in cores if core.window),
-        shards=math.ceil(len(cores) / a_shard),
-    ).times(SLIDES)
+    cores = cores_of(WIDTH, HEIGHT, CORE, HALO, wanted)
+    one = Workload.of_slide(cores, pixels=WIDTH * HEIGHT, size=SLIDE_BYTES, shards=0)
+    return replace(one, shards=math.ceil(one.cores / cores_a_shard(CORE, HALO))).times(SLIDES)
 
 
 def unit_costs(costs: dict[str, float], gpu: str) -> UnitCosts:

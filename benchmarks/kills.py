@@ -194,9 +194,9 @@ def main() -> None:
             how, changes, pause = signals[len(rows)], draw.randint(1, most), draw.uniform(0.0, PAUSE)
             driver = runs.start(name, runs.stopped)
             began = time.monotonic()
-            _await_changes(driver, runs.stopped, changes, pause)
+            await_changes(driver, runs.stopped, changes, pause)
             after = time.monotonic() - began
-            status, took = _stop(driver, how)
+            status, took = stop_driver(driver, how)
             if status == 0:  # it came to its end first
                 ended += 1
                 runs.require_equal(name)
@@ -239,7 +239,7 @@ def _write_smears(folder: Path, width: int, height: int) -> None:
         write_smear(store, spec, number)
 
 
-def _await_changes(driver: Driver, output: Path, changes: int, pause: float) -> None:
+def await_changes(driver: Driver, output: Path, changes: int, pause: float) -> None:
     """Wait until so many files were made or replaced, and a while more; or until the driver ends."""
     before, seen = _files(output), set()
     while len(seen) < changes and driver.status() is None:
@@ -259,7 +259,7 @@ def _files(output: Path) -> set[tuple[str, int]]:
     return found
 
 
-def _stop(driver: Driver, how: signal.Signals) -> tuple[int, float]:
+def stop_driver(driver: Driver, how: signal.Signals) -> tuple[int, float]:
     """Signal a driver; return its exit status, and the seconds that it then took to end."""
     asked = time.monotonic()
     if driver.status() is None:

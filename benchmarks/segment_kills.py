@@ -15,13 +15,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from kills import SIGNALS, Script, await_changes, stop_driver  # noqa: E402
 from measure import options, require, show  # noqa: E402
 from PIL import Image  # noqa: E402
 
@@ -29,7 +29,6 @@ from apacs_ray.storage import LocalStore  # noqa: E402
 from apacs_ray.synthetic.slide import render, slide_specs  # noqa: E402
 from apacs_ray.testing.ensembles import random_networks, write_networks  # noqa: E402
 
-SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
 SIDE = 640  # px of a slide
 HOW = ["--segment.core", "160", "--segment.maps", "4", "--segment.fill_holes_um2", "5", "--segment.tissue", "false"]
 LATEST = 6  # changes for each slide, at most, until the signal
@@ -85,22 +84,13 @@ def _start(place: Path, output: str) -> subprocess.Popen[bytes]:
 
 
 def _stop(process: subprocess.Popen[bytes], output: Path, sent: signal.Signals, changes: int) -> int:
-    """Stop a run when so many files are new in the output, with all that it started; return its status."""
-    before = _state(output)
-    new: set[str] = set()
-    while process.poll() is None and len(new) < changes:
-        new |= _state(output) - before
-        time.sleep(0.01)
-    if process.poll() is None:
-        process.send_signal(sent)
-    status = process.wait()
+    """Stop a run, with all that it started, when so many files were made or replaced; return its status."""
+    driver = Script(process)
+    await_changes(driver, output, changes, 0.0)
+    status, _ = stop_driver(driver, sent)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # what SIGKILL left
     return status
-
-
-def _state(output: Path) -> set[str]:
-    return {str(path) for path in output.rglob("*") if path.name != "run.lock"}
 
 
 def _done(output: Path) -> dict[str, int]:

@@ -268,15 +268,15 @@ def test_a_window_beyond_the_memory_of_a_gpu_gives_the_same_mask(
     predictor = Predictor.load(models["refined"], folders, threads=1, precision="float32")
     segmenter, rgb, keep = Segmenter(predictor, "fcn8", tta=tta), picture(1000, 700), Box(256, 32, 488, 600)
     whole = segmenter(rgb, keep, 256)
-    batch, sizes = predictor.batch, []
+    run, sizes = predictor._run, []
 
     def limited(images: torch.Tensor) -> dict[str, torch.Tensor]:
         if images[0, 0].numel() > fits:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         sizes.append(images.shape)
-        return batch(images)
+        return run(images)
 
-    monkeypatch.setattr(predictor, "batch", limited)
+    monkeypatch.setattr(predictor, "_run", limited)
     if fits < 600 * 600:  # what 256 px need at least
         with pytest.raises(ApacsError, match=r"^the GPU's memory is too small .*segment.use to one member"):
             segmenter(rgb, keep, 256)

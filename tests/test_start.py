@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from apacs_ray.config.settings import FusionSettings, Select
 from apacs_ray.data.shards import Receipt, write_table
 from apacs_ray.data.tile_rows import encode_mask
-from apacs_ray.distributed import starts as distributed
+from apacs_ray.distributed import tasks
 from apacs_ray.distributed.heatmaps import HEATMAP_SCHEMA
 from apacs_ray.distributed.starts import ValidationTiles, fit_starts, group_slides
 from apacs_ray.models.ensemble import Ensemble
@@ -283,7 +283,7 @@ class TestViews:
 
 def test_starts_are_fitted_over_shards_of_stored_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As one list of tiles gives it; tiles that are not annotated have no part."""
-    monkeypatch.setattr(distributed, "map_blocks", _map_blocks)
+    monkeypatch.setattr(tasks, "map_blocks", _map_blocks)
     store = LocalStore(str(tmp_path))
     stored = Heatmaps(MEMBERS, "f" * 16)
     tiles = [tile(number, bias=1.0) for number in range(5)]

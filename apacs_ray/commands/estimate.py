@@ -57,8 +57,7 @@ def estimate(run: Run, ray: RaySession, names: Sequence[str]) -> None:
     shown = [line for name, work in lines.items() if name in names for line in work()]
     show_lines(shown, unit="tiles")
     say("tiles of training: one in each epoch of each network")
-    there = f"{cluster.cpus:.0f} CPUs" + (f" and {cluster.gpus:g} GPUs" if cluster.gpus else "")
-    say(f"on {there}, from a sample of {time.perf_counter() - began:.0f} s; nodes that have to start come on top")
+    say_where(cluster, time.perf_counter() - began)
     if run.settings.members.patience or run.settings.fusion.patience:
         say("training that no longer gets better ends earlier (members.patience, fusion.patience)")
     if networks.assumed:
@@ -107,9 +106,9 @@ def kind_of(unit: Unit) -> str:
     return "pair" if isinstance(unit, Pair) else unit.path.rpartition(".")[2].lower()
 
 
-def weight_of(unit: Unit) -> int:
+def _weight(unit: Unit) -> int:
     """What a unit's tiles are proportional to: slides of more bytes have more."""
-    return 1 if isinstance(unit, Pair) else sum(entry.size for entry in unit.files)
+    return 1 if isinstance(unit, Pair) else unit.size
 
 
 def count_tiles(
@@ -119,12 +118,12 @@ def count_tiles(
     weights: dict[str, float] = defaultdict(float)
     found: dict[str, float] = defaultdict(float)
     for unit, count in zip(chosen, tiles, strict=True):
-        weights[kind_of(unit)] += weight_of(unit)
+        weights[kind_of(unit)] += _weight(unit)
         found[kind_of(unit)] += count
     splits = dict.fromkeys(("train", "val", "test"), 0.0)
     for unit in listed:
         kind = kind_of(unit)
-        splits[unit.split or "train"] += weight_of(unit) * found[kind] / max(1, weights[kind])
+        splits[unit.split or "train"] += _weight(unit) * found[kind] / max(1, weights[kind])
     if not splits["val"]:
         splits["val"] = val_fraction * splits["train"]
         splits["train"] -= splits["val"]
@@ -225,6 +224,12 @@ class _Networks:
         )
 
 
+def say_where(cluster: Cluster, seconds: float) -> None:
+    """Say on what the estimate is, and how long the sample took."""
+    there = f"{cluster.cpus:.0f} CPUs" + (f" and {cluster.gpus:g} GPUs" if cluster.gpus else "")
+    say(f"on {there}, from a sample of {seconds:.0f} s; nodes that have to start come on top")
+
+
 def show_lines(lines: Sequence[Line], *, unit: str, wall: float | None = None) -> None:
     """Print a table of stages; in all it takes `wall` s, or one stage after the other."""
     table = Table(title="estimate", title_justify="left")
@@ -234,7 +239,7 @@ def show_lines(lines: Sequence[Line], *, unit: str, wall: float | None = None) -
         table.add_row(cell(line.stage), str(line.tiles), f"{1000 * line.each:.0f}", *_sums([line]))
     table.add_section()
     *sums, one_by_one = _sums(lines)
-    table.add_row("in all", "", "", *sums, one_by_one if wall is None else duration(wall))
+    table.add_row("in all", "", "", *sums, one_by_one if wall is None else _duration(wall))
     console.print(table)
 
 
@@ -242,11 +247,10 @@ def _sums(lines: Sequence[Line]) -> list[str]:
     cpu, gpu, size, wall = (
         sum(getattr(line, what) for line in lines) for what in ("cpu_seconds", "gpu_seconds", "size", "wall")
     )
-    return [f"{cpu / HOUR:.2f}", f"{gpu / HOUR:.2f}", f"{size / 1e9:.2f}", duration(wall)]
+    return [f"{cpu / HOUR:.2f}", f"{gpu / HOUR:.2f}", f"{size / 1e9:.2f}", _duration(wall)]
 
 
-def duration(seconds: float) -> str:
-    """Return seconds in words."""
+def _duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.0f} s"
     if seconds < HOUR:

@@ -9,12 +9,12 @@ from functools import partial
 
 from rich.table import Table
 
-from apacs_ray.commands.estimate import chosen_of, kind_of, show_lines
+from apacs_ray.commands.estimate import chosen_of, kind_of, say_where, show_lines
 from apacs_ray.config.settings import Settings
 from apacs_ray.console import cell, console, say
-from apacs_ray.distributed.cluster import has_gpus, joined_machines, refuse_local
+from apacs_ray.distributed.cluster import has_gpus, joined_machines
 from apacs_ray.distributed.session import RaySession
-from apacs_ray.distributed.tasks import SegmentPool, plan_segment_pool, run_in_task
+from apacs_ray.distributed.tasks import SegmentPool, run_in_task
 from apacs_ray.errors import ApacsError
 from apacs_ray.estimate.cutting import SLIDES
 from apacs_ray.estimate.networks import ASSUMED_GPU
@@ -31,15 +31,14 @@ from apacs_ray.estimate.segmenting import (
     segment_lines,
     wall_seconds,
 )
-from apacs_ray.inference.cutting import choose_cutting, window_memory, worker_memory
+from apacs_ray.inference.cutting import GIB, window_memory, worker_memory
 from apacs_ray.inference.model_files import ModelFiles
 from apacs_ray.inference.planning import Cutting
 from apacs_ray.inference.segment_steps import STAGE
 from apacs_ray.runs.run import Run
-from apacs_ray.stages.segment import described, find_work
+from apacs_ray.stages.segment import find_work, start_segmenting
 from apacs_ray.stages.segment_slides import ListedSlide
 
-GIB = 1 << 30
 MEGAPIXEL = 10**6
 
 
@@ -60,13 +59,8 @@ def estimate_segment(run: Run, ray: RaySession, model: str, slides: Sequence[str
     if not waiting:
         return
     began = time.perf_counter()
-    ray.start()
-    for uri in (model, *slides):
-        refuse_local(joined_machines(), uri, "--slides or --model")
+    pool, cutting = start_segmenting(ray, (model, *slides), settings, models)
     cluster, gpu_there = ray.cluster(), has_gpus()
-    pool = plan_segment_pool(cluster)
-    cutting = choose_cutting(settings.segment, models, workers=pool.actors, on_gpus=pool.gpus > 0)
-    say(f"{STAGE}: {described(settings, models, cutting, pool)}")
     chosen = _chosen(waiting)
     sampled = [SlideToSample(one.reading, one.files, one.region) for one in chosen]
     assumed = pool.gpus > 0 and not gpu_there
@@ -90,8 +84,7 @@ def estimate_segment(run: Run, ray: RaySession, model: str, slides: Sequence[str
     )
     _show_estimate(total, sample.costs, machines)
     _show_cores(total, settings, models, cutting, pool)
-    there = f"{cluster.cpus:.0f} CPUs" + (f" and {cluster.gpus:g} GPUs" if cluster.gpus else "")
-    say(f"on {there}, from a sample of {time.perf_counter() - began:.0f} s; nodes that have to start come on top")
+    say_where(cluster, time.perf_counter() - began)
     if assumed:
         say(f"no GPU is there yet: {ASSUMED_GPU / 1e12:.0f} TFLOP/s were assumed of each, nothing was measured")
 
@@ -115,8 +108,7 @@ def scaled(waiting: Sequence[ListedSlide], chosen: Sequence[ListedSlide], sample
     """
     total = NOTHING
     for kind in {kind_of(one.files) for one in chosen}:
-        size = sum(_size(one) for one in waiting if kind_of(one.files) == kind)
-        tried = sum(_size(one) for one in chosen if kind_of(one.files) == kind)
+        size, tried = (sum(one.files.size for one in some if kind_of(one.files) == kind) for some in (waiting, chosen))
         found = NOTHING
         for one, looked in zip(chosen, sample.slides, strict=True):
             if kind_of(one.files) == kind and looked.work is not None:
@@ -124,10 +116,6 @@ def scaled(waiting: Sequence[ListedSlide], chosen: Sequence[ListedSlide], sample
         total += found.times(size / max(1, tried))
     slides = sum(looked.work is not None for looked in sample.slides) / len(chosen) * len(waiting)
     return replace(total, slides=slides)
-
-
-def _size(slide: ListedSlide) -> int:
-    return sum(entry.size for entry in slide.files.files)
 
 
 def _show_slides(slides: Sequence[LookedAt], count: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
@@ -12,6 +13,8 @@ from apacs_ray.config.command_line import Command, SegmentCommand, parse_segment
 from apacs_ray.config.settings import Settings
 
 if TYPE_CHECKING:
+    from apacs_ray.distributed.session import RaySession
+    from apacs_ray.runs.run import Run
     from apacs_ray.stages.segment import Outcome
 
 SUMMARY = "Segment whole slides by a trained ensemble: masks and objects that QuPath opens."
@@ -45,8 +48,7 @@ def _work(argv: Sequence[str]) -> int:
 
 
 def _estimate(given: SegmentCommand) -> int:
-    command = Command(None, given.output, given.settings)
-    with opened_run(command, what=f"slides: {', '.join(given.slides)}") as (run, ray):
+    with _opened(given.slides, given.output, given.settings) as (run, ray):
         from apacs_ray.commands.estimate_segment import estimate_segment  # this one imports torch
 
         estimate_segment(run, ray, given.model, given.slides)
@@ -72,8 +74,11 @@ def segment(model: str, slides: str | Sequence[str], output: str, settings: Sett
         ApacsError: No slide is left, or more are rejected than `data.max_rejects` allows.
     """
     slides = (slides,) if isinstance(slides, str) else tuple(slides)
-    command = Command(None, output, settings or Settings())
-    with opened_run(command, what=f"slides: {', '.join(slides)}") as (run, ray):
+    with _opened(slides, output, settings or Settings()) as (run, ray):
         from apacs_ray.stages.segment import segment as on_ray
 
         return on_ray(run, ray, model, slides)
+
+
+def _opened(slides: Sequence[str], output: str, settings: Settings) -> AbstractContextManager[tuple[Run, RaySession]]:
+    return opened_run(Command(None, output, settings), what=f"slides: {', '.join(slides)}")

@@ -7,20 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from apacs_ray.data.shards import Receipt, open_table, read_receipt, write_table
 from apacs_ray.distributed.tasks import PoolPlan, map_shards
 from apacs_ray.storage import Store
-from apacs_ray.training.augment import Pixels
 from apacs_ray.training.dataset import Heatmaps, decode_pixels, encode_heatmaps
-
-if TYPE_CHECKING:
-    from apacs_ray.inference.predictor import Predictor
 
 HEATMAP_SCHEMA = pa.schema([("tile_id", pa.string()), ("heatmaps", pa.binary())])
 ALL = 0  # the fold of tiles that no fold left out: seen by the members trained on everything
@@ -79,25 +72,8 @@ class _HeatmapWriter:
             for number in range(file.num_row_groups):
                 for tile in file.read_row_group(number, columns=["tile_id", "image"]).to_pylist():
                     predictor = self._predictors[self._task.fold_of.get(tile["tile_id"], ALL)]
-                    probabilities = _probabilities(predictor, decode_pixels(tile["image"]), self._task.views)
+                    probabilities = predictor.probabilities(decode_pixels(tile["image"]), self._task.views)
                     rows.append({"tile_id": tile["tile_id"], "heatmaps": encode_heatmaps(probabilities)})
         receipt = Receipt(target, len(rows), len(rows))
         write_table(self._task.store, pa.Table.from_pylist(rows, HEATMAP_SCHEMA), receipt, group)
         return receipt
-
-
-def _probabilities(predictor: Predictor, rgb: Pixels, views: int) -> dict[str, npt.NDArray[np.float32]]:
-    """Return the probabilities (H, W) of every member, its logits averaged over views."""
-    if views == 1:
-        return predictor.probabilities(rgb)
-    import torch
-
-    from apacs_ray.evaluation.predictions import sigmoid
-    from apacs_ray.models.views import over_views
-
-    def networks(view: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {name: logits[:, None] for name, logits in predictor.batch(view).items()}
-
-    with torch.inference_mode():
-        logits = over_views(networks, predictor.to_device(rgb[None]), views)
-    return {name: sigmoid(output[0, 0].cpu().numpy()) for name, output in logits.items()}

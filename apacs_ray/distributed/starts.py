@@ -1,15 +1,14 @@
-"""Where fusions start, fitted on the validation tiles from stored heatmaps in two passes. Only counts come back."""
+"""Where fusions start, fitted on the validation tiles from stored heatmaps in three passes. Only counts come back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 
 import numpy as np
-import pyarrow as pa
 
 from apacs_ray.data.shards import open_table
-from apacs_ray.distributed.tasks import map_blocks
+from apacs_ray.distributed.tasks import map_numbers
 from apacs_ray.models.spec import FusionStart, start_key
 from apacs_ray.storage import Store
 from apacs_ray.training.augment import Pixels
@@ -88,9 +87,9 @@ def _count_levels(tiles: ValidationTiles, paths: Sequence[str]) -> list[Levels]:
     """Count the pixels of each group of slides."""
     count = max(tiles.fold_of.values(), default=-1) + 1
 
-    def count_shard(path: str) -> bytes:
+    def count_shard(number: int) -> bytes:
         parts: list[list[Levels]] = [[] for _ in range(count)]
-        for fold, heatmaps, mask in tiles.read(path):
+        for fold, heatmaps, mask in tiles.read(paths[number]):
             parts[fold].append(Levels.of(heatmaps, mask))
         rows = [
             np.stack([np.full_like(levels.place, fold), levels.place, levels.background, levels.cell])
@@ -99,7 +98,7 @@ def _count_levels(tiles: ValidationTiles, paths: Sequence[str]) -> list[Levels]:
         return np.concatenate([np.zeros((4, 0), np.int64), *rows], axis=1).tobytes()
 
     totals = [Levels.added([])] * count
-    for content in _over_shards(count_shard, paths):
+    for content in map_numbers(count_shard, len(paths)):
         folds, *levels = np.frombuffer(content, np.int64).reshape(4, -1)
         totals = [
             Levels.added([total, Levels(*(column[folds == fold] for column in levels))])
@@ -111,12 +110,12 @@ def _count_levels(tiles: ValidationTiles, paths: Sequence[str]) -> list[Levels]:
 def _find(tiles: ValidationTiles, paths: Sequence[str], starts: Sequence[FusionStart]) -> list[Overlap]:
     """Count what each candidate finds on all tiles."""
 
-    def find(path: str) -> bytes:
-        found = [[astuple(overlap(start, *tile)) for start in starts] for _, *tile in tiles.read(path)]
+    def find(number: int) -> bytes:
+        found = [[astuple(overlap(start, *tile)) for start in starts] for _, *tile in tiles.read(paths[number])]
         return np.array(found, np.int64).reshape(-1, len(starts), 3).sum(axis=0).tobytes()
 
     total = np.zeros((len(starts), 3), np.int64)
-    for content in _over_shards(find, paths):
+    for content in map_numbers(find, len(paths)):
         total += np.frombuffer(content, np.int64).reshape(-1, 3)
     return [Overlap(*row) for row in total.tolist()]
 
@@ -124,10 +123,12 @@ def _find(tiles: ValidationTiles, paths: Sequence[str], starts: Sequence[FusionS
 def _with_losses(tiles: ValidationTiles, paths: Sequence[str], starts: Sequence[FusionStart]) -> list[FusionStart]:
     """Return starts with the means over all tiles of the terms of their loss."""
 
-    def lose(path: str) -> bytes:
-        return np.array([[loss_terms(start, *tile) for start in starts] for _, *tile in tiles.read(path)]).tobytes()
+    def lose(number: int) -> bytes:
+        return np.array(
+            [[loss_terms(start, *tile) for start in starts] for _, *tile in tiles.read(paths[number])]
+        ).tobytes()
 
-    parts = [np.frombuffer(content).reshape(-1, len(starts), 2) for content in _over_shards(lose, paths)]
+    parts = [np.frombuffer(content).reshape(-1, len(starts), 2) for content in map_numbers(lose, len(paths))]
     means = np.concatenate([np.zeros((0, len(starts), 2)), *parts])
     if not len(means):
         return list(starts)
@@ -135,11 +136,3 @@ def _with_losses(tiles: ValidationTiles, paths: Sequence[str], starts: Sequence[
         replace(start, val_entropy=entropy, val_soft_dice=soft_dice)
         for start, (entropy, soft_dice) in zip(starts, means.mean(axis=0).tolist(), strict=True)
     ]
-
-
-def _over_shards(work: Callable[[str], bytes], paths: Sequence[str]) -> Iterator[bytes]:
-    def of_block(block: pa.Table) -> pa.Table:
-        return pa.table({"content": pa.array([work(path) for path in block["path"].to_pylist()], pa.binary())})
-
-    for row in map_blocks(of_block, [pa.table({"path": [path]}) for path in paths]):
-        yield row["content"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, AnyStr, ParamSpec, TypeVar
 
 import pyarrow as pa
 
@@ -83,14 +83,14 @@ def map_blocks(
     yield from dataset.iter_rows()
 
 
-def map_numbers(work: Callable[[int], str], count: int) -> Iterator[str]:
-    """Yield the texts that `work` returns for the numbers from 0 to `count` - 1, a task each, in order."""
+def map_numbers(work: Callable[[int], AnyStr], count: int) -> Iterator[AnyStr]:
+    """Yield the texts or bytes that `work` returns for the numbers from 0 to `count` - 1, a task each, in order."""
 
     def block_of(block: pa.Table) -> pa.Table:
-        return pa.table({"text": [work(number) for number in block["number"].to_pylist()]})
+        return pa.table({"result": [work(number) for number in block["number"].to_pylist()]})
 
     for row in map_blocks(block_of, [pa.table({"number": [number]}) for number in range(count)]):
-        yield row["text"]
+        yield row["result"]
 
 
 @dataclass(frozen=True)

@@ -11,18 +11,18 @@ from apacs_ray.distributed.resource_plan import Cluster
 from apacs_ray.distributed.tasks import plan_segment_pool
 from apacs_ray.doctor.finding import Finding, message_of
 from apacs_ray.errors import ApacsError, BadInput
-from apacs_ray.inference.cutting import CORES, choose_cutting, window_memory, worker_memory
+from apacs_ray.inference.cutting import CORES, GIB, choose_cutting, window_memory, worker_memory
 from apacs_ray.inference.model_files import ModelFiles, find_models
 from apacs_ray.inference.planning import MPP_NOTE
 from apacs_ray.inference.predictor import load_ensemble
 from apacs_ray.runs.run import RUN_JSON
 from apacs_ray.slides.listing import FoundSlides, slides_at
+from apacs_ray.slides.manifest import mpp_of
 from apacs_ray.slides.open import open_slide
 from apacs_ray.slides.reader import SlideInfo
 from apacs_ray.slides.slide_files import SlideFiles
 from apacs_ray.storage import LocalStore, open_store
 
-GIB = 1 << 30
 RETRAIN = "give the --output of a finished run, or the folder of its models; or finish that run: apacs-ray full"
 
 
@@ -117,7 +117,7 @@ class SegmentChecks:
         """Compare a slide's um per px with those that the networks learned from."""
         data, wanted = self._command.settings.data, self._command.settings.segment.mpp
         trained = None if self._models is None else self._models.mpp
-        mpp = read_mpps(read_table_text(data.mpps)).get(slide.slide_id) or info.mpp or data.mpp
+        mpp = mpp_of(read_mpps(read_table_text(data.mpps)), data, slide, info)
         if mpp is None:
             advice = "say it: --data.mpp X, or --data.mpps FILE.csv where slides differ"
             return Finding("resolution", "warning", f"{slide.path}: its um per px are not known; seen as it is", advice)

@@ -25,12 +25,11 @@ from apacs_ray.estimate.cutting import spread
 from apacs_ray.estimate.networks import ASSUMED_GPU, affordable_part, fastest, flops
 from apacs_ray.estimate.segmenting import UnitCosts, Workload
 from apacs_ray.inference.cores import ALIGN
-from apacs_ray.inference.holes import fill_holes
 from apacs_ray.inference.model_files import ModelFiles
-from apacs_ray.inference.objects import core_objects, without_small
-from apacs_ray.inference.parts import MAPS, FinishedCore, map_of, part_path, write_part
+from apacs_ray.inference.parts import FinishedCore, part_path, write_part
 from apacs_ray.inference.planning import PICTURE, Cutting, Region, make_plan
 from apacs_ray.inference.predictor import Predictor
+from apacs_ray.inference.segment_steps import finished_core
 from apacs_ray.inference.segmenter import TTA_VIEWS, Segmented, Segmenter
 from apacs_ray.inference.slide_plan import SlidePlan, finished_plan, lattice_size, read_cells, write_plan
 from apacs_ray.outputs.slide_files import write_slide_files
@@ -53,11 +52,6 @@ class SlideToSample:
     reading: SlideTask
     files: SlideFiles
     region: Region | None
-
-    @property
-    def size(self) -> int:
-        """Bytes of its files."""
-        return sum(entry.size for entry in self.files.files)
 
 
 @dataclass(frozen=True)
@@ -133,17 +127,9 @@ def _look_at(reading: SlideTask, slide: SlideToSample, cutting: Cutting) -> Look
     except BadInput as defect:
         return LookedAt(name, None, defect.reason)
     cells = read_cells(reading.output, name, plan)
-    cores = [core for core in plan.all_cores(cells) if core.window is not None]
-    work = Workload(
-        slides=1,
-        size=slide.size,
-        pixels=plan.width * plan.height,
-        cores=len(cores),
-        core_pixels=sum(core.box.width * core.box.height for core in cores),
-        window_pixels=sum(core.window.width * core.window.height for core in cores if core.window),
-        shards=plan.shards,
-    )
-    return LookedAt(name, plan, "", min(int(cells.sum()) * ALIGN**2, plan.width * plan.height), work)
+    pixels = plan.width * plan.height
+    work = Workload.of_slide(plan.all_cores(cells), pixels=pixels, size=slide.files.size, shards=plan.shards)
+    return LookedAt(name, plan, "", min(int(cells.sum()) * ALIGN**2, pixels), work)
 
 
 def _read_windows(
@@ -202,12 +188,8 @@ def costs_of(found: Sequence[Segmented], settings: SegmentSettings, mpp: float |
 
     def finished(number: int, one: Segmented) -> FinishedCore:
         box = Box(number * side, 0, *one.mask.shape[::-1])
-        objects = core_objects(one.mask, one.probability, one.disagreement, box)
-        mask, objects = fill_holes(one.mask, objects, scale.least_px(settings.fill_holes_um2))
-        mask, objects = without_small(mask, objects, scale.least_px(settings.min_area_um2))
         values = {"probability": one.probability, "disagreement": one.disagreement}
-        maps = {name: map_of(values[name], settings.maps) for name in MAPS} if settings.maps else {}
-        return FinishedCore(number, box, mask, objects, None, maps)
+        return finished_core(number, box, one.mask, values, scale, settings)
 
     # what a first call imports is not its speed
     first = found[0]

@@ -8,9 +8,11 @@ segmented resolution.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from apacs_ray.estimate.lines import POOL, Line
+from apacs_ray.inference.cores import Core
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,20 @@ class Workload:
     core_pixels: float
     window_pixels: float
     shards: float
+
+    @classmethod
+    def of_slide(cls, cores: Iterable[Core], *, pixels: int, size: float, shards: int) -> Workload:
+        """Return the work of a slide of so many px and bytes, of whose `cores` those without a window are none."""
+        looked = [(core.box, core.window) for core in cores if core.window is not None]
+        return cls(
+            slides=1,
+            size=size,
+            pixels=pixels,
+            cores=len(looked),
+            core_pixels=sum(box.width * box.height for box, _ in looked),
+            window_pixels=sum(window.width * window.height for _, window in looked),
+            shards=shards,
+        )
 
     def times(self, factor: float) -> Workload:
         """Return so many times the work."""

@@ -27,8 +27,12 @@ def choose_cutting(settings: SegmentSettings, models: ModelFiles, *, workers: in
     """
     halo = models.halo if settings.halo is None else settings.halo
     core = settings.core or _largest_core(settings, models, halo, worker_memory(workers, on_gpus=on_gpus), on_gpus)
-    window = 3 * (core + 2 * halo) ** 2
-    return Cutting(settings.mpp or models.mpp, core, halo, max(1, SHARD_BYTES // window), settings.tissue)
+    return Cutting(settings.mpp or models.mpp, core, halo, cores_a_shard(core, halo), settings.tissue)
+
+
+def cores_a_shard(core: int, halo: int) -> int:
+    """Return how many windows of cores of `core` px make a block."""
+    return max(1, SHARD_BYTES // (3 * (core + 2 * halo) ** 2))
 
 
 def worker_memory(workers: int, *, on_gpus: bool) -> float:

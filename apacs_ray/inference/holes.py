@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TypeVar
+
 import shapely
 from shapely.geometry import MultiPolygon, Polygon
 
 from apacs_ray.data.images import Mask
-from apacs_ray.inference.objects import CoreObjects, open_labels, paint
+from apacs_ray.inference.objects import CoreObjects, Piece, SlideObject, paint
 from apacs_ray.inference.outlines import joined
+
+AnyObject = TypeVar("AnyObject", Piece, SlideObject)
 
 
 def holes_of(polygon: Polygon | MultiPolygon, least: float) -> list[Polygon]:
@@ -34,9 +39,10 @@ def holes_of(polygon: Polygon | MultiPolygon, least: float) -> list[Polygon]:
     return [hole for hole in found if hole.area < least]
 
 
-def without_holes(polygon: Polygon | MultiPolygon, holes: list[Polygon]) -> Polygon | MultiPolygon:
-    """Return an object with some of its `holes_of` filled, as `joined` returns it."""
-    return joined([polygon, *holes]) if holes else polygon
+def filled(one: AnyObject, holes: list[Polygon]) -> AnyObject:
+    """Return an object with some of its `holes_of` filled, its outline as `joined` returns it."""
+    area = round(sum(hole.area for hole in holes))
+    return replace(one, polygon=joined([one.polygon, *holes]), filled=one.filled + area)
 
 
 def inside(holes: list[Polygon], others: shapely.STRtree) -> set[int]:
@@ -55,14 +61,8 @@ def fill_holes(mask: Mask, found: CoreObjects, least: float) -> tuple[Mask, Core
     Returns:
         The mask and the objects; what lay in a hole is none of its own any more.
     """
-    if found.edges is None:
-        return mask, found
-    ends_elsewhere = open_labels(found.edges)
-    holes = {
-        piece.label: these
-        for piece in found.pieces
-        if piece.label not in ends_elsewhere and (these := holes_of(piece.polygon, least))
-    }
+    closed = found.closed() if least else []
+    holes = {piece.label: these for piece in closed if (these := holes_of(piece.polygon, least))}
     if not holes:
         return mask, found
     mask = mask.copy()
@@ -73,9 +73,7 @@ def fill_holes(mask: Mask, found: CoreObjects, least: float) -> tuple[Mask, Core
         for hole in these:
             paint(mask, hole, found.box.x, found.box.y, True)
     pieces = tuple(
-        piece.with_filled(without_holes(piece.polygon, holes[piece.label]), holes[piece.label])
-        if piece.label in holes
-        else piece
+        filled(piece, holes[piece.label]) if piece.label in holes else piece
         for place, piece in enumerate(found.pieces)
         if place not in gone
     )

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import shapely
 
 from apacs_ray.evaluation.objects import Labels
-from apacs_ray.inference.holes import holes_of, inside, without_holes
+from apacs_ray.inference.holes import filled, holes_of, inside
 from apacs_ray.inference.objects import CoreObjects, Piece, SlideObject
 from apacs_ray.inference.outlines import joined
 
@@ -135,13 +135,12 @@ class _Joining:
         """Objects that ended, less those that wait, and those that waited and need not any more."""
         if self.fill:
             ended = self._filled(ended)
-            small = [one for one in ended if one.size < self.fill]
+            small = [place for place, one in enumerate(ended) if one.size < self.fill]
             boxes = [self._reach(pieces) for pieces in self._pieces.values()]
-            shapes = np.array([one.polygon for one in small], object)
-            about = shapely.STRtree(boxes).query(shapes, predicate="covered_by")[0]
-            self._waiting = [small[place] for place in np.unique(about)]
-            held = {id(one) for one in self._waiting}
-            ended = [one for one in ended if id(one) not in held]
+            shapes = np.array([ended[place].polygon for place in small], object)
+            held = {small[number] for number in shapely.STRtree(boxes).query(shapes, predicate="covered_by")[0]}
+            self._waiting = [ended[place] for place in sorted(held)]
+            ended = [one for place, one in enumerate(ended) if place not in held]
         return sorted(ended, key=lambda one: one.first)
 
     def _filled(self, ended: list[SlideObject]) -> list[SlideObject]:
@@ -152,12 +151,7 @@ class _Joining:
         for place, one in enumerate(every):
             if place >= len(self._waiting) and (holes := holes_of(one.polygon, self.fill)):
                 gone |= inside(holes, tree)
-                every[place] = replace(
-                    one,
-                    polygon=without_holes(one.polygon, holes),
-                    filled=one.filled + round(sum(hole.area for hole in holes)),
-                    holes=tuple(holes),
-                )
+                every[place] = replace(filled(one, holes), holes=tuple(holes))
         return [one for place, one in enumerate(every) if place not in gone]
 
     def _reach(self, pieces: Sequence[Piece]) -> shapely.Polygon:

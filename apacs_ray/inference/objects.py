@@ -6,8 +6,7 @@ whole numbers: joined in any order they give the same object, however the slide 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -47,9 +46,10 @@ class Piece:
     first: tuple[int, int]
     filled: int = 0
 
-    def with_filled(self, polygon: Polygon | MultiPolygon, holes: Sequence[Polygon]) -> Piece:
-        """Return it with the outline that it has when holes are filled."""
-        return replace(self, polygon=polygon, filled=self.filled + round(sum(hole.area for hole in holes)))
+    @property
+    def size(self) -> int:
+        """Pixels of the mask."""
+        return self.pixels + self.filled
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,14 @@ class CoreObjects:
     box: Box
     pieces: tuple[Piece, ...]
     edges: Edges | None
+
+    def closed(self) -> list[Piece]:
+        """Return the pieces that cannot go on in the core's neighbors."""
+        if self.edges is None:
+            return []
+        sides = (self.edges.top, self.edges.bottom, self.edges.left, self.edges.right)
+        going_on = set(np.unique(np.concatenate(sides)).tolist())
+        return [piece for piece in self.pieces if piece.label not in going_on]
 
 
 @dataclass(frozen=True)
@@ -145,12 +153,7 @@ def without_small(mask: Mask, found: CoreObjects, least: float) -> tuple[Mask, C
     Returns:
         The mask and the objects that are left.
     """
-    if found.edges is None:
-        return mask, found
-    ends_elsewhere = open_labels(found.edges)
-    small = [
-        piece for piece in found.pieces if piece.pixels + piece.filled < least and piece.label not in ends_elsewhere
-    ]
+    small = [piece for piece in found.closed() if piece.size < least]
     if not small:
         return mask, found
     mask = mask.copy()
@@ -159,11 +162,6 @@ def without_small(mask: Mask, found: CoreObjects, least: float) -> tuple[Mask, C
     gone = {piece.label for piece in small}
     pieces = tuple(piece for piece in found.pieces if piece.label not in gone)
     return mask, CoreObjects(found.box, pieces, found.edges if pieces else None)
-
-
-def open_labels(edges: Edges) -> set[int]:
-    """Return the labels of what may go on in the neighbors of a core."""
-    return set(np.unique(np.concatenate([edges.top, edges.bottom, edges.left, edges.right])).tolist())
 
 
 def paint(mask: Mask, polygon: Polygon | MultiPolygon, x: int, y: int, value: bool) -> None:

@@ -83,7 +83,7 @@ def make_plan(reading: SlideTask, files: SlideFiles, region: Region | None, cutt
 
 def _planned(reading: SlideTask, files: SlideFiles, slide: Slide, cutting: Cutting) -> tuple[SlidePlan, Tissue]:
     info = slide.info
-    mpp = mpp_of(reading, files, info)
+    mpp = mpp_of(reading.mpps, reading.settings, files, info)
     notes = list(info.notes)
     downsample = downsample_to(cutting.mpp, mpp)
     if mpp is None:

@@ -16,6 +16,7 @@ from apacs_ray.evaluation.predictions import sigmoid
 from apacs_ray.models.ensemble import Ensemble
 from apacs_ray.models.registry import FUSIONS
 from apacs_ray.models.spec import ModelSpec
+from apacs_ray.models.views import over_views
 from apacs_ray.models.weights import load_model
 from apacs_ray.runs.markers import Marker, require_current
 from apacs_ray.runs.run import RUN_JSON
@@ -41,11 +42,12 @@ class Predictor:
         return cls(load_ensemble(store, folders), threads=threads, precision=precision)
 
     @torch.inference_mode()
-    def logits(self, rgb: npt.NDArray[np.uint8]) -> dict[str, Array]:
+    def logits(self, rgb: npt.NDArray[np.uint8], views: int = 1) -> dict[str, Array]:
         """Run all networks on one tile.
 
         Args:
             rgb: (H, W, 3) uint8.
+            views: As `batch` takes it.
 
         Returns:
             Model key -> logits (H, W) float32.
@@ -54,15 +56,13 @@ class Predictor:
             ApacsError: The GPU's memory is too small for it.
         """
         try:
-            return self._logits(rgb)
+            outputs = self.batch(self.to_device(rgb[None]), views)
+            return {name: output[0].cpu().numpy() for name, output in outputs.items()}
         except torch.OutOfMemoryError as error:
             raise ApacsError(
                 f"the GPU's memory is too small for all networks on a tile of {rgb.shape[1]} x {rgb.shape[0]} px: set "
                 f"evaluate.precision bfloat16, or a smaller tiles.size ({first_line(error)})"
             ) from error
-
-    def _logits(self, rgb: npt.NDArray[np.uint8]) -> dict[str, Array]:
-        return {name: output[0].cpu().numpy() for name, output in self.batch(self.to_device(rgb[None])).items()}
 
     def to_device(self, rgb: npt.NDArray[np.uint8]) -> torch.Tensor:
         """Return pictures (N, H, W, 3) uint8 as `batch` takes them."""
@@ -72,22 +72,27 @@ class Predictor:
         return pixels.permute(0, 3, 1, 2)  # channels_last, as pictures are stored
 
     @torch.inference_mode()
-    def batch(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    def batch(self, images: torch.Tensor, views: int = 1) -> dict[str, torch.Tensor]:
         """Run all networks on pictures of one size.
 
         Args:
             images: (N, 3, H, W) uint8, on the device.
+            views: Of each, over which logits are averaged, as `over_views` takes it.
 
         Returns:
             Model key -> logits (N, H, W) float32, on the device.
         """
+        return {name: output[:, 0] for name, output in over_views(self._run, images, views).items()}
+
+    def _run(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Logits (N, 1, H, W) float32 of pictures as they are."""
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half):
             outputs = self._ensemble(images.float() / 255)
-        return {name: output[:, 0].float() for name, output in outputs.items()}
+        return {name: output.float() for name, output in outputs.items()}
 
-    def probabilities(self, rgb: npt.NDArray[np.uint8]) -> dict[str, Array]:
-        """Return probabilities (H, W) float32 in 0..1 of every network."""
-        return {name: sigmoid(logits) for name, logits in self.logits(rgb).items()}
+    def probabilities(self, rgb: npt.NDArray[np.uint8], views: int = 1) -> dict[str, Array]:
+        """Return probabilities (H, W) float32 in 0..1 of every network, of logits as `logits` returns them."""
+        return {name: sigmoid(logits) for name, logits in self.logits(rgb, views).items()}
 
 
 def _halve_convolutions(network: nn.Module) -> None:

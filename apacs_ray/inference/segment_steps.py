@@ -13,10 +13,12 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from apacs_ray.config.settings import SegmentSettings
 from apacs_ray.data.grid import Box
+from apacs_ray.data.images import Mask
 from apacs_ray.data.rejects import Reject
 from apacs_ray.data.units import one_unit
 from apacs_ray.errors import BadInput
@@ -210,11 +212,37 @@ def _finished(settings: SegmentSettings, slide: PlannedSlide, cells: Lattice, ro
             target[part] = np.frombuffer(row[name][0].as_buffer(), np.uint16).reshape(shape)
     else:
         reject = Reject(**json.loads(row["reject"][0].as_py()))
+    return finished_core(core.number, box, mask, values, slide.plan, settings, reject)
+
+
+def finished_core(
+    number: int,
+    box: Box,
+    mask: Mask,
+    values: Mapping[str, npt.NDArray[np.uint16]],
+    plan: SlidePlan,
+    settings: SegmentSettings,
+    reject: Reject | None = None,
+) -> FinishedCore:
+    """Find the objects of a core, and change its mask as settings ask.
+
+    Args:
+        number: Of the core.
+        box: Where it lies.
+        mask: (H, W) bool, what the networks call cell.
+        values: (H, W) uint16 by the names of `MAPS`, in 1 / `STEPS`.
+        plan: Of the slide.
+        settings: Of the segmentation.
+        reject: Why the slide could not be read there.
+
+    Returns:
+        The core as it is written.
+    """
     objects = core_objects(mask, values["probability"], values["disagreement"], box)
-    mask, objects = fill_holes(mask, objects, slide.plan.least_px(settings.fill_holes_um2))
-    mask, objects = without_small(mask, objects, slide.plan.least_px(settings.min_area_um2))
-    maps = {} if settings.maps is None else {name: map_of(part, settings.maps) for name, part in values.items()}
-    return FinishedCore(core.number, box, mask, objects, reject, maps)
+    mask, objects = fill_holes(mask, objects, plan.least_px(settings.fill_holes_um2))
+    mask, objects = without_small(mask, objects, plan.least_px(settings.min_area_um2))
+    maps = {} if settings.maps is None else {name: map_of(values[name], settings.maps) for name in MAPS}
+    return FinishedCore(number, box, mask, objects, reject, maps)
 
 
 def _cells(output: Store, slide: PlannedSlide) -> Lattice:

@@ -17,7 +17,6 @@ from apacs_ray.inference.cores import ALIGN
 from apacs_ray.inference.objects import STEPS
 from apacs_ray.inference.predictor import Predictor
 from apacs_ray.models.registry import MEMBERS
-from apacs_ray.models.views import over_views
 
 SMALLEST = 256  # px, side of what is kept of the smallest window that is tried
 TTA_VIEWS = 8
@@ -115,12 +114,9 @@ class Segmenter:
 
     def logits(self, rgb: Rgb) -> dict[str, Tensor]:
         """Return logits (H, W) float32 of every network, on the device; with `tta` the mean over eight views."""
-
-        def networks(view: Tensor) -> dict[str, Tensor]:
-            return {name: output[:, None] for name, output in self._predictor.batch(view).items()}
-
-        outputs = over_views(networks, self._predictor.to_device(rgb[None]), TTA_VIEWS if self._tta else 1)
-        return {name: output[0, 0] for name, output in outputs.items()}
+        images = self._predictor.to_device(rgb[None])
+        outputs = self._predictor.batch(images, TTA_VIEWS if self._tta else 1)
+        return {name: output[0] for name, output in outputs.items()}
 
 
 def _in_steps(values: Tensor) -> npt.NDArray[np.uint16]:

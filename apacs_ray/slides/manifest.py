@@ -10,7 +10,7 @@ import contextlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -143,7 +143,7 @@ def inspect_slide(task: SlideTask, number: int, slide: SlideFiles) -> SlideSumma
     try:
         with one_unit(slide.path), opened_slide(task, slide) as reader:
             info = reader.info
-            tissue = find_tissue(reader, mpp_of(task, slide, info))
+            tissue = find_tissue(reader, mpp_of(task.mpps, task.settings, slide, info))
             tiles, summary = plan_slide(task, slide, info, tissue)
             preview = draw_preview(tissue, info.bounds, [(tile.area, tile.skipped) for tile in tiles])
             summary = _with_annotation(task, summary, info)
@@ -228,9 +228,9 @@ def opened_masks(
         )
 
 
-def mpp_of(task: SlideTask, slide: SlideFiles, info: SlideInfo) -> float | None:
+def mpp_of(mpps: Mapping[str, float], settings: DataSettings, slide: SlideFiles, info: SlideInfo) -> float | None:
     """Return um per level-0 px: what `data.mpps` says of this slide, else the slide itself, else `data.mpp` for all."""
-    return task.mpps.get(slide.slide_id) or info.mpp or task.settings.mpp
+    return mpps.get(slide.slide_id) or info.mpp or settings.mpp
 
 
 def downsample_to(wanted: float | None, mpp: float | None) -> float:
@@ -253,7 +253,7 @@ def plan_slide(
     Returns:
         Every tile in reading order, skipped ones too, and the slide's summary.
     """
-    mpp = mpp_of(task, slide, info)
+    mpp = mpp_of(task.mpps, task.settings, slide, info)
     notes = [*info.notes]
     if mpp is None:
         unused = ", tiles.mpp is not kept" if task.tiles.mpp else ""

@@ -34,6 +34,11 @@ class SlideFiles:
         return self.files[0].path
 
     @property
+    def size(self) -> int:
+        """Bytes of its own files."""
+        return sum(entry.size for entry in self.files)
+
+    @property
     def version(self) -> str:
         """Changes when any of its files does."""
         return "+".join(entry.version for entry in (*self.files, *self.annotation))

@@ -9,19 +9,19 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from apacs_ray.config.settings import Settings
-from apacs_ray.console import few, say
+from apacs_ray.console import say
 from apacs_ray.data.rejects import Reject
 from apacs_ray.data.units import one_unit
 from apacs_ray.distributed.cluster import joined_machines, refuse_local
 from apacs_ray.distributed.segment import TASK_CPUS, segment_shards
 from apacs_ray.distributed.session import RaySession
 from apacs_ray.distributed.tasks import SegmentPool, map_numbers, plan_segment_pool, start_task
-from apacs_ray.errors import ApacsError, BadInput, UsageError
+from apacs_ray.errors import ApacsError, BadInput, UsageError, few
 from apacs_ray.inference.cutting import choose_cutting
 from apacs_ray.inference.model_files import ModelFiles, find_models
 from apacs_ray.inference.parts import part_path
@@ -99,17 +99,38 @@ def segment(run: Run, ray: RaySession, model: str, slides: Sequence[str]) -> Out
     store, models, waiting, outcome = find_work(run, model, slides)
     if waiting:
         run.record_start(STAGE, ())
-        ray.start()
-        for uri in (model, *slides):
-            refuse_local(joined_machines(), uri, "--slides or --model")
-        pool = plan_segment_pool(ray.cluster())
-        cutting = choose_cutting(settings.segment, models, workers=pool.actors, on_gpus=pool.gpus > 0)
-        say(f"{STAGE}: {described(settings, models, cutting, pool)}")
+        pool, cutting = start_segmenting(ray, (model, *slides), settings, models)
         planned = _plan(job, waiting, cutting, outcome)
         task = SegmentTask(store, dict(models.folders), run.store, settings.segment)
         _work(job, task, planned, pool, models, outcome)
     _close(job, outcome)
     return outcome
+
+
+def start_segmenting(
+    ray: RaySession, uris: Iterable[str], settings: Settings, models: ModelFiles
+) -> tuple[SegmentPool, Cutting]:
+    """Start Ray, choose what runs there and how slides are cut, and say so.
+
+    Args:
+        ray: To start.
+        uris: Of slides and networks, which every node must see.
+        settings: Of the segmentation.
+        models: That segment.
+
+    Returns:
+        The pool, and how slides are cut.
+
+    Raises:
+        ApacsError: Not every node sees one of `uris`.
+    """
+    ray.start()
+    for uri in uris:
+        refuse_local(joined_machines(), uri, "--slides or --model")
+    pool = plan_segment_pool(ray.cluster())
+    cutting = choose_cutting(settings.segment, models, workers=pool.actors, on_gpus=pool.gpus > 0)
+    say(f"{STAGE}: {_described(settings, models, cutting, pool)}")
+    return pool, cutting
 
 
 def _plan(job: Job, slides: Sequence[ListedSlide], cutting: Cutting, outcome: Outcome) -> list[PlannedSlide]:
@@ -244,8 +265,7 @@ def _close(job: Job, outcome: Outcome) -> None:
     job.run.record(STAGE, state="done", **counts)
 
 
-def described(settings: Settings, models: ModelFiles, cutting: Cutting, pool: SegmentPool) -> str:
-    """Return in words what is run, at which resolution, in which cores, where."""
+def _described(settings: Settings, models: ModelFiles, cutting: Cutting, pool: SegmentPool) -> str:
     mpp = f"{cutting.mpp:g} um per px" if cutting.mpp else "the slides' own resolution (model.json names none)"
     device = "a GPU" if pool.gpus else f"{pool.cpus:g} CPU"
     return (

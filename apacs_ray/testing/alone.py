@@ -15,7 +15,7 @@ from unittest.mock import patch
 import pyarrow as pa
 
 from apacs_ray.config.sweep import Sweep
-from apacs_ray.distributed import data, evaluation, heatmaps, session, starts, tasks, train
+from apacs_ray.distributed import data, evaluation, heatmaps, session, tasks, train
 from apacs_ray.distributed.resource_plan import Cluster
 from apacs_ray.distributed.session import RaySession, prepare_ray
 from apacs_ray.distributed.tune import TrialResult
@@ -46,7 +46,6 @@ def alone() -> Iterator[None]:
             (session, "RaySession", AloneSession),  # of commands
             (data, "map_blocks", _map_blocks),
             (tasks, "map_blocks", _map_blocks),
-            (starts, "map_blocks", _map_blocks),
             (data, "joined_machines", lambda: 1),
             (heatmaps, "map_shards", _map_shards),
             (evaluation, "map_shards", _map_shards),

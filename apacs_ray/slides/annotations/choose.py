@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from apacs_ray.data.rejects import BAD_NAME
-from apacs_ray.errors import BadInput
+from apacs_ray.errors import BadInput, few
 from apacs_ray.slides.annotations.names import JPEG, AnnotationKind, Fov
 from apacs_ray.slides.companions import suffix_of
 from apacs_ray.storage import Entry, is_bad_path
@@ -97,8 +97,5 @@ def _fovs(fovs: Sequence[Candidate], chosen: Chosen) -> list[Candidate]:
 
 
 def _duplicates(several: Sequence[Candidate]) -> tuple[BadInput, tuple[Candidate, ...]]:
-    names = ", ".join(f"{one.entry.path}{' (data.masks)' * (one.where == 'masks')}" for one in several[:4])
-    more = f" and {len(several) - 4} more" if len(several) > 4 else ""
-    return BadInput("duplicate_annotation", f"several annotations of one slide, keep one: {names}{more}"), tuple(
-        several
-    )
+    names = few([f"{one.entry.path}{' (data.masks)' * (one.where == 'masks')}" for one in several], 4)
+    return BadInput("duplicate_annotation", f"several annotations of one slide, keep one: {names}"), tuple(several)
