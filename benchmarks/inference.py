@@ -1,8 +1,9 @@
 """The whole ensemble on one tile: `inference.Predictor` against a textbook float32 loop over the same networks.
 
-Textbook: contiguous layout, float32; the tile is given to FCN-32, FCN-16, FCN-8 and the fusion one after the other.
-Ours: `Predictor` in both precisions, freed memory kept; each way in a process of its own. The fusion is the published
-one; the last row is with the refined head. All cores take part (evaluation fixes the threads of a worker).
+Textbook: contiguous layout, float32 of IEEE (PyTorch's default on GPUs is TF32); the tile is given to FCN-32, FCN-16,
+FCN-8 and the fusion one after the other. Ours: `Predictor` in all precisions, freed memory kept; each way in a process
+of its own. The fusion is the published one; the last row is with the refined head. All cores take part (evaluation
+fixes the threads of a worker).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from apacs_ray.models.ensemble import Ensemble
 from apacs_ray.models.fusion import build_fusion
 from apacs_ray.models.registry import build_member
 from apacs_ray.models.spec import MEMBERS, Head, ModelSpec
+from apacs_ray.training.device import set_arithmetic
 
 REFINED = "ours bfloat16, refined head"
 
@@ -44,6 +46,7 @@ def main() -> None:
     ways = {
         "textbook float32": Elsewhere(partial(textbook, side, width), {}),
         "ours float32": Elsewhere(partial(ours, side, width, "published", "float32"), environment),
+        "ours tf32": Elsewhere(partial(ours, side, width, "published", "tf32"), environment),
         "ours bfloat16": Elsewhere(partial(ours, side, width, "published", "bfloat16"), environment),
         REFINED: Elsewhere(partial(ours, side, width, "refined", "bfloat16"), environment),
     }
@@ -66,6 +69,7 @@ def _require_same(logits: Mapping[str, Any]) -> None:
     textbook = logits["textbook float32"]
     for name, relative, absolute, networks in (
         ("ours float32", 1e-4, 1e-3, 4),
+        ("ours tf32", 0.01, 0.02, 4),
         ("ours bfloat16", 0.02, 0.1, 4),
         (REFINED, 0.02, 0.1, 3),
     ):
@@ -104,6 +108,7 @@ def ours(side: int, width: float, head: Head, precision: str) -> Callable[[], ob
 def textbook(side: int, width: float) -> Callable[[], object]:
     """Set up one network after the other, as a textbook writes it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    set_arithmetic("float32")
     ensemble, rgb = _ensemble("published", width).to(device), _tile(side)
 
     @torch.no_grad()

@@ -101,9 +101,16 @@ def test_nodes_come_for_a_stage_and_go(undisturbed: Path, cells: Path, tmp_path:
     try:
         assert nodes() == []
         job = Job(cluster, "pipelines/full.py", *options)
-        job.until(lambda: any(output.glob("tiles/split=*/*.parquet")))
-        assert "CPU" in nodes()
-        assert "GPU" not in nodes()
+        seen: set[str] = set()
+
+        def cut() -> bool:
+            there = nodes()
+            ended = (output / "tiles/_committed.json").exists()
+            seen.update(() if ended else there)  # what was there while tiles were cut
+            return ended
+
+        job.until(cut)
+        assert seen == {"CPU"}
         job.until(lambda: any(output.glob("members/fcn8/.state-*/attempt-1/epoch_00000/state.json")))
         assert "GPU" in nodes()
         assert job.end() == "SUCCEEDED", job.logs()[-3000:]

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from apacs_ray.config.settings import FusionSettings, MemberName
 from apacs_ray.errors import ApacsError
 from apacs_ray.models.ensemble import Ensemble
-from apacs_ray.models.fcn import FCN8, FCN16, SMALLEST, AlexTrunk, Upsample, sufficient
+from apacs_ray.models.fcn import FCN8, FCN16, SMALLEST, AlexTrunk, Upsample, WindowProduct, sufficient
 from apacs_ray.models.fusion import RefinedFusion, build_fusion, load_fcn32_trunk
 from apacs_ray.models.registry import COST_SIDE, MEMBERS, NETWORKS, build_member
 from apacs_ray.models.spec import ModelSpec
@@ -139,6 +139,30 @@ def test_the_refined_fusion_learns_at_every_scale() -> None:
     network = build_fusion("refined", MEMBERS, width=TINY, dropout=0.0)
     network(torch.rand(1, 6, 64, 64)).sum().backward()
     assert all(score.weight.grad.abs().sum() > 0 for score in (*network.scores, network.fine_score))
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize(("kernel", "stride"), [(63, 32), (31, 16), (15, 8), (7, 4), (32, 16), (16, 8), (4, 2)])
+def test_upsampling_is_the_transposed_convolution(channels: int, kernel: int, stride: int) -> None:
+    layer = Upsample(channels, kernel, stride)
+    torch.nn.init.normal_(layer.weight)
+    x = torch.randn(2, channels, 3, 5, requires_grad=True)
+    ways = layer(x), torch.nn.functional.conv_transpose2d(x, layer.weight, stride=stride)
+    results = [(y, *torch.autograd.grad((y * y).sum(), (x, layer.weight))) for y in ways]
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("values", [1, 200, 1 << 28])
+def test_a_product_of_windows_is_the_convolution(values: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bands of a row, of some, and in one."""
+    monkeypatch.setattr(WindowProduct, "MOST", values)
+    x, weight, bias = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in
+                       ((2, 3, 8, 6), (4, 3, 3, 3), (4,)))  # fmt: skip
+    ways = WindowProduct.apply(x, weight, bias), torch.nn.functional.conv2d(x, weight, bias)
+    results = [(y, *torch.autograd.grad((y * y).sum(), (x, weight, bias))) for y in ways]
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("scale", range(4))

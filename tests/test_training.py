@@ -217,11 +217,11 @@ class TestSamples:
         first, second, third = batches(iter(samples), 2)
         assert [batch.ends_step for batch in (first, second, third)] == [False, True, True]
         assert [batch.tile_ids for batch in (first, second, third)] == [("t0", "t1"), ("t2",), ("t3",)]
-        assert first.inputs.shape == (2, 3, 8, 9)
+        assert first.inputs.shape == (2, 8, 9, 3)
         assert first.sizes == ((8, 6), (5, 9))
         assert first.valid.sum(axis=(1, 2, 3)).tolist() == [48, 45]
-        assert (first.inputs[1, :, :5, :9] == 1).all()
-        assert first.inputs[1, :, 5:].sum() == first.mask[1, :, 5:].sum() == 0
+        assert (first.inputs[1, :5, :9] == 1).all()
+        assert first.inputs[1, 5:].sum() == first.mask[1, :, 5:].sum() == 0
 
     def test_validation_is_never_padded(self) -> None:
         shapes = [(8, 8), (8, 8), (8, 6), (8, 6), (8, 8)]
@@ -344,7 +344,7 @@ class TestTraining:
         train = [item for item in stream(config) if item.ref.phase == "train"]
         whole = next(batches(iter(train), 9))
         inputs, mask, valid = (torch.from_numpy(part).float() for part in (whole.inputs, whole.mask, whole.valid))
-        torch.autograd.backward(tile_losses(model(inputs / 255), mask, valid, 0.3).mean())
+        torch.autograd.backward(tile_losses(model(inputs.permute(0, 3, 1, 2) / 255), mask, valid, 0.3).mean())
         with torch.no_grad():
             for parameter in model.parameters():
                 assert parameter.grad is not None

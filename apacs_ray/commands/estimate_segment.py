@@ -31,7 +31,8 @@ from apacs_ray.estimate.segmenting import (
     segment_lines,
     wall_seconds,
 )
-from apacs_ray.inference.cutting import GIB, window_memory, worker_memory
+from apacs_ray.inference.cutting import window_memory
+from apacs_ray.inference.memory import GIB, worker_memory
 from apacs_ray.inference.model_files import ModelFiles
 from apacs_ray.inference.planning import Cutting
 from apacs_ray.inference.segment_steps import STAGE

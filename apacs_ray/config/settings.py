@@ -17,6 +17,7 @@ from apacs_ray.config.section import NOT_IN_FINGERPRINT, Common, Section
 MemberName = Literal["fcn32", "fcn16", "fcn8"]
 HeatmapInit = Literal["random", "mean", "zero"]
 Select = Literal["dice", "loss"]
+Precision = Literal["float32", "tf32", "bfloat16"]
 VIEWS = (1, 4, 8)  # of a picture: as it is, its flips as well, quarter turns of these as well
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -167,8 +168,8 @@ class TrainingSettings(Section):
     turns: bool = Field(True, description="augmentation: random turns by 90 degrees, both together")
     jitter: float = Field(0.1, ge=0, le=1, description="strength of the stain augmentation; 0: none")
     dropout: float = Field(0.5, ge=0, lt=1, description="Dropout2d probability")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 autocast where the device computes it fast, else float32"
+    precision: Precision | Literal["auto"] = Field(
+        "auto", description="auto: bfloat16 autocast where the device computes it fast, else float32; tf32: on GPUs"
     )
     select: Select = Field(
         "dice", description="which epoch's weights are kept: of the highest val Dice, or of the lowest val loss"
@@ -303,7 +304,7 @@ class EvaluateSettings(Section):
     border: Common[int] = Field(
         0, ge=0, description="px left out at a tile's edge, where the data set leaves cut cells unannotated"
     )
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="of the networks' forward pass")
+    precision: Precision = Field("float32", description="of the networks' forward pass; tf32: on GPUs")
     threads: int = Field(
         1, ge=1, description="torch threads a worker; fixed, so that counts do not depend on the machine"
     )
@@ -347,7 +348,7 @@ class SegmentSettings(Section):
         le=32,
         description="px of the mask per px of probability.ome.tif and disagreement.ome.tif (1, 2, 4 ..); none: no maps",
     )
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="of the networks' forward pass")
+    precision: Precision = Field("float32", description="of the networks' forward pass; tf32: on GPUs")
     threads: int = Field(
         1, ge=1, description="torch threads a worker; fixed, so that masks do not depend on the machine"
     )
@@ -370,6 +371,9 @@ class RunSettings(Section):
     """The run as a whole."""
 
     seed: Common[int] = Field(0, ge=0, lt=2**31, description="seed of everything random")
+    deterministic: bool = Field(
+        False, description="on GPUs the same bits each time, where torch can, and slower; on CPUs they are anyway"
+    )
     max_failures: int = Field(3, ge=0, description="lost workers a training survives")
     checkpoint_minutes: float = Field(10.0, gt=0, description="between checkpoints of a training within an epoch")
     replace: bool = Field(False, description="go on in an --output that holds a run of other data, and replace that")

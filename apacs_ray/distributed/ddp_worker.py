@@ -47,7 +47,7 @@ def train_loop(config: dict[str, Any]) -> bool | None:
     import ray.train.torch
     import torch
 
-    from apacs_ray.training.device import describe_device
+    from apacs_ray.training.device import describe_arithmetic, describe_device
     from apacs_ray.training.ranks import Ranks
     from apacs_ray.training.writer import CheckpointWriter
 
@@ -63,7 +63,8 @@ def train_loop(config: dict[str, Any]) -> bool | None:
     def samples(refs: Iterator[SampleRef]) -> Iterator[Sample]:
         if task.plan.data_tasks:
             return ray_samples(task.dataset, task.indices, refs, task.plan, task.source)
-        return one_by_one(task.dataset, task.indices, refs)
+        ahead = task.plan.threads if device.type == "cuda" else 0  # without a GPU they have to compute
+        return one_by_one(task.dataset, task.indices, refs, ahead)
 
     def write(trainer: Trainer, network: NetworkTask, then: Callable[[], None] = lambda: None) -> None:
         def keep(state: Snapshot) -> None:
@@ -73,12 +74,15 @@ def train_loop(config: dict[str, Any]) -> bool | None:
         if ranks.rank == 0:
             writer.write(network.name, trainer.state(), keep)
 
+    def describe(network: NetworkTask) -> str:
+        return f"{describe_device(device)}, {describe_arithmetic(network.settings.precision, device)}"
+
     def on_epoch(trainer: Trainer, network: NetworkTask) -> None:
         history = trainer.history
         metrics = progress_metrics(history)
 
         def tell() -> None:
-            progress = {**metrics, "epochs": network.settings.epochs, "device": describe_device(device)}
+            progress = {**metrics, "epochs": network.settings.epochs, "device": describe(network)}
             task.store.write(f"{network.state}/{PROGRESS}", json.dumps(progress).encode())
             write_curves(task.store, network.curves, history, network.setting)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,7 @@ def evaluate_tiles(
     return pa.Table.from_pylist(rows, per_tile_schema(task.models))
 
 
-def draw_tiles(task: EvaluateTask, wanted: Mapping[str, Sequence[str]]) -> dict[str, bytes]:
+def draw_tiles(task: EvaluateTask, wanted: Mapping[str, Sequence[str]], plan: PoolPlan) -> dict[str, bytes]:
     """Pictures (PNG) of tiles by id: image and overlay of the fusion. `wanted`: shard path -> tile ids."""
 
     def work() -> Callable[[str], pa.Table]:
@@ -65,8 +65,8 @@ def draw_tiles(task: EvaluateTask, wanted: Mapping[str, Sequence[str]]) -> dict[
 
         return draw
 
-    plan = PoolPlan(actors=1, cpus=1.0, gpus=0.0)
-    return {row["tile_id"]: row["picture"] for row in map_shards(work, list(wanted), plan)}
+    few = replace(plan, actors=max(1, min(plan.actors, len(wanted))))
+    return {row["tile_id"]: row["picture"] for row in map_shards(work, list(wanted), few)}
 
 
 class _Evaluator:
@@ -92,10 +92,11 @@ class _Evaluator:
         """(row, RGB, mask) of every annotated tile of a shard, one at a time."""
         columns = [*PLACE, *ONCE, "image", "mask"]
         with self._task.store.open(path) as stream:
-            for batch in open_table(stream, path).iter_batches(1, columns=columns):
-                (tile,) = batch.to_pylist()
-                if tile["mask"] is not None:
-                    yield tile, decode_pixels(tile["image"]), decode_pixels(tile["mask"])
+            file = open_table(stream, path, pre_buffer=True)
+            for group in range(file.num_row_groups):
+                for tile in file.read_row_group(group, columns=columns).to_pylist():
+                    if tile["mask"] is not None:
+                        yield tile, decode_pixels(tile["image"]), decode_pixels(tile["mask"])
 
     def masks(self, rgb: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[np.bool_]]:
         """What every model says of a tile."""

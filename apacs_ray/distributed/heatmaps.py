@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -14,6 +15,9 @@ from apacs_ray.data.shards import Receipt, open_table, read_receipt, write_table
 from apacs_ray.distributed.tasks import PoolPlan, map_shards
 from apacs_ray.storage import Store
 from apacs_ray.training.dataset import Heatmaps, decode_pixels, encode_heatmaps
+
+if TYPE_CHECKING:
+    from apacs_ray.inference.predictor import Predictor
 
 HEATMAP_SCHEMA = pa.schema([("tile_id", pa.string()), ("heatmaps", pa.binary())])
 ALL = 0  # the fold of tiles that no fold left out: seen by the members trained on everything
@@ -48,30 +52,35 @@ def write_heatmaps(
 
 
 class _HeatmapWriter:
-    """In an actor: the networks of every fold, loaded once."""
+    """In an actor: the networks of every fold, loaded once, when they are first needed."""
 
     def __init__(self, task: HeatmapTask) -> None:
-        from apacs_ray.inference.predictor import Predictor
-
         self._task = task
-        self._predictors = {
-            fold: Predictor.load(task.store, folders, threads=task.threads, precision=task.precision)
-            for fold, folders in task.members.items()
-        }
+        self._predictors: dict[int, Predictor] = {}
 
     def __call__(self, path: str) -> pa.Table:
         target = self._task.heatmaps.path(path)
         receipt = read_receipt(self._task.store, target) or self._write(path, target)
         return pa.table({"rows_in": [receipt.rows_in], "rows_out": [receipt.rows_out]})
 
+    def _predictor(self, fold: int) -> Predictor:
+        if fold not in self._predictors:
+            from apacs_ray.inference.predictor import Predictor
+
+            task = self._task
+            self._predictors[fold] = Predictor.load(
+                task.store, task.members[fold], threads=task.threads, precision=task.precision
+            )
+        return self._predictors[fold]
+
     def _write(self, path: str, target: str) -> Receipt:
         rows = []
         with self._task.store.open(path) as stream:
-            file = open_table(stream, path)
+            file = open_table(stream, path, pre_buffer=True)
             group = file.metadata.row_group(0).num_rows if file.num_row_groups else None
             for number in range(file.num_row_groups):
                 for tile in file.read_row_group(number, columns=["tile_id", "image"]).to_pylist():
-                    predictor = self._predictors[self._task.fold_of.get(tile["tile_id"], ALL)]
+                    predictor = self._predictor(self._task.fold_of.get(tile["tile_id"], ALL))
                     probabilities = predictor.probabilities(decode_pixels(tile["image"]), self._task.views)
                     rows.append({"tile_id": tile["tile_id"], "heatmaps": encode_heatmaps(probabilities)})
         receipt = Receipt(target, len(rows), len(rows))

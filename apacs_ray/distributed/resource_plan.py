@@ -259,9 +259,14 @@ def _gpu_shares(names: Sequence[str], gpus: int, batch_size: int) -> dict[str, t
     return {name: (1, _gpu_share(len(names), gpus)) for name in names}
 
 
+def share_of_gpu(together: int) -> float:
+    """Return what each of `together` processes gets of the GPU that they share."""
+    return _floor(1 / together)
+
+
 def _gpu_share(workers: int, gpus: int) -> float:
     """What each worker gets of a GPU; no worker has parts of two."""
-    return _floor(1 / math.ceil(workers / gpus))
+    return share_of_gpu(math.ceil(workers / gpus))
 
 
 def _floor(value: float) -> float:

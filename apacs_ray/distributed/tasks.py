@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from apacs_ray.distributed.cluster import joined_cluster
 from apacs_ray.distributed.ray_internals import start_datasets_soon
-from apacs_ray.distributed.resource_plan import Cluster
+from apacs_ray.distributed.resource_plan import Cluster, share_of_gpu
 from apacs_ray.runs.provenance import require_source, source_hash
 
 P = ParamSpec("P")
@@ -28,6 +28,7 @@ KEEP_MEMORY = {
         "MALLOC_ARENA_MAX": "1",
         "MALLOC_MMAP_THRESHOLD_": str(2**31 - 1),
         "MALLOC_TRIM_THRESHOLD_": str(2**63 - 1),
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # tiles of many sizes leave no holes in a GPU's memory
     }
 }
 
@@ -102,11 +103,25 @@ class PoolPlan:
     gpus: float
 
 
-def plan_pool(cluster: Cluster, shards: int) -> PoolPlan:
-    """Plan an actor a GPU, else an actor a CPU; never more than there are shards."""
+def plan_pool(cluster: Cluster, shards: int, *, a_gpu: int = 1) -> PoolPlan:
+    """Plan the actors that predict: never more than there are shards, and without GPUs one a CPU.
+
+    With GPUs there are several beside each other on one, as many as its CPUs can feed: a tile keeps a CPU at work for
+    ten times as long as the GPU, with decoding, counting and encoding.
+
+    Args:
+        cluster: What there is.
+        shards: That they work on.
+        a_gpu: How many one GPU's memory holds.
+
+    Returns:
+        The plan.
+    """
     gpus = int(cluster.gpus)
     if gpus:
-        return PoolPlan(max(1, min(gpus, shards)), min(1.0, cluster.cpus / (2 * gpus)), 1.0)
+        together = max(1, min(a_gpu, int(cluster.gpu_cpus), -(-shards // gpus)))
+        cpus = min(1.0, cluster.gpu_cpus / (2 * together))
+        return PoolPlan(max(1, min(gpus * together, shards)), cpus, share_of_gpu(together))
     return PoolPlan(max(1, min(int(cluster.cpus), shards)), min(1.0, cluster.cpus), 0.0)
 
 

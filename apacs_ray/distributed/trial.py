@@ -135,10 +135,14 @@ def _in_this_process(task: TrainingTask) -> None:
     from apacs_ray.training.ranks import Ranks
 
     train, val = task.indices["train"], task.indices["val"]
+    device = default_device()
     size = (len(train) + len(val)) * max(train.largest, val.largest) * 7
 
     def samples(refs: Iterator[SampleRef]) -> Iterator[Sample]:
-        return (in_memory if size <= IN_MEMORY else one_by_one)(task.dataset, task.indices, refs)
+        if size <= IN_MEMORY:
+            return in_memory(task.dataset, task.indices, refs)
+        ahead = task.plan.threads if device.type == "cuda" else 0  # without a GPU they have to compute
+        return one_by_one(task.dataset, task.indices, refs, ahead)
 
     def on_epoch(trainer: Trainer, network: NetworkTask) -> None:
         write_curves(task.store, network.curves, trainer.history, network.setting)
@@ -155,7 +159,7 @@ def _in_this_process(task: TrainingTask) -> None:
         interruption=interruptions,
     )
     try:
-        if not train_worker(task, hooks, device=default_device(), ranks=Ranks()):
+        if not train_worker(task, hooks, device=device, ranks=Ranks()):
             interruptions.await_end()
     except torch.OutOfMemoryError as error:
         raise ApacsError(

@@ -61,6 +61,7 @@ class TrainingTask:
     source: str
     checkpoint_every: float  # s
     attempt: int = 0
+    deterministic: bool = False
 
     @property
     def store(self) -> Store:
@@ -107,10 +108,12 @@ def train_worker(task: TrainingTask, hooks: WorkerHooks, *, device: torch.device
     """
     import torch
 
+    from apacs_ray.training.device import set_arithmetic
     from apacs_ray.training.loop import Trainer, earliest_place, train_epochs
 
     require_source(task.source)
     torch.set_num_threads(task.plan.threads)
+    set_arithmetic(task.networks[0].settings.precision, deterministic=task.deterministic)
     tasks: dict[Trainer, NetworkTask] = {}
     for network in task.networks:
         model = hooks.wrap(initial_network(task, network).to(device))

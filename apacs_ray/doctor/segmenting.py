@@ -11,7 +11,8 @@ from apacs_ray.distributed.resource_plan import Cluster
 from apacs_ray.distributed.tasks import plan_segment_pool
 from apacs_ray.doctor.finding import Finding, message_of
 from apacs_ray.errors import ApacsError, BadInput
-from apacs_ray.inference.cutting import CORES, GIB, choose_cutting, window_memory, worker_memory
+from apacs_ray.inference.cutting import CORES, choose_cutting, window_memory
+from apacs_ray.inference.memory import GIB, worker_memory
 from apacs_ray.inference.model_files import ModelFiles, find_models
 from apacs_ray.inference.planning import MPP_NOTE
 from apacs_ray.inference.predictor import load_ensemble

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from apacs_ray.config.settings import SegmentSettings
+from apacs_ray.inference.memory import pixel_bytes, worker_memory
 from apacs_ray.inference.model_files import ModelFiles
 from apacs_ray.inference.planning import Cutting
 
-GIB = 1 << 30
 CORES = (4096, 2048, 1024, 512)  # px, the largest first
-BYTES_A_PIXEL = 640  # of a window, at width 1 in float32: what FCN-8's first block holds at a time, and some
 SHARD_BYTES = 96 << 20  # of windows that are one block on their way
-GPU_NOT_SEEN = 16 * GIB  # memory of a GPU that is on another machine than this one, assumed
 
 
 def choose_cutting(settings: SegmentSettings, models: ModelFiles, *, workers: int, on_gpus: bool) -> Cutting:
@@ -35,22 +33,10 @@ def cores_a_shard(core: int, halo: int) -> int:
     return max(1, SHARD_BYTES // (3 * (core + 2 * halo) ** 2))
 
 
-def worker_memory(workers: int, *, on_gpus: bool) -> float:
-    """Return the bytes of memory of a GPU; without GPUs those of this machine that each of `workers` has."""
-    import psutil
-
-    if not on_gpus:
-        return float(psutil.virtual_memory().total / workers)
-    import torch
-
-    return float(torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else GPU_NOT_SEEN)
-
-
 def window_memory(settings: SegmentSettings, models: ModelFiles, core: int, halo: int) -> float:
     """Return the bytes that a worker needs for the window of a core, about."""
     width = max(spec.width for spec in models.specs.values())
-    each = BYTES_A_PIXEL * max(width, 0.125) * (0.5 if settings.precision == "bfloat16" else 1)
-    return (core + 2 * halo) ** 2 * each
+    return (core + 2 * halo) ** 2 * pixel_bytes(width, settings.precision)
 
 
 def _largest_core(settings: SegmentSettings, models: ModelFiles, halo: int, memory: float, on_gpus: bool) -> int:

@@ -14,6 +14,7 @@ from apacs_ray.config.settings import MemberName
 from apacs_ray.errors import ApacsError, first_line
 from apacs_ray.evaluation.predictions import sigmoid
 from apacs_ray.models.ensemble import Ensemble
+from apacs_ray.models.fcn import Score
 from apacs_ray.models.registry import FUSIONS
 from apacs_ray.models.spec import ModelSpec
 from apacs_ray.models.views import over_views
@@ -21,6 +22,7 @@ from apacs_ray.models.weights import load_model
 from apacs_ray.runs.markers import Marker, require_current
 from apacs_ray.runs.run import RUN_JSON
 from apacs_ray.storage import Store
+from apacs_ray.training.device import set_arithmetic
 
 Array = npt.NDArray[np.float32]
 
@@ -30,6 +32,7 @@ class Predictor:
 
     def __init__(self, ensemble: Ensemble, *, threads: int, precision: str) -> None:
         torch.set_num_threads(threads)
+        set_arithmetic(precision)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._half = precision == "bfloat16"
         self._ensemble = ensemble.to(self._device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
@@ -98,7 +101,7 @@ class Predictor:
 def _halve_convolutions(network: nn.Module) -> None:
     """Keep the weights that autocast would cast for every tile as bfloat16; scores and upsampling stay float32."""
     for module in network.modules():
-        if type(module) is nn.Conv2d:
+        if isinstance(module, nn.Conv2d) and not isinstance(module, Score):
             module.to(torch.bfloat16)
 
 

@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 from apacs_ray.config.settings import Settings
 from apacs_ray.data.shards import open_table
 from apacs_ray.distributed.evaluation import EvaluateTask, draw_tiles, evaluate_tiles
-from apacs_ray.distributed.tasks import plan_pool
+from apacs_ray.distributed.tasks import PoolPlan, plan_pool
 from apacs_ray.evaluation.metrics import compare, dice_of, pixel_counts, summarize
+from apacs_ray.inference.memory import workers_a_gpu
 from apacs_ray.models.registry import MEMBERS
 from apacs_ray.models.spec import ModelSpec
 from apacs_ray.report.page import ReportContext, TilePicture, build_report
@@ -86,11 +87,15 @@ class Evaluate(Stage[EvaluateResult]):
         index = read_indices(store, ("test",))["test"]
         job.ray.start()
         with job.progress() as progress:
-            plan = plan_pool(job.ray.cluster(), len(index.paths))
+            together = workers_a_gpu(settings.tiles.size, settings.members.width, settings.evaluate.precision)
+            plan = plan_pool(job.ray.cluster(), len(index.paths), a_gpu=together)
             per_tile = evaluate_tiles(
                 task, list(index.paths), plan, lambda done: progress.show("test tiles", done, len(index))
             )
-        metrics = summarize(per_tile, task.models, settings.run.seed)
+        metrics = {
+            model: {**figures, "precision": settings.evaluate.precision}
+            for model, figures in summarize(per_tile, task.models, settings.run.seed).items()
+        }
         comparison = compare(per_tile, task.models, "fusion", settings.run.seed)
         sink = io.BytesIO()
         pq.write_table(per_tile, sink)
@@ -98,7 +103,7 @@ class Evaluate(Stage[EvaluateResult]):
         store.write("evaluation/metrics.json", json.dumps(metrics, indent=1).encode())
         store.write("evaluation/comparison.json", json.dumps(comparison, indent=1).encode())
         shard_of = dict(zip(index.tile_ids, index.shard.tolist(), strict=True))
-        pictures = _pictures(task, per_tile, shard_of, index.paths)
+        pictures = _pictures(task, per_tile, shard_of, index.paths, plan)
         figures = {f"evaluation/figures/{picture.kind}_{picture.rank}.png": picture.png for picture in pictures}
         for path, png in figures.items():
             store.write(path, png)
@@ -174,7 +179,7 @@ def read_rejects(store: Store) -> list[dict[str, Any]]:
 
 
 def _pictures(
-    task: EvaluateTask, per_tile: pa.Table, shard_of: dict[str, int], paths: tuple[str, ...]
+    task: EvaluateTask, per_tile: pa.Table, shard_of: dict[str, int], paths: tuple[str, ...], plan: PoolPlan
 ) -> list[TilePicture]:
     """Best, median and worst tiles by the fusion's Dice, and those that models and annotation dispute most."""
     dice = dice_of(pixel_counts(per_tile, "fusion"))
@@ -192,7 +197,7 @@ def _pictures(
     wanted: dict[str, list[str]] = defaultdict(list)
     for _, number, _ in chosen:
         wanted[paths[shard_of[ids[number]]]].append(ids[number])
-    drawn = draw_tiles(task, wanted)
+    drawn = draw_tiles(task, wanted, plan)
     ranks: dict[str, int] = defaultdict(int)
     pictures = []
     for kind, number, caption in chosen:

@@ -203,6 +203,7 @@ def _task(
         run.max_failures,
         source_hash(),
         60 * run.checkpoint_minutes,
+        deterministic=run.deterministic,
     )
 
 

@@ -32,7 +32,7 @@ class Sample:
 class Batch:
     """Tiles that go through the network together, padded right and bottom to the largest.
 
-    inputs (N, C, H, W) uint8, mask and valid (N, 1, H, W) uint8 (valid is 0 on padding), weight (N,) float32;
+    inputs (N, H, W, C) uint8, mask and valid (N, 1, H, W) uint8 (valid is 0 on padding), weight (N,) float32;
     `sizes` (height, width) without padding. `ends_step`: the gradients gathered so far make one optimizer
     step.
     """
@@ -88,11 +88,11 @@ def _collate(samples: Sequence[Sample], *, ends_step: bool) -> Batch:
     sizes = tuple((sample.mask.shape[0], sample.mask.shape[1]) for sample in samples)
     height, width = (max(side) for side in zip(*sizes, strict=True))
     count, channels = len(samples), first.inputs.shape[2]
-    inputs = np.zeros((count, channels, height, width), np.uint8)
+    inputs = np.zeros((count, height, width, channels), np.uint8)
     mask = np.zeros((count, 1, height, width), np.uint8)
     valid = np.zeros((count, 1, height, width), np.uint8)
     for number, (sample, (rows, columns)) in enumerate(zip(samples, sizes, strict=True)):
-        inputs[number, :, :rows, :columns] = sample.inputs.transpose(2, 0, 1)
+        inputs[number, :rows, :columns] = sample.inputs
         mask[number, 0, :rows, :columns] = sample.mask
         valid[number, 0, :rows, :columns] = 1
     return Batch(

@@ -6,7 +6,9 @@ With heatmaps, the stored member probabilities come first and RGB after them, as
 from __future__ import annotations
 
 import io
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,10 +120,37 @@ def in_memory(dataset: TileDataset, indices: Indices, refs: Iterable[SampleRef])
         yield dataset.sample(ref, place, *decoded[place])
 
 
-def one_by_one(dataset: TileDataset, indices: Indices, refs: Iterable[SampleRef]) -> Iterator[Sample]:
-    """Yield samples in this process and keep nothing, for data of any size."""
-    for ref in refs:
-        yield dataset.load([(ref, indices[ref.phase].place(ref.row))])[0]
+def one_by_one(dataset: TileDataset, indices: Indices, refs: Iterable[SampleRef], threads: int = 0) -> Iterator[Sample]:
+    """Yield samples in this process and keep nothing, for data of any size.
+
+    Args:
+        dataset: What is read.
+        indices: Where its tiles are, by phase.
+        refs: Which samples, in order.
+        threads: That read ahead, two samples each; 0: each is read when it is asked for. Decoding leaves Python's lock
+            alone.
+
+    Yields:
+        A sample for each of `refs`.
+    """
+
+    def load(ref: SampleRef) -> Sample:
+        return dataset.load([(ref, indices[ref.phase].place(ref.row))])[0]
+
+    if not threads:
+        yield from map(load, refs)
+        return
+    waiting: deque[Future[Sample]] = deque()
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for ref in refs:
+            waiting.append(pool.submit(load, ref))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def decode_pixels(content: bytes) -> Pixels:

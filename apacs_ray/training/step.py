@@ -54,7 +54,7 @@ def forward(model: nn.Module, batch: Batch, settings: TrainingSettings, device: 
     Returns:
         Losses and logits, with their graph where gradients are recorded.
     """
-    inputs = _to_device(batch.inputs, device).to(memory_format=torch.channels_last).float() / 255
+    inputs = _to_device(batch.inputs, device).permute(0, 3, 1, 2).float() / 255  # channels last, as pictures are stored
     if batch.phase == "train":
         inputs = jitter_stain(inputs, batch.sizes, batch.seeds, settings.jitter)
     with torch.autocast(device.type, torch.bfloat16, enabled=uses_bfloat16(settings.precision, device)):
