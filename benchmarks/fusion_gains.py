@@ -37,6 +37,14 @@ VARIANTS: dict[str, dict[str, str]] = {
     "views 8": {"heatmaps.views": "8"},
     "folds 2": {"heatmaps.views": "4", "heatmaps.folds": "2"},
     "folds 4": {"heatmaps.views": "4", "heatmaps.folds": "4"},
+    "fusion ema": {"heatmaps.views": "4", "fusion.ema": "0.98"},
+    "fusion lr / 3": {"heatmaps.views": "4", "fusion.learning_rate": "3e-4", "fusion.epochs": "10"},
+    "ema": {"heatmaps.views": "4", "members.ema": "0.98"},
+    "stain 0.1": {"heatmaps.views": "4", "members.stain": "0.1"},
+    "stain 0.3": {"heatmaps.views": "4", "members.stain": "0.3"},
+    "jitter 0.1": {"heatmaps.views": "4", "members.jitter": "0.1"},
+    "ignore 2": {"heatmaps.views": "4", "members.ignore_band": "2"},
+    "boundary 2": {"heatmaps.views": "4", "members.boundary_weight": "2"},
 }
 OF_MEMBERS = ("data.", "synthetic.", "tiles.", "members.")  # settings on which members depend
 SMALLEST = {
@@ -231,9 +239,9 @@ def _stages(group: Group, variant: str, output: Path, names: Sequence[str]) -> A
 
 def _measure(group: Group, variant: str, output: Path) -> tuple[dict[str, Any], str]:
     """Train what is not trained yet; return the row, and the fingerprint of the heatmaps."""
+    from apacs_ray.data.shards import read_index
     from apacs_ray.distributed.evaluation import EvaluateTask, evaluate_tiles
     from apacs_ray.distributed.tasks import PoolPlan
-    from apacs_ray.data.shards import read_index
     from apacs_ray.evaluation.metrics import compare, summarize
     from apacs_ray.models.registry import MEMBERS
     from apacs_ray.models.spec import ModelSpec

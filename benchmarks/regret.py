@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,5 +124,3 @@ def dice(counts: Counts) -> npt.NDArray[np.float64]:
     """Return pooled Dice of counts (..., 3) of both, predicted, true."""
     sums = counts.astype(np.float64)
     return 2 * sums[..., 0] / np.maximum(sums[..., 1] + sums[..., 2], 1)
-
-
