@@ -101,7 +101,7 @@ def main() -> None:
     names = [name.strip() for name in arguments.variants.split(",")] if arguments.variants else list(VARIANTS)
     extra = {key: value for key, _, value in (text.partition("=") for text in arguments.set)}
     if arguments.smoke:
-        names, extra = ["plain", "views 4"], {**SMALLEST, **extra}
+        names, extra = names if arguments.variants else ["plain", "views 4"], {**SMALLEST, **extra}
     elif arguments.quick:
         extra = {**QUICK, **extra}
     if unknown := [name for name in names if name not in VARIANTS]:
@@ -257,7 +257,7 @@ def _measure(group: Group, variant: str, output: Path) -> tuple[dict[str, Any], 
     settings = _stages(group, variant, output, [stage.name for stage in STAGES if stage.name != "evaluate"])
     store = open_store(str(output))
     folders = {name: member_folder(name) for name in MEMBERS} | fusion_folders(settings)
-    task = EvaluateTask(store, folders, settings.evaluate)
+    task = EvaluateTask(store, folders, settings.evaluate, MEMBERS[-1])
     spec = ModelSpec.from_json(store.read("fusion/model.json"))
     marker = read_marker(store, "heatmaps")
     require(marker is not None, f"{output}: no heatmaps")
