@@ -18,6 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -106,8 +107,13 @@ def main() -> None:
         extra = {**QUICK, **extra}
     if unknown := [name for name in names if name not in VARIANTS]:
         parser.error(f"no variant {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
-    output = arguments.output or Path("runs/gains-smoke" if arguments.smoke else "runs/gains")
-    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        output = arguments.output or Path(folder if arguments.smoke else "runs/gains")
+        output.mkdir(parents=True, exist_ok=True)
+        _measure_all(arguments, names, extra, output)
+
+
+def _measure_all(arguments: argparse.Namespace, names: list[str], extra: dict[str, str], output: Path) -> None:
     rows_at = arguments.rows or output
     rows_at.mkdir(parents=True, exist_ok=True)
     done = {(row["data"], row["seed"], row["variant"]) for row in _read(rows_at / ROWS)}
@@ -200,7 +206,7 @@ def _work(step: str, text: str) -> int:
     group = Group(**json.loads(text))
     cut = Path(group.folder, f"{group.name}-tiles")
     if step == "ingest":
-        _stages(group, next(iter(group.variants)), cut, ("ingest",))
+        run_stages(group, next(iter(group.variants)), cut, ("ingest",))
         return 0
     output = Path(group.folder, f"{group.name}-{group.members.replace(' ', '_')}")
     if not output.exists():
@@ -223,7 +229,7 @@ def _work(step: str, text: str) -> int:
     return 0
 
 
-def _stages(group: Group, variant: str, output: Path, names: Sequence[str]) -> Any:
+def run_stages(group: Group, variant: str, output: Path, names: Sequence[str]) -> Any:
     """Do stages of the real command; return the settings."""
     from apacs_ray.commands.shell import opened_run
     from apacs_ray.config.command_line import parse
@@ -254,7 +260,7 @@ def _measure(group: Group, variant: str, output: Path) -> tuple[dict[str, Any], 
     from apacs_ray.training.device import default_device, describe_device
 
     began = time.monotonic()
-    settings = _stages(group, variant, output, [stage.name for stage in STAGES if stage.name != "evaluate"])
+    settings = run_stages(group, variant, output, [stage.name for stage in STAGES if stage.name != "evaluate"])
     store = open_store(str(output))
     folders = {name: member_folder(name) for name in MEMBERS} | fusion_folders(settings)
     task = EvaluateTask(store, folders, settings.evaluate, MEMBERS[-1])
