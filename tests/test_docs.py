@@ -24,6 +24,8 @@ from apacs_ray.data.rejects import REJECT_SCHEMA, Reject
 from apacs_ray.data.shards import RECEIPT, Receipt
 from apacs_ray.data.tile_rows import TILE_SCHEMA
 from apacs_ray.distributed.heatmaps import HEATMAP_SCHEMA
+from apacs_ray.evaluation.calibration import calibration, calibration_row, calibration_schema
+from apacs_ray.evaluation.changes import CHANGES_SCHEMA, changes, changes_row
 from apacs_ray.evaluation.metrics import compare, summarize
 from apacs_ray.evaluation.per_tile import per_tile_schema, tile_row
 from apacs_ray.evaluation.predictions import MODEL_KEYS
@@ -85,12 +87,16 @@ SHARD = "split=SPLIT/FINGERPRINT-NUMBER.parquet"
         (f"## heatmaps/{SHARD}", HEATMAP_SCHEMA),
         ("## manifest/FINGERPRINT/NUMBER.parquet", MANIFEST_SCHEMA),
         ("## rejects/ingest-FINGERPRINT.parquet", REJECT_SCHEMA),
-        ("## evaluation/per_tile.parquet", per_tile_schema(["MODEL"])),
+        (
+            "## evaluation/per_tile.parquet",
+            pa.schema([*per_tile_schema(["MODEL"]), *calibration_schema("MODEL"), *CHANGES_SCHEMA]),
+        ),
         ("## SLIDE/cells.parquet", CELLS_SCHEMA),
     ],
 )
 def test_columns_are_those_of_the_schema(heading: str, schema: pa.Schema) -> None:
-    assert [(name, kind) for name, kind, _ in tables(heading)[0]] == [(field.name, str(field.type)) for field in schema]
+    columns = [(field.name, str(field.type).replace("item:", "element:")) for field in schema]  # as Parquet names them
+    assert [(name, kind) for name, kind, _ in tables(heading)[0]] == columns
 
 
 def test_what_may_be_null_in_a_tile_is_said() -> None:
@@ -158,9 +164,17 @@ def test_metrics_and_comparison() -> None:
     place = {"tile_id": "a", "slide_id": "s", "x": 0, "y": 0, "width": 40, "height": 40}
     once = {"once_left": 0, "once_top": 0, "once_right": 40, "once_bottom": 40}
     models = ["fcn32", "fusion"]
-    rows = [tile_row({**place, **once}, dict.fromkeys(models, mask), mask, border=0, disputed=["fcn32"])]
-    table = pa.Table.from_pylist(rows, per_tile_schema(models))
-    metrics = summarize(table, models, 0)["fusion"]
+    row = tile_row({**place, **once}, dict.fromkeys(models, mask), mask, border=0, disputed=["fcn32"])
+    row |= calibration_row("fusion", mask.astype(np.float32), mask) | changes_row(mask, mask, mask)
+    table = pa.Table.from_pylist(
+        [row], pa.schema([*per_tile_schema(models), *calibration_schema("fusion"), *CHANGES_SCHEMA])
+    )
+    calibrated, changed = calibration(table, "fusion"), changes(table, "fcn32")
+    metrics = summarize(table, models, 0)["fusion"] | {"calibration": calibrated, "changes": changed}
+    for key, tree in (("calibration", calibrated), ("changes", changed)):
+        ((_, _, said),) = [row for row in tables("## evaluation/metrics.json")[0] if row[0] == key]
+        assert set(re.findall(r"`(\w+)`?", said)) <= {*tree, "fusion"}
+        assert {name for name in tree if not name.startswith(("better_background", "worse_"))} <= set(said.split("`"))
     assert names("## evaluation/metrics.json") == list(metrics)
     ((_, _, per_slide),) = [row for row in tables("## evaluation/metrics.json")[0] if row[0] == "per_slide"]
     assert set(re.findall(r"`(.*)", per_slide)[0].split()) == set(metrics["per_slide"]["s"])

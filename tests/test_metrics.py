@@ -16,6 +16,8 @@ from apacs_ray.data.grid import grid, owned_region
 from apacs_ray.errors import ApacsError
 from apacs_ray.evaluation import bootstrap
 from apacs_ray.evaluation.bootstrap import resample
+from apacs_ray.evaluation.calibration import BINS, calibration, calibration_row, calibration_schema
+from apacs_ray.evaluation.changes import CHANGES, CHANGES_SCHEMA, changes, changes_row, gains
 from apacs_ray.evaluation.metrics import compare, dice_of, iou_of, summarize
 from apacs_ray.evaluation.objects import boundary, label_objects, match_objects
 from apacs_ray.evaluation.per_tile import confusion, per_tile_schema, tile_row
@@ -373,3 +375,63 @@ def test_otsu_maximizes_the_variance_between_classes(seed: int) -> None:
 @pytest.mark.parametrize("value", [0, 7, 255])
 def test_a_constant_tile_has_no_cell_by_otsu(value: int) -> None:
     assert not otsu(np.full((6, 5), value, np.uint8)).any()
+
+
+# --- probabilities, and what the fusion changed
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 4))
+def test_calibration_pools_tiles_to_what_all_pixels_give(seed: int, tiles: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows, steps, true = [], [], []
+    for _ in range(tiles):
+        logits = rng.normal(0, 3, tuple(rng.integers(0, 12, 2))).astype(np.float32)
+        truth = rng.random(logits.shape) < 0.4
+        rows.append(calibration_row("fcn8", logits, truth))
+        steps += np.rint(sigmoid(logits) * 255).ravel().tolist()
+        true += truth.ravel().tolist()
+    found = calibration(pa.Table.from_pylist(rows, calibration_schema("fcn8")), "fcn8")
+    error = 0.0
+    for number in range(BINS):
+        inside = [(step, cell) for step, cell in zip(steps, true, strict=True) if int(step * BINS / 256) == number]
+        assert found["pixels"][number] == len(inside)
+        assert found["cells"][number] == sum(cell for _, cell in inside)
+        if inside:
+            said = float(np.mean([step / 255 for step, _ in inside]))
+            assert found["confidence"][number] == pytest.approx(said)
+            error += abs(said * len(inside) - sum(cell for _, cell in inside)) / len(true)
+        else:
+            assert found["confidence"][number] is None
+    assert found["ece"] == (pytest.approx(error) if true else None)
+
+
+def test_what_is_sure_and_right_is_calibrated_and_what_is_sure_and_wrong_is_not() -> None:
+    truth = np.arange(100).reshape(10, 10) % 3 == 0
+    for sign, ece in ((1, 0.0), (-1, 1.0)):
+        row = calibration_row("fusion", np.where(truth, 50.0 * sign, -50.0 * sign).astype(np.float32), truth)
+        assert calibration(pa.Table.from_pylist([row], calibration_schema("fusion")), "fusion")["ece"] == ece
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_changes_are_the_difference_between_the_counts_of_the_two(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows, wrong = [], []
+    for _ in range(3):
+        fusion, member, truth = rng.random((3, 9, 7)) < rng.uniform(0.2, 0.8)
+        rows.append(changes_row(fusion, member, truth))
+        wrong.append([int((mask != truth).sum()) for mask in (fusion, member)])
+        assert sum(rows[-1].values()) == (fusion != member).sum()
+        counts = [confusion(mask, truth) for mask in (fusion, member)]
+        for kind, part in (("cell", "tp"), ("background", "tn")):
+            change = rows[-1][f"fusion_better_{kind}"] - rows[-1][f"fusion_worse_{kind}"]
+            assert change == counts[0][part] - counts[1][part]
+    table = pa.Table.from_pylist(rows, CHANGES_SCHEMA)
+    expected = [of_member - of_fusion for of_fusion, of_member in wrong]
+    assert gains(table).tolist() == expected
+    pooled = changes(table, "fcn16")
+    assert pooled["member"] == "fcn16"
+    assert [pooled[name] for name in CHANGES] == [sum(row[f"fusion_{name}"] for row in rows) for name in CHANGES]
+    assert pooled["tiles_better"] == sum(gain > 0 for gain in expected)
+    assert pooled["tiles_worse"] == sum(gain < 0 for gain in expected)

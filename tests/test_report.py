@@ -16,6 +16,8 @@ import pytest
 from PIL import Image
 
 from apacs_ray.config.settings import Settings
+from apacs_ray.evaluation.calibration import calibration, calibration_row, calibration_schema
+from apacs_ray.evaluation.changes import CHANGES, CHANGES_SCHEMA, changes, changes_row
 from apacs_ray.evaluation.metrics import compare, summarize
 from apacs_ray.evaluation.per_tile import per_tile_schema, tile_row
 from apacs_ray.evaluation.predictions import MODEL_KEYS
@@ -24,11 +26,12 @@ from apacs_ray.models.spec import FusionStart
 from apacs_ray.report.charts import VARIABLES, dice_chart, difference_chart, slide_chart, sweep_charts, training_charts
 from apacs_ray.report.overlays import COLORS, LARGEST, overlay, panel
 from apacs_ray.report.page import ReportContext, TilePicture, build_report
-from apacs_ray.report.summary import best_member, headline, kept_epochs, read_sweep_table, verdict
+from apacs_ray.report.summary import TrainedNetworks, best_member, headline, kept_epochs, read_sweep_table, verdict
 from apacs_ray.training.history import EpochRecord
 
 HOSTILE = "<script>alert('x')</script>\"><img src=x onerror=y> 切片 &amp;"
-KINDS = ("best", "median", "worst", "disagree")
+KINDS = ("best", "median", "worst", "disagree", "better", "worse")
+NETWORKS = (*MEMBERS, "fusion")
 SHARES = {"fcn32": 0.3, "fcn16": 0.25, "fcn8": 0.2, "majority": 0.2, "mean": 0.18, "fusion": 0.05, "otsu": 0.7}
 TRIALS = (
     "trial_id,val_dice,epochs,seconds,error,learning_rate,members\n"
@@ -55,8 +58,21 @@ def per_tile(slides: list[str], fusion: str = "fusion") -> pa.Table:
         masks = {model: truth & (rng.random((24, 24)) > SHARES[model]) for model in models}
         place = {"tile_id": f"{slide}_{number}", "slide_id": slide, "x": 0, "y": 0, "width": 24, "height": 24}
         once = {"once_left": 0, "once_top": 0, "once_right": 24, "once_bottom": 24}
-        rows.append(tile_row(place | once, masks, truth, border=0, disputed=MEMBERS))
-    return pa.Table.from_pylist(rows, per_tile_schema(models))
+        row = tile_row(place | once, masks, truth, border=0, disputed=MEMBERS)
+        for name in NETWORKS:
+            row |= calibration_row(name, np.where(masks[name], 1.0, -2.0).astype(np.float32), truth)
+        rows.append(row | changes_row(masks["fusion"], masks["fcn8"], truth))
+    networks = [field for name in NETWORKS for field in calibration_schema(name)]
+    return pa.Table.from_pylist(rows, pa.schema([*per_tile_schema(models), *networks, *CHANGES_SCHEMA]))
+
+
+def figures(table: pa.Table, models: list[str]) -> dict[str, dict[str, Any]]:
+    """What evaluation makes of the rows."""
+    metrics = summarize(table, models, 0)
+    for name in NETWORKS:
+        metrics[name]["calibration"] = calibration(table, name)
+    metrics["fusion"]["changes"] = changes(table, "fcn8")
+    return metrics
 
 
 def context(**changes: Any) -> ReportContext:
@@ -68,11 +84,11 @@ def context(**changes: Any) -> ReportContext:
     values = {
         "title": HOSTILE,
         "output": HOSTILE,
-        "metrics": summarize(table, models, 0),
+        "metrics": figures(table, models),
         "comparison": compare(table, models, "fusion", 0),
-        "histories": {name: history(0.4, 0.5) for name in (*MEMBERS, "fusion")},
-        "kept": dict.fromkeys((*MEMBERS, "fusion"), 1),
+        "trained": TrainedNetworks({name: history(0.4, 0.5) for name in NETWORKS}, dict.fromkeys(NETWORKS, 1)),
         "start": None,
+        "views": 1,
         "trials": TRIALS.replace("a,", HOSTILE.replace('"', "") + ",", 1),
         "best": {"learning_rate": 0.01, "members": ["fcn16", "fcn8"]},
         "stages": {"ingest": done, "evaluate": {"state": "running"}},
@@ -125,7 +141,7 @@ def test_no_name_becomes_markup_and_nothing_is_fetched() -> None:
     html = build_report(context())
     page = Page(html)
     assert "<script" not in html
-    assert page.count("img") == 4
+    assert page.count("img") == len(KINDS)
     for name, attributes in page.tags:
         assert not [key for key in attributes if key.startswith("on")], name
         for key in ("src", "href", "xlink:href"):
@@ -183,7 +199,7 @@ def test_what_the_run_says_of_whole_slides() -> None:
 def test_a_report_without_sweep_rejects_or_several_units() -> None:
     table = per_tile(["only"])
     models = [key for key in MODEL_KEYS if key in SHARES]
-    metrics, comparison = summarize(table, models, 0), compare(table, models, "fusion", 0)
+    metrics, comparison = figures(table, models), compare(table, models, "fusion", 0)
     made = context(metrics=metrics, comparison=comparison, trials="", best={}, rejects=[], facts={}, pictures=[])
     page = Page(build_report(made))
     assert "Sweep of the fusion" not in page.text
@@ -199,7 +215,10 @@ def test_a_test_set_without_cells_still_gives_a_report() -> None:
     row |= {"iou_ci95": None, "dice_ci95": None, "ci_unit": "tile"}
     row["per_slide"] = {"s": {**empty, "tn": 9, "accuracy": 1.0, "iou": None, "dice": None, "tiles": 1}}
     none = {"otsu": {"dice_difference": None, "ci95": None, "unit": "tile", "significant": False}}
-    page = Page(build_report(context(metrics={"fusion": row, "otsu": row}, comparison=none, histories={})))
+    nothing = {"pixels": [9] + [0] * 9, "cells": [0] * 10, "confidence": [0.0] + [None] * 9, "ece": 0.0}
+    changed = dict.fromkeys((*CHANGES, "tiles_better", "tiles_worse"), 0) | {"member": "fcn8"}
+    metrics = {name: row | {"calibration": nothing, "changes": changed} for name in ("fcn8", "fusion")} | {"otsu": row}
+    page = Page(build_report(context(metrics=metrics, comparison=none, trained=TrainedNetworks({}, {}))))
     assert "Dice and IoU are undefined" in page.text
     assert "1 tile has no cell" in page.text
 
@@ -242,13 +261,36 @@ def test_a_start_that_was_kept_is_said_to_be_the_fusion() -> None:
     start = FusionStart("fcn8", {"fcn32": 0.0, "fcn16": 0.0, "fcn8": 1.0}, val_dice=0.91)
     before = EpochRecord(-1, math.nan, math.nan, 0.3, 0.91, 0.0, 0.0)
     histories = {"fcn8": history(0.91), "fusion": (before, *history(0.4, 0.5))}
-    page = Page(build_report(context(histories=histories, kept={"fcn8": 0, "fusion": -1}, start=start)))
+    kept = TrainedNetworks(histories, {"fcn8": 0, "fusion": -1})
+    page = Page(build_report(context(trained=kept, start=start)))
     assert "No epoch of its training was better on validation than what it started from, which was kept" in page.text
     assert "no epoch was better on validation, so it is the fusion" in page.text
     assert "What the fusion starts from" in page.text
     assert not {"nan", "+nan"} & set(page.text.lower().split())
-    page = Page(build_report(context(histories=histories, kept={"fcn8": 0, "fusion": 1}, start=start)))
+    page = Page(build_report(context(trained=TrainedNetworks(histories, {"fcn8": 0, "fusion": 1}), start=start)))
     assert "No epoch of its training was better" not in page.text
+
+
+def test_what_the_fusion_changed_is_counted_and_shown() -> None:
+    made = context()
+    changed = made.metrics["fusion"]["changes"]
+    assert changed["better_cell"] > changed["worse_cell"] > 0  # each only misses cells
+    assert changed["better_background"] == changed["worse_background"] == 0
+    assert changed["better_cell"] - changed["worse_cell"] == made.metrics["fusion"]["tp"] - made.metrics["fcn8"]["tp"]
+    text = Page(build_report(made)).text
+    for words in ("of the answer of FCN-8", "Most for better", "Most for worse", "right, where the member is wrong"):
+        assert words in text
+    better, worse = (changed[name] for name in ("better_cell", "worse_cell"))
+    assert f"{better} for better, {worse} for worse" in text
+    assert "Most for worse" not in Page(build_report(context(pictures=[]))).text
+
+
+@pytest.mark.parametrize(("views", "words"), [(4, "its flips;"), (8, "its flips and quarter turns;")])
+def test_the_report_says_that_the_fusion_reads_views_and_members_stand_with_one(views: int, words: str) -> None:
+    text = Page(build_report(context(views=views))).text
+    assert f"over {views} views of a tile, {words} each member stands here with one view" in text
+    assert f"It reads its members over {views} views of each tile; they stand here with one." in text
+    assert "views of" not in Page(build_report(context())).text
 
 
 def test_the_sweep_is_read_best_first_without_failed_trials() -> None:
@@ -270,7 +312,7 @@ def test_charts_are_the_same_each_time_and_their_ids_their_own() -> None:
     used = re.findall(r"url\(#([^)]*)\)", html) + re.findall(r'xlink:href="#([^"]*)"', html)
     assert used
     assert set(used) <= set(ids)
-    assert page.count("svg") == 3 + 4 + 2  # by model; networks; sampled settings
+    assert page.count("svg") == 3 + 2 + 4 + 2  # by model; calibration; networks; sampled settings
 
 
 def test_charts_take_every_color_from_the_style_sheet() -> None:

@@ -421,15 +421,18 @@ def test_views_are_those_that_there_are() -> None:
 
 def test_a_fingerprint_leaves_out_what_is_marked_on_the_field() -> None:
     settings = Settings()
+    later = {"select", "stain", "ignore_band", "boundary_weight", "ema"}  # as long as they are what there was before
     left_out = {
         "data": {"max_rejects", "cache", "cache_gb"},
-        "members": {"workers", "mode", "select"},  # select: as long as it is what there was before it
-        "fusion": {"workers", "from_best", "compare", "select"},
+        "members": {"workers", "mode"} | later,
+        "fusion": {"workers", "from_best", "compare"} | later,
     }
     for name in Settings.model_fields:
         section = getattr(settings, name)
         assert section.fingerprint_inputs() == section.model_dump(exclude=left_out.get(name, set())), name
-    assert MembersSettings(select="loss").fingerprint_inputs()["select"] == "loss"
+    other: dict[str, Any] = {"select": "loss", "stain": 0.1, "ignore_band": 1, "boundary_weight": 2.0, "ema": 0.9}
+    for name, value in other.items():
+        assert MembersSettings(**{name: value}).fingerprint_inputs()[name] == value
     sweep = read_sweep("tune_configs/fusion_optuna.yaml")
     assert sweep.fingerprint_inputs() == sweep.model_dump(exclude={"concurrency", "resources"})
     counted = settings.fusion.fingerprint_inputs(exclude={"epochs", "patience"})

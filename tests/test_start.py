@@ -21,6 +21,7 @@ from apacs_ray.data.tile_rows import encode_mask
 from apacs_ray.distributed import tasks
 from apacs_ray.distributed.heatmaps import HEATMAP_SCHEMA
 from apacs_ray.distributed.starts import ValidationTiles, fit_starts, group_slides
+from apacs_ray.distributed.tune import TrialResult
 from apacs_ray.models.ensemble import Ensemble
 from apacs_ray.models.fusion import RefinedFusion, build_fusion
 from apacs_ray.models.registry import MEMBERS, build_member
@@ -28,6 +29,7 @@ from apacs_ray.models.spec import FusionStart, ModelSpec, fusion_spec, start_key
 from apacs_ray.models.views import over_views
 from apacs_ray.models.weights import build, load_model, weights_bytes
 from apacs_ray.stages.train_networks import Network, keep_best, state_folder
+from apacs_ray.stages.tune_fusion import best_trial
 from apacs_ray.storage import LocalStore
 from apacs_ray.testing.alone import _map_blocks
 from apacs_ray.training.batch import Sample, batches
@@ -362,3 +364,31 @@ class TestKept:
         start = replace(TestNetwork.START, val_dice=0.9, val_entropy=0.6, val_soft_dice=0.2)
         assert self.kept(tmp_path / "high", 0.8, start, "loss")[1].metrics["epoch"] == 0
         assert self.kept(tmp_path / "low", 0.95, replace(start, val_entropy=0.2), "loss")[1].metrics["epoch"] == -1
+
+
+class TestSweep:
+    @settings(max_examples=100, deadline=None)
+    @given(
+        dice=st.tuples(*[st.sampled_from([0.0, 0.5, 0.7, 0.8])] * 4),
+        drawn=st.lists(
+            st.tuples(st.sampled_from([None, *member_sets()]), st.sampled_from([0.1, 0.6, 0.9])), min_size=1, max_size=6
+        ),
+    )
+    def test_it_never_leaves_out_the_best_member_for_a_better_trial(self, dice, drawn) -> None:
+        single = dict(zip((*MEMBERS, MEAN), dice, strict=True))
+        starts = {
+            start_key(members): FusionStart("any", {}, val_dice=max(single[name] for name in (*members, MEAN)))
+            for members in member_sets()
+        }
+        trials = [
+            TrialResult(str(at), {} if members is None else {"members": list(members)}, val, 1, 1.0, None)
+            for at, (members, val) in enumerate(drawn)
+        ]
+        best = best_trial(trials, MEMBERS, starts)
+        chosen = best.setting.get("members", MEMBERS)
+        top = max(MEMBERS, key=lambda name: single[name])
+        alone_at_the_top = all(single[top] > value for name, value in single.items() if name != top)
+        if alone_at_the_top and any(top in (members or MEMBERS) for members, _ in drawn):
+            assert top in chosen
+        same = [trial for trial in trials if trial.setting.get("members", MEMBERS) == chosen]
+        assert best.val_dice == max(trial.val_dice or 0.0 for trial in same)

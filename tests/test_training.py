@@ -22,6 +22,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from apacs_ray.config.settings import TrainingSettings
@@ -30,14 +31,14 @@ from apacs_ray.errors import ApacsError, StoreTroubleError, TrainingError, gpu_t
 from apacs_ray.inference.predictor import Predictor
 from apacs_ray.models.ensemble import Ensemble
 from apacs_ray.models.registry import MEMBERS, build_member
-from apacs_ray.training.augment import Augmentation, augment, jitter_stain
+from apacs_ray.training.augment import DYES, Augmentation, augment, jitter_stain, vary_dyes
 from apacs_ray.training.batch import Sample, batches
 from apacs_ray.training.dataset import decode_tile_mask
 from apacs_ray.training.history import EpochRecord, best_record, epochs_since_best, history_csv, read_history, score
 from apacs_ray.training.interruption import Interruption
 from apacs_ray.training.loop import Trainer, earliest_place, train_epochs
-from apacs_ray.training.loss import tile_losses
-from apacs_ray.training.optim import learning_rate_factor, make_optimizer
+from apacs_ray.training.loss import BOUNDARY, near_edge, pixel_weights, tile_losses
+from apacs_ray.training.optim import ema_decay, learning_rate_factor, make_optimizer
 from apacs_ray.training.ranks import Ranks
 from apacs_ray.training.sampler import SampleRef, schedule
 from apacs_ray.training.state import Snapshot, TrainState, load_state, save_state, snapshot
@@ -268,6 +269,116 @@ class TestJitter:
         together = jitter_stain(padded, [(8, 8)], [3], 0.3)
         assert torch.equal(together[..., :8, :8], alone)
         assert together[..., 8:, :].abs().sum() == 0
+
+
+class TestDyes:
+    def test_only_the_rgb_inside_a_tile_changes_and_by_its_seed(self) -> None:
+        inputs = torch.rand(2, 5, 16, 16, generator=torch.Generator().manual_seed(0))
+        sizes = [(16, 16), (8, 12)]
+        varied = vary_dyes(inputs, sizes, [7, 7], 0.3)
+        assert torch.equal(varied[:, :2], inputs[:, :2])
+        assert torch.equal(varied[1, :, 8:], inputs[1, :, 8:])
+        assert torch.equal(varied[1, :, :, 12:], inputs[1, :, :, 12:])
+        assert 0 <= varied.min() <= varied.max() <= 1
+        assert 0.001 < (varied[:, 2:] - inputs[:, 2:]).abs().mean() < 0.3
+        assert not torch.equal(varied, vary_dyes(inputs, sizes, [7, 8], 0.3))
+        assert vary_dyes(inputs, sizes, [7, 7], 0.0) is inputs
+
+    @pytest.mark.parametrize("dye", range(3))
+    def test_a_dye_gets_more_or_less_and_stays_what_it_is(self, dye: int) -> None:
+        """In absorbance a pure dye lies on a line; what leaves it is the shift, which all pixels have."""
+        amounts = torch.linspace(0.2, 1.5, 12)
+        absorbance = torch.tensor(DYES[dye])[:, None, None] * amounts[None, None]
+        varied = -torch.log(vary_dyes(torch.exp(-absorbance)[None], [(1, 12)], [5], 0.2))[0]
+        steps_before, steps_after = absorbance.diff(dim=2), varied.diff(dim=2)
+        share = (steps_after / steps_before).flatten()
+        assert torch.allclose(share, share[0].expand(share.shape), atol=1e-3)
+        assert 0.8 <= share[0] <= 1.2
+        assert share[0] != pytest.approx(1, abs=1e-3)
+
+
+class TestWeights:
+    @given(seed=st.integers(0, 10_000), distance=st.integers(1, 5))
+    @settings(max_examples=40, deadline=None)
+    def test_an_edge_is_where_a_valid_pixel_of_the_other_label_is_near(self, seed: int, distance: int) -> None:
+        rng = np.random.default_rng(seed)
+        height, width = rng.integers(1, 14, 2)
+        mask, valid = rng.integers(0, 2, (2, height, width))
+        near = near_edge(*(torch.tensor(a, dtype=torch.float32)[None, None] for a in (mask, valid)), distance)
+        for row, column in itertools.product(range(height), range(width)):
+            rows = slice(max(0, row - distance), row + distance + 1)
+            around = rows, slice(max(0, column - distance), column + distance + 1)
+            other = (mask[around] != mask[row, column]) & (valid[around] == 1)
+            assert near[0, 0, row, column] == float(valid[row, column] and other.any())
+
+    def test_what_is_ignored_teaches_nothing_and_what_is_near_an_edge_more(self) -> None:
+        mask = torch.zeros(1, 1, 24, 24)
+        mask[..., 12:] = 1
+        valid = torch.ones_like(mask)
+        valid[..., 20:, :] = 0
+        assert pixel_weights(mask, valid, 0, 0.0) is valid
+        weights = pixel_weights(mask, valid, 2, 3.0)
+        assert weights[0, 0, 0].tolist() == [1.0] * 8 + [4.0] * 2 + [0.0] * 4 + [4.0] * 2 + [1.0] * 8
+        assert BOUNDARY == 4
+        assert weights[..., 20:, :].sum() == 0
+        logits = torch.randn(1, 1, 24, 24, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        torch.autograd.backward(tile_losses(logits, mask, weights, 0.5).sum())
+        assert logits.grad is not None
+        assert (logits.grad[weights == 0] == 0).all()
+        assert (logits.grad[weights > 0] != 0).all()
+
+    def test_they_count_in_training_and_never_in_validation(self) -> None:
+        plain, banded = CONFIG, changed(CONFIG, ignore_band=1, boundary_weight=2.0)
+        records = [
+            Trainer(tiny(), config, seed=SEED, device=CPU).run(stream(config), steps(config), nothing)
+            for config in (changed(plain, learning_rate=1e-12), changed(banded, learning_rate=1e-12))
+        ]
+        assert records[0][0].train_loss != pytest.approx(records[1][0].train_loss, abs=1e-4)
+        assert records[0][0].val_loss == pytest.approx(records[1][0].val_loss, abs=1e-6)
+
+
+class TestAverage:
+    def test_it_is_the_moving_average_of_the_weights_of_every_step(self) -> None:
+        config = changed(CONFIG, ema=0.7, epochs=2)
+        trainer = Trainer(tiny(), config, seed=SEED, device=CPU)
+        expected, count = flat(trainer.model), itertools.count()
+
+        def watch() -> Interruption | None:
+            nonlocal expected
+            decay = min(0.7, (1 + (step := next(count))) / (10 + step))
+            expected = decay * expected + (1 - decay) * flat(trainer.model)
+            return None
+
+        train_epochs([trainer], stream(config), steps(config), lambda who, record: None, watch)
+        assert trainer.average is not None
+        assert torch.allclose(flat(trainer.average), expected, atol=1e-6)
+        assert not torch.allclose(flat(trainer.average), flat(trainer.model), atol=1e-4)
+
+    def test_training_is_the_same_and_what_is_validated_and_kept_is_the_average(self, tmp_path: Path) -> None:
+        plain, averaged = (Trainer(tiny(), changed(CONFIG, ema=ema), seed=SEED, device=CPU) for ema in (0.0, 0.9))
+        for trainer in (plain, averaged):
+            trainer.run(stream(CONFIG), steps(CONFIG), nothing)
+        assert torch.equal(flat(plain.model), flat(averaged.model))
+        assert [record.train_loss for record in plain.history] == [record.train_loss for record in averaged.history]
+        assert plain.history[-1].val_loss != averaged.history[-1].val_loss
+        assert averaged.average is not None
+        save_state(tmp_path, snapshot(averaged.state()))
+        kept = load_file(tmp_path / "model.safetensors")
+        assert all(torch.equal(kept[name], value) for name, value in averaged.average.state_dict().items())
+
+    def test_a_checkpoint_of_other_averages_is_refused(self, tmp_path: Path) -> None:
+        trainer = Trainer(tiny(), CONFIG, seed=SEED, device=CPU)
+        trainer.run(stream(CONFIG), steps(CONFIG), nothing)
+        save_state(tmp_path, snapshot(trainer.state()))
+        with pytest.raises(ApacsError, match="another setting of ema"):
+            Trainer(tiny(), changed(CONFIG, ema=0.5), seed=SEED, device=CPU).resume(tmp_path)
+
+    @pytest.mark.parametrize("decay", [0.0, 0.5, 0.999])
+    def test_it_leaves_the_start_soon(self, decay: float) -> None:
+        decays = [ema_decay(decay, step) for step in range(20_000)]
+        assert decays[0] <= 0.1
+        assert decays == sorted(decays)
+        assert decays[-1] == decay
 
 
 class TestLoss:
@@ -560,9 +671,10 @@ RESUMED = changed(CONFIG, accumulate=2, jitter=0.2, warmup_epochs=1, weight_deca
 
 
 class TestResume:
+    @pytest.mark.parametrize("ema", [0.0, 0.9])
     @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
-    def test_it_equals_an_undisturbed_run_bit_for_bit(self, tmp_path: Path, optimizer: Any) -> None:
-        config = changed(RESUMED, optimizer=optimizer)
+    def test_it_equals_an_undisturbed_run_bit_for_bit(self, tmp_path: Path, optimizer: Any, ema: float) -> None:
+        config = changed(RESUMED, optimizer=optimizer, ema=ema, stain=ema / 9)
 
         def keep(record: EpochRecord, state: TrainState) -> None:
             if record.epoch == 1:

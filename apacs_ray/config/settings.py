@@ -20,6 +20,7 @@ Select = Literal["dice", "loss"]
 Precision = Literal["float32", "tf32", "bfloat16"]
 VIEWS = (1, 4, 8)  # of a picture: as it is, its flips as well, quarter turns of these as well
 Share = Annotated[float, Field(ge=0, lt=1)]
+ADDED = ("select", "stain", "ignore_band", "boundary_weight", "ema")  # to training since runs have fingerprints
 
 
 class DataSettings(Section):
@@ -167,6 +168,21 @@ class TrainingSettings(Section):
     flips: bool = Field(True, description="augmentation: random flips of image and mask, both together")
     turns: bool = Field(True, description="augmentation: random turns by 90 degrees, both together")
     jitter: float = Field(0.1, ge=0, le=1, description="strength of the stain augmentation; 0: none")
+    stain: float = Field(
+        0.0, ge=0, le=1, description="augmentation: share by which the amounts of the dyes (HED) vary; 0: not at all"
+    )
+    ignore_band: int = Field(
+        0, ge=0, le=16, description="px on either side of a label's edge that take no part in the loss; 0: all do"
+    )
+    boundary_weight: float = Field(
+        0.0, ge=0, description="weight in the loss, beside 1, of px within 4 px of a label's edge; 0: none"
+    )
+    ema: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="decay a step of the moving average of weights, which is validated and kept; 0: the last weights",
+    )
     dropout: float = Field(0.5, ge=0, lt=1, description="Dropout2d probability")
     precision: Precision | Literal["auto"] = Field(
         "auto", description="auto: bfloat16 autocast where the device computes it fast, else float32; tf32: on GPUs"
@@ -186,8 +202,9 @@ class TrainingSettings(Section):
         return self
 
     def fingerprint_inputs(self, *, exclude: Collection[str] = ()) -> dict[str, Any]:
-        """Return the fields that a training depends on; `select` where it is not what it was before it could be set."""
-        return super().fingerprint_inputs(exclude={*exclude, "select"} if self.select == "dice" else exclude)
+        """Return the fields that a training depends on; later ones where they are not what they were before."""
+        unchanged = {name for name in ADDED if getattr(self, name) == type(self).model_fields[name].default}
+        return super().fingerprint_inputs(exclude={*exclude, *unchanged})
 
     @field_validator("crop")
     @classmethod

@@ -23,6 +23,10 @@ SWEPT = (
     "trunk",
     "head",
     "jitter",
+    "stain",
+    "ignore_band",
+    "boundary_weight",
+    "ema",
     "batch_size",
 )
 MUTABLE = ("learning_rate", "weight_decay", "dropout", "dice_weight", "jitter")  # that training may change on its way

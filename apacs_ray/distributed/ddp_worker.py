@@ -69,7 +69,7 @@ def train_loop(config: dict[str, Any]) -> bool | None:
     def write(trainer: Trainer, network: NetworkTask, then: Callable[[], None] = lambda: None) -> None:
         def keep(state: Snapshot) -> None:
             then()  # before the checkpoint, with which the epoch counts: else a kill between the two would lose it
-            _keep(task, network, state)
+            keep_state(task, network, state)
 
         if ranks.rank == 0:
             writer.write(network.name, trainer.state(), keep)
@@ -93,7 +93,7 @@ def train_loop(config: dict[str, Any]) -> bool | None:
     interruptions = WorkerInterruptions(ranks, device, task.checkpoint_every)
     hooks = WorkerHooks(
         wrap=wrap,
-        resume=lambda trainer, network: _resume(trainer, task.store, network.state),
+        resume=lambda trainer, network: resume_newest(trainer, task.store, network.state),
         samples=samples,
         on_epoch=on_epoch,
         on_part=write,
@@ -133,7 +133,8 @@ def _device(gpus: float) -> torch.device:
     return ray.train.torch.get_device()
 
 
-def _keep(task: TrainingTask, network: NetworkTask, state: Snapshot) -> None:
+def keep_state(task: TrainingTask, network: NetworkTask, state: Snapshot) -> None:
+    """Keep a state of a network as a checkpoint in the run."""
     from apacs_ray.training.state import save_state
 
     with tempfile.TemporaryDirectory() as folder:
@@ -141,7 +142,7 @@ def _keep(task: TrainingTask, network: NetworkTask, state: Snapshot) -> None:
         keep_checkpoint(task.store, network.state, task.attempt, Path(folder), network.settings.select)
 
 
-def _resume(trainer: Trainer, store: Store, state: str) -> None:
+def resume_newest(trainer: Trainer, store: Store, state: str) -> None:
     """Go on from the newest checkpoint that is whole; a damaged one is passed over."""
     for checkpoint in reversed(complete_checkpoints(store, state)):
         with tempfile.TemporaryDirectory() as folder:

@@ -13,10 +13,12 @@ import pyarrow as pa
 from apacs_ray.config.settings import EvaluateSettings
 from apacs_ray.data.shards import open_table
 from apacs_ray.distributed.tasks import PoolPlan, map_shards
-from apacs_ray.evaluation.per_tile import PLACE, per_tile_schema, tile_row
+from apacs_ray.evaluation.calibration import calibration_row, calibration_schema
+from apacs_ray.evaluation.changes import CHANGES_SCHEMA, changes_row
+from apacs_ray.evaluation.per_tile import PLACE, counted_region, per_tile_schema, tile_row
 from apacs_ray.evaluation.predictions import MODEL_KEYS, predictions
 from apacs_ray.models.registry import MEMBERS
-from apacs_ray.report.overlays import panel
+from apacs_ray.report.overlays import change_panel, panel
 from apacs_ray.storage import Store
 from apacs_ray.training.dataset import decode_pixels
 
@@ -25,17 +27,32 @@ ONCE = ("once_left", "once_top", "once_right", "once_bottom")
 
 @dataclass(frozen=True)
 class EvaluateTask:
-    """Where the models are (key -> folder) and how they run."""
+    """Where the models are (key -> folder) and how they run; `member` is the one that the fusion is held against."""
 
     store: Store
     folders: Mapping[str, str]
     settings: EvaluateSettings
+    member: str
 
     @property
     def models(self) -> tuple[str, ...]:
         """Keys of everything that is evaluated, in the order of the metrics."""
         plain = ("majority", "mean", "otsu")
         return tuple(key for key in MODEL_KEYS if key in self.folders or key in plain)
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns of `per_tile.parquet`."""
+        networks = [field for key in self.folders for field in calibration_schema(key)]
+        return pa.schema([*per_tile_schema(self.models), *networks, *CHANGES_SCHEMA])
+
+
+@dataclass(frozen=True)
+class DrawnTile:
+    """Pictures (PNG) of a tile: the fusion against the annotation, and what it changed of the member's answer."""
+
+    fusion: bytes
+    changes: bytes
 
 
 def evaluate_tiles(
@@ -46,11 +63,11 @@ def evaluate_tiles(
     for row in map_shards(lambda: _Evaluator(task), paths, plan):
         rows.append(row)
         on_done(len(rows))
-    return pa.Table.from_pylist(rows, per_tile_schema(task.models))
+    return pa.Table.from_pylist(rows, task.schema)
 
 
-def draw_tiles(task: EvaluateTask, wanted: Mapping[str, Sequence[str]], plan: PoolPlan) -> dict[str, bytes]:
-    """Pictures (PNG) of tiles by id: image and overlay of the fusion. `wanted`: shard path -> tile ids."""
+def draw_tiles(task: EvaluateTask, wanted: Mapping[str, Sequence[str]], plan: PoolPlan) -> dict[str, DrawnTile]:
+    """Return pictures of tiles by id. `wanted`: shard path -> tile ids; `plan`: of the stage."""
 
     def work() -> Callable[[str], pa.Table]:
         evaluator = _Evaluator(task)
@@ -59,14 +76,17 @@ def draw_tiles(task: EvaluateTask, wanted: Mapping[str, Sequence[str]], plan: Po
             pictures = []
             for tile, rgb, truth in evaluator.tiles(path):
                 if tile["tile_id"] in wanted[path]:
-                    mask = evaluator.masks(rgb)["fusion"]
-                    pictures.append({"tile_id": tile["tile_id"], "picture": panel(rgb, truth, mask)})
+                    _, masks = evaluator.predict(rgb)
+                    fusion, member = masks["fusion"], masks[task.member]
+                    changed = change_panel(rgb, truth, fusion, member)
+                    pictures.append({"id": tile["tile_id"], "fusion": panel(rgb, truth, fusion), "changes": changed})
             return pa.Table.from_pylist(pictures)
 
         return draw
 
     few = replace(plan, actors=max(1, min(plan.actors, len(wanted))))
-    return {row["tile_id"]: row["picture"] for row in map_shards(work, list(wanted), few)}
+    rows = map_shards(work, list(wanted), few)
+    return {row["id"]: DrawnTile(row["fusion"], row["changes"]) for row in rows}
 
 
 class _Evaluator:
@@ -85,8 +105,14 @@ class _Evaluator:
         rows = []
         for tile, rgb, truth in self.tiles(path):
             border = self._task.settings.border
-            rows.append(tile_row(tile, self.masks(rgb), truth, border=border, disputed=MEMBERS))
-        return pa.Table.from_pylist(rows, per_tile_schema(self._task.models))
+            logits, masks = self.predict(rgb)
+            row = tile_row(tile, masks, truth, border=border, disputed=MEMBERS)
+            region = counted_region(tile, truth.shape[0], truth.shape[1], border)
+            for name, output in logits.items():
+                row |= calibration_row(name, output[region], truth[region])
+            row |= changes_row(masks["fusion"][region], masks[self._task.member][region], truth[region])
+            rows.append(row)
+        return pa.Table.from_pylist(rows, self._task.schema)
 
     def tiles(self, path: str) -> Any:
         """(row, RGB, mask) of every annotated tile of a shard, one at a time."""
@@ -98,6 +124,9 @@ class _Evaluator:
                     if tile["mask"] is not None:
                         yield tile, decode_pixels(tile["image"]), decode_pixels(tile["mask"])
 
-    def masks(self, rgb: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[np.bool_]]:
-        """What every model says of a tile."""
-        return predictions(self._predictor.logits(rgb), rgb)
+    def predict(
+        self, rgb: npt.NDArray[np.uint8]
+    ) -> tuple[dict[str, npt.NDArray[np.float32]], dict[str, npt.NDArray[np.bool_]]]:
+        """What every network and every model says of a tile: logits and masks."""
+        logits = self._predictor.logits(rgb)
+        return logits, predictions(logits, rgb)

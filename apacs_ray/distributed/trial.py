@@ -20,8 +20,9 @@ from apacs_ray.distributed.interruptions import NodeInterruptions
 from apacs_ray.distributed.resource_plan import NetworkPlan
 from apacs_ray.distributed.train import fit
 from apacs_ray.distributed.worker import NetworkTask, TrainingTask, WorkerHooks, train_worker
-from apacs_ray.errors import ApacsError, StoreTroubleError, gpu_too_small
+from apacs_ray.errors import ApacsError, StoreTroubleError, gpu_too_small, message_of
 from apacs_ray.models.spec import FusionStart, fusion_spec
+from apacs_ray.redact import redact
 from apacs_ray.runs.provenance import require_source
 from apacs_ray.storage import Store
 from apacs_ray.training.augment import Augmentation
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from apacs_ray.training.sampler import SampleRef
 
 TRIAL_CURVES = "tune"
+LONGEST_ERROR = 400  # characters of a trial's error that are kept
 FAILURE = "failure"  # the metric that holds what a trial's setting is to blame for
 IN_MEMORY = 2**30  # bytes of decoded tiles that a trial may keep
 
@@ -185,3 +187,8 @@ def _report(trainer: Trainer, network: NetworkTask) -> None:
     with tempfile.TemporaryDirectory() as folder:
         save_state(Path(folder), snapshot(trainer.state()))
         tune.report(progress_metrics(trainer.history), checkpoint=tune.Checkpoint.from_directory(folder))
+
+
+def error_line(error: object) -> str:
+    """Return the last line of what ended a trial, its message, without secrets."""
+    return redact(message_of(error))[:LONGEST_ERROR]

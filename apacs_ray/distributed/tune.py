@@ -14,19 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ray.tune import Callback
 
 from apacs_ray.config.sweep import MUTABLE, Distribution, Sweep
 from apacs_ray.console import say
 from apacs_ray.distributed.credentials import ray_filesystem
 from apacs_ray.distributed.ray_internals import keep_aws_variables_from_trials
 from apacs_ray.distributed.resource_plan import Cluster, plan_sweep
-from apacs_ray.distributed.trial import FAILURE, TRIAL_CURVES, TrialTask, plain_setting, run_trial
-from apacs_ray.errors import message_of
-from apacs_ray.redact import redact
+from apacs_ray.distributed.trial import FAILURE, TRIAL_CURVES, TrialTask, error_line, plain_setting, run_trial
 from apacs_ray.training.tensorboard import CURVES
-
-LONGEST_ERROR = 400  # characters of a trial's error that are kept
 
 
 @dataclass(frozen=True)
@@ -41,30 +36,6 @@ class TrialResult:
     error: str | None
 
 
-class _Listener(Callback):  # type: ignore[misc]
-    """Tells how many trials have ended, and whether they failed. Ray Tune pickles it; `on_done` stays behind."""
-
-    def __init__(self, on_done: Callable[[int], None]) -> None:
-        self._on_done: Callable[[int], None] | None = on_done
-        self._done = 0
-
-    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        self._done += 1
-        if self._on_done is not None:
-            self._on_done(self._done)
-        if failure := (trial.last_result or {}).get(FAILURE):
-            say(f"trial {trial.trial_id}: failed: {_line(failure)}")
-
-    def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        say(f"trial {trial.trial_id}: lost its worker or node; goes on from its last checkpoint")
-
-    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        say(f"trial {trial.trial_id}: failed: {_line(trial.get_error() or 'it left no error')}")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_on_done": None, "_done": self._done}
-
-
 def sweep(task: TrialTask, plan: Sweep, cluster: Cluster, on_done: Callable[[int], None]) -> list[TrialResult]:
     """Run or restore the sweep whose state lies in `task.state` of the run.
 
@@ -75,6 +46,8 @@ def sweep(task: TrialTask, plan: Sweep, cluster: Cluster, on_done: Callable[[int
         KeyboardInterrupt: Ctrl-C; the state is kept.
     """
     from ray import tune
+
+    from apacs_ray.distributed.trial_listener import TrialListener
 
     each, concurrency = plan_sweep(plan, cluster, task.fusion.batch_size)
     if each.workers > 1:
@@ -94,7 +67,7 @@ def sweep(task: TrialTask, plan: Sweep, cluster: Cluster, on_done: Callable[[int
             )
         except (AttributeError, EOFError, ImportError, pickle.UnpicklingError, RuntimeError, ValueError) as error:
             # a kill cut its state before the first trial, or it is of another version of this code
-            say(f"tune_fusion: what an interrupted sweep left cannot be read; it begins again ({_line(error)})")
+            say(f"tune_fusion: what an interrupted sweep left cannot be read; it begins again ({error_line(error)})")
             store.delete_folder("sweep")
     if tuner is None:
         task.store.delete_folder(f"{CURVES}/{TRIAL_CURVES}")  # of an earlier sweep
@@ -120,10 +93,12 @@ def sweep(task: TrialTask, plan: Sweep, cluster: Cluster, on_done: Callable[[int
                 failure_config=tune.FailureConfig(max_failures=task.max_failures),
                 # one that others may go on from must be there until they do
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=3 if plan.scheduler.kind == "pbt" else 1),
-                callbacks=[_Listener(on_done)],
+                callbacks=[TrialListener(on_done)],
             ),
         )
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # `_Listener` says in a line what it shows tracebacks of
+    logging.getLogger("ray.tune").setLevel(
+        logging.CRITICAL
+    )  # `TrialListener` says in a line what it shows tracebacks of
     with stopped_by_ctrl_c():
         results = tuner.fit()
     return [_result(result) for result in results]
@@ -218,13 +193,8 @@ def _result(result: Any) -> TrialResult:
         val_dice,
         int(metrics.get("epoch", 0)),
         round(float(metrics.get("time_total_s", 0.0)), 2),
-        _line(error) if (error := result.error or metrics.get(FAILURE)) else None,
+        error_line(error) if (error := result.error or metrics.get(FAILURE)) else None,
     )
-
-
-def _line(error: object) -> str:
-    """The last line of what ended a trial: its message."""
-    return redact(message_of(error))[:LONGEST_ERROR]
 
 
 def best_epoch_of(result: Any) -> tuple[dict[str, Any], float | None]:

@@ -54,7 +54,7 @@ def tile_row(
         differently from the annotation: candidates for another look, as in the paper's technical validation.
     """
     height, width = truth.shape
-    region = _region(tile, height, width, border)
+    region = counted_region(tile, height, width, border)
     row: dict[str, Any] = {name: tile[name] for name in PLACE}
     counters = [metric.counter(truth, region) for metric in METRICS]
     for model, mask in masks.items():
@@ -67,7 +67,8 @@ def tile_row(
     return row
 
 
-def _region(tile: Mapping[str, Any], height: int, width: int, border: int) -> tuple[slice, slice]:
+def counted_region(tile: Mapping[str, Any], height: int, width: int, border: int) -> tuple[slice, slice]:
+    """Return rows and columns of a tile that are counted: its owned region, less `border` px at its edge."""
     left, top, right, bottom = (int(tile[f"once_{side}"]) for side in ("left", "top", "right", "bottom"))
     rows = slice(max(top, border), max(0, min(bottom, height - border)))
     return rows, slice(max(left, border), max(0, min(right, width - border)))

@@ -82,6 +82,48 @@ def difference_chart(comparison: Rows) -> Markup:
     return _by_model("Difference of Dice between the fusion and each other model", rows, paint)
 
 
+def calibration_charts(metrics: Rows, member: str) -> list[Markup]:
+    """Draw, of the fusion and a member, the share of cells against the probability said; and the pixels by probability.
+
+    Bins without a pixel are left out.
+
+    Returns:
+        Two charts.
+    """
+    shown = {name: metrics[name]["calibration"] for name in (member, "fusion")}
+
+    def reliability(axes: Axes) -> None:
+        axes.plot([0, 1], [0, 1], color=SOFT, linewidth=1.0)
+        for name, row in shown.items():
+            bins = list(zip(row["confidence"], row["cells"], row["pixels"], strict=True))
+            filled = [(said, cells / pixels) for said, cells, pixels in bins if pixels]
+            said, shares = [point[0] for point in filled], [point[1] for point in filled]
+            axes.plot(said, shares, ".-", color=_color(name), linewidth=1.6, clip_on=False)
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1)
+        axes.set_title("share of cells", loc="left", fontsize=10)
+        axes.set_xlabel("probability")
+
+    def histogram(axes: Axes) -> None:
+        for order, (name, row) in enumerate(shown.items()):
+            width = 1 / (2 * len(row["pixels"]) + 1)
+            places = [(number + 0.3 + 0.4 * order) / len(row["pixels"]) for number in range(len(row["pixels"]))]
+            total = sum(row["pixels"]) or 1
+            axes.bar(places, [pixels / total for pixels in row["pixels"]], width, color=_color(name))
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_xlim(0, 1)
+        axes.set_title("share of pixels", loc="left", fontsize=10)
+        axes.set_xlabel("probability")
+
+    words = f"the fusion and {NAMES.get(member, member)}"
+    return [
+        _svg(f"Share of cells by probability of {words}", PANEL, reliability),
+        _svg(f"Share of pixels by probability of {words}", PANEL, histogram),
+    ]
+
+
 def slide_chart(metrics: Rows) -> Markup:
     """Draw the Dice of each slide: a row a model, a dot a slide; the bar is the median."""
     slides = {name: row["per_slide"].values() for name, row in metrics.items()}

@@ -15,8 +15,9 @@ Mask = npt.NDArray[np.bool_]
 Shares = npt.NDArray[np.float32]
 
 # Three of the colors of Okabe and Ito, which color-blind readers tell apart: both, prediction only, annotation only
-COLORS = {"tp": (0, 158, 115), "fp": (240, 160, 0), "fn": (20, 90, 220)}
-TINT = {"tp": 0.22, "fp": 0.55, "fn": 0.55}  # errors stand out, agreement lets the cell be seen
+COLORS = {"tp": (0, 158, 115), "fp": (240, 160, 0), "fn": (20, 90, 220), "better": (0, 158, 115), "worse": (213, 94, 0)}
+# errors stand out, agreement lets the cell be seen
+TINT = {"tp": 0.22, "fp": 0.55, "fn": 0.55, "better": 0.55, "worse": 0.55}
 GRAYED = 0.6  # the overlay's picture is grayed by this much: the colors of a stain must not pass for a mark
 LARGEST = 480  # px, side of one picture
 GAP = 6  # px between the two
@@ -42,9 +43,29 @@ def panel(rgb: Rgb, truth: Mask, mask: Mask) -> bytes:
     Returns:
         A PNG, in which each of the two is at most `LARGEST` px a side.
     """
+    return _panel(rgb, _kinds(truth, mask))
+
+
+def change_panel(rgb: Rgb, truth: Mask, fusion: Mask, member: Mask) -> bytes:
+    """Encode a tile, and where the fusion is right and the member is not (`better`), or the other way round (`worse`).
+
+    Args:
+        rgb: (H, W, 3) uint8.
+        truth: (H, W) bool, annotated.
+        fusion: (H, W) bool, predicted.
+        member: Likewise.
+
+    Returns:
+        A PNG, as of `panel`.
+    """
+    changed = fusion != member
+    return _panel(rgb, {"better": changed & (fusion == truth), "worse": changed & (member == truth)})
+
+
+def _panel(rgb: Rgb, kinds: dict[str, Mask]) -> bytes:
     size = _fitting(rgb.shape[1], rgb.shape[0])
     small = np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.LANCZOS))
-    shares = {kind: _shrunk(part, size) for kind, part in _kinds(truth, mask).items()}
+    shares = {kind: _shrunk(part, size) for kind, part in kinds.items()}
     pair = [Image.fromarray(small), Image.fromarray(_painted(small, shares))]
     width, height = size
     beside = height > 1.4 * width

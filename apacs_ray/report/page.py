@@ -13,8 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from apacs_ray.models.spec import FusionStart
 from apacs_ray.report import charts
 from apacs_ray.report.overlays import COLORS, data_uri
-from apacs_ray.report.summary import NAMES, PAPER, best_member, headline, kept_epochs, read_sweep_table, verdict
-from apacs_ray.training.history import EpochRecord
+from apacs_ray.report.summary import NAMES, PAPER, TrainedNetworks, headline, read_sweep_table, verdict
 
 REJECTS_SHOWN = 20
 SLIDES_SHOWN = 30
@@ -28,6 +27,10 @@ LEGEND = (
     ("tp", "found and annotated (TP)"),
     ("fp", "found only (FP)"),
     ("fn", "annotated only (FN)"),
+)
+CHANGE_LEGEND = (
+    ("better", "right, where the member is wrong"),
+    ("worse", "wrong, where the member is right"),
 )
 
 
@@ -61,9 +64,9 @@ class ReportContext:
         output: The run's URI.
         metrics: Model -> figures, of `evaluation.metrics.summarize`.
         comparison: Other model -> its difference from the fusion, of `evaluation.metrics.compare`.
-        histories: Network -> its epochs; -1 is its start, where that is known.
-        kept: Network -> the epoch whose weights are kept.
+        trained: The networks, with their epochs.
         start: What the fusion starts as; None where its head is the published one.
+        views: Of a tile, over which the fusion's members are averaged.
         trials: The text of `tune/trials.csv`, empty without a sweep.
         best: The settings of the best trial, empty without a sweep.
         stages: Stage -> its entry in `run.json`.
@@ -78,9 +81,9 @@ class ReportContext:
     output: str
     metrics: Mapping[str, Mapping[str, Any]]
     comparison: Mapping[str, Mapping[str, Any]]
-    histories: Mapping[str, Sequence[EpochRecord]]
-    kept: Mapping[str, int]
+    trained: TrainedNetworks
     start: FusionStart | None
+    views: int
     trials: str
     best: Mapping[str, Any]
     stages: Mapping[str, Mapping[str, Any]]
@@ -111,21 +114,22 @@ def build_report(context: ReportContext) -> str:
         "data_uri": data_uri,
     }
     sweep = read_sweep_table(context.trials)
-    kept = kept_epochs(context.histories, context.kept)
+    kept = context.trained.kept_epochs
     fusion = context.metrics["fusion"]
     slides = sorted(fusion["per_slide"].items(), key=lambda item: (item[1]["dice"] is None, item[1]["dice"], item[0]))
     return environment.get_template("report.html.j2").render(
         report=context,
-        headline=headline(context.metrics, context.comparison, kept),
+        headline=headline(context.metrics, context.comparison, kept, context.views),
         fusion=fusion,
         paper=PAPER,
-        best_member=best_member(kept),
+        best_member=context.trained.best_member,
         verdicts={name: verdict(row) for name, row in context.comparison.items()},
         kept_epochs=kept,
         sweep=sweep,
         top_trials=sweep.trials[:TRIALS_SHOWN],
         kinds=KINDS,
         legend=LEGEND,
+        change_legend=CHANGE_LEGEND,
         colors={kind: f"rgb{color}" for kind, color in COLORS.items()},
         slides=slides[:SLIDES_SHOWN],
         stages=_stage_rows(context.stages),

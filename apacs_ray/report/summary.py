@@ -85,6 +85,29 @@ def kept_epochs(histories: Mapping[str, Sequence[EpochRecord]], kept: Mapping[st
     return {name: record for name, history in histories.items() for record in history if record.epoch == kept.get(name)}
 
 
+@dataclass(frozen=True)
+class TrainedNetworks:
+    """The networks of a run.
+
+    Attributes:
+        histories: Network -> its epochs; -1 is its start, where that is known.
+        kept: Network -> the epoch whose weights are kept.
+    """
+
+    histories: Mapping[str, Sequence[EpochRecord]]
+    kept: Mapping[str, int]
+
+    @property
+    def kept_epochs(self) -> dict[str, EpochRecord]:
+        """The epoch of each network whose weights are kept."""
+        return kept_epochs(self.histories, self.kept)
+
+    @property
+    def best_member(self) -> str:
+        """The member that was best on validation; without any such figure the finest."""
+        return best_member(self.kept_epochs) or MEMBERS[-1]
+
+
 def best_member(kept: Mapping[str, EpochRecord]) -> str | None:
     """Return the member that was best on validation, which is how one would choose a single network."""
     scores = {name: score(kept[name]) for name in MEMBERS if name in kept}
@@ -104,8 +127,9 @@ def headline(
     metrics: Mapping[str, Mapping[str, Any]],
     comparison: Mapping[str, Mapping[str, Any]],
     kept: Mapping[str, EpochRecord],
+    views: int = 1,
 ) -> str:
-    """Put the result in two or three sentences."""
+    """Put the result in a few sentences."""
     fusion = metrics["fusion"]
     if fusion["dice"] is None:
         return "The test tiles hold no cell, annotated or found, so Dice and IoU are undefined."
@@ -114,6 +138,8 @@ def headline(
     words = [f"The fusion reaches a pooled Dice of {fusion['dice']:.3f}{interval} on tiles that no selection has seen."]
     if kept.get("fusion") is not None and kept["fusion"].epoch == START:
         words.append("No epoch of its training was better on validation than what it started from, which was kept.")
+    if views > 1:
+        words.append(f"It reads its members over {views} views of each tile; they stand here with one.")
     member = best_member(kept)
     row = comparison.get(member) if member else None
     if member and row and row["dice_difference"] is not None:

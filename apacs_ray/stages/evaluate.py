@@ -6,7 +6,6 @@ import io
 import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -18,11 +17,14 @@ from apacs_ray.config.settings import Settings
 from apacs_ray.data.shards import open_table
 from apacs_ray.distributed.evaluation import EvaluateTask, draw_tiles, evaluate_tiles
 from apacs_ray.distributed.tasks import PoolPlan, plan_pool
+from apacs_ray.evaluation.calibration import calibration
+from apacs_ray.evaluation.changes import changes, gains
 from apacs_ray.evaluation.metrics import compare, dice_of, pixel_counts, summarize
 from apacs_ray.inference.memory import workers_a_gpu
 from apacs_ray.models.registry import MEMBERS
 from apacs_ray.models.spec import ModelSpec
 from apacs_ray.report.page import ReportContext, TilePicture, build_report
+from apacs_ray.report.summary import TrainedNetworks
 from apacs_ray.runs.markers import Counts
 from apacs_ray.runs.provenance import environment, fingerprint, git_commit
 from apacs_ray.stages.ingest_result import IngestResult
@@ -37,7 +39,7 @@ from apacs_ray.training.tensorboard import CURVES, CURVES_FILE, curves_path, wri
 
 SHOWN = 3  # tiles of each kind in the report
 DISPUTED = 6
-FIGURE = re.compile(r"evaluation/figures/(best|median|worst|disagree)_\d+\.png")
+FIGURE = re.compile(r"evaluation/figures/(best|median|worst|disagree|better|worse)_\d+\.png")
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,13 @@ class Evaluate(Stage[EvaluateResult]):
         """
         store, settings = job.store, job.settings
         folders = {name: member_folder(name) for name in MEMBERS} | fusion_folders(settings)
-        task = EvaluateTask(store, folders, settings.evaluate)
+        networks = {**self.members.result.networks, **self.fusion.result.networks}
+        trained = TrainedNetworks(
+            {key: read_history(store.read(f"{folder}/history.csv").decode()) for key, folder in folders.items()},
+            {key: networks[key].epoch for key in folders},
+        )
+        member = trained.best_member
+        task = EvaluateTask(store, folders, settings.evaluate, member)
         index = read_indices(store, ("test",))["test"]
         job.ray.start()
         with job.progress() as progress:
@@ -96,6 +104,9 @@ class Evaluate(Stage[EvaluateResult]):
             model: {**figures, "precision": settings.evaluate.precision}
             for model, figures in summarize(per_tile, task.models, settings.run.seed).items()
         }
+        for name in folders:
+            metrics[name]["calibration"] = calibration(per_tile, name)
+        metrics["fusion"]["changes"] = changes(per_tile, member)
         comparison = compare(per_tile, task.models, "fusion", settings.run.seed)
         sink = io.BytesIO()
         pq.write_table(per_tile, sink)
@@ -108,7 +119,7 @@ class Evaluate(Stage[EvaluateResult]):
         for path, png in figures.items():
             store.write(path, png)
         delete_others(store, "evaluation/figures", FIGURE, figures)
-        page = build_report(self._report(job, folders, metrics, comparison, pictures))
+        page = build_report(self._report(job, trained, metrics, comparison, pictures))
         store.write("evaluation/report.html", page.encode())
         write_metrics(store, metrics)
         tested = {curves_path(f"evaluation/{model}") for model in metrics}
@@ -120,7 +131,7 @@ class Evaluate(Stage[EvaluateResult]):
     def _report(
         self,
         job: Job,
-        folders: Mapping[str, str],
+        trained: TrainedNetworks,
         metrics: dict[str, Any],
         comparison: dict[str, Any],
         pictures: list[TilePicture],
@@ -128,16 +139,15 @@ class Evaluate(Stage[EvaluateResult]):
         store = job.store
         networks = {**self.members.result.networks, **self.fusion.result.networks}
         devices = sorted({network.device for network in networks.values() if network.device})
+        spec = ModelSpec.from_json(store.read(f"{self.fusion.folder}/model.json"))
         return ReportContext(
             title=job.run.data or "synthetic smears",
             output=store.uri,
             metrics=metrics,
             comparison=comparison,
-            histories={
-                key: read_history(store.read(f"{folder}/history.csv").decode()) for key, folder in folders.items()
-            },
-            kept={key: networks[key].epoch for key in folders},
-            start=ModelSpec.from_json(store.read(f"{self.fusion.folder}/model.json")).start,
+            trained=trained,
+            start=spec.start,
+            views=spec.views,
             trials=store.read("tune/trials.csv").decode() if self.sweep is not None else "",
             best=self.sweep.result.best if self.sweep is not None else {},
             stages=dict(job.run.stages),
@@ -181,7 +191,12 @@ def read_rejects(store: Store) -> list[dict[str, Any]]:
 def _pictures(
     task: EvaluateTask, per_tile: pa.Table, shard_of: dict[str, int], paths: tuple[str, ...], plan: PoolPlan
 ) -> list[TilePicture]:
-    """Best, median and worst tiles by the fusion's Dice, and those that models and annotation dispute most."""
+    """Draw the tiles that the report shows.
+
+    Returns:
+        Best, median and worst by the fusion's Dice; those that models and annotation dispute most; and those where the
+        fusion changed most px of the best member's answer for better, and for worse.
+    """
     dice = dice_of(pixel_counts(per_tile, "fusion"))
     ids = per_tile["tile_id"].to_pylist()
     slides = dict(zip(ids, per_tile["slide_id"].to_pylist(), strict=True))
@@ -194,6 +209,15 @@ def _pictures(
     disagreement = per_tile["disagreement"].to_numpy()
     disputed = pc.sort_indices(per_tile["disagreement"], sort_keys=[("", "descending")]).to_pylist()[:DISPUTED]
     chosen += [("disagree", number, f"{disagreement[number]:.1%} of the pixels disputed") for number in disputed]
+    gain = gains(per_tile)
+    order = gain.argsort(kind="stable").tolist()
+    for kind, numbers in (("better", order[::-1]), ("worse", order)):
+        sign = 1 if kind == "better" else -1
+        chosen += [
+            (kind, number, f"{sign * gain[number]:,} px {kind} in all".replace(",", "\N{THIN SPACE}"))
+            for number in numbers[:SHOWN]
+            if sign * gain[number] > 0
+        ]
     wanted: dict[str, list[str]] = defaultdict(list)
     for _, number, _ in chosen:
         wanted[paths[shard_of[ids[number]]]].append(ids[number])
@@ -203,5 +227,6 @@ def _pictures(
     for kind, number, caption in chosen:
         ranks[kind] += 1
         name = ids[number]
-        pictures.append(TilePicture(kind, ranks[kind], name, slides[name], caption, drawn[name]))
+        png = drawn[name].changes if kind in ("better", "worse") else drawn[name].fusion
+        pictures.append(TilePicture(kind, ranks[kind], name, slides[name], caption, png))
     return pictures

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,7 +17,7 @@ from apacs_ray.distributed.trial import TrialTask
 from apacs_ray.distributed.tune import TrialResult, sweep
 from apacs_ray.errors import ApacsError
 from apacs_ray.models.pretrained import published_fusion, published_fusion_version
-from apacs_ray.models.spec import fusion_spec
+from apacs_ray.models.spec import FusionStart, fusion_spec, start_key
 from apacs_ray.runs.markers import Counts
 from apacs_ray.runs.provenance import fingerprint, source_hash
 from apacs_ray.stages.heatmaps import HeatmapsResult
@@ -98,7 +98,7 @@ class TuneFusion(Stage[SweepResult]):
         scored = [trial for trial in trials if trial.val_dice is not None and trial.error is None]
         if not scored:
             raise ApacsError(f"tune_fusion: no trial ended well, first: {trials[0].error if trials else 'none ran'}")
-        best = max(scored, key=lambda trial: (trial.val_dice or 0.0, trial.trial_id))
+        best = best_trial(scored, fusion.members, self.heatmaps.result.starts)
         drawn = FusionSettings.model_validate(best.setting).model_dump(mode="json", include=set(best.setting))
         store.write("tune/trials.csv", trials_csv(trials).encode())
         comment = f"# best of {len(trials)} trials of {settings.tune.config}: val Dice {best.val_dice:.4f}\n"
@@ -114,6 +114,26 @@ class TuneFusion(Stage[SweepResult]):
             if entry.path.startswith("tune/.state-"):
                 store.delete(entry.path)
                 store.delete_folder("/".join(entry.path.split("/")[:2]))
+
+
+def best_trial(trials: Sequence[TrialResult], members: Sequence[str], starts: Mapping[str, FusionStart]) -> TrialResult:
+    """Return the trial of the highest val Dice, among those whose members start as well as those of any other trial.
+
+    So a sweep cannot leave out the best member for a chance gain of one trial: what starts without it is worse.
+
+    Args:
+        trials: With a val Dice.
+        members: Of a trial that draws none.
+        starts: By members, joined by `+`.
+    """
+
+    def begins(trial: TrialResult) -> float:
+        start = starts.get(start_key(trial.setting.get("members", members)))
+        return (start.val_dice or 0.0) if start is not None else 0.0
+
+    highest = max(map(begins, trials))
+    left = [trial for trial in trials if begins(trial) == highest]
+    return max(left, key=lambda trial: (trial.val_dice or 0.0, trial.trial_id))
 
 
 def trials_csv(trials: Sequence[TrialResult]) -> str:

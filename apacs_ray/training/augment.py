@@ -1,4 +1,4 @@
-"""Augmentation of training tiles: a crop, flips and quarter turns on uint8 pixels, and stain jitter on the device.
+"""Augmentation of training tiles: a crop, flips and quarter turns on uint8 pixels, and on the device their stain.
 
 Image, heatmaps and mask are transformed together. Tasks that only decode import this, so it does not import torch.
 """
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Pixels = npt.NDArray[np.uint8]
+# absorbance of red, green and blue by hematoxylin, eosin and DAB (Ruifrok and Johnston, 2001), each of length 1
+DYES = ((0.650, 0.704, 0.286), (0.072, 0.990, 0.105), (0.268, 0.570, 0.776))
 STRIP = 64  # columns of a picture that are written at a time
 
 
@@ -121,3 +123,37 @@ def jitter_stain(inputs: Tensor, sizes: Sequence[tuple[int, int]], seeds: Sequen
         rgb = TF.adjust_saturation(rgb, 1 + draw[2])
         tile[-3:, :height, :width] = TF.adjust_hue(rgb, draw[3] / 10)
     return jittered
+
+
+def vary_dyes(inputs: Tensor, sizes: Sequence[tuple[int, int]], seeds: Sequence[int], strength: float) -> Tensor:
+    """Vary how much of each dye a tile has: HED augmentation (Tellez et al., 2018), on absorbance.
+
+    Amounts of three dyes are multiplied by 1 - strength to 1 + strength each, and shifted by a tenth of that, which
+    also varies the glass. Runs on the training device, after the crop, and leaves heatmaps alone.
+
+    Args:
+        inputs: (N, C, H, W) float in 0..1 with RGB in the last three channels.
+        sizes: (height, width) of each tile without padding, which stays as it is.
+        seeds: One for each tile; what it gets is drawn from it.
+        strength: 0..1; 0 returns `inputs` as they are.
+
+    Returns:
+        A tensor of the same shape and range.
+    """
+    if not strength:
+        return inputs
+    import torch
+
+    dyes = np.array(DYES)
+    varied = inputs.clone()
+    for tile, (height, width), seed in zip(varied, sizes, seeds, strict=True):
+        draw = np.random.default_rng([seed, 2]).uniform(-1, 1, (2, 3)) * strength
+        # absorbance -> dyes, more or less of each, -> absorbance: one matrix and one vector
+        change = np.linalg.inv(dyes) @ np.diag(1 + draw[0]) @ dyes
+        matrix, shift = (
+            torch.tensor(values, dtype=inputs.dtype, device=inputs.device) for values in (change, draw[1] / 10 @ dyes)
+        )
+        absorbance = -torch.log(tile[-3:, :height, :width].clamp(min=1 / 255))
+        changed = torch.einsum("chw,cd->dhw", absorbance, matrix) + shift[:, None, None]
+        tile[-3:, :height, :width] = torch.exp(-changed).clamp(0, 1)
+    return varied

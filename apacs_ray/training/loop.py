@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from apacs_ray.errors import ApacsError, TrainingError
 from apacs_ray.training.batch import Batch, Sample, batches, micro_batch_size
 from apacs_ray.training.history import EpochPart, EpochRecord, epochs_since_best
 from apacs_ray.training.interruption import Interruption
-from apacs_ray.training.optim import learning_rate, make_optimizer
+from apacs_ray.training.optim import average_weights, ema_decay, learning_rate, make_optimizer
 from apacs_ray.training.ranks import Ranks
 from apacs_ray.training.state import TrainState, bare_model, load_state
 from apacs_ray.training.step import backward, forward, update
@@ -91,6 +92,9 @@ class Trainer:
 
     A bare model is moved to `device` and to channels_last. A wrapped one must already be there: DDP lays out
     its gradient buckets when it wraps, and a layout changed afterwards gives wrong gradients.
+
+    With `settings.ema`, `average` is the same network with the moving average of its weights, which is what is
+    validated and kept.
     """
 
     def __init__(
@@ -109,12 +113,13 @@ class Trainer:
         self.device = device
         self.ranks = ranks
         self.optimizer = make_optimizer(self.model, settings)
+        self.average = copy.deepcopy(bare_model(self.model)).eval() if settings.ema else None
         self.history: tuple[EpochRecord, ...] = ()
         self._part: EpochPart | None = None  # of the epoch in progress, from a checkpoint or for the next one
 
     def resume(self, folder: Path) -> None:
         """Go on from the checkpoint in `folder`, with the present settings. Raises ApacsError when it is damaged."""
-        state = load_state(folder, self.model, self.optimizer)
+        state = load_state(folder, self.model, self.optimizer, self.average)
         self.history, self._part = state.history, state.part
         for group in self.optimizer.param_groups:  # population based training may have changed it since
             group["weight_decay"] = self.settings.weight_decay
@@ -149,7 +154,7 @@ class Trainer:
 
     def state(self) -> TrainState:
         """Return what a checkpoint holds."""
-        return TrainState(self.model, self.optimizer, self.history, self._part)
+        return TrainState(self.model, self.optimizer, self.history, self._part, self.average)
 
     def begin_epoch(self) -> None:
         """Make ready for the batches of `next_epoch`."""
@@ -210,12 +215,15 @@ class Trainer:
         self._train.add(batch, output, torch.from_numpy(batch.weight > 0).to(self.device).float())
         if batch.ends_step:
             update(self.optimizer, learning_rate(self.settings, batch.epoch, batch.step, steps))
+            if self.average is not None:
+                done = batch.epoch * steps + batch.step
+                average_weights(self.average, bare_model(self.model), ema_decay(self.settings.ema, done))
 
     @torch.no_grad()
     def _validate(self, batch: Batch) -> None:
         self.model.eval()
         # without DDP's wrapper: ranks hold different numbers of tiles, so none may wait for another here
-        output = forward(bare_model(self.model), batch, self.settings, self.device)
+        output = forward(self.average or bare_model(self.model), batch, self.settings, self.device)
         self._val.add(batch, output, torch.ones_like(output.losses))
 
     def _require_finite(self, phase: str, tally: EpochTally) -> None:

@@ -1,4 +1,4 @@
-"""The optimizer of a training, and the learning rate of each of its steps."""
+"""The optimizer of a training, the learning rate of each of its steps, and the moving average of its weights."""
 
 from __future__ import annotations
 
@@ -32,3 +32,18 @@ def learning_rate_factor(settings: TrainingSettings, epoch: int, step: int, step
     if settings.schedule == "constant":
         return 1.0
     return 0.5 * (1 + math.cos(math.pi * (done - settings.warmup_epochs) / (settings.epochs - settings.warmup_epochs)))
+
+
+def ema_decay(decay: float, step: int) -> float:
+    """Return the decay of the moving average of weights after `step`, from 0: less at first, to leave the start.
+
+    (1 + t) / (10 + t) until that is `decay`, as in TensorFlow's `ExponentialMovingAverage`.
+    """
+    return min(decay, (1 + step) / (10 + step))
+
+
+@torch.no_grad()
+def average_weights(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Let `average` keep `decay` of its weights, and take the rest from `model`, which is of the same shape."""
+    for kept, now in zip(average.parameters(), model.parameters(), strict=True):
+        kept.lerp_(now, 1 - decay)

@@ -21,24 +21,30 @@ from apacs_ray.storage import file_facts
 from apacs_ray.training.history import EpochPart, EpochRecord
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+LAST = "last."  # of the names of the weights in training, in the optimizer's file, where the model's file has averages
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """The content of a checkpoint as live objects; `part` is the epoch in progress, None at the end of one."""
+    """The content of a checkpoint as live objects; `part` is the epoch in progress, None at the end of one.
+
+    `average` holds the moving average of the weights, where one is kept.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     history: tuple[EpochRecord, ...]
     part: EpochPart | None = None
+    average: nn.Module | None = None
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """The content of a checkpoint, copied to the host: training may go on while it is written.
 
-    `weights` are as in `plain_state`, `moments` the tensors of the optimizer by `<parameter>.<name>`, and `tree` is
-    `state.json` but for the facts about files.
+    `weights` are as in `plain_state`, the averages where there are some; `moments` the tensors of the optimizer by
+    `<parameter>.<name>`, and then the weights in training by `last.<name>`; `tree` is `state.json` but for the facts
+    about files.
     """
 
     weights: dict[str, Tensor]
@@ -53,7 +59,10 @@ def snapshot(state: TrainState) -> Snapshot:
     epoch = state.part.epoch if state.part else history[-1]["epoch"]
     part = asdict(state.part) if state.part else None
     tree = {"epoch": epoch, "part": part, "history": history, "optimizer": rest}
-    return Snapshot(plain_state(state.model), moments, tree)
+    if state.average is None:
+        return Snapshot(plain_state(state.model), moments, tree)
+    last = {f"{LAST}{name}": value for name, value in plain_state(state.model).items()}
+    return Snapshot(plain_state(state.average), {**moments, **last}, tree)
 
 
 def save_state(folder: Path, state: Snapshot) -> None:
@@ -74,30 +83,39 @@ def save_state(folder: Path, state: Snapshot) -> None:
         ) from error
 
 
-def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
-    """Put a checkpoint into `model` and `optimizer`.
+def load_state(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None = None
+) -> TrainState:
+    """Put a checkpoint into `model`, `optimizer` and, where one is kept, the `average`.
 
     Returns:
-        Both, with the history and the epoch in progress.
+        All, with the history and the epoch in progress.
 
     Raises:
-        ApacsError: A file is missing or damaged; both are left as they were.
+        ApacsError: A file is missing or damaged, or of a training with other settings; all are left as they were.
     """
     tree = _read_tree(folder / STATE)
     for name in (MODEL, OPTIMIZER):
         if not (folder / name).is_file() or file_facts(folder / name) != tree["files"].get(name):
             raise ApacsError(f"{folder / name}: damaged checkpoint (size or hash is not what {STATE} says)")
-    weights, rest = load_file(folder / MODEL), _unflatten(load_file(folder / OPTIMIZER), tree["optimizer"])
+    kept, tensors = load_file(folder / MODEL), load_file(folder / OPTIMIZER)
+    last = {name.removeprefix(LAST): tensors.pop(name) for name in list(tensors) if name.startswith(LAST)}
+    if bool(last) != (average is not None):
+        raise ApacsError(f"{folder / OPTIMIZER}: of a training with another setting of ema than this one")
     bare = bare_model(model)
     expected = {name: value.shape for name, value in bare.state_dict().items()}
-    if expected != {name: value.shape for name, value in weights.items()}:
-        raise ApacsError(f"{folder / MODEL}: the weights belong to another network than the one in training")
-    bare.load_state_dict(weights)
-    optimizer.load_state_dict(rest)
+    for weights in (kept, last or kept):
+        if expected != {name: value.shape for name, value in weights.items()}:
+            raise ApacsError(f"{folder / MODEL}: the weights belong to another network than the one in training")
+    if average is not None:
+        average.load_state_dict(kept)
+    bare.load_state_dict(last or kept)
+    optimizer.load_state_dict(_unflatten(tensors, tree["optimizer"]))
     _restore_layout(optimizer)
     history = tuple(EpochRecord(**record) for record in tree["history"])
     part = tree.get("part")
-    return TrainState(model, optimizer, history, EpochPart(**{**part, "sums": tuple(part["sums"])}) if part else None)
+    in_progress = EpochPart(**{**part, "sums": tuple(part["sums"])}) if part else None
+    return TrainState(model, optimizer, history, in_progress, average)
 
 
 def bare_model(model: nn.Module) -> nn.Module:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from apacs_ray.config.settings import TrainingSettings
-from apacs_ray.training.augment import jitter_stain
+from apacs_ray.training.augment import jitter_stain, vary_dyes
 from apacs_ray.training.batch import Batch
 from apacs_ray.training.device import uses_bfloat16
-from apacs_ray.training.loss import tile_losses
+from apacs_ray.training.loss import pixel_weights, tile_losses
 
 
 @dataclass(frozen=True)
@@ -47,21 +47,24 @@ def forward(model: nn.Module, batch: Batch, settings: TrainingSettings, device: 
 
     Args:
         model: Maps (N, C, H, W) float in 0..1 to logits (N, 1, H, W).
-        batch: Its RGB is jittered when it is of the training part.
-        settings: Precision, jitter, and the weights of the loss.
+        batch: In the training part its RGB is varied, and its pixels weigh as settings say.
+        settings: Precision, stain augmentation, and the weights of the loss.
         device: Where the model is.
 
     Returns:
         Losses and logits, with their graph where gradients are recorded.
     """
     inputs = _to_device(batch.inputs, device).permute(0, 3, 1, 2).float() / 255  # channels last, as pictures are stored
-    if batch.phase == "train":
+    training = batch.phase == "train"
+    if training:
+        inputs = vary_dyes(inputs, batch.sizes, batch.seeds, settings.stain)
         inputs = jitter_stain(inputs, batch.sizes, batch.seeds, settings.jitter)
     with torch.autocast(device.type, torch.bfloat16, enabled=uses_bfloat16(settings.precision, device)):
         logits: Tensor = model(inputs)
     logits = logits.float()
     mask, valid = (_to_device(array, device).float() for array in (batch.mask, batch.valid))
-    return StepOutput(tile_losses(logits, mask, valid, settings.dice_weight), logits, mask, valid)
+    weights = pixel_weights(mask, valid, settings.ignore_band, settings.boundary_weight) if training else valid
+    return StepOutput(tile_losses(logits, mask, weights, settings.dice_weight), logits, mask, valid)
 
 
 def backward(model: nn.Module, batch: Batch, settings: TrainingSettings, device: torch.device) -> StepOutput:
