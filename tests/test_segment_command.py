@@ -17,6 +17,7 @@ from support.slide_files import picture, write_slide, write_tiff
 
 from apacs_ray.outputs.slide_files import GEOJSON, MASK, OVERVIEW, PARQUET, SLIDE_JSON
 from apacs_ray.storage import LocalStore
+from apacs_ray.testing.cluster import RayCluster
 from apacs_ray.testing.runs import kill_when
 
 HOW = ["--segment.core", "128", "--segment.use", "fcn8", "--segment.tissue", "false"]
@@ -63,6 +64,24 @@ def test_only_new_slides_are_done_and_a_kill_changes_nothing(model: LocalStore, 
     documented = (ROOT / "docs/outputs.md").read_text().partition("\n## SLIDE/slide.json\n")[2]
     assert sorted(record) == sorted(re.findall(r"^\| `(\w+)` ", documented, re.M))
     assert record["readable"] == 1
+
+
+def test_where_ray_has_a_gpu_the_files_are_the_same(model: LocalStore, tmp_path: Path) -> None:
+    """Which is a number here; but Ray Data takes other arguments for what asks for GPUs."""
+    slides, output = tmp_path / "slides", tmp_path / "out"
+    slides.mkdir()
+    write_tiff(slides / "a.tif", picture(400, 300))
+    command = ["--model", str(model.root), "--slides", str(slides), "--output", str(output), *HOW]
+    cluster = RayCluster(tmp_path, head_gpus=1)
+    try:
+        there = run(*command, script="segment.py", env=cluster.joined)
+    finally:
+        cluster.stop()
+    assert there.status == 0, there.summary
+    assert "1 workers of a GPU" in there.text
+    alone = OneSlide(slides / "a.tif", model, tmp_path / "alone", with_settings(core=128, use="fcn8")).run()
+    for name in FILES:
+        assert (output / "a" / name).read_bytes() == (alone / name).read_bytes(), name
 
 
 def test_damaged_slides_among_others_are_rejects(model: LocalStore, tmp_path: Path) -> None:

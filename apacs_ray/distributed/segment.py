@@ -57,6 +57,7 @@ def segment_shards(task: SegmentTask, slides: Sequence[PlannedSlide], plan: Segm
     in_tasks = {**whole, "num_cpus": TASK_CPUS, "compute": at_once}
     in_actors = {
         **whole,
+        "batch_size": 1,  # a window; Ray Data wants a number where there are GPUs, and puts a block together again
         "num_cpus": plan.cpus,
         "num_gpus": plan.gpus or None,
         "compute": ray.data.ActorPoolStrategy(size=plan.actors),

@@ -48,7 +48,9 @@ class RayCluster:
         metrics: URL of the head's metrics, for Prometheus.
     """
 
-    def __init__(self, folder: Path, head_cpus: int = 2, autoscaling: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, head_cpus: int = 2, autoscaling: Path | None = None, head_gpus: int = 0
+    ) -> None:
         """Start the head and wait until it answers.
 
         Args:
@@ -56,9 +58,10 @@ class RayCluster:
             head_cpus: CPUs of the head.
             autoscaling: The config of an autoscaler, which starts nodes by itself. They dial Ray's default port, so
                 that must be free.
+            head_gpus: GPUs of the head, a number that Ray believes: what asks for them computes on CPUs here.
         """
         gcs, dashboard, agent, metrics = _free_ports(4)
-        scaled = [f"--autoscaling-config={autoscaling}", "--num-gpus=0"] if autoscaling else []
+        scaled = [f"--autoscaling-config={autoscaling}"] if autoscaling else []
         fake = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "APACS_RAY_NODES": FAKE_NODES}
         gcs = DEFAULT_PORT if autoscaling else gcs
         token = folder / "token"
@@ -81,7 +84,7 @@ class RayCluster:
         self.nodes: list[Node] = []
         self.head = self._start(
             "--head", f"--port={gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",
-            "--node-ip-address=127.0.0.1", f"--temp-dir={self._folder}", f"--num-cpus={head_cpus}",
+            "--node-ip-address=127.0.0.1", f"--temp-dir={self._folder}", f"--num-cpus={head_cpus}", f"--num-gpus={head_gpus}",
             f"--dashboard-agent-listen-port={agent}", "--include-dashboard=true",
             f"--metrics-export-port={metrics}", *scaled,
         )  # fmt: skip
