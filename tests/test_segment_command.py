@@ -78,7 +78,7 @@ def test_where_ray_has_a_gpu_the_files_are_the_same(model: LocalStore, tmp_path:
     finally:
         cluster.stop()
     assert there.status == 0, there.summary
-    assert "1 workers of a GPU" in there.text
+    assert "1 worker of a GPU" in there.text
     alone = OneSlide(slides / "a.tif", model, tmp_path / "alone", with_settings(core=128, use="fcn8")).run()
     for name in FILES:
         assert (output / "a" / name).read_bytes() == (alone / name).read_bytes(), name

@@ -6,9 +6,10 @@ ours; Ray Data only keeps it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,11 @@ from apacs_ray.training.dataset import TileDataset
 from apacs_ray.training.sampler import SampleRef
 
 BLOCK_BYTES = 32 * 2**20  # of decoded pixels a task returns
-DATASET_BYTES = 256 * 2**20  # of decoded pixels a dataset holds in the object store; two of them a rank
+DATASET_BYTES = 256 * 2**20  # of decoded pixels a dataset holds in the object store, at least
+BLOCKS_A_TASK = 2  # that a dataset has, so that no task is without work before its end
+MOST_ROWS = 32  # samples of a block
+LARGEST_DATASET = 2**30  # bytes of decoded pixels
+AHEAD = 2  # datasets that are computed while one is consumed: the first tasks of one beside the last of the other
 
 
 def ray_samples(
@@ -34,7 +39,7 @@ def ray_samples(
 
     The tasks ask for no CPUs, as this worker has reserved theirs with its own: tasks that had to ask would wait forever
     when workers have taken all CPUs of a cluster that lost a node (`ray_internals.dataset_from_blocks`).
-    The next dataset is computed while this one is consumed. Each is small enough to be computed to its end: a
+    The next datasets are computed while this one is consumed. Each is small enough to be computed to its end: a
     streaming dataset whose consumer is slower than its tasks spins in the consumer's process and takes half of it.
 
     Yields:
@@ -44,21 +49,18 @@ def ray_samples(
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)  # a drained node refuses
-    channels = 3 + (len(dataset.heatmaps.members) if dataset.heatmaps else 0)
-    side = dataset.augmentation.crop
-    largest = {split: index.largest for split, index in indices.items()}
-    pixels = max(min(largest["train"], side * side or largest["train"]), largest["val"])
-    rows = max(1, min(32, BLOCK_BYTES // (pixels * (channels + 1))))
-    rows_ahead = max(rows, DATASET_BYTES // (pixels * (channels + 1)))
+    sizes = sample_bytes(dataset, indices)
+    most = min(LARGEST_DATASET, max(DATASET_BYTES, BLOCKS_A_TASK * plan.data_tasks * BLOCK_BYTES))
+    parts = datasets_of(blocks_of(refs, sizes), sizes, most)
 
     def load(block: pa.Table) -> pa.Table:
         require_source(source)
         return _pack(dataset.load([_unref(row) for row in block.to_pylist()]))
 
-    def compute() -> list[Any]:
-        blocks = _blocks(indices, islice(refs, rows_ahead), rows)
-        if not blocks:
-            return []
+    def compute(part: list[list[SampleRef]]) -> list[Any]:
+        blocks = [
+            pa.Table.from_pylist([_ref_row(ref, indices[ref.phase].place(ref.row)) for ref in block]) for block in part
+        ]
         computed = dataset_from_blocks(blocks).map_batches(
             load,
             batch_size=None,
@@ -70,19 +72,47 @@ def ray_samples(
         return list(computed.materialize().to_arrow_refs())
 
     configure_data()
-    with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(compute)
-        while computed := ahead.result():
-            ahead = pool.submit(compute)
+    with ThreadPoolExecutor(AHEAD) as pool:
+        ahead = deque(pool.submit(compute, part) for part in islice(parts, AHEAD))
+        while ahead:
+            computed = ahead.popleft().result()
+            ahead.extend(pool.submit(compute, part) for part in islice(parts, 1))
             for block in computed:
                 yield from _unpack(ray.get(block))
 
 
-def _blocks(indices: Mapping[str, TileIndex], refs: Iterator[SampleRef], rows: int) -> list[pa.Table]:
-    blocks = []
-    while chunk := list(islice(refs, rows)):
-        blocks.append(pa.Table.from_pylist([_ref_row(ref, indices[ref.phase].place(ref.row)) for ref in chunk]))
-    return blocks
+def sample_bytes(dataset: TileDataset, indices: Mapping[str, TileIndex]) -> dict[str, int]:
+    """Return the bytes of the largest decoded sample of each phase: inputs and mask, cropped in training."""
+    channels = 3 + (len(dataset.heatmaps.members) if dataset.heatmaps else 0)
+    side = dataset.augmentation.crop
+    pixels = {phase: index.largest for phase, index in indices.items()}
+    pixels["train"] = min(pixels["train"], side * side or pixels["train"])
+    return {phase: max(1, count * (channels + 1)) for phase, count in pixels.items()}
+
+
+def blocks_of(refs: Iterable[SampleRef], sizes: Mapping[str, int]) -> Iterator[list[SampleRef]]:
+    """Yield neighboring samples that one task decodes: of one phase, `BLOCK_BYTES` and `MOST_ROWS` at most."""
+    for phase, same in groupby(refs, key=lambda ref: ref.phase):
+        rows = max(1, min(MOST_ROWS, BLOCK_BYTES // sizes[phase]))
+        while block := list(islice(same, rows)):
+            yield block
+
+
+def datasets_of(
+    blocks: Iterator[list[SampleRef]], sizes: Mapping[str, int], most: int
+) -> Iterator[list[list[SampleRef]]]:
+    """Yield neighboring blocks that are computed together: of `most` bytes, or one block that is larger."""
+    part: list[list[SampleRef]] = []
+    held = 0
+    for block in blocks:
+        size = len(block) * sizes[block[0].phase]
+        if part and held + size > most:
+            yield part
+            part, held = [], 0
+        part.append(block)
+        held += size
+    if part:
+        yield part
 
 
 def _ref_row(ref: SampleRef, place: Place) -> dict[str, Any]:

@@ -270,5 +270,5 @@ def _described(settings: Settings, models: ModelFiles, cutting: Cutting, pool: S
     device = "a GPU" if pool.gpus else f"{pool.cpus:g} CPU"
     return (
         f"{settings.segment.use} of {', '.join(models.folders)} at {mpp}, cores of {cutting.core} px with a halo of "
-        f"{cutting.halo}, {pool.actors} workers of {device}"
+        f"{cutting.halo}, {pool.actors} worker{'s' * (pool.actors > 1)} of {device}"
     )

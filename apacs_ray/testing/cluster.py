@@ -48,9 +48,7 @@ class RayCluster:
         metrics: URL of the head's metrics, for Prometheus.
     """
 
-    def __init__(
-        self, folder: Path, head_cpus: int = 2, autoscaling: Path | None = None, head_gpus: int = 0
-    ) -> None:
+    def __init__(self, folder: Path, head_cpus: int = 2, autoscaling: Path | None = None, head_gpus: int = 0) -> None:
         """Start the head and wait until it answers.
 
         Args:
@@ -84,8 +82,8 @@ class RayCluster:
         self.nodes: list[Node] = []
         self.head = self._start(
             "--head", f"--port={gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",
-            "--node-ip-address=127.0.0.1", f"--temp-dir={self._folder}", f"--num-cpus={head_cpus}", f"--num-gpus={head_gpus}",
-            f"--dashboard-agent-listen-port={agent}", "--include-dashboard=true",
+            "--node-ip-address=127.0.0.1", f"--temp-dir={self._folder}", f"--num-cpus={head_cpus}",
+            f"--num-gpus={head_gpus}", f"--dashboard-agent-listen-port={agent}", "--include-dashboard=true",
             f"--metrics-export-port={metrics}", *scaled,
         )  # fmt: skip
         try:

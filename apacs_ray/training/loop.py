@@ -31,6 +31,7 @@ def train_epochs(
     interruption: Callable[[], Interruption | None] = lambda: None,
     on_part: Callable[[Trainer], None] = lambda _: None,
     tiles: tuple[int, int] | None = None,
+    micro_batch: int | None = None,
 ) -> bool:
     """Train networks on one stream of samples, each batch made once and given to all, until all are finished.
 
@@ -46,6 +47,7 @@ def train_epochs(
         on_part: Called with each network that is in the middle of an epoch, which its `state` then holds, at an
             interruption.
         tiles: How many training and validation tiles must come in an epoch, each once, to the ranks together.
+        micro_batch: Tiles that pass a network at once; None: as the settings say.
 
     Returns:
         Whether all are finished; if not, an interruption said to leave.
@@ -53,8 +55,8 @@ def train_epochs(
     Raises:
         ApacsError: A loss is not finite (it names the tiles), the stream lacks steps, or other tiles came than `tiles`.
     """
-    (micro_batch,) = {micro_batch_size(trainer.settings, trainer.ranks.world) for trainer in trainers}
-    stream = batches(samples, micro_batch)
+    (wanted,) = {micro_batch_size(trainer.settings, trainer.ranks.world) for trainer in trainers}
+    stream = batches(samples, micro_batch or wanted)
     batch = next(stream, None)
     while active := [trainer for trainer in trainers if not trainer.finished()]:
         epoch, first = earliest_place(active)

@@ -1,0 +1,59 @@
+"""The memory that training a network takes on a GPU, and how large a batch may be there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+USABLE = 0.9  # of a GPU's memory: the rest is CUDA's own, and holes
+STATE = 16  # bytes a parameter: itself, its gradient, two moments of Adam
+
+
+def training_memory(build: Callable[[], nn.Module], shape: tuple[int, int, int, int], *, half: bool) -> int:
+    """Count what a training step holds at a time, without computing it.
+
+    Args:
+        build: Makes the network.
+        shape: (N, C, H, W) of the batch.
+        half: In bfloat16 autocast.
+
+    Returns:
+        Bytes: weights, gradients and the optimizer's moments, what the forward pass keeps for the backward pass, and
+        the gradients of its largest part.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with FakeTensorMode():
+        network = build().train()
+        parameters = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
+        inputs = torch.empty(shape)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=half),
+        ):
+            output = network(inputs)
+        sizes = [tensor.untyped_storage().nbytes() for storage, tensor in kept.items() if storage not in parameters]
+        weights = sum(parameter.numel() for parameter in network.parameters())
+        del output
+    return STATE * weights + sum(sizes) + 2 * max(sizes, default=0)
+
+
+def fitting_batch(
+    build: Callable[[], nn.Module], shape: tuple[int, int, int, int], *, half: bool, memory: float
+) -> int:
+    """Return how many tiles of a batch of `shape` may pass the network at once on a GPU with `memory` bytes: halves.
+
+    At least 1, whether that fits or not: what is too large says so itself.
+    """
+    batch = shape[0]
+    while batch > 1 and training_memory(build, (batch, *shape[1:]), half=half) > USABLE * memory:
+        batch = -(-batch // 2)
+    return batch
