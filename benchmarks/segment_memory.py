@@ -66,10 +66,8 @@ def main() -> None:
 
 def _watched(folder: str, side: int, how: tuple[str, ...]) -> Peaks:
     """Segment a slide, and return the peaks of all processes meanwhile."""
-    script, given = (
-        str(ROOT / "pipelines/segment.py"),
-        ["--model", f"{folder}/model", "--slides", f"{folder}/{side}.tif"],
-    )
+    script, output = str(ROOT / "pipelines/segment.py"), f"{folder}/out-{side}"
+    given = ["--model", f"{folder}/model", "--slides", f"{folder}/{side}.tif", "--output", output]
     log = Path(folder, f"{side}.log")
     peaks: Peaks = {kind: Counter() for kind in KINDS.values()}
     with log.open("wb") as sink:
