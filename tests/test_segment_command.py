@@ -50,7 +50,7 @@ def test_only_new_slides_are_done_and_a_kill_changes_nothing(model: LocalStore, 
     assert not (output / "b" / SLIDE_JSON).exists()
     write_tiff(slides / "c.tif", picture(300, 130))
     there = _files_of(output)
-    dry = run(*command, "--dry-run", script="segment.py")
+    dry = run(*command, "--dry-run", "--data.max_rejects", "0", script="segment.py")
     assert dry.status == 0, dry.summary
     assert _files_of(output) == there
     rows = {line.split()[1]: line for line in dry.text.splitlines() if re.match(r"│ \w", line)}
@@ -64,6 +64,7 @@ def test_only_new_slides_are_done_and_a_kill_changes_nothing(model: LocalStore, 
     ):
         assert what in rows[slide]
     assert "4 slides: 2 to segment, 1 unchanged, 1 rejected" in dry.text
+    assert "1 of 4 slides rejected, data.max_rejects (0) allows 0: it would fail" in dry.text
     assert re.search(r"2 workers of 0\.5 CPU.*at most 4 tasks that read", dry.text, re.S)
     again = run(*command, script="segment.py")
     assert again.status == 0, again.summary
