@@ -5,7 +5,9 @@ repeated to the slide's size; every px is segmented. *ours* does all: read, netw
 do less: they begin with the whole slide in memory and end with its mask. *networks alone*: the windows of our cores.
 *blended*: windows of the same size with half overlap, their probabilities weighted by a Gaussian and divided by the
 weights; a plain loop, and MONAI's `SlidingWindowInferer` where it is installed. All have the same networks
-(`Predictor`). `differ_ppm`: px of a million of a smaller slide whose mask is not that of the slide seen as a whole.
+(`Predictor`). With `--part PX` only the slide's upper left part of so many px is blended, and seconds are multiplied by
+how many more windows the whole slide has: each costs the same. `differ_ppm`: px of a million of a smaller slide whose
+mask is not that of the slide seen as a whole.
 Targets: less than 35 % outside the networks at width 0.125, and twice as fast as blending.
 """
 
@@ -17,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,7 @@ def main() -> None:
     parser.add_argument("--width", type=float, help="the case of this width only")
     parser.add_argument("--side", type=int, help="px, side of the slide, a multiple of 2048")
     parser.add_argument("--core", type=int, help="px, side of a core")
+    parser.add_argument("--part", type=int, help="px, side of what is blended of the slide (default: all of it)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1, as segment.threads)")
     arguments = parser.parse_args()
     memory = KEEP_MEMORY["env_vars"]
@@ -77,14 +80,14 @@ def main() -> None:
         if arguments.width not in (None, case.width):
             continue
         if arguments.side:
-            case = Case(case.width, arguments.side, 2048, case.core, case.compared, case.compared_core)
+            case = replace(case, side=arguments.side, smear=2048)
         if arguments.core:
-            case = Case(case.width, case.side, case.smear, arguments.core, case.compared, case.compared_core)
-        rows += _measure(case, arguments.threads)
+            case = replace(case, core=arguments.core)
+        rows += _measure(case, arguments.part or case.side, arguments.threads)
     show("segmentation of a slide", rows, arguments.json)
 
 
-def _measure(case: Case, threads: int) -> list[dict[str, Any]]:
+def _measure(case: Case, side: int, threads: int) -> list[dict[str, Any]]:
     picture, _ = render(slide_specs(1, min(640, case.smear), min(640, case.smear), train=1, test=0)[0])
     networks = random_networks(picture, width=case.width)
     with tempfile.TemporaryDirectory() as folder:
@@ -94,7 +97,15 @@ def _measure(case: Case, threads: int) -> list[dict[str, Any]]:
         clock, cpu = time.perf_counter(), time.process_time()
         steps = work()
         ours = {"s": time.perf_counter() - clock, "CPU_s": time.process_time() - cpu}
-        timed = {name: _timed(lambda way=way: way(rgb)) for name, way in ways.all().items() if way}
+        print(f"ours: {ours['s']:.0f} s, {ours['CPU_s']:.0f} s of CPU", flush=True)
+        timed = {}
+        for name, way in ways.all().items():
+            if way is not None:
+                blends = name in Ways.BLENDED
+                seconds = _timed(lambda way=way, here=rgb[:side, :side] if blends else rgb: way(here))
+                times = ways.windows(case.side) / ways.windows(side) if blends else 1.0
+                timed[name] = {unit: value * times for unit, value in seconds.items()} | {"scaled": times}
+                print(f"{name}: {seconds['s']:.0f} s, {seconds['CPU_s']:.0f} s of CPU, x {times:.4g}", flush=True)
     outside = sum(steps[step] for step in STEPS if step != "networks")
     what = {"width": case.width, "side": case.side, "core": case.core}
     rows = [
@@ -149,6 +160,8 @@ def _timed(work: Callable[[], object]) -> dict[str, float]:
 class Ways:
     """Other ways to the mask (H, W) of a slide in memory, (H, W, 3) uint8."""
 
+    BLENDED = ("blended, plain loop", "blended, MONAI")
+
     def __init__(self, networks: Networks, work: Segmenting, threads: int) -> None:
         members = {name: networks[name][1] for name in MEMBERS}
         ensemble = Ensemble(members, {"fusion": networks["fusion"]})
@@ -161,9 +174,13 @@ class Ways:
         monai = importlib.util.find_spec("monai")
         return {
             "networks alone": self.alone,
-            "blended, plain loop": self.blended,
-            "blended, MONAI": self.monai if monai else None,
+            **dict(zip(self.BLENDED, (self.blended, self.monai if monai else None), strict=True)),
         }
+
+    def windows(self, side: int) -> int:
+        """Return how many windows a part of `side` x `side` px has that are blended."""
+        require(side >= self._window, f"--part {side}: less than a window of {self._window} px")
+        return len(starts(side, self._window)) ** 2
 
     @torch.inference_mode()
     def probability(self, rgb: np.ndarray) -> np.ndarray:

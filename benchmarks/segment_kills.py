@@ -80,7 +80,13 @@ def _start(place: Path, output: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, str(ROOT / "pipelines/segment.py"), "--model", str(place / "model")]
     where = ["--slides", str(place / "slides"), "--output", str(place / output)]
     with (place / f"{output}.log").open("wb") as log:
-        return subprocess.Popen([*command, *where, *HOW], stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(
+            [*command, *where, *HOW],
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # which nohup ignores
+        )
 
 
 def _stop(process: subprocess.Popen[bytes], output: Path, sent: signal.Signals, changes: int) -> int:

@@ -117,10 +117,32 @@ def test_those_that_end_are_not_held() -> None:
     one = None
     for number, one in enumerate(join(cores(), 64)):  # noqa: B007
         if number == 8 * 20:
-            assert seen[-1] == 32 * 21  # the row after
+            assert seen[-1] == 32 * 20  # 7 of 8 with their core, and one, which touches its border, behind each row
     assert number == 1024
     assert one is not None
     assert one.pixels == 4096
+
+
+@pytest.mark.parametrize("fill", [0, 3])
+def test_what_a_core_holds_whole_comes_with_it(fill: float) -> None:
+    """However wide a slide is, objects of a whole row of cores are not held, unless a hole may hold them."""
+    mask = np.zeros((32, 320), bool)
+    mask[4:6, 4::32] = True  # of 2 px, smaller than a hole of up to 3
+    mask[10:13, 4::32] = True
+    mask[20, 30:] = True  # over all borders
+    seen: list[int] = []
+
+    def cores():  # type: ignore[no-untyped-def]
+        for box in grid(320, 32, 32, 32, "keep"):
+            part = mask[box.y : box.y + 32, box.x : box.x + 32]
+            seen.append(box.x)
+            yield core_objects(part, part.astype(np.uint16), part.astype(np.uint16), box)
+
+    when = [(one.pixels, seen[-1]) for one in join(cores(), 320, fill)]
+    assert [x for pixels, x in when if pixels == 3] == list(range(0, 320, 32))
+    assert [x for pixels, x in when if pixels == 2] == ([288] * 10 if fill else list(range(0, 320, 32)))
+    assert [x for pixels, x in when if pixels == 290] == [288]
+    assert len(when) == 21
 
 
 @pytest.mark.parametrize(("across", "down"), [(40, 40), (80, 20), (100, 1)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,39 @@ def test_the_mask_is_that_of_the_whole_slide(
     model = models["published" if use == "published" else "refined"]
     one = OneSlide(folder / "a.tif", model, folder / "out", how, shard)
     assert one.plan.halo == {"fusion": 480, "published": 512}.get(use, 256)
+    one.require_mask_of_whole()
+
+
+@given(
+    cut=st.sampled_from([(1024, 1), (1024, 2), (2048, 1)]),
+    more=st.sampled_from([1, 33, 300]),
+    thin=st.sampled_from([1, 31, 33, 160]),
+    tall=st.booleans(),
+    use=st.sampled_from([*USES, "published"]),
+    mpp=st.sampled_from([None, None, 0.4]),
+    shard=st.integers(1, 3),
+)
+@settings(max_examples=14, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_also_in_cores_as_large_as_a_run_has_them(
+    models: dict[str, LocalStore],
+    tmp_path_factory: pytest.TempPathFactory,
+    cut: tuple[int, int],
+    more: int,
+    thin: int,
+    tall: bool,
+    use: str,
+    mpp: float | None,
+    shard: int,
+) -> None:
+    """A field a little longer than one or two cores: their windows do not hold it whole."""
+    folder, (core, times) = tmp_path_factory.mktemp("slide"), cut
+    size = times * core + more, thin
+    scale = 0.25 / (mpp or 0.25)
+    write_tiff(folder / "a.tif", picture(*(math.ceil(side / scale) for side in (size[::-1] if tall else size))))
+    how = with_settings(core=core, use="fusion" if use == "published" else use, mpp=mpp)
+    model = models["published" if use == "published" else "refined"]
+    one = OneSlide(folder / "a.tif", model, folder / "out", how, shard)
+    assert one.plan.cores == times + 1
     one.require_mask_of_whole()
 
 

@@ -49,9 +49,27 @@ def test_only_new_slides_are_done_and_a_kill_changes_nothing(model: LocalStore, 
     died = kill_when(process, lambda: any(output.glob("b/.parts-*/cores-*.parquet")))
     assert died.status == -signal.SIGKILL
     assert not (output / "b" / SLIDE_JSON).exists()
+    write_tiff(slides / "c.tif", picture(300, 130))
+    there = _files_of(output)
+    dry = run(*command, "--dry-run", "--data.max_rejects", "0", script="segment.py")
+    assert dry.status == 0, dry.summary
+    assert _files_of(output) == there
+    rows = {line.split()[1]: line for line in dry.text.splitlines() if re.match(r"│ \w", line)}
+    assert [*rows] == ["broken", "b", "c", "a"]
+    parts = len(list(output.glob("b/.parts-*/cores-*.parquet")))
+    for slide, what in (
+        ("broken", "rejected: "),
+        ("b", f"goes on: {parts} of "),
+        ("c", "6 of 6, 128 px"),
+        ("a", "unchanged"),
+    ):
+        assert what in rows[slide]
+    assert "4 slides: 2 to segment, 1 unchanged, 1 rejected" in dry.text
+    assert "1 of 4 slides rejected, data.max_rejects (0) allows 0: it would fail" in dry.text
+    assert re.search(r"2 workers of 0\.5 CPU.*at most 4 tasks that read", dry.text, re.S)
     again = run(*command, script="segment.py")
     assert again.status == 0, again.summary
-    assert "2 slides to segment, 1 unchanged" in again.text
+    assert "3 slides to segment, 1 unchanged" in again.text
     assert (output / "a" / SLIDE_JSON).stat().st_mtime_ns == before
     assert not list(output.glob("*/.parts-*"))
 
@@ -82,6 +100,15 @@ def test_where_ray_has_a_gpu_the_files_are_the_same(model: LocalStore, tmp_path:
     alone = OneSlide(slides / "a.tif", model, tmp_path / "alone", with_settings(core=128, use="fcn8")).run()
     for name in FILES:
         assert (output / "a" / name).read_bytes() == (alone / name).read_bytes(), name
+
+
+def _files_of(output: Path) -> dict[Path, int]:
+    """When each file was written, but those of the lease, which every command takes."""
+    return {
+        path: path.stat().st_mtime_ns
+        for path in output.rglob("*")
+        if path.is_file() and not path.name.startswith((".run.lock", "run.lock"))
+    }
 
 
 def test_damaged_slides_among_others_are_rejects(model: LocalStore, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def doctor(argv: Sequence[str]) -> int:
         UsageError: for options that are none.
     """
     if any(option.partition("=")[0] in ("--model", "--slides") for option in argv):
-        given = parse_segment(argv, "apacs-ray doctor", SUMMARY, estimates=False)
+        given = parse_segment(argv, "apacs-ray doctor", SUMMARY, looks=False)
         print_log()
         findings, secrets = diagnose_segment(given)
     else:

@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def _work(argv: Sequence[str]) -> int:
     given = parse_segment(argv, "segment.py", SUMMARY)
+    if given.dry_run:
+        return _dry_run(given)
     if given.estimate:
         return _estimate(given)
     from apacs_ray.console import slides_table
@@ -44,6 +46,14 @@ def _work(argv: Sequence[str]) -> int:
         for slide, (found, seconds) in outcome.done.items()
     ]
     slides_table(rows, outcome.unchanged, outcome.rejected_slides)
+    return 0
+
+
+def _dry_run(given: SegmentCommand) -> int:
+    with _opened(given.slides, given.output, given.settings) as (run, ray):
+        from apacs_ray.commands.dry_run_segment import dry_run_segment  # this one imports torch
+
+        dry_run_segment(run, ray, given.model, given.slides)
     return 0
 
 

@@ -48,17 +48,18 @@ class SegmentCommand:
     slides: tuple[str, ...]
     output: str
     settings: Settings
+    dry_run: bool = False
     estimate: bool = False
 
 
-def parse_segment(argv: Sequence[str], program: str, summary: str, *, estimates: bool = True) -> SegmentCommand:
+def parse_segment(argv: Sequence[str], program: str, summary: str, *, looks: bool = True) -> SegmentCommand:
     """Return the command in `argv`, as `parse` does.
 
     Args:
         argv: The command line without the program.
         program: Its name, for `--help`.
         summary: What it does, for `--help`.
-        estimates: Whether it has `--estimate`.
+        looks: Whether it has `--dry-run` and `--estimate`.
 
     Returns:
         The command, its settings merged from all layers and validated.
@@ -73,7 +74,12 @@ def parse_segment(argv: Sequence[str], program: str, summary: str, *, estimates:
         "--slides", required=True, nargs="+", metavar="URI", help="folders of slides, or single ones; local or s3://"
     )
     parser.add_argument("--output", required=True, metavar="URI", help="a folder for each slide is made there")
-    if estimates:
+    if looks:
+        parser.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="only open every slide and say what would be done: rejects, cores, what runs where; no network runs",
+        )
         parser.add_argument(
             "--estimate",
             action="store_true",
@@ -82,10 +88,10 @@ def parse_segment(argv: Sequence[str], program: str, summary: str, *, estimates:
     _add_settings(parser, ("segment", "data"), everything="--help-all" in argv)
     given = vars(parser.parse_args(argv))
     model, slides, output, config = (given.pop(name) for name in ("model", "slides", "output", "config"))
-    estimate = given.pop("estimate", False)
+    dry_run, estimate = _looks(given)
     for option, uri in (("--model", model), ("--output", output), *(("--slides", uri) for uri in slides)):
         _require_open(option, uri)
-    return SegmentCommand(model, tuple(slides), output, _settings_of(given, config), estimate)
+    return SegmentCommand(model, tuple(slides), output, _settings_of(given, config), dry_run, estimate)
 
 
 def parse(argv: Sequence[str], program: str, summary: str, sections: Collection[str] = tuple(SECTIONS)) -> Command:
@@ -107,14 +113,20 @@ def parse(argv: Sequence[str], program: str, summary: str, sections: Collection[
     """
     given = vars(_parser(program, summary, sections, everything="--help-all" in argv).parse_args(argv))
     data, output, config = given.pop("data"), given.pop("output"), given.pop("config")
-    dry_run, estimate = given.pop("dry_run"), given.pop("estimate")
-    if dry_run and estimate:
-        raise UsageError("--dry-run and --estimate: give one of them")
+    dry_run, estimate = _looks(given)
     for option, uri in (("--data", data), ("--output", output)):
         _require_open(option, uri)
     settings = _settings_of(given, config, synthetic=data is None)
     require_sweep(settings)
     return Command(data, output or default_output(data), settings, dry_run, estimate)
+
+
+def _looks(given: dict[str, Any]) -> tuple[bool, bool]:
+    """Take `--dry-run` and `--estimate` out of what was given, where a program has them."""
+    dry_run, estimate = given.pop("dry_run", False), given.pop("estimate", False)
+    if dry_run and estimate:
+        raise UsageError("--dry-run and --estimate: give one of them")
+    return dry_run, estimate
 
 
 def _settings_of(given: dict[str, Any], config: str | None, *, synthetic: bool = False) -> Settings:

@@ -9,17 +9,20 @@ import numpy as np
 import numpy.typing as npt
 import shapely
 
+from apacs_ray.data.grid import Box
 from apacs_ray.evaluation.objects import Labels
 from apacs_ray.inference.holes import filled, holes_of, inside
 from apacs_ray.inference.objects import CoreObjects, Piece, SlideObject
 from apacs_ray.inference.outlines import joined
 
+Keys = npt.NDArray[np.int64]
+
 
 def join(cores: Iterable[CoreObjects], width: int, fill: float = 0) -> Iterator[SlideObject]:
     """Join the pieces of a slide's cores.
 
-    Objects that may still go on below are held, and those that may lie in a hole of these which will be filled:
-    memory grows with the slide's width, not its height.
+    What ends within a core is yielded with it. Objects that may go on are held, and those that may lie in a hole of
+    these which will be filled: memory grows with what lies on the borders of a row of cores, not with the slide.
 
     Args:
         cores: In reading order; those without pieces may be left out.
@@ -27,53 +30,66 @@ def join(cores: Iterable[CoreObjects], width: int, fill: float = 0) -> Iterator[
         fill: Holes of less px are filled; what lies in them is no object of its own.
 
     Yields:
-        Every object once: those that end in a row of cores by their first pixels, row after row.
+        Every object once: those that lie within a core, core after core, and behind each row of cores those that end
+        there on borders; of each the first pixels in reading order.
     """
     open_objects = _Joining(width, fill)
-    row: list[CoreObjects] = []
     for core in cores:
-        if row and core.box.y != row[0].box.y:
-            yield from open_objects.take(row)
-            row = []
-        row.append(core)
-    if row:
-        yield from open_objects.take(row)
+        if open_objects.row is not None and core.box.y != open_objects.row.y:
+            yield from open_objects.end_row()
+        yield from open_objects.add(core)
+    if open_objects.row is not None:
+        yield from open_objects.end_row()
     yield from open_objects.finish()
 
 
 @dataclass
 class _Joining:
-    """Objects that reach the lower side of the last row of cores."""
+    """Objects that touch borders of the cores so far, and may go on; `row` is where the current row began."""
 
     width: int
     fill: float
+    row: Box | None = None
     _parents: dict[int, int] = field(default_factory=dict)
     _pieces: dict[int, list[Piece]] = field(default_factory=dict)  # by root
     _members: dict[int, list[int]] = field(default_factory=dict)  # keys of each root
     _waiting: list[SlideObject] = field(default_factory=list)  # that may lie in a hole of one that goes on
-    _frontier: npt.NDArray[np.int64] | None = None  # keys along the lower side, 0 for background
+    _frontier: Keys | None = None  # keys along the lower side of the last row, 0 for background
     _foot: int = 0  # px where that side lies
+    _sides: tuple[Keys, Keys] | None = None  # keys along the upper and lower side of this row
+    _before: tuple[int, Keys] | None = None  # where the last core ended, and the keys along its right side
     _next: int = 1
 
-    def take(self, row: Sequence[CoreObjects]) -> Iterator[SlideObject]:
-        """Add a row of cores, and yield the objects that end there."""
-        top, bottom = np.zeros(self.width, np.int64), np.zeros(self.width, np.int64)
-        before: tuple[int, npt.NDArray[np.int64]] | None = None  # where the last core ended, and its right side
-        for core in row:
-            if core.edges is None:
-                continue
-            base = self._next - 1
-            for piece in core.pieces:
+    def add(self, core: CoreObjects) -> list[SlideObject]:
+        """Add a core, and return the objects that it holds whole, but for those that a hole may hold."""
+        if self.row is None or self._sides is None:
+            self.row, self._before = core.box, None
+            self._sides = np.zeros(self.width, np.int64), np.zeros(self.width, np.int64)
+        if core.edges is None:
+            return []
+        base, box, (top, bottom) = self._next - 1, core.box, self._sides
+        # a hole that is filled is smaller than these
+        whole = {piece.label: piece for piece in core.closed() if piece.size >= self.fill}
+        for piece in core.pieces:
+            if piece.label not in whole:
                 self._add(base + piece.label, piece)
-            columns = slice(core.box.x, core.box.x + core.box.width)
-            top[columns], bottom[columns] = _keys(core.edges.top, base), _keys(core.edges.bottom, base)
-            if before is not None and before[0] == core.box.x:
-                self._touch(before[1], _keys(core.edges.left, base))
-            before = core.box.x + core.box.width, _keys(core.edges.right, base)
-        box = row[0].box
-        if self._frontier is not None and self._foot == box.y:
+        self._next = base + core.pieces[-1].label + 1
+        columns = slice(box.x, box.x + box.width)
+        top[columns], bottom[columns] = _keys(core.edges.top, base), _keys(core.edges.bottom, base)
+        if self._before is not None and self._before[0] == box.x:
+            self._touch(self._before[1], _keys(core.edges.left, base))
+        self._before = box.x + box.width, _keys(core.edges.right, base)
+        return sorted((_object_of([piece]) for piece in whole.values()), key=lambda one: one.first)
+
+    def end_row(self) -> Iterator[SlideObject]:
+        """End a row of cores, and yield the objects of which nothing more can come."""
+        assert self.row is not None
+        assert self._sides is not None
+        top, bottom = self._sides
+        if self._frontier is not None and self._foot == self.row.y:
             self._touch(self._frontier, top)
-        self._frontier, self._foot = bottom, box.y + box.height
+        self._frontier, self._foot = bottom, self.row.y + self.row.height
+        self.row = self._sides = None
         going_on = {self._root(int(key)) for key in np.unique(bottom) if key}
         yield from self._settled(self._end([root for root in self._pieces if root not in going_on]))
 
@@ -84,9 +100,8 @@ class _Joining:
     def _add(self, key: int, piece: Piece) -> None:
         self._parents[key] = key
         self._pieces[key], self._members[key] = [piece], [key]
-        self._next = key + 1
 
-    def _touch(self, one: npt.NDArray[np.int64], other: npt.NDArray[np.int64]) -> None:
+    def _touch(self, one: Keys, other: Keys) -> None:
         """Unite what meets across a line: px at the same place, or one px further to either side."""
         length = len(one)
         for shift in (-1, 0, 1):
@@ -119,16 +134,7 @@ class _Joining:
             pieces = self._pieces.pop(root)
             for key in self._members.pop(root):
                 del self._parents[key]
-            ended.append(
-                SlideObject(
-                    joined([piece.polygon for piece in pieces]),
-                    sum(piece.pixels for piece in pieces),
-                    sum(piece.probability for piece in pieces),
-                    sum(piece.disagreement for piece in pieces),
-                    min(piece.first for piece in pieces),
-                    sum(piece.filled for piece in pieces),
-                )
-            )
+            ended.append(_object_of(pieces))
         return ended
 
     def _settled(self, ended: list[SlideObject]) -> list[SlideObject]:
@@ -160,5 +166,17 @@ class _Joining:
         return shapely.box(left, top, right, self._foot)
 
 
-def _keys(labels: Labels, base: int) -> npt.NDArray[np.int64]:
+def _object_of(pieces: Sequence[Piece]) -> SlideObject:
+    """The object that pieces make up."""
+    return SlideObject(
+        joined([piece.polygon for piece in pieces]),
+        sum(piece.pixels for piece in pieces),
+        sum(piece.probability for piece in pieces),
+        sum(piece.disagreement for piece in pieces),
+        min(piece.first for piece in pieces),
+        sum(piece.filled for piece in pieces),
+    )
+
+
+def _keys(labels: Labels, base: int) -> Keys:
     return np.where(labels > 0, labels.astype(np.int64) + base, 0)

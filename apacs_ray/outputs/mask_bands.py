@@ -118,10 +118,14 @@ def _of_height(bands: Iterator[Band], rows: int) -> Iterator[Band]:
     for band in bands:
         waiting.append(band)
         count += len(band)
-        if count >= rows:
-            whole = waiting[0] if len(waiting) == 1 else np.concatenate(waiting)
-            count -= rows
-            waiting = [whole[rows:].copy()] if count else []
-            yield whole[:rows]
+        del band  # before the next one is made: they are as wide as the slide
+        if count < rows:
+            continue
+        whole = waiting.pop() if len(waiting) == 1 else np.concatenate(waiting)
+        count -= rows
+        waiting = [whole[rows:].copy()] if count else []
+        whole = whole[:rows]
+        yield whole
+        del whole
     if count:
         yield np.concatenate(waiting)

@@ -98,20 +98,19 @@ def tile_side(width: int, height: int) -> int:
     return min(TILE, -(-max(width, height) // 16) * 16)
 
 
-def halved(band: Band, average: bool) -> Band:
-    """Return a band of the next level, (rows / 2, width / 2) rounded up."""
-    rows, columns = band.shape
-    if rows % 2 or columns % 2:  # a doubled edge leaves the shares of the pixels that are there as they are
-        band = np.pad(band, ((0, rows % 2), (0, columns % 2)), mode="edge")
-    if not band.any():
-        return np.zeros((band.shape[0] // 2, band.shape[1] // 2), np.uint8)
-    half = np.empty((band.shape[0] // 2, band.shape[1] // 2), np.uint8)
+def halve(band: Band, average: bool, half: Band) -> None:
+    """Write a band of the next level to `half`, (rows / 2, width / 2) rounded up."""
     for left in range(0, half.shape[1], COLUMNS):  # sums take four times the memory of what they are of
-        part = band[:, 2 * left : 2 * (left + COLUMNS)]
+        part, target = band[:, 2 * left : 2 * (left + COLUMNS)], half[:, left : left + COLUMNS]
+        if not part.any():
+            target[:] = 0
+            continue
+        rows, columns = part.shape
+        if rows % 2 or columns % 2:  # a doubled edge leaves the shares of the pixels that are there as they are
+            part = np.pad(part, ((0, rows % 2), (0, columns % 2)), mode="edge")
         pairs = part[0::2].astype(np.uint16) + part[1::2]
         sums = pairs[:, 0::2] + pairs[:, 1::2]
-        half[:, left : left + COLUMNS] = (sums + 2) >> 2 if average else (sums >= 2 * 255) * np.uint8(255)
-    return half
+        target[:] = (sums + 2) >> 2 if average else (sums >= 2 * 255) * np.uint8(255)
 
 
 def ome_xml(width: int, height: int, mpp: float | None, name: str, uuid: str) -> str:
@@ -133,27 +132,29 @@ def ome_xml(width: int, height: int, mpp: float | None, name: str, uuid: str) ->
 class _Reduced:
     """A lower level: rows of the level above come in, encoded tiles go to its file, full bands to the level below."""
 
-    def __init__(self, height: int, spool: IO[bytes], average: bool, below: _Reduced | None) -> None:
-        self._left, self._spool, self._average, self._below = height, spool, average, below
-        self._rows: list[Band] = []  # of the band that is not full yet
+    def __init__(self, size: tuple[int, int], spool: IO[bytes], average: bool, below: _Reduced | None) -> None:
+        width, self._left = size
+        self._spool, self._average, self._below = spool, average, below
+        self._band = np.empty((min(TILE, self._left), width), np.uint8)
+        self._rows = 0  # of the band that are there
 
     @classmethod
     def chain(cls, sizes: Sequence[tuple[int, int]], spools: Sequence[IO[bytes]], average: bool) -> _Reduced | None:
         """Return the first of the lower levels, None where there is none."""
         level = None
-        for (_, height), spool in reversed(list(zip(sizes[1:], spools, strict=True))):
-            level = cls(height, spool, average, level)
+        for size, spool in reversed(list(zip(sizes[1:], spools, strict=True))):
+            level = cls(size, spool, average, level)
         return level
 
     def take(self, above: Band) -> None:
         """Take the next band of the level above."""
-        rows = halved(above, self._average)
-        self._rows.append(rows)
-        self._left -= len(rows)
-        if self._left and sum(map(len, self._rows)) < TILE:
+        rows = -(-len(above) // 2)
+        halve(above, self._average, self._band[self._rows : self._rows + rows])
+        self._rows += rows
+        self._left -= rows
+        if self._left and self._rows < TILE:
             return
-        band = self._rows[0] if len(self._rows) == 1 else np.concatenate(self._rows)
-        self._rows = []
+        band, self._rows = self._band[: self._rows], 0
         for tile in _encoded(band):
             self._spool.write(_LENGTH.pack(len(tile)) + tile)
         if self._below is not None:

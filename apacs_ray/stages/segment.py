@@ -7,10 +7,11 @@ It is no stage of the pipeline, which ends in numbers: its output is a folder a 
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from apacs_ray.config.settings import Settings
@@ -33,7 +34,7 @@ from apacs_ray.runs.run import Run
 from apacs_ray.stages.rejects import require_within_limit, write_rejects
 from apacs_ray.stages.segment_slides import ListedSlide, finished_record, forget_parts, list_slides
 from apacs_ray.stages.stage import Job
-from apacs_ray.storage import Store, open_store
+from apacs_ray.storage import LocalStore, Store, open_store
 
 
 @dataclass
@@ -41,10 +42,15 @@ class Outcome:
     """What became of the slides."""
 
     slides: int = 0
-    unchanged: int = 0
+    kept: list[str] = field(default_factory=list)  # ids of those that were done already
     done: dict[str, tuple[Found, float]] = field(default_factory=dict)  # by slide id; seconds that its files took
     rejects: list[Reject] = field(default_factory=list)
     rejected_slides: int = 0
+
+    @property
+    def unchanged(self) -> int:
+        """How many slides were done already."""
+        return len(self.kept)
 
 
 def find_work(run: Run, model: str, slides: Sequence[str]) -> tuple[Store, ModelFiles, list[ListedSlide], Outcome]:
@@ -73,7 +79,7 @@ def find_work(run: Run, model: str, slides: Sequence[str]) -> tuple[Store, Model
         if record is None:
             waiting.append(one)
         else:
-            outcome.unchanged += 1
+            outcome.kept.append(one.folder)
             outcome.rejects += [Reject(**reject) for reject in record["rejects"]]
     say(f"{STAGE}: {len(waiting)} slides to segment, {outcome.unchanged} unchanged")
     return store, models, waiting, outcome
@@ -100,7 +106,7 @@ def segment(run: Run, ray: RaySession, model: str, slides: Sequence[str]) -> Out
     if waiting:
         run.record_start(STAGE, ())
         pool, cutting = start_segmenting(ray, (model, *slides), settings, models)
-        planned = _plan(job, waiting, cutting, outcome)
+        planned = plan_slides(job, waiting, cutting, outcome)
         task = SegmentTask(store, dict(models.folders), run.store, settings.segment)
         _work(job, task, planned, pool, models, outcome)
     _close(job, outcome)
@@ -133,15 +139,38 @@ def start_segmenting(
     return pool, cutting
 
 
-def _plan(job: Job, slides: Sequence[ListedSlide], cutting: Cutting, outcome: Outcome) -> list[PlannedSlide]:
-    """Open every slide; one that does not open is a reject."""
+def plan_slides(
+    job: Job, slides: Sequence[ListedSlide], cutting: Cutting, outcome: Outcome, *, keep: bool = True
+) -> list[PlannedSlide]:
+    """Open every slide, a task each; one that does not open becomes a reject of `outcome`.
+
+    Args:
+        job: The segmentation.
+        slides: To plan; one that was begun keeps its plan.
+        cutting: How the others are cut.
+        outcome: Gets the rejects.
+        keep: Whether plans stay in the output, so that the slides are cut by them; else nothing is left there.
+
+    Returns:
+        The slides that open, in order.
+    """
     output = job.store
+
+    def plan_of(one: ListedSlide) -> SlidePlan:
+        begun = read_plan(output, one.parts)
+        if begun is not None:
+            return begun
+        if keep:
+            return make_plan(one.reading, one.files, one.region, cutting, one.parts)
+        with tempfile.TemporaryDirectory() as scratch:
+            reading = replace(one.reading, output=LocalStore(scratch))
+            return make_plan(reading, one.files, one.region, cutting, one.parts)
 
     def work(number: int) -> str:
         one = slides[number]
         try:
             with one_unit(one.files.path):
-                plan = read_plan(output, one.parts) or make_plan(one.reading, one.files, one.region, cutting, one.parts)
+                plan = plan_of(one)
         except BadInput as defect:
             uri = one.reading.data.uri_of(one.files.path)
             return json.dumps({"reject": asdict(Reject.of(defect, uri, one.files.slide_id, stage=STAGE))})
