@@ -9,7 +9,7 @@ import numpy as np
 
 from apacs_ray.config.settings import Settings
 from apacs_ray.console import say
-from apacs_ray.data.shards import TileIndex, read_index, shard_paths
+from apacs_ray.data.shards import TileIndex, shard_paths
 from apacs_ray.distributed.heatmaps import ALL, HeatmapTask, write_heatmaps
 from apacs_ray.distributed.starts import ValidationTiles, fit_starts, group_slides
 from apacs_ray.distributed.tasks import plan_pool
@@ -18,7 +18,7 @@ from apacs_ray.models.registry import MEMBERS
 from apacs_ray.models.spec import FusionStart
 from apacs_ray.runs.markers import Counts
 from apacs_ray.runs.provenance import fingerprint
-from apacs_ray.stages.ingest_result import IngestResult
+from apacs_ray.stages.ingest_result import IngestResult, read_committed_index
 from apacs_ray.stages.stage import Committed, Job, Stage, StageResult, delete_others
 from apacs_ray.stages.train_members import member_folder, member_network
 from apacs_ray.stages.train_networks import TrainingResult, read_indices, state_folder, train_networks
@@ -101,7 +101,7 @@ class StoreHeatmaps(Stage[HeatmapsResult]):
                     store.delete(path)
         drawn = {curves_path(folder) for fold in folders.keys() - {ALL} for folder in folders[fold].values()}
         delete_others(store, f"{CURVES}/heatmaps", CURVES_FILE, drawn)
-        val = read_index(store, "val")
+        val = read_committed_index(store, "val")
         starts = fit_starts(ValidationTiles(store, task.heatmaps, group_slides(val.slide_ids)), val.paths)
         return HeatmapsResult(Counts(rows_in, rows_out), folds, starts)
 
