@@ -141,13 +141,11 @@ def plan_segment_pool(cluster: Cluster) -> SegmentPool:
 
 def map_shards(
     work: Callable[[], Callable[[str], pa.Table]], paths: Sequence[str], plan: PoolPlan
-) -> Iterator[dict[str, Any]]:
-    """Yield the rows of the tables that `work()(path)` returns for every path; `work()` runs once in each actor.
-
-    Results come in the order of `paths`, one table at a time.
+) -> Iterator[pa.Table]:
+    """Yield the tables that `work()(path)` returns for every path; `work()` runs once in each actor.
 
     Yields:
-        A row as a dict, column -> value.
+        A table, in the order of `paths`; those without rows may be left out.
     """
     import ray
 
@@ -166,7 +164,7 @@ def map_shards(
         compute=ray.data.ActorPoolStrategy(size=plan.actors),
         runtime_env=KEEP_MEMORY,
     )
-    yield from dataset.iter_rows()
+    yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
 
 
 def run_in_task(work: Callable[[], T], *, cpus: float, gpus: float) -> T:

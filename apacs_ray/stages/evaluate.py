@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from apacs_ray.config.settings import Settings
-from apacs_ray.data.shards import open_table
+from apacs_ray.data.shards import TileIndex, open_table
 from apacs_ray.distributed.evaluation import EvaluateTask, draw_tiles, evaluate_tiles
 from apacs_ray.distributed.tasks import plan_pool
 from apacs_ray.evaluation.metrics import compare, dice_of, pixel_counts, summarize
@@ -97,8 +97,7 @@ class Evaluate(Stage[EvaluateResult]):
         store.write("evaluation/per_tile.parquet", sink.getvalue())
         store.write("evaluation/metrics.json", json.dumps(metrics, indent=1).encode())
         store.write("evaluation/comparison.json", json.dumps(comparison, indent=1).encode())
-        shard_of = dict(zip(index.tile_ids, index.shard.tolist(), strict=True))
-        pictures = _pictures(task, per_tile, shard_of, index.paths)
+        pictures = _pictures(task, per_tile, index)
         figures = {f"evaluation/figures/{picture.kind}_{picture.rank}.png": picture.png for picture in pictures}
         for path, png in figures.items():
             store.write(path, png)
@@ -173,13 +172,9 @@ def read_rejects(store: Store) -> list[dict[str, Any]]:
     return rows
 
 
-def _pictures(
-    task: EvaluateTask, per_tile: pa.Table, shard_of: dict[str, int], paths: tuple[str, ...]
-) -> list[TilePicture]:
+def _pictures(task: EvaluateTask, per_tile: pa.Table, index: TileIndex) -> list[TilePicture]:
     """Best, median and worst tiles by the fusion's Dice, and those that models and annotation dispute most."""
     dice = dice_of(pixel_counts(per_tile, "fusion"))
-    ids = per_tile["tile_id"].to_pylist()
-    slides = dict(zip(ids, per_tile["slide_id"].to_pylist(), strict=True))
     ranked = [number for number in dice.argsort(kind="stable").tolist() if dice[number] == dice[number]]
     middle = max(0, len(ranked) // 2 - SHOWN // 2)
     chosen: list[tuple[str, int, str]] = []
@@ -189,14 +184,17 @@ def _pictures(
     disagreement = per_tile["disagreement"].to_numpy()
     disputed = pc.sort_indices(per_tile["disagreement"], sort_keys=[("", "descending")]).to_pylist()[:DISPUTED]
     chosen += [("disagree", number, f"{disagreement[number]:.1%} of the pixels disputed") for number in disputed]
+    numbers = [number for _, number, _ in chosen]
+    named = per_tile.select(["tile_id", "slide_id"]).take(numbers).to_pylist()
+    tiles = dict(zip(numbers, named, strict=True))
     wanted: dict[str, list[str]] = defaultdict(list)
-    for _, number, _ in chosen:
-        wanted[paths[shard_of[ids[number]]]].append(ids[number])
+    for number, tile in tiles.items():
+        wanted[index.place(number).path].append(tile["tile_id"])
     drawn = draw_tiles(task, wanted)
     ranks: dict[str, int] = defaultdict(int)
     pictures = []
     for kind, number, caption in chosen:
         ranks[kind] += 1
-        name = ids[number]
-        pictures.append(TilePicture(kind, ranks[kind], name, slides[name], caption, drawn[name]))
+        name, slide = tiles[number]["tile_id"], tiles[number]["slide_id"]
+        pictures.append(TilePicture(kind, ranks[kind], name, slide, caption, drawn[name]))
     return pictures
