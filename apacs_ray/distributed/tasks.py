@@ -106,7 +106,8 @@ def plan_pool(cluster: Cluster, shards: int) -> PoolPlan:
     """Plan an actor a GPU, else an actor a CPU; never more than there are shards."""
     gpus = int(cluster.gpus)
     if gpus:
-        return PoolPlan(max(1, min(gpus, shards)), min(1.0, cluster.cpus / (2 * gpus)), 1.0)
+        node_cpus = cluster.gpu_cpus or cluster.cpus / gpus  # an actor lies on a node with a GPU
+        return PoolPlan(max(1, min(gpus, shards)), min(1.0, node_cpus / 2), 1.0)
     return PoolPlan(max(1, min(int(cluster.cpus), shards)), min(1.0, cluster.cpus), 0.0)
 
 
