@@ -507,8 +507,13 @@ def test_training_fits_the_gpu_nodes(name: str, networks: tuple[str, ...], whole
 def test_members_train_on_eight_gpus_at_most_and_four_a_node(name: str) -> None:
     cpus, gpus, most = workers(name)["gpu"]
     assert (gpus, gpus * most) == (4, 8)
-    plan = plan_training(MEMBERS, cluster_of([Nodes(cpus, gpus, most)], []), batch_size=8)
-    assert {network.name: network.workers for network in plan.networks} == {"fcn32": 1, "fcn16": 3, "fcn8": 3}
+    cluster, members = cluster_of([Nodes(cpus, gpus, most)], []), Settings().members
+    plan = plan_training(MEMBERS, cluster, batch_size=members.batch_size)
+    width = " + ".join(str(network.workers) for network in plan.networks)
+    assert width == "1 + 4 + 4"
+    assert {network.backend for network in plan.networks} == {None, "nccl"}
+    text = (CLUSTER / f"{name}.yaml").read_text()
+    assert re.findall(r"(\d \+ \d \+ \d) wide", text) == ([width] if name != "gcp" else [])
 
 
 @pytest.mark.parametrize("name", [*CLOUDS, "kuberay"])

@@ -20,6 +20,7 @@ import pytest
 import apacs_ray
 from apacs_ray.__main__ import USAGE
 from apacs_ray.config.settings import Settings
+from apacs_ray.data.index_file import INDEX, INDEX_SCHEMA, PATHS
 from apacs_ray.data.rejects import REJECT_SCHEMA, Reject
 from apacs_ray.data.shards import RECEIPT, Receipt
 from apacs_ray.data.tile_rows import TILE_SCHEMA
@@ -84,6 +85,7 @@ SHARD = "split=SPLIT/FINGERPRINT-NUMBER.parquet"
     ("heading", "schema"),
     [
         (f"## tiles/{SHARD}", TILE_SCHEMA),
+        ("## tiles/_index/SPLIT-FINGERPRINT.parquet", INDEX_SCHEMA),
         (f"## heatmaps/{SHARD}", HEATMAP_SCHEMA),
         ("## manifest/FINGERPRINT/NUMBER.parquet", MANIFEST_SCHEMA),
         ("## rejects/ingest-FINGERPRINT.parquet", REJECT_SCHEMA),
@@ -141,8 +143,11 @@ def test_keys_within_a_cell_are_those_of_the_code() -> None:
         assert f"`{name}`" in manifest
     receipt = section(f"## tiles/{SHARD}")
     for name in fields(Receipt):
-        assert name == "reused" or f"`{name}`" in receipt  # of this process, not stored
+        # of this process, not stored; and one with a key of its own
+        assert name in ("reused", "index") or f"`{name}`" in receipt
     assert RECEIPT.decode() in receipt
+    assert INDEX.decode() in receipt
+    assert PATHS.decode() in section("## tiles/_index/SPLIT-FINGERPRINT.parquet")
     assert FOOTER.decode() in manifest
     assert fields(Reject) == REJECT_SCHEMA.names
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from apacs_ray.distributed.resource_plan import Cluster, Nodes, TrainingPlan, cluster_of, plan_training, plan_trials
+from apacs_ray.distributed.resource_plan import Cluster, Nodes, TrainingPlan, cluster_of, plan_training
+from apacs_ray.distributed.trial_plan import plan_trials
 from apacs_ray.errors import ApacsError
 from apacs_ray.models.registry import MEMBERS
 

@@ -17,9 +17,10 @@ from apacs_ray.config.sweep import read_sweep
 from apacs_ray.console import cell, console, say
 from apacs_ray.data.folders import Pair
 from apacs_ray.distributed.cluster import has_gpus
-from apacs_ray.distributed.resource_plan import Cluster, NetworkPlan, TrainingPlan, plan_sweep, plan_training
+from apacs_ray.distributed.resource_plan import Cluster, NetworkPlan, TrainingPlan, plan_training
 from apacs_ray.distributed.session import RaySession
 from apacs_ray.distributed.tasks import plan_pool, run_in_task
+from apacs_ray.distributed.trial_plan import plan_sweep
 from apacs_ray.errors import ApacsError
 from apacs_ray.estimate.cutting import PAIRS, SLIDES, cut_pairs, cut_slides, spread
 from apacs_ray.estimate.lines import REPORT, Line, Seconds, Tiles, pool, sweep, tiling, training

@@ -23,7 +23,7 @@ from apacs_ray.data.images import decode_image
 from apacs_ray.data.masks import decode_mask, probe_mask
 from apacs_ray.data.quality import measure
 from apacs_ray.data.rejects import Reject
-from apacs_ray.data.shards import Receipt, read_receipt, shard_path, write_table
+from apacs_ray.data.shards import Receipt, read_finished, shard_path, write_tiles
 from apacs_ray.data.splits import assign_val
 from apacs_ray.data.tile_rows import TILE_SCHEMA, TilePixels, TilePlace, tile_id, tile_row
 from apacs_ray.data.units import one_unit
@@ -156,7 +156,7 @@ def write_shard(task: ShardTask, plan: pa.Table) -> Receipt:
     """Write one shard: decode, cut, measure and encode its tiles; a finished shard is left as it is."""
     rows = plan.to_pylist()
     path = shard_path("tiles", rows[0]["split"], task.fingerprint, rows[0]["shard"])
-    finished = read_receipt(task.output, path)
+    finished = read_finished(task.output, path)
     if finished is not None:
         return finished
     tiles: list[dict[str, Any]] = []
@@ -177,9 +177,9 @@ def write_shard(task: ShardTask, plan: pa.Table) -> Receipt:
             skipped["background"] = skipped.get("background", 0) + 1
         else:
             tiles.append(tile)
-    receipt = Receipt(path, len(rows), len(tiles), skipped, rejects)
-    write_table(task.output, pa.Table.from_pylist(tiles, TILE_SCHEMA), receipt)
-    return receipt
+    return write_tiles(
+        task.output, pa.Table.from_pylist(tiles, TILE_SCHEMA), Receipt(path, len(rows), len(tiles), skipped, rejects)
+    )
 
 
 class _Pixels:

@@ -8,16 +8,27 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from apacs_ray.data.index_file import (
+    COLUMNS,
+    INDEX,
+    PATHS,
+    encode_index,
+    index_hash,
+    index_path,
+    index_rows,
+    index_table,
+)
 from apacs_ray.errors import ApacsError
 from apacs_ray.storage import Store
 
@@ -25,11 +36,22 @@ ROW_GROUP, GROUP_BYTES = 16, 2 << 20  # at most, tiles and bytes: to read one ti
 RECEIPT = b"apacs_ray.receipt"
 _SHARD = re.compile(r"/split=\w+/[0-9a-f]{8}-\d{5,}\.parquet$")  # what `shard_path` makes; others are not ours
 READERS = 16  # threads that read footers, waiting for the store
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """The account of one shard: what became of its rows."""
+    """The account of one shard: what became of its rows.
+
+    Attributes:
+        path: Of the shard.
+        rows_in: Rows that it was to hold.
+        rows_out: Rows that it holds.
+        skipped: Rows that were skipped, by reason.
+        rejects: Rows of `rejects/`.
+        reused: Whether it was finished before.
+        index: `index_rows` of its tiles; empty for a shard of something else.
+    """
 
     path: str
     rows_in: int
@@ -37,6 +59,7 @@ class Receipt:
     skipped: dict[str, int] = field(default_factory=dict)
     rejects: list[dict[str, Any]] = field(default_factory=list)
     reused: bool = False
+    index: str = ""
 
 
 def open_table(stream: pa.NativeFile, name: str, *, pre_buffer: bool = False) -> pq.ParquetFile:
@@ -79,7 +102,14 @@ def read_receipt(store: Store, path: str) -> Receipt | None:
             metadata = pq.read_metadata(stream).metadata or {}
     except FileNotFoundError:
         return None
-    return Receipt(**{**json.loads(metadata[RECEIPT]), "path": path, "reused": True})
+    index = metadata.get(INDEX, b"").decode()
+    return Receipt(**{**json.loads(metadata[RECEIPT]), "path": path, "reused": True, "index": index})
+
+
+def read_finished(store: Store, path: str) -> Receipt | None:
+    """Return the receipt of a finished shard of tiles, with its `index`; None when there is no such shard."""
+    receipt = read_receipt(store, path)
+    return receipt if receipt is None or receipt.index else replace(receipt, index=_read_index_rows(store, path))
 
 
 def rows_in_group(table: pa.Table) -> int:
@@ -94,7 +124,7 @@ def write_table(store: Store, table: pa.Table, receipt: Receipt, group: int | No
     """
     group = group or rows_in_group(table)
     stored = asdict(receipt)
-    del stored["reused"]
+    del stored["reused"], stored["index"]
     table = table.replace_schema_metadata({RECEIPT: json.dumps(stored, sort_keys=True).encode()})
     encoded = [name for name in table.column_names if pa.types.is_binary(table.schema.field(name).type)]
     sink = io.BytesIO()
@@ -106,7 +136,16 @@ def write_table(store: Store, table: pa.Table, receipt: Receipt, group: int | No
         write_statistics=[name for name in table.column_names if name not in encoded],
     ) as writer:
         writer.write_table(table, row_group_size=group)
+        if receipt.index:  # not with the schema, which the footer holds twice
+            writer.add_key_value_metadata({INDEX: receipt.index.encode()})
     store.write(receipt.path, sink.getvalue())
+
+
+def write_tiles(store: Store, tiles: pa.Table, receipt: Receipt) -> Receipt:
+    """Write a shard of tiles, and return its receipt with the `index` that its footer holds."""
+    receipt = replace(receipt, index=index_rows(tiles, group := rows_in_group(tiles)))
+    write_table(store, tiles, receipt, group)
+    return receipt
 
 
 @dataclass(frozen=True)
@@ -180,35 +219,82 @@ def shard_paths(store: Store, folder: str, split: str) -> list[str]:
     return sorted(entry.path for entry in store.list(f"{folder}/split={split}") if _SHARD.search(entry.path))
 
 
-def read_index(store: Store, split: str, folder: str = "tiles") -> TileIndex:
-    """Read the index of a committed split, without tiles that have no mask: they can neither teach nor judge."""
-    paths = shard_paths(store, folder, split)
-    columns = ["tile_id", "slide_id", "width", "height", "mask_fraction"]
+def write_index(store: Store, split: str, fingerprint: str, receipts: Iterable[Receipt]) -> str:
+    """Write the index of a split, before it is committed.
 
-    def read(path: str) -> tuple[pa.Table, list[int]]:
-        with store.open(path) as stream:
-            file = open_table(stream, path)
-            groups = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
-            return file.read(columns=columns), groups
+    Args:
+        store: The run.
+        split: Its name.
+        fingerprint: Of the ingest.
+        receipts: Of its shards.
 
-    with ThreadPoolExecutor(READERS) as pool:
-        shards = list(pool.map(read, paths))
-    if not shards:
-        nothing = np.zeros(0, np.int32)
-        return TileIndex((), nothing, nothing, nothing, (), (), 0, np.zeros(0, np.float32))
-    table = pa.concat_tables([part for part, _ in shards])
+    Returns:
+        The hash that the commit marker must name for the index to be read.
+    """
+    content = encode_index(index_table({receipt.path: receipt.index for receipt in receipts}))
+    store.write(index_path(split, fingerprint), content)
+    return index_hash(content)
+
+
+def read_index(
+    store: Store, split: str, folder: str = "tiles", *, committed: tuple[str, str] | None = None
+) -> TileIndex:
+    """Read the index of a committed split, without tiles that have no mask: they can neither teach nor judge.
+
+    Args:
+        store: The run.
+        split: Its name.
+        folder: Of its shards.
+        committed: Path and hash of its index file. Without it, or where the file is not the one that was committed,
+            the shards are read, with some hundred requests each.
+
+    Returns:
+        The places of its tiles.
+    """
+    table = _read_index_file(store, *committed) if committed else None
+    if table is None:
+        paths = shard_paths(store, folder, split)
+        with ThreadPoolExecutor(READERS) as pool:
+            table = index_table(
+                dict(zip(paths, pool.map(lambda path: _read_index_rows(store, path), paths), strict=True))
+            )
     areas = table["width"].to_numpy().astype(np.int64) * table["height"].to_numpy()
-    index = TileIndex(
-        tuple(paths),
-        np.concatenate([np.full(len(part), number, np.int32) for number, (part, _) in enumerate(shards)]),
-        np.concatenate([np.repeat(np.arange(len(groups), dtype=np.int32), groups) for _, groups in shards]),
-        np.concatenate([np.arange(rows, dtype=np.int32) for _, groups in shards for rows in groups]),
-        tuple(table["tile_id"].to_pylist()),
-        tuple(table["slide_id"].to_pylist()),
+    annotated = table.filter(table["mask_fraction"].is_valid())
+    slides = annotated["slide_id"].combine_chunks().dictionary_encode()
+    names = slides.dictionary.to_pylist()  # each name once in memory, and once where the index is sent
+    return TileIndex(
+        tuple(json.loads(table.schema.metadata[PATHS])),
+        annotated["shard"].to_numpy(),
+        annotated["group"].to_numpy(),
+        annotated["row"].to_numpy(),
+        tuple(annotated["tile_id"].to_pylist()),
+        tuple(names[number] for number in slides.indices.to_pylist()),
         int(areas.max(initial=0)),
-        table["mask_fraction"].to_numpy().astype(np.float32),  # NaN where there is no mask
+        annotated["mask_fraction"].to_numpy().astype(np.float32),
     )
-    return index.select(np.asarray(table["mask_fraction"].is_valid()))
+
+
+def _read_index_file(store: Store, path: str, sha256: str) -> pa.Table | None:
+    """Return the index in a file; None when it is gone, or is not the one with this hash."""
+    try:
+        content = store.read(path)
+    except FileNotFoundError:
+        content = b""
+    if index_hash(content) != sha256:
+        log.warning("%s: is not what was committed; the index is read from the shards, which takes longer", path)
+        return None
+    return open_table(pa.BufferReader(content), path).read()
+
+
+def _read_index_rows(store: Store, path: str) -> str:
+    """Return `index_rows` of a shard: what its footer holds, or, of an older one, its columns."""
+    with store.open(path) as stream:
+        file = open_table(stream, path)
+        rows = (file.metadata.metadata or {}).get(INDEX)
+        if rows is not None:
+            return rows.decode()
+        group = file.metadata.row_group(0).num_rows if file.num_row_groups else 1
+        return index_rows(file.read(columns=list(COLUMNS)), group)
 
 
 def read_rows(store: Store, places: Iterable[tuple[str, int, int]], columns: Sequence[str]) -> list[dict[str, Any]]:

@@ -164,6 +164,7 @@ RECEIPT_SCHEMA = pa.schema(
         ("skipped", pa.map_(pa.string(), pa.int64())),
         ("rejects", pa.list_(_REJECT)),
         ("reused", pa.bool_()),
+        ("index", pa.string()),
     ]
 )
 

@@ -59,11 +59,13 @@ def evaluate_tiles(
     task: EvaluateTask, paths: Sequence[str], plan: PoolPlan, on_done: Callable[[int], None]
 ) -> pa.Table:
     """The per-tile table of all test tiles, in the order of the shards."""
-    rows = []
-    for row in map_shards(lambda: _Evaluator(task), paths, plan):
-        rows.append(row)
-        on_done(len(rows))
-    return pa.Table.from_pylist(rows, task.schema)
+    tables, done = [task.schema.empty_table()], 0  # as they come: rows as dicts would take ten times the memory
+    for table in map_shards(lambda: _Evaluator(task), paths, plan):
+        if table.num_rows:
+            tables.append(table.cast(task.schema))
+            done += table.num_rows
+            on_done(done)
+    return pa.concat_tables(tables)
 
 
 def draw_tiles(task: EvaluateTask, wanted: Mapping[str, Sequence[str]], plan: PoolPlan) -> dict[str, DrawnTile]:
@@ -85,7 +87,8 @@ def draw_tiles(task: EvaluateTask, wanted: Mapping[str, Sequence[str]], plan: Po
         return draw
 
     few = replace(plan, actors=max(1, min(plan.actors, len(wanted))))
-    rows = map_shards(work, list(wanted), few)
+    drawn = map_shards(work, list(wanted), few)
+    rows = (row for table in drawn for row in table.to_pylist())
     return {row["id"]: DrawnTile(row["fusion"], row["changes"]) for row in rows}
 
 

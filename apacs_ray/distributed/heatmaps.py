@@ -5,13 +5,16 @@ A row holds one lossless RGB PNG, whose channels are the probabilities of FCN-32
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from apacs_ray.data.shards import Receipt, open_table, read_receipt, write_table
+from apacs_ray.data.shards import Receipt, TileIndex, open_table, read_receipt, write_table
 from apacs_ray.distributed.tasks import PoolPlan, map_shards
 from apacs_ray.storage import Store
 from apacs_ray.training.dataset import Heatmaps, decode_pixels, encode_heatmaps
@@ -21,19 +24,22 @@ if TYPE_CHECKING:
 
 HEATMAP_SCHEMA = pa.schema([("tile_id", pa.string()), ("heatmaps", pa.binary())])
 ALL = 0  # the fold of tiles that no fold left out: seen by the members trained on everything
+_PATH = pa.dictionary(pa.int32(), pa.string())
+FOLD_SCHEMA = pa.schema([("path", _PATH), ("tile_id", pa.string()), ("fold", pa.int8())])  # of train tiles
 
 
 @dataclass(frozen=True)
 class HeatmapTask:
     """What every heatmap shard has in common.
 
-    `members[fold]` are the model folders that see the tiles with `fold_of[tile_id] == fold`.
+    `members[fold]` are the model folders that see the tiles of that fold, as the file `folds` says: a table of
+    `FOLD_SCHEMA`, which actors read from the store. None: all are of the fold `ALL`.
     """
 
     store: Store
     heatmaps: Heatmaps
     members: Mapping[int, Mapping[str, str]]
-    fold_of: Mapping[str, int]
+    folds: str | None
     threads: int
     precision: str
     views: int
@@ -44,11 +50,26 @@ def write_heatmaps(
 ) -> tuple[int, int]:
     """Write the heatmap shard of every tile shard; returns rows in and rows out."""
     rows_in = rows_out = 0
-    for row in map_shards(lambda: _HeatmapWriter(task), paths, plan):
-        rows_in += row["rows_in"]
-        rows_out += row["rows_out"]
+    for table in map_shards(lambda: _HeatmapWriter(task), paths, plan):
+        for row in table.to_pylist():
+            rows_in += row["rows_in"]
+            rows_out += row["rows_out"]
         on_done(rows_in)
     return rows_in, rows_out
+
+
+def write_folds(store: Store, path: str, index: TileIndex, fold_of: Mapping[str, int]) -> None:
+    """Write the fold of each tile of an index, by shards, as actors look them up."""
+    shards = pa.DictionaryArray.from_arrays(pa.array(index.shard), pa.array(index.paths, pa.string()))
+    folds = pa.array([fold_of[tile] for tile in index.tile_ids], pa.int8())
+    sink = io.BytesIO()
+    pq.write_table(pa.table([shards, pa.array(index.tile_ids), folds], FOLD_SCHEMA), sink)
+    store.write(path, sink.getvalue())
+
+
+def read_folds(store: Store, path: str) -> pa.Table:
+    """Return the table of `FOLD_SCHEMA` that `write_folds` wrote."""
+    return open_table(pa.BufferReader(store.read(path)), path).read()
 
 
 class _HeatmapWriter:
@@ -56,6 +77,7 @@ class _HeatmapWriter:
 
     def __init__(self, task: HeatmapTask) -> None:
         self._task = task
+        self._folds = FOLD_SCHEMA.empty_table() if task.folds is None else read_folds(task.store, task.folds)
         self._predictors: dict[int, Predictor] = {}
 
     def __call__(self, path: str) -> pa.Table:
@@ -75,12 +97,14 @@ class _HeatmapWriter:
 
     def _write(self, path: str, target: str) -> Receipt:
         rows = []
+        tiles = self._folds.filter(pc.field("path") == path)
+        fold_of = dict(zip(tiles["tile_id"].to_pylist(), tiles["fold"].to_pylist(), strict=True))
         with self._task.store.open(path) as stream:
             file = open_table(stream, path, pre_buffer=True)
             group = file.metadata.row_group(0).num_rows if file.num_row_groups else None
             for number in range(file.num_row_groups):
                 for tile in file.read_row_group(number, columns=["tile_id", "image"]).to_pylist():
-                    predictor = self._predictor(self._task.fold_of.get(tile["tile_id"], ALL))
+                    predictor = self._predictor(fold_of.get(tile["tile_id"], ALL))
                     probabilities = predictor.probabilities(decode_pixels(tile["image"]), self._task.views)
                     rows.append({"tile_id": tile["tile_id"], "heatmaps": encode_heatmaps(probabilities)})
         receipt = Receipt(target, len(rows), len(rows))

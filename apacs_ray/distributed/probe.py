@@ -9,7 +9,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 
-from apacs_ray.distributed.resource_plan import Cluster
+from apacs_ray.distributed.resource_plan import Cluster, Nodes
 from apacs_ray.errors import ApacsError
 from apacs_ray.runs.provenance import ROOT
 
@@ -37,7 +37,8 @@ def probe_cluster(timeout: float = TIMEOUT) -> ClusterProbe:
     if done.returncode or not lines:
         raise ApacsError(f"Ray did not join: {cause(done.stderr) or f'exit status {done.returncode}'}")
     tree = json.loads(lines[-1])
-    return ClusterProbe(Cluster(**tree["cluster"]), tree["machines"])
+    kinds = tuple(Nodes(**nodes) for nodes in tree["cluster"].pop("kinds"))
+    return ClusterProbe(Cluster(**tree["cluster"], kinds=kinds), tree["machines"])
 
 
 def cause(text: str) -> str:

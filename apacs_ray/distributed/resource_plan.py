@@ -9,35 +9,22 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
-from apacs_ray.config.sweep import Sweep
-from apacs_ray.errors import ApacsError
 from apacs_ray.models.registry import cost
 
 TOGETHER = "together"
 TRAINING_PER_DECODING = 8  # CPUs: a core decodes tiles faster than 8 train on them
 SHARED_GPU = 0.2  # of a GPU, for a small network that shares it with a larger one
 SMALL = 0.25  # share of the cost of the largest network, below which one is small
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Logical resources of all nodes together; of those that train how many there are, and what the poorest has."""
-
-    cpus: float
-    gpus: float
-    nodes: int
-    node_cpus: float
-    gpu_cpus: float = 0.0  # CPUs for each GPU
-    plain_cpus: float = 0.0  # of nodes without GPUs
-
-    @property
-    def tiling_cpus(self) -> float:
-        """CPUs for work that needs no GPU: nodes with one are left alone while there are others."""
-        return self.plain_cpus or self.cpus
+# What a step of several workers waits for their gradients to be summed, in the unit of `models.registry.cost`: by ring,
+# each sends 2 (n - 1) / n of 537 MB. At 8 GB/s between GPUs of a node without NVLink, and 3 GFLOP a GFLOP of a forward
+# pass at 40 TFLOP/s (an L4), that is 0.067 s, as long as 900; half of it is hidden behind the backward pass. An H100
+# with NVLink computes nine times and sends twenty times as fast.
+ALL_REDUCE = 450.0
+BETWEEN_NODES = 3.0  # times as long, by 25 Gbit/s
 
 
 @dataclass(frozen=True)
@@ -47,6 +34,32 @@ class Nodes:
     cpus: float
     gpus: float
     count: int
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Logical resources of all nodes together; of those that train how many there are, and what the poorest has.
+
+    GPUs of nodes without CPUs are not counted: whatever runs on a GPU asks for some of a CPU beside it.
+    """
+
+    cpus: float
+    gpus: float
+    nodes: int
+    node_cpus: float
+    gpu_cpus: float = 0.0  # CPUs for each GPU
+    plain_cpus: float = 0.0  # of nodes without GPUs
+    kinds: tuple[Nodes, ...] = field(default=(), compare=False)  # nodes with CPUs; empty: all are alike
+
+    @property
+    def tiling_cpus(self) -> float:
+        """CPUs for work that needs no GPU: nodes with one are left alone while there are others."""
+        return self.plain_cpus or self.cpus
+
+    def nodes_with(self, gpus: bool) -> tuple[Nodes, ...]:
+        """Return the nodes that can be asked for CPUs, or for GPUs and CPUs."""
+        kinds = self.kinds or (Nodes(self.node_cpus, self.gpus / self.nodes, self.nodes),)
+        return tuple(nodes for nodes in kinds if nodes.gpus or not gpus)
 
 
 def cluster_of(alive: Sequence[Nodes], startable: Sequence[Nodes]) -> Cluster:
@@ -61,22 +74,32 @@ def cluster_of(alive: Sequence[Nodes], startable: Sequence[Nodes]) -> Cluster:
     Returns:
         Their resources together.
     """
-    kinds: dict[tuple[float, float], int] = {}
+    most: dict[tuple[float, float], int] = {}
     for nodes in startable:
-        kinds[nodes.cpus, nodes.gpus] = max(nodes.count, kinds.get((nodes.cpus, nodes.gpus), 0))
-    planned = [Nodes(cpus, gpus, count) for (cpus, gpus), count in kinds.items()]
-    cpus, gpus = (
-        max(sum(getattr(nodes, what) * nodes.count for nodes in group) for group in (alive, planned))
-        for what in ("cpus", "gpus")
-    )
+        most[nodes.cpus, nodes.gpus] = max(nodes.count, most.get((nodes.cpus, nodes.gpus), 0))
+    planned = [Nodes(cpus, gpus, count) for (cpus, gpus), count in most.items()]
+    groups = [tuple(nodes for nodes in group if nodes.cpus) for group in (alive, planned)]
+    totals = [(_total(group, "gpus"), _total(group, "cpus")) for group in groups]
+    gpus, cpus = (max(values) for values in zip(*totals, strict=True))
     count, node_cpus, gpu_cpus = 1, math.inf, math.inf
-    for group in (alive, planned):
-        training = [nodes for nodes in group if nodes.cpus and (nodes.gpus or not gpus)]
+    for group in groups:
+        training = [nodes for nodes in group if nodes.gpus or not gpus]
         count = max(count, sum(nodes.count for nodes in training))
         node_cpus = min([node_cpus, *(nodes.cpus for nodes in training)])
         gpu_cpus = min([gpu_cpus, *(nodes.cpus / nodes.gpus for nodes in training if gpus)])
-    plain_cpus = max(sum(nodes.cpus * nodes.count for nodes in group if not nodes.gpus) for group in (alive, planned))
-    return Cluster(cpus or 1.0, gpus, count, min(node_cpus, cpus or 1.0), gpu_cpus if gpus else 0.0, plain_cpus)
+    return Cluster(
+        cpus or 1.0,
+        gpus,
+        count,
+        min(node_cpus, cpus or 1.0),
+        gpu_cpus if gpus else 0.0,
+        max(_total([nodes for nodes in group if not nodes.gpus], "cpus") for group in groups),
+        groups[totals.index(max(totals))],
+    )
+
+
+def _total(group: Sequence[Nodes], what: Literal["cpus", "gpus"]) -> float:
+    return sum(getattr(nodes, what) * nodes.count for nodes in group)
 
 
 @dataclass(frozen=True)
@@ -90,9 +113,21 @@ class NetworkPlan:
     threads: int
     data_tasks: int  # for each worker; 0: it decodes alone
 
+    @property
+    def backend(self) -> Literal["nccl", "gloo"] | None:
+        """What carries gradients between workers; None for one alone.
+
+        NCCL refuses two workers of a network on one GPU, where those of up to half of one may lie.
+        """
+        if self.workers == 1:
+            return None
+        return "nccl" if self.gpus > 0.5 else "gloo"
+
     def describe(self) -> str:
         """Return this for a person, as in `fcn8: 1 worker x 0.66 CPU (1 torch thread, 1 data task)`."""
         device = f"{self.gpus:g} GPU + {self.cpus:g} CPU" if self.gpus else f"{self.cpus:g} CPU"
+        if self.gpus and self.backend:
+            device += " over NCCL" if self.backend == "nccl" else " over gloo, as they share GPUs"
         workers = f"{self.workers} worker{'s' * (self.workers > 1)}"
         threads = f"{self.threads} torch thread{'s' * (self.threads > 1)}"
         return (
@@ -134,7 +169,8 @@ def plan_training(
     """Plan resources for training `names` on `cluster`.
 
     On CPUs each worker gets an equal fraction of a node; on GPUs the split that ends first by the networks' costs, and
-    of a node's CPUs what a worker gets of its GPUs. A worker gets at least one tile of a batch.
+    of a node's CPUs what a worker gets of its GPUs. A worker gets at least one tile of a batch. Where more workers are
+    asked for than all networks have GPUs for, these train in turn, each on whole GPUs while there are enough.
 
     Args:
         names: Of the networks, as in `models.registry`.
@@ -154,92 +190,54 @@ def plan_training(
     if mode == "together" and len(names) > 1:
         (one,) = plan_training([TOGETHER], cluster, workers=workers, batch_size=batch_size).networks
         return TrainingPlan((replace(one, name=" + ".join(names)),), "together")
-    gpus = math.floor(cluster.gpus)
+    gpus, workers = math.floor(cluster.gpus), min(workers, batch_size)
     if gpus >= 1:
-        return TrainingPlan(_on_gpus(names, gpus, cluster, workers, batch_size), "parallel")
+        # workers of a network on parts of GPUs would send their gradients through the host
+        in_turn = workers > 1 and len(names) * workers > gpus
+        shares = (
+            _asked_shares(names, gpus, workers, in_turn) if workers else _gpu_shares(names, gpus, batch_size, cluster)
+        )
+        return TrainingPlan(_on_gpus(shares, cluster), "in turn" if in_turn else "parallel")
     parallel = cluster.cpus >= 2
-    count = min(workers or 1, batch_size)
+    count = workers or 1
     on_node = math.ceil(count * (len(names) if parallel else 1) / cluster.nodes)
-    cpus = _floor(cluster.node_cpus / on_node)
+    cpus = floor_share(cluster.node_cpus / on_node)
     threads, tasks = max(1, int(cpus)), max(1, int(cpus / TRAINING_PER_DECODING))
     networks = tuple(NetworkPlan(name, count, cpus, 0.0, threads, tasks) for name in names)
     return TrainingPlan(networks, "parallel" if parallel else "in turn")
 
 
-def plan_trials(
-    cluster: Cluster, *, workers: int, cpu: float, gpu: float, batch_size: int, trials: int, concurrency: int = 0
-) -> tuple[NetworkPlan, int]:
-    """Plan the resources of each worker of a trial, and how many of `trials` may run at a time.
-
-    A trial of one worker is a process of Ray Tune's own. One of several starts them with Ray Train, one after the
-    other: more such trials than fit would wait for each other forever. Their workers decode for themselves, as Ray Data
-    would heed what trials that were stopped had reserved for minutes after. A worker lies on one node and one GPU;
-    where it asks for more CPUs than a node has, it gets those.
-
-    Returns:
-        Resources of each worker of a trial, and how many trials run at a time.
-
-    Raises:
-        ApacsError: The GPUs are too few.
-    """
-    workers = min(workers, batch_size)
-    gpu = gpu if cluster.gpus else 0.0
-    if workers == 1:
-        cpu = min(cpu, cluster.node_cpus)
-        places = math.floor(cluster.cpus / cpu + 1e-9)
-    else:
-        node_cpus = 0.95 * cluster.node_cpus  # the rest is for the processes that start workers
-        cpu = min(cpu, _floor(node_cpus / math.ceil(workers / cluster.nodes)))
-        places = cluster.nodes * math.floor(node_cpus / cpu + 1e-9)
-    if gpu:
-        places = min(places, math.floor(cluster.gpus) * math.floor(1 / gpu + 1e-9))
-    if places < workers:
-        asked = f"{workers} workers with {gpu:g} GPU each"
-        raise ApacsError(f"tune.config: a trial asks for {asked}; the cluster's {cluster.gpus:g} GPUs hold {places}")
-    at_once = max(1, min(places // workers, trials, concurrency or trials))
-    return NetworkPlan("fusion", workers, cpu, gpu, max(1, int(cpu)), 0), at_once
+Shares = Mapping[str, tuple[int, float]]  # workers and GPUs a worker, by network
 
 
-def plan_sweep(sweep: Sweep, cluster: Cluster, batch_size: int) -> tuple[NetworkPlan, int]:
-    """Return `plan_trials` of what the sweep asks for."""
-    asked = sweep.resources
-    return plan_trials(
-        cluster,
-        workers=asked.workers,
-        cpu=asked.cpu,
-        gpu=asked.gpu,
-        batch_size=batch_size,
-        trials=sweep.trials_in_all,
-        concurrency=sweep.concurrency,
-    )
-
-
-def _on_gpus(
-    names: Sequence[str], gpus: int, cluster: Cluster, workers: int, batch_size: int
-) -> tuple[NetworkPlan, ...]:
-    shares = _gpu_shares(names, gpus, batch_size)
-    if workers:
-        shares = {name: (workers, _gpu_share(workers * len(names), gpus)) for name in names}
+def _on_gpus(shares: Shares, cluster: Cluster) -> tuple[NetworkPlan, ...]:
     plans = []
     for name, (count, gpu) in shares.items():
-        cpus = _floor(gpu * cluster.gpu_cpus)
-        plans.append(NetworkPlan(name, min(count, batch_size), cpus, gpu, max(1, int(cpus / 2)), max(1, int(cpus) - 1)))
+        cpus = floor_share(gpu * cluster.gpu_cpus)
+        plans.append(NetworkPlan(name, count, cpus, gpu, max(1, int(cpus / 2)), max(1, int(cpus) - 1)))
     return tuple(plans)
 
 
-def _gpu_shares(names: Sequence[str], gpus: int, batch_size: int) -> dict[str, tuple[int, float]]:
+def _asked_shares(names: Sequence[str], gpus: int, workers: int, in_turn: bool) -> Shares:
+    at_once = workers if in_turn else workers * len(names)
+    return {name: (workers, _gpu_share(at_once, gpus)) for name in names}
+
+
+def _gpu_shares(names: Sequence[str], gpus: int, batch_size: int, cluster: Cluster) -> Shares:
     """Split GPUs so that the slowest network ends first; of equal splits take the one of fewer GPUs.
 
     Either whole GPUs for each, or a small network (FCN-32) on the side of a larger one. A step takes a worker as long
-    as its largest part of a batch: four tiles take three workers as long as two.
+    as its largest part of a batch: four tiles take three workers as long as two. Then gradients travel.
 
     Returns:
         Workers and GPUs a worker, by network.
     """
     useful = sorted({-(-batch_size // part) for part in range(1, batch_size + 1)})
+    on_node = min(kind.gpus for kind in cluster.nodes_with(gpus=True))
 
     def steps(name: str, count: int) -> float:
-        return cost(name) * math.ceil(batch_size / count)
+        sums = ALL_REDUCE * 2 * (count - 1) / count * (BETWEEN_NODES if count > on_node else 1)
+        return cost(name) * math.ceil(batch_size / count) + sums
 
     def best(among: Sequence[str]) -> tuple[float, int, tuple[int, ...]] | None:
         """When the slowest ends, GPUs, and workers of each."""
@@ -261,7 +259,7 @@ def _gpu_shares(names: Sequence[str], gpus: int, batch_size: int) -> dict[str, t
 
 def share_of_gpu(together: int) -> float:
     """Return what each of `together` processes gets of the GPU that they share."""
-    return _floor(1 / together)
+    return floor_share(1 / together)
 
 
 def _gpu_share(workers: int, gpus: int) -> float:
@@ -269,6 +267,6 @@ def _gpu_share(workers: int, gpus: int) -> float:
     return share_of_gpu(math.ceil(workers / gpus))
 
 
-def _floor(value: float) -> float:
-    """Down to a hundredth: rounding up would ask for more than there is."""
+def floor_share(value: float) -> float:
+    """Round down to a hundredth, at least one: rounding up would ask for more than there is."""
     return max(0.01, math.floor(value * 100 + 1e-9) / 100)

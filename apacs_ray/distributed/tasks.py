@@ -119,8 +119,9 @@ def plan_pool(cluster: Cluster, shards: int, *, a_gpu: int = 1) -> PoolPlan:
     """
     gpus = int(cluster.gpus)
     if gpus:
-        together = max(1, min(a_gpu, int(cluster.gpu_cpus), -(-shards // gpus)))
-        cpus = min(1.0, cluster.gpu_cpus / (2 * together))
+        node_cpus = cluster.gpu_cpus or cluster.cpus / gpus  # an actor lies on a node with a GPU
+        together = max(1, min(a_gpu, int(node_cpus), -(-shards // gpus)))
+        cpus = min(1.0, node_cpus / (2 * together))
         return PoolPlan(max(1, min(gpus * together, shards)), cpus, share_of_gpu(together))
     return PoolPlan(max(1, min(int(cluster.cpus), shards)), min(1.0, cluster.cpus), 0.0)
 
@@ -156,13 +157,11 @@ def plan_segment_pool(cluster: Cluster) -> SegmentPool:
 
 def map_shards(
     work: Callable[[], Callable[[str], pa.Table]], paths: Sequence[str], plan: PoolPlan
-) -> Iterator[dict[str, Any]]:
-    """Yield the rows of the tables that `work()(path)` returns for every path; `work()` runs once in each actor.
-
-    Results come in the order of `paths`, one table at a time.
+) -> Iterator[pa.Table]:
+    """Yield the tables that `work()(path)` returns for every path; `work()` runs once in each actor.
 
     Yields:
-        A row as a dict, column -> value.
+        A table, in the order of `paths`; those without rows may be left out.
     """
     import ray
 
@@ -181,7 +180,7 @@ def map_shards(
         compute=ray.data.ActorPoolStrategy(size=plan.actors),
         runtime_env=KEEP_MEMORY,
     )
-    yield from dataset.iter_rows()
+    yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
 
 
 def run_in_task(work: Callable[[], T], *, cpus: float, gpus: float) -> T:

@@ -101,8 +101,8 @@ def _fit_once(task: TrainingTask, callbacks: Sequence[Any]) -> bool:
     torch_config = None
     if plan.workers == 1:
         torch_config = torch_config_without_process_group()
-    elif 0 < plan.gpus < 1:
-        torch_config = TorchConfig(backend="gloo")  # NCCL refuses two ranks on one GPU
+    elif plan.backend == "gloo":
+        torch_config = TorchConfig(backend="gloo")  # else Ray takes NCCL, where torch finds GPUs
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={"task": task},

@@ -19,8 +19,9 @@ from apacs_ray.config.sweep import MUTABLE, Distribution, Sweep
 from apacs_ray.console import say
 from apacs_ray.distributed.credentials import ray_filesystem
 from apacs_ray.distributed.ray_internals import keep_aws_variables_from_trials
-from apacs_ray.distributed.resource_plan import Cluster, plan_sweep
+from apacs_ray.distributed.resource_plan import Cluster
 from apacs_ray.distributed.trial import FAILURE, TRIAL_CURVES, TrialTask, error_line, plain_setting, run_trial
+from apacs_ray.distributed.trial_plan import plan_sweep
 from apacs_ray.training.tensorboard import CURVES
 
 

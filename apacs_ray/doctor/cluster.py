@@ -9,7 +9,8 @@ from apacs_ray.config.command_line import Command
 from apacs_ray.config.sweep import read_sweep
 from apacs_ray.distributed.cluster import refuse_local, why_unreachable
 from apacs_ray.distributed.probe import ClusterProbe, probe_cluster
-from apacs_ray.distributed.resource_plan import Cluster, Nodes, cluster_of, plan_sweep, plan_training
+from apacs_ray.distributed.resource_plan import Cluster, Nodes, cluster_of, plan_training
+from apacs_ray.distributed.trial_plan import plan_sweep
 from apacs_ray.doctor.finding import Finding
 from apacs_ray.doctor.machine import usable_cpus
 from apacs_ray.errors import ApacsError

@@ -16,7 +16,7 @@ import pyarrow as pa
 from apacs_ray.data.grid import Box
 from apacs_ray.data.quality import focus
 from apacs_ray.data.rejects import Reject
-from apacs_ray.data.shards import Receipt, read_receipt, shard_path, write_table
+from apacs_ray.data.shards import Receipt, read_finished, shard_path, write_tiles
 from apacs_ray.data.splits import assign_val
 from apacs_ray.data.tile_rows import TILE_SCHEMA, TilePixels, TilePlace, tile_row
 from apacs_ray.data.units import one_unit
@@ -121,14 +121,14 @@ def write_slide_shard(task: SlideTask, summary: SlideSummary, shard: SlideShard)
         The receipt: what became of its rows.
     """
     path = shard_path("tiles", shard.split, task.fingerprint, shard.number)
-    finished = read_receipt(task.output, path)
+    finished = read_finished(task.output, path)
     if finished is not None:
         return finished
     rows = read_manifest(task.output, task.manifest_path(shard.slide), shard.rows)
     tiles, rejects = measure_tiles(task, summary, rows)
-    receipt = Receipt(path, len(rows), len(tiles), {}, rejects)
-    write_table(task.output, pa.Table.from_pylist(tiles, TILE_SCHEMA), receipt)
-    return receipt
+    return write_tiles(
+        task.output, pa.Table.from_pylist(tiles, TILE_SCHEMA), Receipt(path, len(rows), len(tiles), {}, rejects)
+    )
 
 
 def measure_tiles(

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from apacs_ray.config.settings import Settings
-from apacs_ray.data.shards import open_table
+from apacs_ray.data.shards import TileIndex, open_table
 from apacs_ray.distributed.evaluation import EvaluateTask, draw_tiles, evaluate_tiles
 from apacs_ray.distributed.tasks import PoolPlan, plan_pool
 from apacs_ray.evaluation.calibration import calibration
@@ -113,8 +113,7 @@ class Evaluate(Stage[EvaluateResult]):
         store.write("evaluation/per_tile.parquet", sink.getvalue())
         store.write("evaluation/metrics.json", json.dumps(metrics, indent=1).encode())
         store.write("evaluation/comparison.json", json.dumps(comparison, indent=1).encode())
-        shard_of = dict(zip(index.tile_ids, index.shard.tolist(), strict=True))
-        pictures = _pictures(task, per_tile, shard_of, index.paths, plan)
+        pictures = _pictures(task, per_tile, index, plan)
         figures = {f"evaluation/figures/{picture.kind}_{picture.rank}.png": picture.png for picture in pictures}
         for path, png in figures.items():
             store.write(path, png)
@@ -188,9 +187,7 @@ def read_rejects(store: Store) -> list[dict[str, Any]]:
     return rows
 
 
-def _pictures(
-    task: EvaluateTask, per_tile: pa.Table, shard_of: dict[str, int], paths: tuple[str, ...], plan: PoolPlan
-) -> list[TilePicture]:
+def _pictures(task: EvaluateTask, per_tile: pa.Table, index: TileIndex, plan: PoolPlan) -> list[TilePicture]:
     """Draw the tiles that the report shows.
 
     Returns:
@@ -198,8 +195,6 @@ def _pictures(
         fusion changed most px of the best member's answer for better, and for worse.
     """
     dice = dice_of(pixel_counts(per_tile, "fusion"))
-    ids = per_tile["tile_id"].to_pylist()
-    slides = dict(zip(ids, per_tile["slide_id"].to_pylist(), strict=True))
     ranked = [number for number in dice.argsort(kind="stable").tolist() if dice[number] == dice[number]]
     middle = max(0, len(ranked) // 2 - SHOWN // 2)
     chosen: list[tuple[str, int, str]] = []
@@ -218,15 +213,18 @@ def _pictures(
             for number in numbers[:SHOWN]
             if sign * gain[number] > 0
         ]
+    numbers = [number for _, number, _ in chosen]
+    named = per_tile.select(["tile_id", "slide_id"]).take(numbers).to_pylist()
+    tiles = dict(zip(numbers, named, strict=True))
     wanted: dict[str, list[str]] = defaultdict(list)
-    for _, number, _ in chosen:
-        wanted[paths[shard_of[ids[number]]]].append(ids[number])
+    for number, tile in tiles.items():
+        wanted[index.place(number).path].append(tile["tile_id"])
     drawn = draw_tiles(task, wanted, plan)
     ranks: dict[str, int] = defaultdict(int)
     pictures = []
     for kind, number, caption in chosen:
         ranks[kind] += 1
-        name = ids[number]
+        name, slide = tiles[number]["tile_id"], tiles[number]["slide_id"]
         png = drawn[name].changes if kind in ("better", "worse") else drawn[name].fusion
-        pictures.append(TilePicture(kind, ranks[kind], name, slides[name], caption, png))
+        pictures.append(TilePicture(kind, ranks[kind], name, slide, caption, png))
     return pictures

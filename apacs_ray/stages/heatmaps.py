@@ -9,8 +9,8 @@ import numpy as np
 
 from apacs_ray.config.settings import Settings
 from apacs_ray.console import say
-from apacs_ray.data.shards import TileIndex, read_index, shard_paths
-from apacs_ray.distributed.heatmaps import ALL, HeatmapTask, write_heatmaps
+from apacs_ray.data.shards import TileIndex, shard_paths
+from apacs_ray.distributed.heatmaps import ALL, HeatmapTask, write_folds, write_heatmaps
 from apacs_ray.distributed.starts import ValidationTiles, fit_starts, group_slides
 from apacs_ray.distributed.tasks import plan_pool
 from apacs_ray.errors import ApacsError
@@ -19,7 +19,7 @@ from apacs_ray.models.registry import MEMBERS
 from apacs_ray.models.spec import FusionStart
 from apacs_ray.runs.markers import Counts
 from apacs_ray.runs.provenance import fingerprint
-from apacs_ray.stages.ingest_result import IngestResult
+from apacs_ray.stages.ingest_result import IngestResult, read_committed_index
 from apacs_ray.stages.stage import Committed, Job, Stage, StageResult, delete_others
 from apacs_ray.stages.train_members import member_folder, member_network
 from apacs_ray.stages.train_networks import TrainingResult, read_indices, state_folder, train_networks
@@ -28,6 +28,7 @@ from apacs_ray.training.dataset import Heatmaps
 from apacs_ray.training.tensorboard import CURVES, CURVES_FILE, curves_path
 
 SPLITS = ("train", "val")  # test tiles are read by `evaluate` only
+FOLDS = "heatmaps/folds"  # there while the stage works
 STARTS = 1  # version of how the starts of fusions are fitted
 
 
@@ -73,20 +74,21 @@ class StoreHeatmaps(Stage[HeatmapsResult]):
         """Write one heatmap shard beside each tile shard."""
         store, settings = job.store, job.settings
         folders: dict[int, dict[str, str]] = {ALL: {name: member_folder(name) for name in MEMBERS}}
-        fold_of: dict[str, int] = {}
-        folds = settings.heatmaps.folds
+        folds, folds_path = settings.heatmaps.folds, None
         if folds > 1:
             indices = read_indices(store)
             fold_of = assign_folds(indices["train"], folds, settings.run.seed)
             for fold in range(1, folds + 1):
                 folders[fold] = self._train_fold(job, fingerprint, fold, indices, fold_of)
+            folds_path = f"{FOLDS}/{fingerprint[:8]}.parquet"
+            write_folds(store, folds_path, indices["train"], fold_of)
         job.ray.start()
         paths = [path for split in SPLITS for path in shard_paths(store, "tiles", split)]
         task = HeatmapTask(
             store,
             Heatmaps(MEMBERS, fingerprint),
             folders,
-            fold_of,
+            folds_path,
             settings.evaluate.threads,
             settings.evaluate.precision,
             settings.heatmaps.views,
@@ -103,13 +105,13 @@ class StoreHeatmaps(Stage[HeatmapsResult]):
                     store.delete(path)
         drawn = {curves_path(folder) for fold in folders.keys() - {ALL} for folder in folders[fold].values()}
         delete_others(store, f"{CURVES}/heatmaps", CURVES_FILE, drawn)
-        val = read_index(store, "val")
+        val = read_committed_index(store, "val")
         starts = fit_starts(ValidationTiles(store, task.heatmaps, group_slides(val.slide_ids)), val.paths)
         return HeatmapsResult(Counts(rows_in, rows_out), folds, starts)
 
     def tidy(self, store: Store, fingerprint: str) -> None:
-        """Delete the members of the folds."""
-        store.delete_folder("heatmaps/folds")
+        """Delete the folds and their members."""
+        store.delete_folder(FOLDS)
 
     def _train_fold(
         self, job: Job, fingerprint: str, fold: int, indices: dict[str, TileIndex], fold_of: dict[str, int]
@@ -118,7 +120,7 @@ class StoreHeatmaps(Stage[HeatmapsResult]):
         say(f"heatmaps: members without fold {fold}")
         train = indices["train"]
         others = {**indices, "train": train.select([fold_of[tile] != fold for tile in train.tile_ids])}
-        folders: dict[str, str] = {name: f"heatmaps/folds/{fold}/{name}" for name in MEMBERS}
+        folders: dict[str, str] = {name: f"{FOLDS}/{fold}/{name}" for name in MEMBERS}
         networks = [replace(member_network(job.settings, name, folders[name]), indices=others) for name in MEMBERS]
         train_networks(job, networks, fingerprint, self.ingest.fingerprint)
         for network in networks:

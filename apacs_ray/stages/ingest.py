@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from apacs_ray.config.settings import Settings
-from apacs_ray.data.shards import shard_paths
+from apacs_ray.data.index_file import INDEX_FILE, index_path
+from apacs_ray.data.shards import shard_paths, write_index
 from apacs_ray.data.slide_tables import read_table_text
 from apacs_ray.errors import ApacsError, UsageError
 from apacs_ray.runs.markers import Counts
@@ -88,6 +89,8 @@ class Ingest(Stage[IngestResult]):
         require_within_limit(job, written.unit, len(written.rejects), written.units.listed)
         require_within_limit(job, "annotations", len(written.annotation_rejects), written.annotations)
         require_within_limit(job, "tiles", len(tile_rejects), written.tiles)
+        index = {split: write_index(job.store, split, fingerprint, written.of_split(split)) for split in SPLITS}
+        delete_others(job.store, "tiles/_index", INDEX_FILE, {index_path(split, fingerprint) for split in SPLITS})
         refused_annotations = len(written.annotation_rejects)
         return IngestResult(
             counts,
@@ -103,6 +106,7 @@ class Ingest(Stage[IngestResult]):
             ignored_files=written.ignored_files,
             unreadable=dict(written.unreadable),
             mpp=written.mpp,
+            index=index,
         )
 
 

@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from apacs_ray.data.index_file import index_path
 from apacs_ray.data.rejects import Reject
-from apacs_ray.data.shards import Receipt
+from apacs_ray.data.shards import Receipt, TileIndex, read_index
+from apacs_ray.runs.markers import read_marker
 from apacs_ray.stages.stage import StageResult
+from apacs_ray.storage import Store
 
 
 @dataclass(frozen=True)
@@ -74,14 +77,21 @@ class WrittenTiles:
             skipped.update(receipt.skipped)
         return skipped
 
+    def of_split(self, split: str) -> list[Receipt]:
+        """Return the receipts of a split's shards."""
+        return [receipt for receipt in self.receipts if f"/split={split}/" in receipt.path]
+
     def rows(self, split: str) -> int:
         """Return how many tiles a split has."""
-        return sum(receipt.rows_out for receipt in self.receipts if f"/split={split}/" in receipt.path)
+        return sum(receipt.rows_out for receipt in self.of_split(split))
 
 
 @dataclass(frozen=True)
 class IngestResult(StageResult):
-    """Tiles as they are committed. `tiles` are rows by split; the other fields are those of `WrittenTiles`."""
+    """Tiles as they are committed.
+
+    `tiles` are rows by split, `index` is the hash of each split's index; the other fields are those of `WrittenTiles`.
+    """
 
     unit: Literal["pairs", "slides"]
     units: UnitCounts
@@ -95,3 +105,12 @@ class IngestResult(StageResult):
     ignored_files: int
     unreadable: dict[str, str]
     mpp: float | None = None
+    index: dict[str, str] = field(default_factory=dict)  # empty in older runs
+
+
+def read_committed_index(store: Store, split: str) -> TileIndex:
+    """Return the index of a committed split, by its file where the run has one."""
+    marker = read_marker(store, "tiles")
+    sha256 = marker.result.get("index", {}).get(split) if marker is not None else None
+    committed = (index_path(split, marker.fingerprint), sha256) if marker is not None and sha256 else None
+    return read_index(store, split, committed=committed)

@@ -12,7 +12,7 @@ import torch
 
 from apacs_ray.config.settings import MembersSettings, TrainingSettings
 from apacs_ray.console import say
-from apacs_ray.data.shards import TileIndex, read_index
+from apacs_ray.data.shards import TileIndex
 from apacs_ray.distributed.resource_plan import NetworkPlan, plan_training
 from apacs_ray.distributed.train import read_progress, train
 from apacs_ray.distributed.worker import NetworkTask, TrainingTask
@@ -20,6 +20,7 @@ from apacs_ray.errors import ApacsError
 from apacs_ray.models.spec import ModelSpec
 from apacs_ray.models.weights import build, weights_bytes
 from apacs_ray.runs.provenance import source_hash
+from apacs_ray.stages.ingest_result import read_committed_index
 from apacs_ray.stages.stage import Job, StageResult
 from apacs_ray.storage import Store
 from apacs_ray.training.augment import Augmentation
@@ -111,7 +112,7 @@ def read_indices(store: Store, splits: Sequence[str] = ("train", "val")) -> dict
     Raises:
         ApacsError: when one of them is empty.
     """
-    indices = {split: read_index(store, split) for split in splits}
+    indices = {split: read_committed_index(store, split) for split in splits}
     for split, index in indices.items():
         if not len(index):
             place = "rejects/ and data.val_fraction" if split == "val" else "rejects/"

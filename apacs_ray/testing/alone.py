@@ -110,10 +110,10 @@ def _map_blocks(
 
 def _map_shards(
     work: Callable[[], Callable[[str], pa.Table]], paths: Sequence[str], plan: object
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[pa.Table]:
     actor = work()
     for path in paths:
-        yield from actor(path).to_pylist()
+        yield actor(path)
 
 
 def _local_trainer(trainer: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from apacs_ray.data.index_file import index_hash, index_path
 from apacs_ray.data.shards import shard_paths
 from apacs_ray.errors import ApacsError
 from apacs_ray.models.spec import ModelSpec
@@ -77,6 +79,14 @@ def _tiles(store: Store, marker: Marker) -> Iterator[str]:
         if rows != marker.result["tiles"][split]:
             yield f"{marker.result['tiles'][split]} {split} tiles, on disk are {rows}"
         yield from _others(paths, f"tiles/split={split}/{marker.fingerprint[:8]}-")
+        index = store.read(index_path(split, marker.fingerprint))
+        if index_hash(index) != marker.result["index"][split]:
+            yield f"its {split} index is not the one on disk"
+        if pq.read_metadata(pa.BufferReader(index)).num_rows != rows:
+            yield f"{rows} {split} tiles on disk, its index has others"
+    indices = {index_path(split, marker.fingerprint) for split in SPLITS}
+    if {entry.path for entry in store.list("tiles/_index")} != indices:
+        yield "its indices are not those on disk"
     rejects = [entry.path for entry in store.list("rejects")]
     if rejects != [f"rejects/ingest-{marker.fingerprint[:8]}.parquet"]:
         yield f"its rejects are not those on disk ({rejects})"
