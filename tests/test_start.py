@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,7 @@ from apacs_ray.training.start import (
     FITTED,
     LOGITS,
     MEAN,
+    WEIGHTED,
     Levels,
     Overlap,
     best_start,
@@ -49,8 +50,8 @@ from apacs_ray.training.start import (
     fitted_start,
     loss_terms,
     member_sets,
-    overlap,
-    plain_starts,
+    overlaps,
+    weighted_starts,
 )
 from apacs_ray.training.state import save_state, snapshot
 
@@ -69,14 +70,29 @@ def tile(seed: int, skill: tuple[float, float, float] = (1.0, 2.0, 4.0), bias: f
 
 def fitted(tiles: list[Tile], members: tuple[str, ...] = MEMBERS) -> FusionStart:
     """Return the best start as `fit_starts` finds it, each tile of a slide of its own."""
-    candidates = plain_starts(members)
+    candidates = weighted_starts(members)
     if (combined := fitted_start([Levels.of(*one) for one in tiles], members)) is not None:
         candidates.append(combined)
     return best_start(candidates, [pooled(start, tiles) for start in candidates])
 
 
 def pooled(start: FusionStart, tiles: list[Tile]) -> Overlap:
-    return sum((overlap(start, *one) for one in tiles), Overlap())
+    """Return what a start finds, pixel by pixel."""
+    total = Overlap()
+    for heatmaps, mask in tiles:
+        found, cell = combined_logits(start, heatmaps) >= 0, mask.astype(bool)
+        total += Overlap(int((found & cell).sum()), int(found.sum()), int(cell.sum()))
+    return total
+
+
+def named(*weights: float) -> dict[str, float]:
+    return dict(zip(MEMBERS, weights, strict=True))
+
+
+def plain_starts(members: tuple[str, ...]) -> list[FusionStart]:
+    """Return each member alone, and their mean."""
+    alone = [FusionStart(name, {other: float(other == name) for other in members}) for name in members]
+    return [*alone, FusionStart(MEAN, {name: 1 / len(members) for name in members})]
 
 
 class TestFit:
@@ -98,6 +114,73 @@ class TestFit:
         assert start.temperature > 0
         assert set(start.weights) == set(members)
 
+    @settings(max_examples=40, deadline=None)
+    @given(
+        seed=st.integers(0, 2**20),
+        skill=st.tuples(*[st.floats(-3, 5)] * 3),
+        members=st.sampled_from(member_sets()),
+        tenths=st.tuples(*[st.integers(0, 10)] * 3).filter(any),
+    )
+    def test_it_is_never_below_any_weights_in_tenths(self, seed, skill, members, tenths) -> None:
+        tiles = [tile(seed + number, skill) for number in range(2)]
+        left = 10
+        weights = {}
+        for name, share in zip(members[:-1], tenths, strict=False):
+            weights[name] = min(share, left) / 10
+            left -= min(share, left)
+        rival = FusionStart("any", {**weights, members[-1]: left / 10})
+        assert (fitted(tiles, members).val_dice or 0.0) >= (pooled(rival, tiles).dice or 0.0)
+
+    def test_members_whose_errors_differ_are_weighted(self) -> None:
+        """The mean of all suffers from one that knows nothing; no member is as good as two."""
+        tiles = [tile(number, (0.0, 2.0, 3.0)) for number in range(3)]
+        start = fitted(tiles)
+        assert start.name == WEIGHTED
+        assert start.weights["fcn32"] <= 0.1
+        assert 0 < start.weights["fcn16"] < start.weights["fcn8"]
+        assert start.val_dice == pooled(start, tiles).dice
+        best = max(pooled(plain, tiles).dice or 0.0 for plain in plain_starts(MEMBERS))
+        assert start.val_dice is not None
+        assert start.val_dice > best + 0.01
+
+    def test_the_candidates_are_all_weights_once(self) -> None:
+        for members in member_sets():
+            candidates = weighted_starts(members)
+            kinds = {tuple(start.weights.values()) for start in candidates}
+            assert len(candidates) == len(kinds) == {2: 11, 3: 67}[len(members)]
+            assert [start for start in plain_starts(members) if start not in candidates] == []
+            assert {start.name for start in candidates} == {*members, MEAN, WEIGHTED}
+
+    @settings(max_examples=100, deadline=None)
+    @given(
+        members=st.sampled_from(member_sets()),
+        found=st.lists(st.integers(4, 5), min_size=67, max_size=67),
+    )
+    def test_of_equals_the_simplest_is_taken_whatever_the_others_are(self, members, found) -> None:
+        """No other of the same Dice has fewer members, nor with as many is nearer to even weights."""
+        candidates = [*weighted_starts(members), FusionStart(FITTED, dict.fromkeys(members, 1 / len(members)), 1.5)]
+        rows = [Overlap(both, 6, 6) for both in (found * 2)[: len(candidates)]]
+        chosen = best_start(candidates, rows)
+        assert chosen.val_dice == max(row.dice for row in rows)
+
+        def cost(start: FusionStart) -> tuple[bool, int, float]:
+            used = [weight for weight in start.weights.values() if weight]
+            return start.name == FITTED, len(used), round(max(used) - min(used), 6)
+
+        equals = [start for start, row in zip(candidates, rows, strict=True) if row.dice == chosen.val_dice]
+        assert cost(chosen)[:2] == min(cost(start)[:2] for start in equals)
+        even = [start for start in equals if cost(start) == (cost(chosen)[0], cost(chosen)[1], 0.0)]
+        assert not even or cost(chosen)[2] == 0.0
+
+    @settings(max_examples=40, deadline=None)
+    @given(seed=st.integers(0, 2**20), skill=st.tuples(*[st.floats(-3, 5)] * 3), coarse=st.sampled_from([1, 64, 255]))
+    def test_what_candidates_find_is_counted_as_pixel_by_pixel(self, seed, skill, coarse) -> None:
+        heatmaps, mask = tile(seed, skill)
+        heatmaps = heatmaps // coarse * coarse
+        starts = [*weighted_starts(MEMBERS), TestNetwork.START, *weighted_starts(("fcn32", "fcn8"))]
+        expected = [astuple(pooled(start, [(heatmaps, mask)])) for start in starts]
+        assert overlaps(starts, heatmaps, mask).tolist() == list(map(list, expected))
+
     def test_it_finds_the_bias_and_the_better_members(self) -> None:
         tiles = [tile(number, (0.0, 3.0, 3.0), bias=2.0) for number in range(6)]
         start = fitted(tiles)
@@ -111,9 +194,9 @@ class TestFit:
 
     def test_what_is_fitted_to_one_slide_is_no_candidate(self) -> None:
         """Its bias is that of the slide."""
-        assert fitted([tile(0, bias=2.0)]).name in (MEAN, *MEMBERS)
+        assert fitted([tile(0, bias=2.0)]).name != FITTED
         apart = [tile(number, bias=bias) for number, bias in enumerate((3.0, -3.0, 3.0, -3.0))]
-        assert fitted(apart).name in (MEAN, *MEMBERS)  # a bias that serves some slides fails on the others
+        assert fitted(apart).name != FITTED  # a bias that serves some slides fails on the others
         assert fitted([tile(number, bias=3.0) for number in range(4)]).name == FITTED
 
     @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
@@ -129,17 +212,21 @@ class TestFit:
         _, mask = tile(0)
         exact = np.where(mask[:, :, None] == 1, 230, 20).astype(np.uint8).repeat(3, axis=2)
         assert fitted([(exact, mask)]).name == "fcn8"  # all are right: no mean, and nothing that was fitted
-        candidates = [*plain_starts(MEMBERS), FusionStart(FITTED, dict(zip(MEMBERS, (0.0, 0.1, 0.9), strict=True)))]
-        same = Overlap(4, 5, 6)
-        assert best_start(candidates, [same] * 5).name == "fcn8"
-        assert best_start(candidates, [Overlap(3, 5, 6)] * 3 + [same] * 2).name == MEAN
-        assert best_start(candidates, [Overlap(3, 5, 6)] * 4 + [same]).name == FITTED
+        candidates = [*weighted_starts(MEMBERS), FusionStart(FITTED, named(0.0, 0.1, 0.9), 1.2)]
+        order = [named(0, 0, 1), named(0, 1, 0), named(1, 0, 0), named(0, 0.5, 0.5), named(0.5, 0, 0.5)]
+        for place, weights in enumerate(order):
+            same = [Overlap(3 if start.weights in order[:place] else 4, 5, 6) for start in candidates]
+            assert best_start(candidates, same).weights == weights
+        rows = [Overlap(4 if all(start.weights.values()) else 3, 5, 6) for start in candidates]
+        assert best_start(candidates, rows).name == MEAN
+        rows = [Overlap(4 if start.name == FITTED else 3, 5, 6) for start in candidates]
+        assert best_start(candidates, rows).name == FITTED
 
     @pytest.mark.parametrize("cell", [0, 1])
     def test_tiles_without_cells_or_full_of_them(self, cell: int) -> None:
         heatmaps, _ = tile(1)
         start = fitted([(heatmaps, np.full((SIDE, SIDE), cell, np.uint8))])
-        assert start.name in (MEAN, *MEMBERS)
+        assert start.name != FITTED
         if not cell:  # nothing tells members apart: as before there was a choice
             assert start.name == MEAN
         assert fitted([(heatmaps * 0, np.zeros((SIDE, SIDE), np.uint8))]).val_dice is None

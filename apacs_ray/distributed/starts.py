@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,9 +21,9 @@ from apacs_ray.training.start import (
     fitted_start,
     loss_terms,
     member_sets,
-    overlap,
-    plain_starts,
+    overlaps,
     rule,
+    weighted_starts,
 )
 
 
@@ -70,14 +70,14 @@ def fit_starts(tiles: ValidationTiles, paths: Sequence[str]) -> dict[str, Fusion
         The best start by `start_key` of its members.
     """
     folds = _count_levels(tiles, paths)
-    candidates = {members: plain_starts(members) for members in member_sets()}
+    candidates = {members: weighted_starts(members) for members in member_sets()}
     for members, starts in candidates.items():
         if (fitted := fitted_start(folds, members)) is not None:
             starts.append(fitted)
     different = list({rule(start): start for starts in candidates.values() for start in starts}.values())
-    overlaps = dict(zip(map(rule, different), _find(tiles, paths, different), strict=True))
+    found = dict(zip(map(rule, different), _find(tiles, paths, different), strict=True))
     best = {
-        start_key(members): best_start(starts, [overlaps[rule(start)] for start in starts])
+        start_key(members): best_start(starts, [found[rule(start)] for start in starts])
         for members, starts in candidates.items()
     }
     return dict(zip(best, _with_losses(tiles, paths, list(best.values())), strict=True))
@@ -111,8 +111,10 @@ def _find(tiles: ValidationTiles, paths: Sequence[str], starts: Sequence[FusionS
     """Count what each candidate finds on all tiles."""
 
     def find(number: int) -> bytes:
-        found = [[astuple(overlap(start, *tile)) for start in starts] for _, *tile in tiles.read(paths[number])]
-        return np.array(found, np.int64).reshape(-1, len(starts), 3).sum(axis=0).tobytes()
+        found = np.zeros((len(starts), 3), np.int64)
+        for _, *tile in tiles.read(paths[number]):
+            found += overlaps(starts, *tile)
+        return found.tobytes()
 
     total = np.zeros((len(starts), 3), np.int64)
     for content in map_numbers(find, len(paths)):

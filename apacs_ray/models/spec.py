@@ -20,7 +20,7 @@ class FusionStart:
     """What a refined fusion adds its residual to: sum(weight * logit) / temperature + bias, of clamped logits.
 
     Attributes:
-        name: A member's, `mean` or `fitted`.
+        name: A member's, `mean`, `weighted` or `fitted`.
         weights: By member, from 0, of sum 1.
         temperature: Above 0.
         bias: Logits.

@@ -29,7 +29,7 @@ from apacs_ray.training.tensorboard import CURVES, CURVES_FILE, curves_path
 
 SPLITS = ("train", "val")  # test tiles are read by `evaluate` only
 FOLDS = "heatmaps/folds"  # there while the stage works
-STARTS = 1  # version of how the starts of fusions are fitted
+STARTS = 2  # version of how the starts of fusions are fitted
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Where a refined fusion starts: the combination of its members that needs no training and is best on validation.
 
-Candidates are every single member, the plain mean of their logits, and one that is fitted: convex weights, a
-temperature and a bias. Pooled Dice on the validation tiles decides, at a logit of 0; of equals the simpler is taken.
+Candidates are all weights of the members' logits in tenths (among them every single member), their plain mean, and one
+that is fitted: weights, a temperature and a bias. Pooled Dice on the validation tiles decides, at a logit of 0. Of
+equals the simpler is taken: fewer members, then more even weights, then what was fitted.
 
 What is fitted to slides may be of no use to others: a bias makes up for the stain of the slide that it was fitted to.
 So it is a candidate only if, fitted to some of the slides, it beats all others on those left out; never with one slide.
@@ -34,6 +35,7 @@ SHARE = 10  # weights are tried in tenths
 FOLDS = 5  # groups of slides, at most, that are left out in turn
 TEMPERATURES = (0.25, 4.0)
 MEAN = "mean"
+WEIGHTED = "weighted"
 FITTED = "fitted"
 
 # logits of the 256 values that a stored heatmap has, as the network computes them
@@ -106,10 +108,15 @@ class Overlap:
         return 2 * self.both / total if total else None
 
 
-def plain_starts(members: Sequence[MemberName]) -> list[FusionStart]:
-    """Return the candidates that nothing is fitted for: each member alone, and their mean."""
-    alone = [FusionStart(name, {other: float(other == name) for other in members}) for name in members]
-    return [*alone, FusionStart(MEAN, {name: 1 / len(members) for name in members})]
+def weighted_starts(members: Sequence[MemberName]) -> list[FusionStart]:
+    """Return the candidates that have weights only: all in steps of 1 / `SHARE`, and the mean; none of them twice."""
+    mean = (1 / len(members),) * len(members)
+    starts = []
+    for weights in dict.fromkeys([*_simplex(len(members)), mean]):
+        used = [name for name, weight in zip(members, weights, strict=True) if weight]
+        name = MEAN if weights == mean else used[0] if len(used) == 1 else WEIGHTED
+        starts.append(FusionStart(name, dict(zip(members, weights, strict=True))))
+    return starts
 
 
 def fitted_start(folds: Sequence[Levels], members: Sequence[MemberName]) -> FusionStart | None:
@@ -121,7 +128,7 @@ def fitted_start(folds: Sequence[Levels], members: Sequence[MemberName]) -> Fusi
 
     Returns:
         The candidate fitted to all; None where fits to all groups but one are, on those left out, no better than the
-        best of `plain_starts`, or where there is nothing to fit.
+        best of `weighted_starts`, or where there is nothing to fit.
     """
     crossed = Overlap()
     for number, left_out in enumerate(folds):
@@ -130,7 +137,7 @@ def fitted_start(folds: Sequence[Levels], members: Sequence[MemberName]) -> Fusi
             return None
         crossed += _found(start, left_out)
     whole = Levels.added(folds)
-    rivals = [_found(start, whole).dice or 0.0 for start in plain_starts(members)]
+    rivals = [_found(start, whole).dice or 0.0 for start in weighted_starts(members)]
     return _fit(whole, members) if (crossed.dice or 0.0) > max(rivals) else None
 
 
@@ -186,19 +193,29 @@ def _simplex(members: int) -> Iterator[tuple[float, ...]]:
             yield (*(share / SHARE for share in shares), (SHARE - sum(shares)) / SHARE)
 
 
-def overlap(start: FusionStart, heatmaps: Bytes, mask: Bytes) -> Overlap:
-    """Count what a candidate finds in one tile, as training counts it for the network that starts there.
+def overlaps(starts: Sequence[FusionStart], heatmaps: Bytes, mask: Bytes) -> npt.NDArray[np.int64]:
+    """Count what candidates find in one tile, as training counts it for the network that starts there.
 
     Args:
-        start: The candidate.
+        starts: The candidates.
         heatmaps: (H, W, M) uint8 of all `MEMBERS`, as stored.
         mask: (H, W) uint8 in {0, 1}.
 
     Returns:
-        Counts of pixels; cell is found where the logit is at least 0.
+        (len(starts), 3) pixels that are cell by the candidate and in truth, by the candidate, in truth; cell is found
+        where the logit is at least 0.
     """
-    found, cell = combined_logits(start, heatmaps) >= 0, mask.astype(bool)
-    return Overlap(int((found & cell).sum()), int(found.sum()), int(cell.sum()))
+    # most pixels are like others: all candidates are counted on what differs, which is a fraction of the tile
+    place = np.zeros(mask.shape, np.int32)
+    for member in range(len(MEMBERS)):
+        place = place << 8 | heatmaps[:, :, member]
+    kinds, counts = np.unique(place << 1 | mask, return_counts=True)
+    shifts = range(1 + 8 * (len(MEMBERS) - 1), 0, -8)
+    said = np.stack([(kinds >> shift & 255).astype(np.uint8) for shift in shifts], axis=1)[None]
+    cells = np.where(kinds & 1, counts, 0)
+    found = (combined_logits(start, said)[0] >= 0 for start in starts)
+    rows = [(cells[one].sum(), counts[one].sum(), cells.sum()) for one in found]
+    return np.array(rows, np.int64).reshape(-1, 3)
 
 
 def loss_terms(start: FusionStart, heatmaps: Bytes, mask: Bytes) -> tuple[float, float]:
@@ -226,22 +243,28 @@ def best_start(candidates: Sequence[FusionStart], overlaps: Sequence[Overlap]) -
     """Return the best candidate on validation, with its Dice there.
 
     Args:
-        candidates: Of the same members, `plain_starts` among them.
+        candidates: Of the same members, `weighted_starts` among them.
         overlaps: What each found.
 
     Returns:
-        That of the highest pooled Dice; of equals a single member (of these the last in `MEMBERS`, the finest), then
-        the mean, then what was fitted. Where no tile holds a cell the mean: nothing tells them apart.
+        That of the highest pooled Dice; of equals the simplest. Where no tile holds a cell the mean: nothing tells them
+        apart.
     """
     told = any(row.true for row in overlaps)
 
-    def rank(pair: tuple[FusionStart, Overlap]) -> tuple[float, int]:
+    def rank(pair: tuple[FusionStart, Overlap]) -> tuple[float, ...]:
         start, row = pair
-        simplicity = [FITTED, MEAN, *MEMBERS].index(start.name)
-        return (row.dice or 0.0) if told else float(start.name == MEAN), simplicity
+        return (row.dice or 0.0) if told else float(start.name == MEAN), *_simplicity(start)
 
     start, row = max(zip(candidates, overlaps, strict=True), key=rank)
     return replace(start, val_dice=row.dice)
+
+
+def _simplicity(start: FusionStart) -> tuple[float, ...]:
+    """Rank what was fitted last; before it fewer members, then more even weights, then more of the finest member."""
+    weights = [start.weights.get(name, 0.0) for name in MEMBERS]
+    even = -round(sum(weight**2 for weight in weights), 9)
+    return float(start.name != FITTED), float(-np.count_nonzero(weights)), even, *reversed(weights)
 
 
 def rule(start: FusionStart) -> tuple[object, ...]:
