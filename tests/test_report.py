@@ -27,6 +27,7 @@ from apacs_ray.report.charts import VARIABLES, dice_chart, difference_chart, sli
 from apacs_ray.report.overlays import COLORS, LARGEST, overlay, panel
 from apacs_ray.report.page import ReportContext, TilePicture, build_report
 from apacs_ray.report.summary import TrainedNetworks, best_member, headline, kept_epochs, read_sweep_table, verdict
+from apacs_ray.stages.train_fusion import described
 from apacs_ray.training.history import EpochRecord
 
 HOSTILE = "<script>alert('x')</script>\"><img src=x onerror=y> 切片 &amp;"
@@ -269,6 +270,23 @@ def test_a_start_that_was_kept_is_said_to_be_the_fusion() -> None:
     assert not {"nan", "+nan"} & set(page.text.lower().split())
     page = Page(build_report(context(trained=TrainedNetworks(histories, {"fcn8": 0, "fusion": 1}), start=start)))
     assert "No epoch of its training was better" not in page.text
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "words"),
+    [
+        ("weighted", (0.2, 0.0, 0.8), ("weighted", "0.200", "0.000", "0.800")),
+        ("mean", (1 / 3, 1 / 3, 1 / 3), ("mean", "0.333", "0.333", "0.333")),
+        ("fcn8", (0.0, 0.0, 1.0), ("FCN-8", "0.000", "0.000", "1.000")),
+    ],
+)
+def test_the_weights_of_a_start_are_shown(name: str, weights: tuple[float, ...], words: tuple[str, ...]) -> None:
+    start = FusionStart(name, dict(zip(("fcn32", "fcn16", "fcn8"), weights, strict=True)), val_dice=0.91)
+    text = " ".join(Page(build_report(context(start=start))).text.split())
+    assert f"by pooled Dice on validation: {words[0]}. Training adds" in text
+    assert f"bias val Dice {' '.join(words[1:])} 1.000 +0.000 0.910" in text
+    used = " + ".join(f"{weight:.2f} {member}" for member, weight in start.weights.items() if weight)
+    assert described(start) == f"{name} ({used}), val Dice 0.9100"
 
 
 def test_what_the_fusion_changed_is_counted_and_shown() -> None:
