@@ -175,7 +175,11 @@ def test_metrics_and_comparison() -> None:
         [row], pa.schema([*per_tile_schema(models), *calibration_schema("fusion"), *CHANGES_SCHEMA])
     )
     calibrated, changed = calibration(table, "fusion"), changes(table, "fcn32")
-    metrics = summarize(table, models, 0)["fusion"] | {"calibration": calibrated, "changes": changed}
+    metrics = summarize(table, models, 0)["fusion"] | {
+        "precision": "float32",
+        "calibration": calibrated,
+        "changes": changed,
+    }
     for key, tree in (("calibration", calibrated), ("changes", changed)):
         ((_, _, said),) = [row for row in tables("## evaluation/metrics.json")[0] if row[0] == key]
         assert set(re.findall(r"`(\w+)`?", said)) <= {*tree, "fusion"}

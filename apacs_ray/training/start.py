@@ -6,6 +6,8 @@ equals the simpler is taken: fewer members, then more even weights, then what wa
 
 What is fitted to slides may be of no use to others: a bias makes up for the stain of the slide that it was fitted to.
 So it is a candidate only if, fitted to some of the slides, it beats all others on those left out; never with one slide.
+A member that has learned nothing would be such a bias, too: whose own Dice is less than half of the best one's has no
+weight.
 
 What is fitted rests on `Levels`, counts of pixels by what the members say of them, which add up over tiles: nothing
 gathers pixels. Tasks import this, so it does not import torch.
@@ -32,6 +34,7 @@ Single = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
 SHARE = 10  # weights are tried in tenths
+ABLE = 0.5  # of the best member's Dice, that a member needs to have a weight
 FOLDS = 5  # groups of slides, at most, that are left out in turn
 TEMPERATURES = (0.25, 4.0)
 MEAN = "mean"
@@ -247,17 +250,30 @@ def best_start(candidates: Sequence[FusionStart], overlaps: Sequence[Overlap]) -
         overlaps: What each found.
 
     Returns:
-        That of the highest pooled Dice; of equals the simplest. Where no tile holds a cell the mean: nothing tells them
-        apart.
+        That of the highest pooled Dice among those of able members; of equals the simplest. Where no tile holds a cell
+        the mean: nothing tells them apart.
     """
     told = any(row.true for row in overlaps)
+    pairs = list(zip(candidates, overlaps, strict=True))
+    able = able_members(pairs)
 
     def rank(pair: tuple[FusionStart, Overlap]) -> tuple[float, ...]:
         start, row = pair
         return (row.dice or 0.0) if told else float(start.name == MEAN), *_simplicity(start)
 
-    start, row = max(zip(candidates, overlaps, strict=True), key=rank)
+    start, row = max((pair for pair in pairs if not told or able.issuperset(used_members(pair[0]))), key=rank)
     return replace(start, val_dice=row.dice)
+
+
+def able_members(pairs: Sequence[tuple[FusionStart, Overlap]]) -> set[MemberName]:
+    """Return the members whose own Dice is at least `ABLE` of the best one's, by candidates and what they found."""
+    alone = {used_members(start)[0]: row.dice or 0.0 for start, row in pairs if len(used_members(start)) == 1}
+    return {name for name, dice in alone.items() if dice >= ABLE * max(alone.values())}
+
+
+def used_members(start: FusionStart) -> tuple[MemberName, ...]:
+    """Return the members that have a weight."""
+    return tuple(name for name, weight in start.weights.items() if weight)
 
 
 def _simplicity(start: FusionStart) -> tuple[float, ...]:
