@@ -197,7 +197,7 @@ def machines(gpu: str, number: int) -> Machines:
     nodes = math.ceil(number / GPUS_A_NODE[gpu])
     cpus = number * CPUS_A_NODE[gpu] / GPUS_A_NODE[gpu]
     copies = 1.0 + nodes  # of a slide: to the node that plans it, and to every node that reads some of it
-    pool = plan_segment_pool(Cluster(cpus, number, nodes, cpus / nodes))
+    pool = plan_segment_pool(Cluster(cpus, number, nodes, cpus / nodes, cpus / number))
     return Machines(cpus, number, True, nodes, pool.tasks, pool.writers, copies, DISK[gpu], NETWORK[gpu])
 
 

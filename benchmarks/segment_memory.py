@@ -1,7 +1,8 @@
 """Peak memory of every process of `segment`, the driver and Ray's own included, by the slide's size: it must not grow.
 
 The command is `pipelines/segment.py` as it stands here, on a synthetic smear that is repeated to the slide's size, with
-small random networks, every px segmented. Ten times a second the memory of its own (anonymous, resident) of each
+a small random network, every px segmented, a tenth of them cell: of more, objects grow together into one over the whole
+slide, whose outline is held until its end. Ten times a second the memory of its own (anonymous, resident) of each
 process is read; a process is named as Ray names it at that moment. Apart from it: *mapped*, files and libraries that
 others share and the kernel may drop, and *store*, the shared memory of Ray's object store, which has a limit.
 Runs check that the source stays as it is: start this from a clone while you work on the package.
@@ -22,7 +23,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import numpy as np  # noqa: E402
 import psutil  # noqa: E402
+import torch  # noqa: E402
 from measure import options, require, show  # noqa: E402
 from tiling import write_slide  # noqa: E402
 
@@ -32,7 +35,9 @@ from apacs_ray.testing.ensembles import random_networks, write_networks  # noqa:
 
 SIDES = (10_240, 40_960)
 SMEAR = 2048  # px that are repeated
-HOW = ("--segment.use", "fcn32", "--segment.tissue", "false")
+MEMBER = "fcn32"
+HOW = ("--segment.use", MEMBER, "--segment.tissue", "false")
+CELL = 0.1  # of all px
 EVERY = 0.1  # s
 KINDS = {"RssAnon": "own", "RssFile": "mapped", "RssShmem": "store"}  # of /proc/PID/status
 LARGEST_RATIO = 1.2  # of a process's own memory, larger slide to smaller
@@ -50,8 +55,10 @@ def main() -> None:
         sides, smear, how = (512,), 512, (*HOW, "--segment.core", "256")
     picture, _ = render(slide_specs(1, 640, 640, train=1, test=0)[0])
     peaks = []
+    networks = random_networks(picture, width=arguments.width)
+    how = (*how, "--segment.threshold", f"{_threshold(networks[MEMBER][1], smear):.4f}")
     with tempfile.TemporaryDirectory() as folder:
-        write_networks(LocalStore(f"{folder}/model"), random_networks(picture, width=arguments.width))
+        write_networks(LocalStore(f"{folder}/model"), networks)
         for side in sides:
             write_slide(Path(folder, f"{side}.tif"), side, smear)
             began = time.monotonic()
@@ -62,6 +69,14 @@ def main() -> None:
     show(f"peak memory of the processes of `segment`, MB, slides of {what}", rows, arguments.json)
     grow = [row["process"] for row in rows if row.get("ratio", 0) > LARGEST_RATIO]
     require(not grow, f"grows with the slide: {', '.join(grow)}")
+
+
+@torch.inference_mode()
+def _threshold(network: torch.nn.Module, smear: int) -> float:
+    """Return the probability that a share of `CELL` of what is repeated exceeds."""
+    picture, _ = render(slide_specs(0, smear, smear, train=1, test=0)[0])  # as `write_slide` has it
+    image = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255
+    return float(np.quantile(torch.sigmoid(network(image)).numpy(), 1 - CELL))
 
 
 def _watched(folder: str, side: int, how: tuple[str, ...]) -> Peaks:
