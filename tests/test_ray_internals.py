@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from apacs_ray.config.settings import Settings
 from apacs_ray.distributed import ray_internals
 
 
@@ -163,3 +164,39 @@ os.write(2, b"c\\n")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == "a\nb\nc\n"
+
+
+def test_a_worker_that_dies_as_it_starts_is_tried_again_as_one_that_dies_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Train raises what follows instead of asking its failure policy."""
+    from ray.exceptions import RayActorError
+    from ray.train import ControllerError
+
+    from apacs_ray.distributed import train
+    from apacs_ray.distributed.resource_plan import NetworkPlan
+    from apacs_ray.distributed.worker import NetworkTask, TrainingTask
+    from apacs_ray.models.spec import ModelSpec
+    from apacs_ray.storage import LocalStore
+    from apacs_ray.training.augment import Augmentation
+    from apacs_ray.training.dataset import TileDataset
+
+    network = NetworkTask("fcn8", ModelSpec("fcn8", "member"), Settings().members, "state", "curves")
+    dataset = TileDataset(LocalStore("nowhere"), None, Augmentation(0, False, False))
+    task = TrainingTask((network,), dataset, {}, NetworkPlan("fcn8", 1, 1.0, 0.0, 1, 0), 0, 2, "", 60.0)
+    ends: list[Exception | bool] = []
+
+    def once(*_: object) -> bool:
+        end = ends.pop(0)
+        if isinstance(end, Exception):
+            raise end
+        return end
+
+    monkeypatch.setattr(train, "_fit_once", once)
+    died = ControllerError(RayActorError())
+    ends[:] = [died, False, died, True]
+    train.fit(task)
+    assert not ends
+    for too_much in ([died] * 3, [ControllerError(ValueError("else"))]):
+        ends[:] = too_much
+        with pytest.raises(ControllerError):
+            train.fit(task)
+        assert not ends

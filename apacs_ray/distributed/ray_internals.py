@@ -187,6 +187,17 @@ def torch_config_without_process_group() -> Any:
     return AloneConfig()
 
 
+def died_as_it_started(error: Exception) -> bool:
+    """Return whether Ray Train ended a run as its controller could not use a worker that had just died.
+
+    Its failure policy tries again where a worker dies at work, or where none comes, and not here.
+    """
+    from ray.exceptions import RayActorError
+    from ray.train import ControllerError
+
+    return isinstance(error, ControllerError) and isinstance(error.controller_failure, RayActorError)
+
+
 def address_of_auto() -> str | None:
     """Return the address at which Ray would join when it is told `auto`; None where no cluster was started here.
 

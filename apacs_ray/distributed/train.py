@@ -18,7 +18,7 @@ from typing import Any
 from apacs_ray.console import say
 from apacs_ray.distributed.credentials import ray_filesystem
 from apacs_ray.distributed.ddp_worker import ERROR, PROGRESS, train_loop
-from apacs_ray.distributed.ray_internals import torch_config_without_process_group
+from apacs_ray.distributed.ray_internals import died_as_it_started, torch_config_without_process_group
 from apacs_ray.distributed.tasks import KEEP_MEMORY
 from apacs_ray.distributed.worker import TrainingTask
 from apacs_ray.errors import ApacsError, StoreTroubleError, message_of
@@ -84,10 +84,20 @@ def fit(task: TrainingTask, callbacks: Sequence[Any] = ()) -> None:
     """Train from the newest checkpoints to the end. Raises ApacsError, or what ended Ray's run.
 
     Workers that hear that a node of theirs is to be taken away keep a checkpoint and leave; the next run of Ray Train
-    goes on from there, on nodes that stay. This counts as no failure, and nothing is done again.
+    goes on from there, on nodes that stay. This counts as no failure, and nothing is done again. A worker that dies as
+    it starts, which Ray Train takes for a failure of its own, counts as one that dies later.
     """
-    while not _fit_once(task, callbacks):
-        say(f"{task.name}: a node is to be taken away; goes on elsewhere")
+    lost = 0
+    while True:
+        try:
+            if _fit_once(task, callbacks):
+                return
+            say(f"{task.name}: a node is to be taken away; goes on elsewhere")
+        except Exception as error:
+            lost += 1
+            if not died_as_it_started(error) or lost > task.max_failures:
+                raise
+            say(f"{task.name}: a worker died as it started; tries again")
 
 
 def _fit_once(task: TrainingTask, callbacks: Sequence[Any]) -> bool:

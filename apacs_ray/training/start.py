@@ -265,13 +265,13 @@ def best_start(candidates: Sequence[FusionStart], overlaps: Sequence[Overlap]) -
     return replace(start, val_dice=row.dice)
 
 
-def able_members(pairs: Sequence[tuple[FusionStart, Overlap]]) -> set[MemberName]:
+def able_members(pairs: Sequence[tuple[FusionStart, Overlap]]) -> set[str]:
     """Return the members whose own Dice is at least `ABLE` of the best one's, by candidates and what they found."""
     alone = {used_members(start)[0]: row.dice or 0.0 for start, row in pairs if len(used_members(start)) == 1}
     return {name for name, dice in alone.items() if dice >= ABLE * max(alone.values())}
 
 
-def used_members(start: FusionStart) -> tuple[MemberName, ...]:
+def used_members(start: FusionStart) -> tuple[str, ...]:
     """Return the members that have a weight."""
     return tuple(name for name, weight in start.weights.items() if weight)
 
