@@ -123,16 +123,17 @@ class NetworkPlan:
             return None
         return "nccl" if self.gpus > 0.5 else "gloo"
 
-    def describe(self) -> str:
-        """Return this for a person, as in `fcn8: 1 worker x 0.66 CPU (1 torch thread, 1 data task)`."""
+    def ask(self) -> str:
+        """Return what is asked of the cluster, as in `2 workers x 0.8 GPU + 9.6 CPU over NCCL`."""
         device = f"{self.gpus:g} GPU + {self.cpus:g} CPU" if self.gpus else f"{self.cpus:g} CPU"
         if self.gpus and self.backend:
             device += " over NCCL" if self.backend == "nccl" else " over gloo, as they share GPUs"
-        workers = f"{self.workers} worker{'s' * (self.workers > 1)}"
+        return f"{self.workers} worker{'s' * (self.workers > 1)} x {device}"
+
+    def describe(self) -> str:
+        """Return this for a person, as in `fcn8: 1 worker x 0.66 CPU (1 torch thread, 1 data task)`."""
         threads = f"{self.threads} torch thread{'s' * (self.threads > 1)}"
-        return (
-            f"{self.name}: {workers} x {device} ({threads}, {self.data_tasks} data task{'s' * (self.data_tasks > 1)})"
-        )
+        return f"{self.name}: {self.ask()} ({threads}, {self.data_tasks} data task{'s' * (self.data_tasks > 1)})"
 
 
 Mode = Literal["parallel", "in turn", "together"]

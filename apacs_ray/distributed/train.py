@@ -11,7 +11,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from apacs_ray.distributed.credentials import ray_filesystem
 from apacs_ray.distributed.ddp_worker import ERROR, PROGRESS, train_loop
 from apacs_ray.distributed.ray_internals import died_as_it_started, torch_config_without_process_group
 from apacs_ray.distributed.tasks import KEEP_MEMORY
+from apacs_ray.distributed.waiting import told_of_waits
 from apacs_ray.distributed.worker import TrainingTask
 from apacs_ray.errors import ApacsError, StoreTroubleError, message_of
 from apacs_ray.storage import Store
@@ -43,25 +44,36 @@ def train(tasks: Sequence[TrainingTask], *, parallel: bool, on_progress: Callabl
     for group in [list(tasks)] if parallel else [[task] for task in tasks]:
         errors: dict[str, BaseException] = {}
         threads = [threading.Thread(target=_fit, args=(task, errors), daemon=True) for task in group]
-        for thread in threads:
-            thread.start()
-        polled = time.monotonic()
-        announced: set[str] = set()
-        while any(thread.is_alive() for thread in threads):
-            time.sleep(POLL)  # the main thread stays here: only it hears Ctrl-C
-            for name in errors.keys() - announced:
-                announced.add(name)
-                say(f"{name}: training stopped: {message_of(errors[name])}; what trains beside it goes on to its end")
-            if not group[0].store.is_local and time.monotonic() - polled < POLL_STORE:
-                continue
-            polled = time.monotonic()
-            for task in group:
-                for network in task.networks:
-                    with contextlib.suppress(StoreTroubleError):  # who only looks neither waits nor ends for it
-                        if (progress := read_progress(task.store.with_timeout(0), network.state)) is not None:
-                            on_progress(network.name, progress)
+        with told_of_waits({task.name: task.plan for task in group}):
+            _await(group, threads, errors, on_progress)
         for name, error in errors.items():
             raise ApacsError(f"{name}: training stopped: {message_of(error)}") from error
+
+
+def _await(
+    group: Sequence[TrainingTask],
+    threads: Sequence[threading.Thread],
+    errors: Mapping[str, BaseException],
+    on_progress: Callable[[str, dict[str, Any]], None],
+) -> None:
+    """Start runs of Ray Train, tell of their progress and of what stops, and return when all have ended."""
+    for thread in threads:
+        thread.start()
+    polled = time.monotonic()
+    announced: set[str] = set()
+    while any(thread.is_alive() for thread in threads):
+        time.sleep(POLL)  # the main thread stays here: only it hears Ctrl-C
+        for name in errors.keys() - announced:
+            announced.add(name)
+            say(f"{name}: training stopped: {message_of(errors[name])}; what trains beside it goes on to its end")
+        if not group[0].store.is_local and time.monotonic() - polled < POLL_STORE:
+            continue
+        polled = time.monotonic()
+        for task in group:
+            for network in task.networks:
+                with contextlib.suppress(StoreTroubleError):  # who only looks neither waits nor ends for it
+                    if (progress := read_progress(task.store.with_timeout(0), network.state)) is not None:
+                        on_progress(network.name, progress)
 
 
 def read_progress(store: Store, state: str) -> dict[str, Any] | None:

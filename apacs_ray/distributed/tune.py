@@ -22,6 +22,7 @@ from apacs_ray.distributed.ray_internals import keep_aws_variables_from_trials
 from apacs_ray.distributed.resource_plan import Cluster
 from apacs_ray.distributed.trial import FAILURE, TRIAL_CURVES, TrialTask, error_line, plain_setting, run_trial
 from apacs_ray.distributed.trial_plan import plan_sweep
+from apacs_ray.distributed.waiting import told_of_waits
 from apacs_ray.training.tensorboard import CURVES
 
 
@@ -97,10 +98,9 @@ def sweep(task: TrialTask, plan: Sweep, cluster: Cluster, on_done: Callable[[int
                 callbacks=[TrialListener(on_done)],
             ),
         )
-    logging.getLogger("ray.tune").setLevel(
-        logging.CRITICAL
-    )  # `TrialListener` says in a line what it shows tracebacks of
-    with stopped_by_ctrl_c():
+    # `TrialListener` says in a line what it shows tracebacks of
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    with stopped_by_ctrl_c(), told_of_waits({"a trial": each}):
         results = tuner.fit()
     return [_result(result) for result in results]
 
