@@ -19,6 +19,7 @@ import boto3
 import botocore.session
 import pytest
 import ray
+import torch
 import yaml
 from botocore.client import BaseClient
 from botocore.model import Shape
@@ -161,6 +162,34 @@ def test_worker_disks_hold_the_slide_cache(name: str) -> None:
         cache = 0 if kind == "head" else Settings().data.cache_gb + SLIDE_GIB * MACHINES["c7i.8xlarge"][0]
         assert size >= SYSTEM_GIB + cache, kind
         assert temporary is True, kind
+
+
+def test_disks_of_gcp_write_as_fast_as_the_capacity_plan_says() -> None:
+    """A type that is left out is pd-standard, of 0.12 MB/s a GB."""
+    for kind, node in node_types("gcp").items():
+        (disk,) = node["node_config"]["disks"]
+        size, disk_type = disk["initializeParams"]["diskSizeGb"], disk["initializeParams"]["diskType"]
+        baseline, a_gb = {"pd-ssd": (240, 0.48), "pd-balanced": (140, 0.28)}[disk_type.rpartition("/")[2]]
+        planned = 0 if kind == "head" else 1000 if kind in SEGMENT else 500  # MB/s, cluster/capacity.md
+        assert baseline + a_gb * size >= planned, kind
+
+
+def test_a_container_is_shown_the_gpus() -> None:
+    """The option stands in a comment of aws.yaml, to be taken out of it."""
+    text = (CLUSTER / "aws.yaml").read_text()
+    option = re.search(r"^# docker:\n(?:#  .*\n)+", text, re.MULTILINE)
+    assert option is not None
+    docker = yaml.safe_load(re.sub(r"^# ", "", option[0], flags=re.MULTILINE))["docker"]
+    assert {"--env NVIDIA_VISIBLE_DEVICES=all", "--env RAY_AUTH_MODE=token"} <= set(docker["run_options"])
+    validate_config(prepare_config({**load("aws"), "docker": docker}))
+    assert "NVIDIA_VISIBLE_DEVICES" not in (CLUSTER / "Dockerfile").read_text()
+
+
+def test_the_driver_that_the_wheel_of_torch_needs_is_said() -> None:
+    driver = {"12": 525, "13": 580}[(torch.version.cuda or "13").partition(".")[0]]
+    assert f"driver {driver} or newer" in (CLUSTER / "README.md").read_text()
+    (image,) = set(re.findall(r"nvidia-(\d+)", (CLUSTER / "gcp.yaml").read_text()))
+    assert int(image) >= driver
 
 
 @pytest.mark.parametrize("name", CLOUDS)
