@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,7 +18,6 @@ from apacs_ray.distributed import evaluation, heatmaps
 from apacs_ray.distributed.evaluation import EvaluateTask, evaluate_tiles
 from apacs_ray.distributed.heatmaps import ALL, HeatmapTask, write_folds, write_heatmaps
 from apacs_ray.distributed.tasks import PoolPlan
-from apacs_ray.evaluation.per_tile import per_tile_schema
 from apacs_ray.inference.predictor import Predictor
 from apacs_ray.models.registry import MEMBERS
 from apacs_ray.runs.run import Run
@@ -37,17 +35,17 @@ POOL = PoolPlan(1, 1.0, 0.0)
 
 
 def test_counts_of_tiles_stay_in_arrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    task = EvaluateTask(LocalStore(str(tmp_path)), dict.fromkeys((*MEMBERS, "fusion"), ""), EvaluateSettings())
-    schema, rows, shards = per_tile_schema(task.models), 64, 50
-    values = {field.name: np.arange(rows) for field in schema if not field.name.endswith("_id")}
+    task = EvaluateTask(LocalStore(str(tmp_path)), dict.fromkeys((*MEMBERS, "fusion"), ""), EvaluateSettings(), "fcn8")
+    schema, rows, shards = task.schema, 64, 50
 
     def shard(number: int) -> pa.Table:
-        names = {"tile_id": [f"{number}-{row}" for row in range(rows)], "slide_id": [str(number)] * rows}
-        return (
-            pa.table({**names, **{name: (column + number).tolist() for name, column in values.items()}})
-            .select(schema.names)
-            .cast(schema)
-        )
+        values = {
+            pa.string(): [f"{number}-{row}" for row in range(rows)],
+            pa.int64(): [number + row for row in range(rows)],
+            pa.float64(): [0.5] * rows,
+        }
+        columns = [values.get(field.type, [[number]] * rows) for field in schema]
+        return pa.table(dict(zip(schema.names, columns, strict=True)), schema)
 
     def counted(*_: Any) -> Iterator[pa.Table]:
         for number in range(shards):
@@ -56,6 +54,7 @@ def test_counts_of_tiles_stay_in_arrow(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(evaluation, "map_shards", counted)
     done: list[int] = []
+    shard(0)  # imports what it needs
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
     table = evaluate_tiles(task, [], POOL, done.append)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -17,6 +18,7 @@ from apacs_ray.config.settings import Settings
 from apacs_ray.data import shards
 from apacs_ray.data.index_file import INDEX, index_path
 from apacs_ray.data.shards import TileIndex, read_finished, read_index, shard_paths
+from apacs_ray.data.tile_rows import TILE_SCHEMA
 from apacs_ray.runs.markers import read_marker
 from apacs_ray.runs.run import Run
 from apacs_ray.stages.ingest_result import read_committed_index
@@ -161,3 +163,16 @@ def test_readers_of_parquet_folders_leave_the_index_out(store: Store) -> None:
     marker = read_marker(store, "tiles")
     assert marker is not None
     assert rows == sum(marker.result["tiles"].values())
+
+
+def test_a_tile_of_a_shard_of_large_tiles_takes_two_requests(s3: str, between: Proxy) -> None:
+    """One for the footer, whatever its size, and one for the row group; training does this for every tile."""
+    store, rows = open_store(f"{s3}/run"), 128
+    values = {"string": "s" * 20, "binary": b"b" * 4000, "double": 0.5}
+    columns = {field.name: [values.get(str(field.type), 1)] * rows for field in TILE_SCHEMA}
+    columns["tile_id"] = [f"{number}" for number in range(rows)]
+    path = shards.shard_path("tiles", "train", "f" * 16, 0)
+    shards.write_tiles(store, pa.table(columns, TILE_SCHEMA), shards.Receipt(path, rows, rows))
+    between.requests.clear()
+    assert shards.read_rows(store, [(path, 5, 1)], ["tile_id", "image"])[0]["tile_id"] == "11"
+    assert [request.method for request in between.requests] == ["GET", "GET"]
