@@ -39,7 +39,7 @@ from apacs_ray.training.checkpoints import complete_checkpoints, keep_checkpoint
 from apacs_ray.training.history import EpochRecord, read_history
 from apacs_ray.training.state import TrainState, save_state, snapshot
 
-CONTENT = np.random.default_rng(0).bytes(200_000)  # more than the last bytes that are read with the first request
+CONTENT = np.random.default_rng(0).bytes(600_000)  # more than the last bytes that are read with the first request
 
 
 @pytest.fixture
@@ -392,7 +392,7 @@ def test_from_and_to_a_failing_store_the_numbers_are_the_same(
     told += text
     assert set(between.met()) >= {*KINDS, "SlowDown"}
     between.behavior = Behavior()
-    for path in sorted(undisturbed.glob("tiles/*/*.parquet")):
+    for path in sorted(undisturbed.glob("tiles/split=*/*.parquet")):
         split = path.relative_to(undisturbed).parent.as_posix()
         (mine,) = [entry.path for entry in output.list(split) if entry.path.endswith(path.name[-13:])]
         with output.open(mine) as stream:
