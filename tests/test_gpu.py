@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from apacs_ray.config.settings import TrainingSettings
 from apacs_ray.inference.predictor import Predictor
 from apacs_ray.models.ensemble import Ensemble
-from apacs_ray.models.fcn import Dense, Upsample
 from apacs_ray.models.fusion import build_fusion
+from apacs_ray.models.layers import Dense, Upsample
 from apacs_ray.models.registry import MEMBERS, build_member
 from apacs_ray.models.spec import ModelSpec
 from apacs_ray.training.batch import Sample

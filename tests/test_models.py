@@ -21,8 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from apacs_ray.config.settings import FusionSettings, MemberName
 from apacs_ray.errors import ApacsError
 from apacs_ray.models.ensemble import Ensemble
-from apacs_ray.models.fcn import FCN8, FCN16, SMALLEST, AlexTrunk, Upsample, WindowProduct, sufficient
+from apacs_ray.models.fcn import FCN8, FCN16, SMALLEST, AlexTrunk, sufficient
 from apacs_ray.models.fusion import RefinedFusion, build_fusion, load_fcn32_trunk
+from apacs_ray.models.layers import Upsample, WindowProduct
 from apacs_ray.models.registry import COST_SIDE, MEMBERS, NETWORKS, build_member
 from apacs_ray.models.spec import ModelSpec
 from apacs_ray.models.weights import build, from_released, load_model, weights_bytes

@@ -14,7 +14,7 @@ from apacs_ray.config.settings import MemberName
 from apacs_ray.errors import ApacsError, first_line
 from apacs_ray.evaluation.predictions import sigmoid
 from apacs_ray.models.ensemble import Ensemble
-from apacs_ray.models.fcn import Score
+from apacs_ray.models.layers import Score
 from apacs_ray.models.registry import FUSIONS
 from apacs_ray.models.spec import ModelSpec
 from apacs_ray.models.views import over_views

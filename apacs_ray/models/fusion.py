@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from apacs_ray.config.settings import HeatmapInit, MemberName
 from apacs_ray.errors import ApacsError
-from apacs_ray.models.fcn import FCN32, AlexTrunk, Score, Upsample, crop, initialize, pad_to, scaled
+from apacs_ray.models.fcn import FCN32, AlexTrunk, crop, initialize, pad_to, scaled
+from apacs_ray.models.layers import Score, Upsample
 from apacs_ray.models.spec import CLAMP, FusionStart, Head
 
 START = "start."  # of the names of tensors that older files of a refined fusion lack: it starts as the mean
