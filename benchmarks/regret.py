@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import numpy.typing as npt  # noqa: E402
 from measure import options, require, show  # noqa: E402
+from selection import choose, wins  # noqa: E402
 
 Counts = npt.NDArray[np.int64]
 SHARE = 10
@@ -131,8 +132,6 @@ def dice(counts: Counts) -> npt.NDArray[np.float64]:
 
 def rules(parts: Mapping[str, Part], seed: int) -> dict[str, tuple[float, ...]]:
     """Return the weights of the members that each rule chooses, in tenths."""
-    from apacs_ray.training.selection import choose, wins
-
     singles = [WEIGHTS.index(one) for one in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))]
     pairs = [WEIGHTS.index(one) for one in ((0.0, 0.5, 0.5), (0.5, 0.0, 0.5), (0.5, 0.5, 0.0))]
     mean = _nearest((1 / 3, 1 / 3, 1 / 3))

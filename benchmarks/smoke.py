@@ -28,7 +28,7 @@ sys.path[:0] = [str(HERE.parent)]
 
 from measure import show, start_ray  # noqa: E402
 
-SHARED = ["cutting", "measure", "segmenting", "smoke", "tiles"]  # modules that are no benchmarks
+SHARED = ["cutting", "measure", "segmenting", "selection", "smoke", "tiles"]  # modules that are no benchmarks
 ON_ONE_RAY = ["tiling", "overhead", "kills"]
 DEADLINE = 300.0  # s for each; on two quiet cores they take some five minutes together
 END = 20.0  # s in which a benchmark cleans up after Ctrl-C, and in which what it started may end
