@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from support.programs import load_program
 
 from apacs_ray.models.registry import MEMBERS, NETWORKS
 
@@ -17,18 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def capacity() -> ModuleType:
-    path = ROOT / "benchmarks/capacity_training.py"
-    sys.path.insert(0, str(path.parent))
-    try:
-        spec = importlib.util.spec_from_file_location("capacity_training", path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["capacity_training"] = module  # its dataclass looks itself up there
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(path.parent))
-    return module
+    return load_program(ROOT / "benchmarks/capacity_training.py")
 
 
 @pytest.fixture

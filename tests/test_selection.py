@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.programs import load_program
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-from selection import choose, paired_errors, pooled_dice, wins  # noqa: E402
-
-sys.path.remove(str(BENCHMARKS))
+selection = load_program(Path(__file__).resolve().parent.parent / "benchmarks/selection.py")
+choose, paired_errors, pooled_dice, wins = (
+    getattr(selection, name) for name in ("choose", "paired_errors", "pooled_dice", "wins")
+)
 
 
 def units(seed: int, count: int, skills: tuple[float, ...], noise: float = 0.1) -> np.ndarray:

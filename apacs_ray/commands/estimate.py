@@ -19,13 +19,12 @@ from apacs_ray.data.folders import Pair
 from apacs_ray.distributed.cluster import has_gpus
 from apacs_ray.distributed.resource_plan import Cluster, NetworkPlan, TrainingPlan, plan_training
 from apacs_ray.distributed.session import RaySession
-from apacs_ray.distributed.tasks import plan_pool, run_in_task
+from apacs_ray.distributed.tasks import plan_predictors, run_in_task
 from apacs_ray.distributed.trial_plan import plan_sweep
 from apacs_ray.errors import ApacsError
 from apacs_ray.estimate.cutting import PAIRS, SLIDES, cut_pairs, cut_slides, spread
 from apacs_ray.estimate.lines import REPORT, Line, Seconds, Tiles, pool, sweep, tiling, training
 from apacs_ray.estimate.networks import ASSUMED_GPU, Inference, SampleTile, Times, Training, assume, measure
-from apacs_ray.inference.memory import workers_a_gpu
 from apacs_ray.models.registry import MEMBERS
 from apacs_ray.models.spec import ModelSpec
 from apacs_ray.runs.run import Run
@@ -213,9 +212,7 @@ class _Networks:
         return training(stage, self._tiles, how.epochs, seconds, plan, self._cluster.cpus)
 
     def _pooled(self, stage: str, tiles: int, each: float, *, size: float) -> Line:
-        how = self._settings
-        together = workers_a_gpu(how.tiles.size, how.members.width, how.evaluate.precision) if self._cluster.gpus else 1
-        plan = plan_pool(self._cluster, math.ceil(tiles / how.tiles.shard), a_gpu=together)
+        plan = plan_predictors(self._cluster, self._settings, math.ceil(tiles / self._settings.tiles.shard))
         return pool(
             stage,
             tiles,

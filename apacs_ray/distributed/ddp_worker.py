@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from apacs_ray.distributed.interruptions import WorkerInterruptions
 from apacs_ray.distributed.ray_internals import nodes_are_simulated
 from apacs_ray.distributed.training_data import ray_samples
-from apacs_ray.distributed.worker import NetworkTask, TrainingTask, WorkerHooks, train_worker
+from apacs_ray.distributed.worker import NetworkTask, TrainingTask, WorkerHooks, threads_ahead, train_worker
 from apacs_ray.errors import ApacsError, StoreTroubleError, TrainingError, gpu_too_small
 from apacs_ray.storage import Store
 from apacs_ray.training.checkpoints import complete_checkpoints, fetch, keep_checkpoint
@@ -65,8 +65,7 @@ def train_loop(config: dict[str, Any]) -> bool | None:
     def samples(refs: Iterator[SampleRef]) -> Iterator[Sample]:
         if task.plan.data_tasks:
             return ray_samples(task.dataset, task.indices, refs, task.plan, task.source)
-        ahead = task.plan.threads if device.type == "cuda" else 0  # without a GPU they have to compute
-        return one_by_one(task.dataset, task.indices, refs, ahead)
+        return one_by_one(task.dataset, task.indices, refs, threads_ahead(task.plan, device))
 
     def write(trainer: Trainer, network: NetworkTask, then: Callable[[], None] = lambda: None) -> None:
         def keep(state: Snapshot) -> None:

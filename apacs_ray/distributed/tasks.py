@@ -12,9 +12,11 @@ from typing import Any, AnyStr, ParamSpec, TypeVar
 
 import pyarrow as pa
 
+from apacs_ray.config.settings import Settings
 from apacs_ray.distributed.cluster import joined_cluster
 from apacs_ray.distributed.ray_internals import start_datasets_soon
 from apacs_ray.distributed.resource_plan import Cluster, share_of_gpu
+from apacs_ray.inference.memory import workers_a_gpu
 from apacs_ray.runs.provenance import require_source, source_hash
 
 P = ParamSpec("P")
@@ -124,6 +126,13 @@ def plan_pool(cluster: Cluster, shards: int, *, a_gpu: int = 1) -> PoolPlan:
         cpus = min(1.0, node_cpus / (2 * together))
         return PoolPlan(max(1, min(gpus * together, shards)), cpus, share_of_gpu(together))
     return PoolPlan(max(1, min(int(cluster.cpus), shards)), min(1.0, cluster.cpus), 0.0)
+
+
+def plan_predictors(cluster: Cluster, settings: Settings, shards: int) -> PoolPlan:
+    """Plan the actors that predict the tiles of a run: on GPUs as many beside each other as memory holds."""
+    how = settings.evaluate
+    a_gpu = workers_a_gpu(settings.tiles.size, settings.members.width, how.precision) if cluster.gpus else 1
+    return plan_pool(cluster, shards, a_gpu=a_gpu)
 
 
 @dataclass(frozen=True)

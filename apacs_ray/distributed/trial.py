@@ -19,7 +19,7 @@ from apacs_ray.data.shards import TileIndex
 from apacs_ray.distributed.interruptions import NodeInterruptions
 from apacs_ray.distributed.resource_plan import NetworkPlan
 from apacs_ray.distributed.train import fit
-from apacs_ray.distributed.worker import NetworkTask, TrainingTask, WorkerHooks, train_worker
+from apacs_ray.distributed.worker import NetworkTask, TrainingTask, WorkerHooks, threads_ahead, train_worker
 from apacs_ray.errors import ApacsError, StoreTroubleError, gpu_too_small, message_of
 from apacs_ray.models.spec import FusionStart, fusion_spec
 from apacs_ray.redact import redact
@@ -143,8 +143,7 @@ def _in_this_process(task: TrainingTask) -> None:
     def samples(refs: Iterator[SampleRef]) -> Iterator[Sample]:
         if size <= IN_MEMORY:
             return in_memory(task.dataset, task.indices, refs)
-        ahead = task.plan.threads if device.type == "cuda" else 0  # without a GPU they have to compute
-        return one_by_one(task.dataset, task.indices, refs, ahead)
+        return one_by_one(task.dataset, task.indices, refs, threads_ahead(task.plan, device))
 
     def on_epoch(trainer: Trainer, network: NetworkTask) -> None:
         write_curves(task.store, network.curves, trainer.history, network.setting)

@@ -147,6 +147,11 @@ def train_worker(task: TrainingTask, hooks: WorkerHooks, *, device: torch.device
     )
 
 
+def threads_ahead(plan: NetworkPlan, device: torch.device) -> int:
+    """Return how many threads read ahead of a worker that decodes alone: without a GPU they have to compute."""
+    return plan.threads if device.type == "cuda" else 0
+
+
 def _micro_batch(task: TrainingTask, trainers: Sequence[Trainer], device: torch.device, ranks: Ranks) -> int | None:
     """How many tiles may pass a network at once: fewer than the settings say where a GPU's memory is too small."""
     import torch

@@ -16,11 +16,10 @@ import pyarrow.parquet as pq
 from apacs_ray.config.settings import Settings
 from apacs_ray.data.shards import TileIndex, open_table
 from apacs_ray.distributed.evaluation import EvaluateTask, draw_tiles, evaluate_tiles
-from apacs_ray.distributed.tasks import PoolPlan, plan_pool
+from apacs_ray.distributed.tasks import PoolPlan, plan_predictors
 from apacs_ray.evaluation.calibration import calibration
 from apacs_ray.evaluation.changes import changes, gains
 from apacs_ray.evaluation.metrics import compare, dice_of, pixel_counts, summarize
-from apacs_ray.inference.memory import workers_a_gpu
 from apacs_ray.models.registry import MEMBERS
 from apacs_ray.models.spec import ModelSpec
 from apacs_ray.report.page import ReportContext, TilePicture, build_report
@@ -95,8 +94,7 @@ class Evaluate(Stage[EvaluateResult]):
         index = read_indices(store, ("test",))["test"]
         job.ray.start()
         with job.progress() as progress:
-            together = workers_a_gpu(settings.tiles.size, settings.members.width, settings.evaluate.precision)
-            plan = plan_pool(job.ray.cluster(), len(index.paths), a_gpu=together)
+            plan = plan_predictors(job.ray.cluster(), settings, len(index.paths))
             per_tile = evaluate_tiles(
                 task, list(index.paths), plan, lambda done: progress.show("test tiles", done, len(index))
             )

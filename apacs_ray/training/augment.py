@@ -5,7 +5,7 @@ Image, heatmaps and mask are transformed together. Tasks that only decode import
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -114,15 +114,15 @@ def jitter_stain(inputs: Tensor, sizes: Sequence[tuple[int, int]], seeds: Sequen
         return inputs
     from torchvision.transforms.v2 import functional as TF  # a second, which a run without jitter is spared
 
-    jittered = inputs.clone()
-    for tile, (height, width), seed in zip(jittered, sizes, seeds, strict=True):
+    def jittered(rgb: Tensor, seed: int) -> Tensor:
         draw = np.random.default_rng([seed, 1]).uniform(-1, 1, 4) * strength
-        rgb = tile[-3:, :height, :width].contiguous()
-        rgb = TF.adjust_brightness(rgb, 1 + draw[0])
+        rgb = TF.adjust_brightness(rgb.contiguous(), 1 + draw[0])
         rgb = TF.adjust_contrast(rgb, 1 + draw[1])
         rgb = TF.adjust_saturation(rgb, 1 + draw[2])
-        tile[-3:, :height, :width] = TF.adjust_hue(rgb, draw[3] / 10)
-    return jittered
+        hued: Tensor = TF.adjust_hue(rgb, draw[3] / 10)
+        return hued
+
+    return _with_rgb(inputs, sizes, seeds, jittered)
 
 
 def vary_dyes(inputs: Tensor, sizes: Sequence[tuple[int, int]], seeds: Sequence[int], strength: float) -> Tensor:
@@ -145,15 +145,26 @@ def vary_dyes(inputs: Tensor, sizes: Sequence[tuple[int, int]], seeds: Sequence[
     import torch
 
     dyes = np.array(DYES)
-    varied = inputs.clone()
-    for tile, (height, width), seed in zip(varied, sizes, seeds, strict=True):
+
+    def varied(rgb: Tensor, seed: int) -> Tensor:
         draw = np.random.default_rng([seed, 2]).uniform(-1, 1, (2, 3)) * strength
         # absorbance -> dyes, more or less of each, -> absorbance: one matrix and one vector
         change = np.linalg.inv(dyes) @ np.diag(1 + draw[0]) @ dyes
         matrix, shift = (
             torch.tensor(values, dtype=inputs.dtype, device=inputs.device) for values in (change, draw[1] / 10 @ dyes)
         )
-        absorbance = -torch.log(tile[-3:, :height, :width].clamp(min=1 / 255))
+        absorbance = -torch.log(rgb.clamp(min=1 / 255))
         changed = torch.einsum("chw,cd->dhw", absorbance, matrix) + shift[:, None, None]
-        tile[-3:, :height, :width] = torch.exp(-changed).clamp(0, 1)
-    return varied
+        return torch.exp(-changed).clamp(0, 1)
+
+    return _with_rgb(inputs, sizes, seeds, varied)
+
+
+def _with_rgb(
+    inputs: Tensor, sizes: Sequence[tuple[int, int]], seeds: Sequence[int], change: Callable[[Tensor, int], Tensor]
+) -> Tensor:
+    """A copy of `inputs` whose RGB, without padding, is what `change` makes of each tile's (3, H, W) and its seed."""
+    changed = inputs.clone()
+    for tile, (height, width), seed in zip(changed, sizes, seeds, strict=True):
+        tile[-3:, :height, :width] = change(tile[-3:, :height, :width], seed)
+    return changed

@@ -39,10 +39,9 @@ def training_memory(build: Callable[[], nn.Module], shape: tuple[int, int, int, 
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16, enabled=half),
         ):
-            output = network(inputs)
+            network(inputs)
         sizes = [tensor.untyped_storage().nbytes() for storage, tensor in kept.items() if storage not in parameters]
         weights = sum(parameter.numel() for parameter in network.parameters())
-        del output
     return STATE * weights + sum(sizes) + 2 * max(sizes, default=0)
 
 
