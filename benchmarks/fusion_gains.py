@@ -46,6 +46,7 @@ VARIANTS: dict[str, dict[str, str]] = {
     "jitter 0.1": {"heatmaps.views": "4", "members.jitter": "0.1"},
     "ignore 2": {"heatmaps.views": "4", "members.ignore_band": "2"},
     "boundary 2": {"heatmaps.views": "4", "members.boundary_weight": "2"},
+    "deep 0.3": {"heatmaps.views": "4", "members.deep_supervision": "0.3"},
 }
 OF_MEMBERS = ("data.", "synthetic.", "tiles.", "members.")  # settings on which members depend
 SMALLEST = {

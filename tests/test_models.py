@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -115,6 +116,26 @@ def test_padding_is_added_only_where_the_published_geometry_falls_short(produced
         assert produced(side) >= size
         assert side == size or produced(side - 1) < size
     assert sufficient(6, produced) == SMALLEST
+
+
+@pytest.mark.parametrize(
+    ("name", "scores"), [("fcn32", []), ("fcn16", ["score_pool4"]), ("fcn8", ["score_pool4", "score_pool3"])]
+)
+def test_each_stage_is_what_the_network_says_without_the_finer_scores(name: str, scores: list[str]) -> None:
+    torch.manual_seed(0)
+    network = build_member(name, width=0.02, dropout=0.0).eval()
+    x = torch.rand(2, 3, 70, 90)
+    with torch.no_grad():
+        stages, alone = network(x, stages=True), [network(x)]
+        for score in reversed(scores):
+            for parameter in network.get_submodule(score).parameters():
+                parameter.zero_()
+            alone.insert(0, network(x))
+    assert stages.shape == (2, len(scores) + 1, 70, 90)
+    for stage, said in enumerate(alone):
+        assert torch.allclose(stages[:, stage : stage + 1], said, atol=1e-5)
+    assert torch.equal(stages[:, -1:], alone[-1])
+    assert all(not torch.allclose(one, other, atol=1e-3) for one, other in itertools.pairwise(alone))
 
 
 def test_sizes_at_which_the_released_fcn32_falls_short() -> None:

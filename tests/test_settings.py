@@ -424,13 +424,14 @@ def test_a_fingerprint_leaves_out_what_is_marked_on_the_field() -> None:
     later = {"select", "stain", "ignore_band", "boundary_weight", "ema"}  # as long as they are what there was before
     left_out = {
         "data": {"max_rejects", "cache", "cache_gb"},
-        "members": {"workers", "mode"} | later,
+        "members": {"workers", "mode", "deep_supervision"} | later,
         "fusion": {"workers", "from_best", "compare"} | later,
     }
     for name in Settings.model_fields:
         section = getattr(settings, name)
         assert section.fingerprint_inputs() == section.model_dump(exclude=left_out.get(name, set())), name
     other: dict[str, Any] = {"select": "loss", "stain": 0.1, "ignore_band": 1, "boundary_weight": 2.0, "ema": 0.9}
+    other["deep_supervision"] = 0.3
     for name, value in other.items():
         assert MembersSettings(**{name: value}).fingerprint_inputs()[name] == value
     sweep = read_sweep("tune_configs/fusion_optuna.yaml")

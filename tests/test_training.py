@@ -25,14 +25,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from apacs_ray.config.settings import TrainingSettings
+from apacs_ray.config.settings import MembersSettings, TrainingSettings
 from apacs_ray.data.images import encode_mask
 from apacs_ray.errors import ApacsError, StoreTroubleError, TrainingError, gpu_too_small
 from apacs_ray.inference.predictor import Predictor
 from apacs_ray.models.ensemble import Ensemble
 from apacs_ray.models.registry import MEMBERS, build_member
 from apacs_ray.training.augment import DYES, Augmentation, augment, jitter_stain, vary_dyes
-from apacs_ray.training.batch import Sample, batches
+from apacs_ray.training.batch import Batch, Sample, batches
 from apacs_ray.training.dataset import decode_tile_mask
 from apacs_ray.training.history import EpochRecord, best_record, epochs_since_best, history_csv, read_history, score
 from apacs_ray.training.interruption import Interruption
@@ -42,6 +42,7 @@ from apacs_ray.training.optim import ema_decay, learning_rate_factor, make_optim
 from apacs_ray.training.ranks import Ranks
 from apacs_ray.training.sampler import SampleRef, schedule
 from apacs_ray.training.state import Snapshot, TrainState, load_state, save_state, snapshot
+from apacs_ray.training.step import forward
 from apacs_ray.training.writer import CheckpointWriter
 
 CPU = torch.device("cpu")
@@ -335,6 +336,26 @@ class TestWeights:
         ]
         assert records[0][0].train_loss != pytest.approx(records[1][0].train_loss, abs=1e-4)
         assert records[0][0].val_loss == pytest.approx(records[1][0].val_loss, abs=1e-6)
+
+    def test_deep_supervision_adds_the_losses_of_the_earlier_stages_in_training_only(self) -> None:
+        how = MembersSettings(jitter=0.0, dice_weight=0.5, batch_size=2, precision="float32")
+        deep = how.model_copy(update={"deep_supervision": 0.5})
+        torch.manual_seed(SEED)
+        network = build_member("fcn8", width=0.02, dropout=0.0)
+        rng = np.random.default_rng(SEED)
+        inputs = rng.integers(0, 256, (2, 48, 48, 3)).astype(np.uint8)
+        mask = rng.integers(0, 2, (2, 1, 48, 48)).astype(np.uint8)
+        weight = np.ones(2, np.float32)
+        ones = np.ones_like(mask)
+        batch = Batch(0, "train", 0, True, inputs, mask, ones, weight, ((48, 48),) * 2, (1, 2), ("a", "b"))
+        plain, added = (forward(network, batch, settings, CPU) for settings in (how, deep))
+        assert torch.equal(plain.logits, added.logits)
+        stages = network(torch.from_numpy(inputs).permute(0, 3, 1, 2).float() / 255, stages=True)
+        truth = torch.from_numpy(mask).float()
+        extra = sum(tile_losses(stages[:, k : k + 1], truth, torch.ones_like(truth), 0.5) for k in (0, 1))
+        assert torch.allclose(added.losses, plain.losses + 0.5 * extra, rtol=1e-5)
+        judged = replace(batch, phase="val")
+        assert torch.equal(forward(network, judged, deep, CPU).losses, forward(network, judged, how, CPU).losses)
 
 
 class TestAverage:

@@ -20,7 +20,14 @@ Select = Literal["dice", "loss"]
 Precision = Literal["float32", "tf32", "bfloat16"]
 VIEWS = (1, 4, 8)  # of a picture: as it is, its flips as well, quarter turns of these as well
 Share = Annotated[float, Field(ge=0, lt=1)]
-ADDED = ("select", "stain", "ignore_band", "boundary_weight", "ema")  # to training since runs have fingerprints
+ADDED = (
+    "select",
+    "stain",
+    "ignore_band",
+    "boundary_weight",
+    "ema",
+    "deep_supervision",
+)  # to training since runs have fingerprints
 
 
 class DataSettings(Section):
@@ -203,7 +210,8 @@ class TrainingSettings(Section):
 
     def fingerprint_inputs(self, *, exclude: Collection[str] = ()) -> dict[str, Any]:
         """Return the fields that a training depends on; later ones where they are not what they were before."""
-        unchanged = {name for name in ADDED if getattr(self, name) == type(self).model_fields[name].default}
+        added = {name: field for name, field in type(self).model_fields.items() if name in ADDED}
+        unchanged = {name for name, field in added.items() if getattr(self, name) == field.default}
         return super().fingerprint_inputs(exclude={*exclude, *unchanged})
 
     @field_validator("crop")
@@ -230,6 +238,12 @@ class MembersSettings(TrainingSettings):
         None,
         description="URI of a folder with alexnet.pth and vgg16.pth (imagenet; default: torchvision downloads them) or "
         "fcn32.pth, fcn16.pth and fcn8.pth (published)",
+    )
+
+    deep_supervision: float = Field(
+        0.0,
+        ge=0,
+        description="weight in the loss of what FCN-16 and FCN-8 say before each score of a pool joins; 0: none",
     )
 
     @model_validator(mode="after")

@@ -2,6 +2,8 @@
 
 Every network maps RGB (N, 3, H, W) in 0..1 to logits (N, 1, H, W) for every H and W. Where the published geometry
 yields fewer pixels than the input has, the input is zero-padded on the right and bottom to the next size that suffices.
+With `stages` the logits are (N, K, H, W): before each finer score joined, the finest and last as without (deep
+supervision).
 """
 
 from __future__ import annotations
@@ -37,6 +39,27 @@ def sufficient(size: int, produced: Callable[[int], int]) -> int:
     while produced(side) < size:
         side += 1
     return side
+
+
+def joined(maps: Tensor, score: Tensor, offset: int, *, stages: bool) -> Tensor:
+    """Return the newest maps with a finer score added; with `stages` the earlier ones stay before them.
+
+    Args:
+        maps: (K * N, 1, H, W), of K stages, the newest last.
+        score: (N, 1, ., .).
+        offset: px of the score's that lie before the maps, in both directions.
+        stages: Whether earlier stages are wanted.
+
+    Returns:
+        (N, 1, H, W), with `stages` ((K + 1) * N, 1, H, W).
+    """
+    newest = maps[-score.shape[0] :] + crop(score, offset, *maps.shape[2:])
+    return torch.cat([maps, newest]) if stages else newest
+
+
+def by_stage(maps: Tensor, count: int) -> Tensor:
+    """Return the maps (K * N, 1, H, W) of `count` = N tiles as (N, K, H, W)."""
+    return maps.reshape(-1, count, *maps.shape[2:]).transpose(0, 1)
 
 
 def pad_to(x: Tensor, produced: Callable[[int], int]) -> Tensor:
@@ -120,8 +143,8 @@ class FCN32(nn.Module):
         self.score = Score(self.trunk.fc7.out_channels)
         self.upscore = Upsample(1, 63, 32)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits (N, 1, H, W) for `x` (N, C, H, W) in 0..1."""
+    def forward(self, x: Tensor, stages: bool = False) -> Tensor:
+        """Return logits (N, 1, H, W) for `x` (N, C, H, W) in 0..1; it has one stage."""
         height, width = x.shape[2:]
         *_, y = self.trunk(pad_to(x, AlexTrunk.produced))
         y = self.score(self.dropout(y))
@@ -179,13 +202,13 @@ class FCN16(nn.Module):
         self.up_score = Upsample(1, 4, 2)
         self.up_final = Upsample(1, 32, 16)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits (N, 1, H, W) for `x` (N, C, H, W) in 0..1."""
+    def forward(self, x: Tensor, stages: bool = False) -> Tensor:
+        """Return logits (N, 1, H, W) for `x` (N, C, H, W) in 0..1; with `stages` (N, 2, H, W)."""
         height, width = x.shape[2:]
         _, pool4, y = self.trunk(pad_to(x, self.produced))
-        y = self.up_score(self.score(y))
-        y = y + crop(self.score_pool4(pool4), self.OFFSET_POOL4, *y.shape[2:])
-        return crop(self.up_final(y), self.OFFSET, height, width)
+        y = joined(self.up_score(self.score(y)), self.score_pool4(pool4), self.OFFSET_POOL4, stages=stages)
+        logits = crop(self.up_final(y), self.OFFSET, height, width)
+        return by_stage(logits, len(x)) if stages else logits
 
     @classmethod
     def produced(cls, side: int) -> int:
@@ -209,15 +232,14 @@ class FCN8(nn.Module):
         self.up_pool4 = Upsample(1, 4, 2)
         self.up_final = Upsample(1, 16, 8)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits (N, 1, H, W) for `x` (N, C, H, W) in 0..1."""
+    def forward(self, x: Tensor, stages: bool = False) -> Tensor:
+        """Return logits (N, 1, H, W) for `x` (N, C, H, W) in 0..1; with `stages` (N, 3, H, W)."""
         height, width = x.shape[2:]
         pool3, pool4, y = self.trunk(pad_to(x, self.produced))
-        y = self.up_score(self.score(y))
-        y = y + crop(self.score_pool4(pool4), self.OFFSET_POOL4, *y.shape[2:])
-        y = self.up_pool4(y)
-        y = y + crop(self.score_pool3(pool3), self.OFFSET_POOL3, *y.shape[2:])
-        return crop(self.up_final(y), self.OFFSET, height, width)
+        y = joined(self.up_score(self.score(y)), self.score_pool4(pool4), self.OFFSET_POOL4, stages=stages)
+        y = joined(self.up_pool4(y), self.score_pool3(pool3), self.OFFSET_POOL3, stages=stages)
+        logits = crop(self.up_final(y), self.OFFSET, height, width)
+        return by_stage(logits, len(x)) if stages else logits
 
     @classmethod
     def produced(cls, side: int) -> int:

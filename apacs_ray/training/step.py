@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from apacs_ray.config.settings import TrainingSettings
+from apacs_ray.config.settings import MembersSettings, TrainingSettings
 from apacs_ray.training.augment import jitter_stain, vary_dyes
 from apacs_ray.training.batch import Batch
 from apacs_ray.training.device import uses_bfloat16
@@ -48,7 +48,7 @@ def forward(model: nn.Module, batch: Batch, settings: TrainingSettings, device: 
     Args:
         model: Maps (N, C, H, W) float in 0..1 to logits (N, 1, H, W).
         batch: In the training part its RGB is varied, and its pixels weigh as settings say.
-        settings: Precision, stain augmentation, and the weights of the loss.
+        settings: Precision, stain augmentation, and the weights of the loss; of members deep supervision, too.
         device: Where the model is.
 
     Returns:
@@ -59,12 +59,16 @@ def forward(model: nn.Module, batch: Batch, settings: TrainingSettings, device: 
     if training:
         inputs = vary_dyes(inputs, batch.sizes, batch.seeds, settings.stain)
         inputs = jitter_stain(inputs, batch.sizes, batch.seeds, settings.jitter)
+    deep = settings.deep_supervision if training and isinstance(settings, MembersSettings) else 0.0
     with torch.autocast(device.type, torch.bfloat16, enabled=uses_bfloat16(settings.precision, device)):
-        logits: Tensor = model(inputs)
-    logits = logits.float()
+        stages: Tensor = model(inputs, stages=True) if deep else model(inputs)
+    logits = stages[:, -1:].float()
     mask, valid = (_to_device(array, device).float() for array in (batch.mask, batch.valid))
     weights = pixel_weights(mask, valid, settings.ignore_band, settings.boundary_weight) if training else valid
-    return StepOutput(tile_losses(logits, mask, weights, settings.dice_weight), logits, mask, valid)
+    losses = tile_losses(logits, mask, weights, settings.dice_weight)
+    for stage in range(stages.shape[1] - 1):
+        losses = losses + deep * tile_losses(stages[:, stage : stage + 1].float(), mask, weights, settings.dice_weight)
+    return StepOutput(losses, logits, mask, valid)
 
 
 def backward(model: nn.Module, batch: Batch, settings: TrainingSettings, device: torch.device) -> StepOutput:
