@@ -138,7 +138,10 @@ def rules(parts: Mapping[str, Part], seed: int) -> dict[str, tuple[float, ...]]:
     finest = singles[::-1]
     chosen: dict[str, int] = {}
     for name, splits in (("val", ("val",)), ("train and val", ("train", "val"))):
-        units = _units([parts[split] for split in splits])
+        units = units_of(
+            np.concatenate([parts[split].counts for split in splits]),
+            [slide for split in splits for slide in parts[split].slides],
+        )
         plain = [*finest, mean]
         chosen[f"{name}: best of members and mean"] = _of(choose, units, plain, 0.0)
         chosen[f"{name}: the same with means of two"] = _of(choose, units, [*plain, *pairs], 0.0)
@@ -166,12 +169,10 @@ def _nearest(weights: Sequence[float]) -> int:
     return min(range(len(WEIGHTS)), key=lambda at: sum((a - b) ** 2 for a, b in zip(WEIGHTS[at], weights, strict=True)))
 
 
-def _units(parts: Sequence[Part]) -> Counts:
-    """Slides where there are enough of them, else tiles."""
+def units_of(counts: Counts, slides: Sequence[str]) -> Counts:
+    """Return counts (tiles, ...) of slides where there are enough of them, else as they are."""
     from apacs_ray.evaluation.metrics import ENOUGH_SLIDES
 
-    counts = np.concatenate([part.counts for part in parts])
-    slides = [slide for part in parts for slide in part.slides]
     names = sorted(set(slides))
     if len(names) < ENOUGH_SLIDES:
         return counts
