@@ -31,10 +31,19 @@ from apacs_ray.errors import ApacsError, StoreTroubleError, TrainingError, gpu_t
 from apacs_ray.inference.predictor import Predictor
 from apacs_ray.models.ensemble import Ensemble
 from apacs_ray.models.registry import MEMBERS, build_member
+from apacs_ray.models.spec import FusionStart
 from apacs_ray.training.augment import DYES, Augmentation, augment, jitter_stain, vary_dyes
 from apacs_ray.training.batch import Batch, Sample, batches
 from apacs_ray.training.dataset import decode_tile_mask
-from apacs_ray.training.history import EpochRecord, best_record, epochs_since_best, history_csv, read_history, score
+from apacs_ray.training.history import (
+    EpochRecord,
+    best_record,
+    epochs_since_best,
+    history_csv,
+    read_history,
+    score,
+    start_record,
+)
 from apacs_ray.training.interruption import Interruption
 from apacs_ray.training.loop import Trainer, earliest_place, train_epochs
 from apacs_ray.training.loss import BOUNDARY, near_edge, pixel_weights, tile_losses
@@ -565,6 +574,14 @@ class TestTraining:
         assert not trainer.finished()
         trainer.history = history(0.1, 0.5, 0.5, 0.4)
         assert trainer.finished()
+
+    @pytest.mark.parametrize(("dice", "epochs"), [(1.0, 2), (0.0, 3), (None, 3)])
+    def test_patience_counts_from_a_start_that_no_epoch_betters(self, dice: float | None, epochs: int) -> None:
+        config = changed(CONFIG, epochs=9, patience=2, learning_rate=1e-12)  # nothing is learned
+        start = start_record(FusionStart("mean", {"fcn16": 0.5, "fcn8": 0.5}, val_dice=dice, val_entropy=9.0), 0.5)
+        trainer = Trainer(tiny(), config, seed=SEED, device=CPU, start=start)
+        assert len(trainer.run(stream(config), steps(config), nothing)) == epochs
+        assert start_record(None, 0.5) is None
 
     def test_where_dice_says_nothing_the_loss_decides(self) -> None:
         def history(*epochs: tuple[float, float]) -> tuple[EpochRecord, ...]:

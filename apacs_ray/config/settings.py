@@ -197,7 +197,11 @@ class TrainingSettings(Section):
     select: Select = Field(
         "dice", description="which epoch's weights are kept: of the highest val Dice, or of the lowest val loss"
     )
-    patience: int = Field(15, ge=0, description="epochs without a better one (select) before training stops; 0: never")
+    patience: int = Field(
+        15,
+        ge=0,
+        description="epochs without a better one (select), of a fusion than its start, before training stops; 0: never",
+    )
     workers: Annotated[int, NOT_IN_FINGERPRINT] = Field(
         0, ge=0, description="DDP workers a network; 0: as the cluster allows"
     )

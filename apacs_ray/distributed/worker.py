@@ -19,6 +19,7 @@ from apacs_ray.models.spec import ModelSpec
 from apacs_ray.runs.provenance import require_source
 from apacs_ray.storage import Store
 from apacs_ray.training.dataset import TileDataset
+from apacs_ray.training.history import start_record
 from apacs_ray.training.sampler import schedule
 
 if TYPE_CHECKING:
@@ -119,7 +120,8 @@ def train_worker(task: TrainingTask, hooks: WorkerHooks, *, device: torch.device
     tasks: dict[Trainer, NetworkTask] = {}
     for network in task.networks:
         model = hooks.wrap(initial_network(task, network).to(device))
-        trainer = Trainer(model, network.settings, seed=task.seed, device=device, ranks=ranks)
+        start = start_record(network.spec.start, network.settings.dice_weight)
+        trainer = Trainer(model, network.settings, seed=task.seed, device=device, ranks=ranks, start=start)
         hooks.resume(trainer, network)
         tasks[trainer] = network
     trainers, settings = list(tasks), task.networks[0].settings

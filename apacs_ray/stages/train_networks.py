@@ -26,7 +26,7 @@ from apacs_ray.storage import Store
 from apacs_ray.training.augment import Augmentation
 from apacs_ray.training.checkpoints import best_checkpoint, best_weights, complete_checkpoints
 from apacs_ray.training.dataset import Heatmaps, TileDataset
-from apacs_ray.training.history import START, EpochRecord, history_csv, read_history, score
+from apacs_ray.training.history import EpochRecord, history_csv, read_history, score, start_record
 from apacs_ray.training.tensorboard import write_curves
 
 PRETRAINED = "pretrained.safetensors"
@@ -261,7 +261,7 @@ def keep_best(store: Store, network: Network, spec: ModelSpec, fingerprint: str,
         say(f"{network.name}: the best weights are damaged in the store; those of epoch {best.epoch} are taken")
     history = tuple(EpochRecord(**record) for record in checkpoints[-1].state["history"])
     kept_record = best.record
-    start = start_record(network)
+    start = start_record(network.spec.start, network.settings.dice_weight)
     if start is not None:
         history = (start, *history)
         if score(start, select) > score(kept_record, select):
@@ -281,16 +281,6 @@ def keep_best(store: Store, network: Network, spec: ModelSpec, fingerprint: str,
     # settings that are tried in turn train to the same folder: a mark names the files that it is of. Weights alone
     # would not do: those of two settings may be equal, as where one of them allows more epochs
     store.write(done_mark(network, fingerprint), encode_mark(kept))
-
-
-def start_record(network: Network) -> EpochRecord | None:
-    """Return what validation says of a network as it is built; None of one that says nothing before it is trained."""
-    start = network.spec.start
-    if start is None:
-        return None
-    dice = math.nan if start.val_dice is None else start.val_dice
-    loss = start.val_loss(network.settings.dice_weight)
-    return EpochRecord(START, math.nan, math.nan, loss, dice, 0.0, 0.0)
 
 
 def done_mark(network: Network, fingerprint: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from apacs_ray.config.settings import Select
+from apacs_ray.models.spec import FusionStart
 
 START = -1  # the epoch of a network that has not been trained yet
 
@@ -25,6 +26,14 @@ class EpochRecord:
     val_dice: float
     learning_rate: float
     seconds: float
+
+
+def start_record(start: FusionStart | None, dice_weight: float) -> EpochRecord | None:
+    """Return what validation says of a network as it is built; None of one that says nothing before it is trained."""
+    if start is None:
+        return None
+    dice = math.nan if start.val_dice is None else start.val_dice
+    return EpochRecord(START, math.nan, math.nan, start.val_loss(dice_weight), dice, 0.0, 0.0)
 
 
 @dataclass(frozen=True)

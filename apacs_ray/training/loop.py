@@ -95,6 +95,7 @@ class Trainer:
     A bare model is moved to `device` and to channels_last. A wrapped one must already be there: DDP lays out
     its gradient buckets when it wraps, and a layout changed afterwards gives wrong gradients.
 
+    `start` is what validation says of the network as it is: an epoch that is worse does not count as a better one.
     With `settings.ema`, `average` is the same network with the moving average of its weights, which is what is
     validated and kept.
     """
@@ -107,6 +108,7 @@ class Trainer:
         seed: int,
         device: torch.device,
         ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+        start: EpochRecord | None = None,
     ) -> None:
         wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
         self.model = model if wrapped else model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -114,6 +116,7 @@ class Trainer:
         self.seed = seed
         self.device = device
         self.ranks = ranks
+        self._start = start
         self.optimizer = make_optimizer(self.model, settings)
         self.average = copy.deepcopy(bare_model(self.model)).eval() if settings.ema else None
         self.history: tuple[EpochRecord, ...] = ()
@@ -137,11 +140,12 @@ class Trainer:
         return self.next_epoch, self._part.steps if self._part else 0
 
     def finished(self) -> bool:
-        """Return whether the last epoch is done, or `patience` epochs passed without a better one."""
+        """Return whether the last epoch is done, or `patience` epochs passed since the best, which may be the start."""
         if self.next_epoch >= self.settings.epochs:
             return True
+        judged = self.history if self._start is None else (self._start, *self.history)
         patience = self.settings.patience
-        return bool(patience) and epochs_since_best(self.history, self.settings.select) >= patience
+        return bool(patience) and epochs_since_best(judged, self.settings.select) >= patience
 
     def run(
         self,
