@@ -9,7 +9,7 @@ import torch
 from support.runs import SMALL, run
 
 from apacs_ray.commands.estimate import count_tiles
-from apacs_ray.config.settings import DataSettings, TilesSettings, TrainingSettings
+from apacs_ray.config.settings import DataSettings, TilesSettings, TrainingSettings, TuneSettings
 from apacs_ray.config.sweep import Distribution, Scheduler, Sweep
 from apacs_ray.data.folders import Pair, find_pairs
 from apacs_ray.distributed.resource_plan import Cluster, NetworkPlan, TrainingPlan, plan_training
@@ -93,6 +93,12 @@ def test_epochs_of_a_sweep() -> None:
     network = NetworkPlan("fusion", 1, 1, 0.0, 1, 0)
     line = sweep(_sweep(Scheduler()), TILES, Seconds(1, 0, 0), concurrency=4, network=network)
     assert (line.tiles, line.cpu_seconds, line.wall) == (24000, 24000, 6000 + lines.SWEEP + 20 * lines.TRIAL / 4)
+
+
+def test_a_sweep_counts_the_tiles_that_trials_see() -> None:
+    most = TuneSettings(tiles=2000).most
+    assert Tiles(570_400, 71_300, 71_300, 1.0).at_most(most) == Tiles(2000, 500, 71_300, 1.0)
+    assert Tiles(100, 30, 10, 1.0).at_most(most) == Tiles(100, 30, 10, 1.0)
 
 
 def test_units_are_drawn_from_all_over() -> None:

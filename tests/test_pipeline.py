@@ -111,9 +111,11 @@ def test_other_ways_to_sweep(undisturbed: Path, cells: Path, tmp_path: Path, how
     members = "members: {choice: [[fcn32, fcn16], [fcn16, fcn8]]}"
     space = f"{{learning_rate: {{loguniform: [0.0001, 0.01]}}, trunk: {{choice: [random, fcn32]}}, {members}}}"
     sweep.write_text(f"trials: 2\nepochs: 2\n{how}space: {space}\n")
-    options = [*SMALL, "--fusion.from_best", "true", "--tune.config", str(sweep)]
+    options = [*SMALL, "--fusion.from_best", "true", "--tune.config", str(sweep), "--tune.tiles", "4"]
     done = run("--data", str(cells), "--output", str(output), *options, script="tune_fusion.py")
     assert done.status == 0, done.summary
+    assert read_json(output / "tune/_committed.json")["result"]["tiles"] == {"train": 4, "val": 1}
+    assert "which saw 4 of " in (output / "tune/best.yaml").read_text()
     best = yaml.safe_load((output / "tune/best.yaml").read_text())["fusion"]
     assert best["members"] in (["fcn32", "fcn16"], ["fcn16", "fcn8"])
     lines = (output / "tune/trials.csv").read_text().splitlines()

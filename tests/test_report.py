@@ -34,6 +34,7 @@ HOSTILE = "<script>alert('x')</script>\"><img src=x onerror=y> 切片 &amp;"
 KINDS = ("best", "median", "worst", "disagree", "better", "worse")
 NETWORKS = (*MEMBERS, "fusion")
 SHARES = {"fcn32": 0.3, "fcn16": 0.25, "fcn8": 0.2, "majority": 0.2, "mean": 0.18, "fusion": 0.05, "otsu": 0.7}
+SWEPT = {"tiles": {"train": 2000, "val": 500}}
 TRIALS = (
     "trial_id,val_dice,epochs,seconds,error,learning_rate,members\n"
     "a,0.5,2,1.0,,0.0001,fcn32+fcn8\nb,0.6,4,1.0,,0.01,fcn16+fcn8\nc,,0,1.0,RuntimeError: memory,0.1,fcn16+fcn8\n"
@@ -92,7 +93,7 @@ def context(**changes: Any) -> ReportContext:
         "views": 1,
         "trials": TRIALS.replace("a,", HOSTILE.replace('"', "") + ",", 1),
         "best": {"learning_rate": 0.01, "members": ["fcn16", "fcn8"]},
-        "stages": {"ingest": done, "evaluate": {"state": "running"}},
+        "stages": {"ingest": done, "tune_fusion": {**done, "result": SWEPT}, "evaluate": {"state": "running"}},
         "facts": {"val_unit": "image", "pairs": {"listed": 5, "used": 4, "rejected": 1}},
         "rejects": [reject] * 25,
         "pictures": [TilePicture(kind, 1, HOSTILE, HOSTILE, HOSTILE, png) for kind in KINDS],
@@ -309,6 +310,12 @@ def test_the_report_says_that_the_fusion_reads_views_and_members_stand_with_one(
     assert f"over {views} views of a tile, {words} each member stands here with one view" in text
     assert f"It reads its members over {views} views of each tile; they stand here with one." in text
     assert "views of" not in Page(build_report(context())).text
+
+
+def test_the_report_says_on_which_tiles_trials_were_judged() -> None:
+    said = "Trials learned from 2 000 train tiles and were judged on 500 val tiles."
+    assert said in Page(build_report(context())).text
+    assert "judged on" not in Page(build_report(context(stages={"tune_fusion": {"result": {}}}))).text  # of before
 
 
 def test_the_sweep_is_read_best_first_without_failed_trials() -> None:

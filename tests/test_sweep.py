@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import signal
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from apacs_ray.config.settings import FusionSettings
+from apacs_ray.config.settings import FusionSettings, Settings, TuneSettings
 from apacs_ray.config.sweep import Distribution
+from apacs_ray.data.shards import TileIndex
 from apacs_ray.distributed.tune import best_epoch_of, stopped_by_ctrl_c, within_ranges
+from apacs_ray.runs.markers import Counts
+from apacs_ray.stages.heatmaps import HeatmapsResult
+from apacs_ray.stages.ingest_result import IngestResult, UnitCounts
+from apacs_ray.stages.stage import Committed
+from apacs_ray.stages.tune_fusion import TuneFusion, draw_tiles
 
 SPACE = {
     name: Distribution.model_validate(drawn)
@@ -48,6 +56,49 @@ def test_ctrl_c_ends_a_sweep_that_listens_and_one_that_does_not() -> None:
             sweep(listens)
         assert heard == told
         assert signal.getsignal(signal.SIGINT) == before
+
+
+def sweep_stage(train: int, val: int) -> TuneFusion:
+    """The sweep of a run with so many tiles."""
+    none = UnitCounts(0, 0, 0)
+    tiles = {"train": train, "val": val, "test": 0}
+    ingest = IngestResult(Counts(0, 0), "pairs", none, none, tiles, "image", 0, True, {}, {}, 0, {})
+    heatmaps = HeatmapsResult(Counts(0, 0), 1, {})
+    return TuneFusion(Committed("tiles", "1" * 16, ingest), Committed("heatmaps", "2" * 16, heatmaps))
+
+
+def test_a_sweep_of_fewer_tiles_than_may_be_drawn_stays_valid() -> None:
+    def printed(tiles: int, train: int, val: int) -> str:
+        return sweep_stage(train, val).fingerprint(Settings(tune=TuneSettings(tiles=tiles)))
+
+    of_all = printed(0, 100, 25)
+    assert {printed(tiles, 100, 25) for tiles in (100, 101, 2000)} == {of_all}
+    others = [printed(99, 100, 25), printed(98, 100, 25), printed(100, 100, 26), printed(2000, 100, 501)]
+    assert len({of_all, *others}) == 5
+    assert printed(0, 10**6, 10**6) == of_all
+
+
+def test_trials_see_tiles_of_all_slides_and_no_tile_is_copied() -> None:
+    slides = [f"s{number % 7}" for number in range(70)]
+    numbers = np.arange(70, dtype=np.int32)
+    index = TileIndex(
+        ("a", "b"),
+        numbers // 35,
+        numbers % 35 // 2,
+        numbers % 2,
+        tuple(f"t{number}" for number in numbers),
+        tuple(slides),
+        9,
+        numbers.astype(np.float32),
+    )
+    indices = {"train": index, "val": index.select(numbers < 6)}
+    drawn = draw_tiles(indices, TuneSettings(tiles=14), 3)
+    assert Counter(drawn["train"].slide_ids) == dict.fromkeys(slides, 2)
+    assert len(drawn["val"]) == 3
+    places = {index.place(number) for number in range(70)}
+    assert {drawn["train"].place(number) for number in range(14)} <= places
+    assert draw_tiles(indices, TuneSettings(tiles=70), 3) == indices
+    assert draw_tiles(indices, TuneSettings(tiles=0), 3) == indices
 
 
 def trial(epochs: list[dict[str, Any]] | None, config: dict[str, Any]) -> Any:

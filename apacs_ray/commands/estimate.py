@@ -170,8 +170,8 @@ class _Networks:
         """The sweep, where its result will be used."""
         if not self._settings.fusion.from_best:
             return []
-        seconds = self._times.trainings[-1]
-        return [sweep(self._sweep, self._tiles, seconds, concurrency=self._trials, network=self._trial)]
+        seconds, tiles = self._times.trainings[-1], self._tiles.at_most(self._settings.tune.most)
+        return [sweep(self._sweep, tiles, seconds, concurrency=self._trials, network=self._trial)]
 
     def evaluation(self) -> Line:
         """Everything on the test tiles, and the report."""

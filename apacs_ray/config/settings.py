@@ -331,6 +331,17 @@ class TuneSettings(Section):
     """The sweep of the fusion's hyperparameters."""
 
     config: Common[str] = Field("tune_configs/fusion_asha.yaml", description="search space, searcher and scheduler")
+    tiles: Common[Annotated[int, NOT_IN_FINGERPRINT]] = Field(
+        2000,
+        ge=0,
+        description="train tiles that trials learn from at most, and for each four of these one val tile that judges "
+        "them, drawn in proportion from all slides; 0: all tiles",
+    )
+
+    @property
+    def most(self) -> dict[str, int]:
+        """Tiles that trials see at most, by split; without an entry all."""
+        return {"train": self.tiles, "val": max(1, self.tiles // 4)} if self.tiles else {}
 
 
 class EvaluateSettings(Section):

@@ -32,7 +32,7 @@ def assign_val(
     """
     unit = _unit(tiles, slides_known)
     names = [str(tile[COLUMNS[unit]]) for tile in tiles]
-    units = sorted(set(names), key=lambda name: _rank(seed, name))
+    units = sorted(set(names), key=lambda name: seeded_rank(seed, name))
     count = max(0, min(max(1, math.floor(len(units) * fraction + 0.5)), len(units) - 1))
     chosen = set(units[:count])
     return [name in chosen for name in names], unit
@@ -46,6 +46,6 @@ def _unit(tiles: Sequence[Mapping[str, Any]], slides_known: bool) -> ValUnit:
     return "tile"
 
 
-def _rank(seed: int, name: str) -> bytes:
+def seeded_rank(seed: int, name: str) -> bytes:
     """Return a unit's place in the seeded permutation; a unit more or less leaves the others in order."""
     return hashlib.sha256(f"{seed}\0{name}".encode("utf-8", "surrogatepass")).digest()

@@ -8,7 +8,7 @@ constants, measured with small runs on two cores.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from apacs_ray.config.sweep import Sweep
@@ -70,6 +70,10 @@ class Tiles:
     def all(self) -> int:
         """Tiles of all splits."""
         return self.train + self.val + self.test
+
+    def at_most(self, most: Mapping[str, int]) -> Tiles:
+        """Return these, but of each split no more than `most` says."""
+        return replace(self, **{split: min(count, getattr(self, split)) for split, count in most.items()})
 
 
 @dataclass(frozen=True)

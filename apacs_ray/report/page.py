@@ -126,6 +126,7 @@ def build_report(context: ReportContext) -> str:
         verdicts={name: verdict(row) for name, row in context.comparison.items()},
         kept_epochs=kept,
         sweep=sweep,
+        sweep_tiles=context.stages.get("tune_fusion", {}).get("result", {}).get("tiles"),
         top_trials=sweep.trials[:TRIALS_SHOWN],
         kinds=KINDS,
         legend=LEGEND,

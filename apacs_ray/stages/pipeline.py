@@ -55,7 +55,7 @@ def run_pipeline(run: Run, ray: RaySession, names: Collection[str]) -> None:
     heatmaps = settle(StoreHeatmaps(ingest, members))
     if not left:
         return
-    sweep = settle(TuneFusion(heatmaps)) if run.settings.fusion.from_best else None
+    sweep = settle(TuneFusion(ingest, heatmaps)) if run.settings.fusion.from_best else None
     left.discard(TuneFusion.name)
     if not left:
         return

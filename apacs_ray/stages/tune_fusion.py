@@ -5,14 +5,16 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import yaml
 
-from apacs_ray.config.settings import FusionSettings, Settings
+from apacs_ray.config.settings import FusionSettings, Settings, TuneSettings
 from apacs_ray.config.sweep import read_sweep
 from apacs_ray.console import say
+from apacs_ray.data.drawing import draw_by_slide
+from apacs_ray.data.shards import TileIndex
 from apacs_ray.distributed.trial import TrialTask
 from apacs_ray.distributed.tune import TrialResult, sweep
 from apacs_ray.errors import ApacsError
@@ -21,6 +23,7 @@ from apacs_ray.models.spec import FusionStart, fusion_spec, start_key
 from apacs_ray.runs.markers import Counts
 from apacs_ray.runs.provenance import fingerprint, source_hash
 from apacs_ray.stages.heatmaps import HeatmapsResult
+from apacs_ray.stages.ingest_result import IngestResult
 from apacs_ray.stages.stage import Committed, Job, Stage, StageResult
 from apacs_ray.stages.train_networks import PRETRAINED, read_indices, write_pretrained
 from apacs_ray.storage import Store
@@ -28,10 +31,11 @@ from apacs_ray.storage import Store
 
 @dataclass(frozen=True)
 class SweepResult(StageResult):
-    """The best trial: the settings it drew, and its val Dice in 0..1."""
+    """The best trial: the settings it drew, and its val Dice in 0..1; and the tiles that trials saw, by split."""
 
     best: dict[str, Any]
     val_dice: float
+    tiles: dict[str, int] = field(default_factory=dict)  # empty in older runs
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,17 @@ class TuneFusion(Stage[SweepResult]):
     folder: ClassVar[str] = "tune"
     result_type: ClassVar[type[SweepResult]] = SweepResult
 
+    ingest: Committed[IngestResult]
     heatmaps: Committed[HeatmapsResult]
 
     def fingerprint(self, settings: Settings) -> str:
-        """Return the fingerprint of the heatmaps, the sweep, and what of the fusion's settings it does not draw."""
+        """Return the fingerprint of the heatmaps, the sweep, and what of the fusion's settings it does not draw.
+
+        `tune.tiles` counts where the splits have more.
+        """
         plan = read_sweep(settings.tune.config)
+        stored = self.ingest.result.tiles
+        drawn = {split: most for split, most in settings.tune.most.items() if most < stored[split]}
         # what the space draws, and the epochs that the sweep sets itself, do not depend on the settings
         fixed = settings.fusion.fingerprint_inputs(exclude={*plan.space, "epochs", "patience"})
         return fingerprint(
@@ -57,6 +67,7 @@ class TuneFusion(Stage[SweepResult]):
             fusion=fixed,
             start=published_fusion_version(settings.fusion),
             seed=settings.run.seed,
+            **({"tiles": drawn} if drawn else {}),
         )
 
     def work(self, job: Job, fingerprint: str) -> SweepResult:
@@ -75,9 +86,15 @@ class TuneFusion(Stage[SweepResult]):
         fusion = settings.fusion
         spec = fusion_spec(fusion, fusion.width)
         pretrained = write_pretrained(store, f"{state}/{PRETRAINED}", lambda: published_fusion(fusion, spec))
+        stored = read_indices(store)
+        indices = draw_tiles(stored, settings.tune, settings.run.seed)
+        tiles = {split: len(index) for split, index in indices.items()}
+        part = ", ".join(f"{tiles[split]} of {len(index)} {split} tiles" for split, index in stored.items())
+        if any(tiles[split] < len(index) for split, index in stored.items()):
+            say(f"tune_fusion: trials see {part} (tune.tiles {settings.tune.tiles})")
         task = TrialTask(
             store,
-            read_indices(store),
+            indices,
             fusion,
             fusion.width,
             self.heatmaps.fingerprint,
@@ -101,12 +118,13 @@ class TuneFusion(Stage[SweepResult]):
         best = best_trial(scored, fusion.members, self.heatmaps.result.starts)
         drawn = FusionSettings.model_validate(best.setting).model_dump(mode="json", include=set(best.setting))
         store.write("tune/trials.csv", trials_csv(trials).encode())
-        comment = f"# best of {len(trials)} trials of {settings.tune.config}: val Dice {best.val_dice:.4f}\n"
+        of = f"{len(trials)} trials of {settings.tune.config}, which saw {part}"
+        comment = f"# best of {of}: val Dice {best.val_dice:.4f}\n"
         store.write("tune/best.yaml", (comment + yaml.safe_dump({"fusion": drawn}, sort_keys=True)).encode())
         setting = ", ".join(f"{name} {value}" for name, value in drawn.items())
         say(f"tune_fusion: best val Dice {best.val_dice:.4f} with {setting}")
         counts = Counts(len(trials), len(scored), {"failed trial": len(trials) - len(scored)})
-        return SweepResult(counts, drawn, best.val_dice or 0.0)
+        return SweepResult(counts, drawn, best.val_dice or 0.0, tiles)
 
     def tidy(self, store: Store, fingerprint: str) -> None:
         """Delete the state of this sweep and of earlier ones that were given up."""
@@ -114,6 +132,16 @@ class TuneFusion(Stage[SweepResult]):
             if entry.path.startswith("tune/.state-"):
                 store.delete(entry.path)
                 store.delete_folder("/".join(entry.path.split("/")[:2]))
+
+
+def draw_tiles(indices: Mapping[str, TileIndex], tune: TuneSettings, seed: int) -> dict[str, TileIndex]:
+    """Return the tiles that trials see: so many of each split as `tune.tiles` allows, from all of its slides."""
+    drawn = dict(indices)
+    for split, most in tune.most.items():
+        index = indices[split]
+        if most < len(index):
+            drawn[split] = index.select(draw_by_slide(index.slide_ids, index.tile_ids, most, seed))
+    return drawn
 
 
 def best_trial(trials: Sequence[TrialResult], members: Sequence[str], starts: Mapping[str, FusionStart]) -> TrialResult:
