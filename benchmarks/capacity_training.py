@@ -6,6 +6,7 @@ asked of the functions that plan runs. `--tables` writes the tables into `cluste
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -22,7 +23,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from apacs_ray.config.settings import Settings
+from apacs_ray.config.sweep import read_sweep
 from apacs_ray.distributed.resource_plan import BETWEEN_NODES, Nodes, TrainingPlan, cluster_of, plan_training
+from apacs_ray.distributed.trial_plan import plan_sweep
+from apacs_ray.estimate.lines import Seconds, Tiles, sweep
 from apacs_ray.models.fusion import build_fusion
 from apacs_ray.models.registry import MEMBERS, build_member
 
@@ -49,6 +53,7 @@ class Gpu:
 
 # an L4: 30 TFLOP/s where the H100 of machine H trains FCN-8 at 290
 KINDS = (Gpu("L4", 4, 48, 30 / 290, 8.0), Gpu("H100", 8, 192, 1.0, 200.0))
+SWEEP_GPUS = (1, 4, 40)
 RUNS = ((4, 4), (40, 4), (40, 16), (400, 4), (400, 64))  # GPUs and tiles a batch
 
 
@@ -69,6 +74,7 @@ def read_costs() -> dict[str, Any]:
     return {name: cost["value"] for name, cost in json.loads(FILE.read_text()).items()}
 
 
+@functools.cache
 def tflops(side: int) -> dict[str, float]:
     """Count 10^12 floating-point operations of a forward pass of each network on a tile of `side` px.
 
@@ -88,9 +94,13 @@ def tflops(side: int) -> dict[str, float]:
 
 def plan(kind: Gpu, gpus: int, batch: int) -> TrainingPlan:
     """Return who trains where on so many GPUs."""
+    return plan_training(MEMBERS, cluster_of([nodes_of(kind, gpus)], []), batch_size=batch)
+
+
+def nodes_of(kind: Gpu, gpus: int) -> Nodes:
+    """Return the nodes of so many GPUs; of a part of one its CPUs in proportion."""
     on_node = min(gpus, kind.on_node)
-    nodes = Nodes(kind.cpus * on_node / kind.on_node, on_node, math.ceil(gpus / on_node))
-    return plan_training(MEMBERS, cluster_of([nodes], []), batch_size=batch)
+    return Nodes(kind.cpus * on_node / kind.on_node, on_node, math.ceil(gpus / on_node))
 
 
 def epoch_minutes(costs: dict[str, Any], kind: Gpu, gpus: int, batch: int) -> float:
@@ -131,9 +141,37 @@ def stage_row(costs: dict[str, Any], kind: Gpu, gpus: int, batch: int) -> dict[s
     }
 
 
+def sweep_row(costs: dict[str, Any], kind: Gpu, gpus: int) -> dict[str, Any]:
+    """Return the hours of the full sweep on a cluster, where trials see all tiles, or those of `tune.tiles`."""
+    file = read_sweep(Settings().tune.config)
+    each, at_once = plan_sweep(file, cluster_of([nodes_of(kind, gpus)], []), Settings().fusion.batch_size)
+    # of FCN-32's figure, by FLOPs: that of the fusion was not measured
+    second = costs["H100_train_ms"]["fcn32"] / 1000 / kind.speed / tflops(Settings().members.crop)["fcn32"]
+    learn, whole = tflops(Settings().fusion.crop)["fusion"], tflops(SIDE)["fusion"]
+    seconds = Seconds(second * learn, second * whole / 3, costs["sample_cpu_s_a_tile"])
+    tiles = Tiles(*(round(share * TILES) for share in SPLITS.values()), 0.0)
+    walls = [
+        sweep(file, seen, seconds, concurrency=at_once, network=each).wall / 3600
+        for seen in (tiles, tiles.at_most(Settings().tune.most))
+    ]
+    return {
+        "on": f"{gpus} {kind.name} ({math.ceil(gpus / kind.on_node)})",
+        "at_once": at_once,
+        "cpus": each.cpus,
+        "all": walls[0],
+        "drawn": walls[1],
+    }
+
+
 def section(costs: dict[str, Any]) -> str:
     """Return the section of capacity.md that follows from the costs, in Markdown."""
-    parts = [_unit_lines(costs), _tiling_lines(costs), _network_lines(costs), _driver_lines(costs)]
+    parts = [
+        _unit_lines(costs),
+        _tiling_lines(costs),
+        _network_lines(costs),
+        _sweep_lines(costs),
+        _driver_lines(costs),
+    ]
     return "\n".join([BEGIN, *("\n".join([*lines, ""]) for lines in parts), END])
 
 
@@ -196,6 +234,25 @@ def _network_lines(costs: dict[str, Any]) -> list[str]:
         *(
             f"| {row['on']} | {row['batch']} | {row['workers']} | {row['over']} | {_s(row['epoch'])} | "
             f"{_s(row['heatmaps'])} | {_s(row['evaluate'])} | {row['short']} |"
+            for row in rows
+        ),
+    ]
+
+
+def _sweep_lines(costs: dict[str, Any]) -> list[str]:
+    rows = [sweep_row(costs, kind, gpus) for kind in KINDS for gpus in SWEEP_GPUS]
+    most = Settings().tune.most
+    return [
+        f"## Sweep (`{Settings().tune.config}`)",
+        "",
+        f"Hours by the arithmetic of `--estimate`: trials see all tiles, or {_s(most['train'])} train and",
+        f"{most['val']} val tiles, the default of `tune.tiles`. The fusion's steps are assumed to take FCN-32's time,",
+        "by FLOPs.",
+        "",
+        "| GPUs (nodes) | trials at a time | CPUs of each | all tiles | `tune.tiles` |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {row['on']} | {row['at_once']} | {row['cpus']:g} | {_s(row['all'])} | {_s(row['drawn'])} |"
             for row in rows
         ),
     ]

@@ -95,6 +95,18 @@ def test_epochs_of_a_sweep() -> None:
     assert (line.tiles, line.cpu_seconds, line.wall) == (24000, 24000, 6000 + lines.SWEEP + 20 * lines.TRIAL / 4)
 
 
+def test_trials_that_share_a_gpu_use_it_in_turn() -> None:
+    def wall(seconds: Seconds, gpus: float, threads: int) -> float:
+        network = NetworkPlan("fusion", 1, float(threads), gpus, threads, 0)
+        return sweep(_sweep(Scheduler()), TILES, seconds, concurrency=4, network=network).wall
+
+    starts = lines.SWEEP + 20 * lines.TRIAL / 4
+    assert wall(Seconds(1, 0, 0), 1.0, 1) == 6000 + starts
+    assert wall(Seconds(1, 0, 0), 0.25, 1) == 24000 + starts
+    # four threads read ahead; the GPU is not what is short
+    assert wall(Seconds(0, 0, 4), 0.25, 4) == (100 + 20) * 240 / 4 + starts
+
+
 def test_a_sweep_counts_the_tiles_that_trials_see() -> None:
     most = TuneSettings(tiles=2000).most
     assert Tiles(570_400, 71_300, 71_300, 1.0).at_most(most) == Tiles(2000, 500, 71_300, 1.0)

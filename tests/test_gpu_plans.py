@@ -103,6 +103,13 @@ def test_trials_and_actors_find_their_places(kinds: list[Nodes]) -> None:
         if gpu and cluster.gpus * int(1 / gpu) < workers:
             continue  # refused, in a line
         each, at_once = plan_trials(cluster, workers=workers, cpu=cpu, gpu=gpu, batch_size=8, trials=1000)
+        able = [kind for kind in kinds if kind.cpus and (kind.gpus or not gpu)]
+        if gpu and min(kind.cpus for kind in able) >= cpu * 4:  # and with it the GPUs are full
+            mine = min(kind.cpus / kind.gpus for kind in able) / int(1 / gpu)
+            assert each.cpus >= max(cpu if workers == 1 else 0.9 * cpu, 0.95 * mine - 0.01)
+            asked = min(cpu, each.cpus)
+            full = [min(kind.gpus * int(1 / gpu), 0.95 * kind.cpus // asked) * kind.count for kind in able]
+            assert at_once >= sum(full) // workers
         for seed in range(3):
             scheduler = Scheduler(kinds, seed)
             waits = [None for _ in range(at_once * workers) if scheduler.place(each.cpus, each.gpus) is None]
@@ -151,6 +158,24 @@ def test_gradients_that_travel_between_nodes_cost_more() -> None:
     one_node = plan_training(("fusion",), cluster_of([Nodes(96, 8, 1)], []), batch_size=8)
     four = plan_training(("fusion",), cluster_of([Nodes(24, 2, 4)], []), batch_size=8)
     assert one_node.networks[0].workers > four.networks[0].workers
+
+
+@pytest.mark.parametrize(
+    ("kinds", "workers", "gpu", "cpus", "at_once"),
+    [
+        ([Nodes(48, 4, 1)], 1, 0.25, 3, 16),  # g6.12xlarge
+        ([Nodes(48, 4, 1)], 1, 1.0, 12, 4),
+        ([Nodes(48, 4, 1)], 2, 1.0, 11.4, 2),
+        ([Nodes(48, 4, 1), Nodes(192, 8, 1)], 1, 0.25, 3, 48),  # the poorer node says
+        ([Nodes(2, 4, 1)], 1, 0.25, 1, 2),  # what it asks for, at least
+        ([Nodes(48, 0, 4)], 1, 0.25, 1, 192),
+    ],
+)
+def test_a_trial_has_the_cpus_of_its_share_of_a_gpu(
+    kinds: list[Nodes], workers: int, gpu: float, cpus: float, at_once: int
+) -> None:
+    each, count = plan_trials(cluster_of(kinds, []), workers=workers, cpu=1, gpu=gpu, batch_size=8, trials=1000)
+    assert (each.cpus, each.threads, count) == (cpus, int(cpus), at_once)
 
 
 def test_trials_on_gpus_do_not_count_cpus_of_plain_nodes() -> None:

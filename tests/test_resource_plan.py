@@ -118,7 +118,7 @@ def test_trials_of_several_workers_never_wait_for_each_other(
         ([Nodes(4, 0, 4)], 1, 8, 0, 4, 4),  # no node has 8 CPUs
         ([Nodes(2, 0, 4)], 2, 4, 0, 1.9, 2),  # nor 4, in two places
         ([Nodes(8, 0, 1), Nodes(2, 0, 1)], 1, 1, 0, 1, 10),
-        ([Nodes(16, 2, 1)], 1, 1, 0.6, 1, 2),  # each GPU holds one
+        ([Nodes(16, 2, 1)], 1, 1, 0.6, 8, 2),  # each GPU holds one
     ],
 )
 def test_a_trial_asks_for_no_more_than_a_node_has(

@@ -210,7 +210,7 @@ SWEEP = """
     store = open_store(sys.argv[1])
     ray = RaySession(mock.Mock(store=store, data=None))
     ray.start()
-    task = TrialTask(store, {}, FusionSettings(), 0.02, "f", 1, 0, 1, "another source", "tune/.state-1", 0, 600.0)
+    task = TrialTask(store, {}, FusionSettings(), 0.02, "f", 1, 0, "another source", "tune/.state-1", 0, 600.0)
     plan = Sweep.model_validate({"trials": 1, "epochs": 1, "space": {"dropout": {"uniform": [0.1, 0.2]}}})
     (trial,) = sweep(task, plan, joined_cluster(), print)
     assert "another source of apacs_ray" in trial.error, trial.error

@@ -92,10 +92,11 @@ class Scheduler(Section):
 class Resources(Section):
     """What one trial asks for: one process, or with `workers` a trainer of so many, each with `cpu` and `gpu`.
 
-    `gpu` counts only where the cluster has GPUs.
+    `gpu` counts only where the cluster has GPUs. There a trial has at least the CPUs that its share of a GPU has of
+    the node's: with a quarter of one of 4 GPUs, beside 48 CPUs, 3.
     """
 
-    cpu: float = Field(1, gt=0)
+    cpu: float = Field(1, gt=0, description="at least, where it has a share of a GPU")
     gpu: float = Field(0.25, ge=0, le=1)
     workers: int = Field(1, ge=1, description="DDP workers of a trial; 1: a single process, which shares GPUs best")
 

@@ -38,12 +38,13 @@ if TYPE_CHECKING:
 TRIAL_CURVES = "tune"
 LONGEST_ERROR = 400  # characters of a trial's error that are kept
 FAILURE = "failure"  # the metric that holds what a trial's setting is to blame for
+ALONE = NetworkPlan("fusion", 1, 1.0, 0.0, 1, 0)
 IN_MEMORY = 2**30  # bytes of decoded tiles that a trial may keep
 
 
 @dataclass(frozen=True)
 class TrialTask:
-    """What all trials have in common. With `plan` each trains by DDP workers; `state` is their folder in the run.
+    """What all trials have in common. `state` is their folder in the run; the sweep fills in `plan`.
 
     `pretrained` is where the weights lie that all of them begin with; None: each as its setting says, a refined head
     as that of `starts` which is of its members.
@@ -56,12 +57,11 @@ class TrialTask:
     heatmaps: str
     epochs: int
     seed: int
-    threads: int
     source: str
     state: str
     max_failures: int
     checkpoint_every: float  # s
-    plan: NetworkPlan | None = None
+    plan: NetworkPlan = ALONE
     pretrained: str | None = None
     starts: Mapping[str, FusionStart] = field(default_factory=dict)
 
@@ -87,12 +87,11 @@ class TrialTask:
         network = NetworkTask("fusion", spec, settings, state, f"{TRIAL_CURVES}/{trial_id}", pretrained, config)
         augmentation = Augmentation(settings.crop, settings.flips, settings.turns)
         dataset = TileDataset(self.store, Heatmaps(settings.members, self.heatmaps), augmentation)
-        plan = self.plan or NetworkPlan("fusion", 1, self.threads, 0.0, self.threads, 0)
         return TrainingTask(
             (network,),
             dataset,
             self.indices,
-            plan,
+            self.plan,
             self.seed,
             self.max_failures,
             self.source,
@@ -120,7 +119,7 @@ def run_trial(config: dict[str, Any], task: TrialTask) -> None:
     require_source(task.source)
     training = task.training(config, tune.get_context().get_trial_id())
     try:
-        if task.plan is None:
+        if task.plan.workers == 1:
             _in_this_process(training)
         else:
             fit(training, [TuneReportCallback()])

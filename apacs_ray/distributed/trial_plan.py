@@ -17,7 +17,8 @@ def plan_trials(
     A trial of one worker is a process of Ray Tune's own. One of several starts them with Ray Train, one after the
     other: more such trials than fit would wait for each other forever. Their workers decode for themselves, as Ray Data
     would heed what trials that were stopped had reserved for minutes after. A worker lies on one node and one GPU;
-    where it asks for more CPUs than a node has, it gets those.
+    where it asks for more CPUs than a node has, it gets those. With a share of a GPU it gets that of the node's CPUs
+    as well, where that is more than it asks for: they read tiles ahead of the GPU.
 
     Returns:
         Resources of each worker of a trial, and how many trials run at a time.
@@ -29,13 +30,16 @@ def plan_trials(
     gpu = gpu if cluster.gpus else 0.0
     nodes = cluster.nodes_with(gpus=gpu > 0)
     share = 1.0 if workers == 1 else 0.95  # the rest is for the processes that start workers
+    if gpu:
+        on_gpu = math.floor(1 / gpu + 1e-9)
+        cpu = max(cpu, floor_share(min(share * kind.cpus / max(1, math.floor(kind.gpus)) for kind in nodes) / on_gpu))
     poorest, count = min(kind.cpus for kind in nodes), sum(kind.count for kind in nodes)
     cpu = min(cpu, poorest if workers == 1 else floor_share(share * poorest / math.ceil(workers / count)))
     places = 0
     for kind in nodes:
         on_node = math.floor(share * kind.cpus / cpu + 1e-9)
         if gpu:
-            on_node = min(on_node, math.floor(kind.gpus) * math.floor(1 / gpu + 1e-9))
+            on_node = min(on_node, math.floor(kind.gpus) * on_gpu)
         places += kind.count * on_node
     if places < workers:
         asked = f"{workers} workers with {gpu:g} GPU each"

@@ -52,10 +52,9 @@ def sweep(task: TrialTask, plan: Sweep, cluster: Cluster, on_done: Callable[[int
     from apacs_ray.distributed.trial_listener import TrialListener
 
     each, concurrency = plan_sweep(plan, cluster, task.fusion.batch_size)
-    if each.workers > 1:
-        task, resources = replace(task, plan=each), {"cpu": 0.01}
-    else:
-        resources = {"cpu": each.cpus, **({"gpu": each.gpus} if each.gpus else {})}
+    task = replace(task, plan=each)
+    own = {"cpu": each.cpus, **({"gpu": each.gpus} if each.gpus else {})}
+    resources = own if each.workers == 1 else {"cpu": 0.01}  # its workers have theirs
     trainable = tune.with_resources(tune.with_parameters(run_trial, task=task), resources)
     store = task.store.child(task.state)
     filesystem = ray_filesystem(store)

@@ -85,11 +85,11 @@ def _sweep(command: Command, cluster: Cluster) -> Finding:
     config = command.settings.tune.config
     sweep = read_sweep(config)
     try:
-        _, at_once = plan_sweep(sweep, cluster, command.settings.fusion.batch_size)
+        each, at_once = plan_sweep(sweep, cluster, command.settings.fusion.batch_size)
     except ApacsError as error:
         advice = f"lower resources in {config}, or train without the sweep: --fusion.from_best false"
         return Finding("sweep", "failed", str(error), advice)
-    return Finding("sweep", "ok", f"{config}: {sweep.trials_in_all} trials, {at_once} at a time")
+    return Finding("sweep", "ok", f"{config}: {sweep.trials_in_all} trials, {at_once} at a time, each {each.ask()}")
 
 
 def _resources(cluster: Cluster) -> str:

@@ -170,8 +170,8 @@ def _run(tiles: Tiles, epochs: int, seconds: Sequence[Seconds], network: Network
     """Return the seconds of a run: networks stepped one after the other on tiles that are read once for all of them."""
     train, validate = (sum(getattr(one, part) for one in seconds) for part in ("train", "validate"))
     load = seconds[0].load
-    if network.gpus:  # read meanwhile, by tasks on the CPUs
-        meanwhile = load / max(1, network.data_tasks)
+    if network.gpus:  # read meanwhile, by tasks on the CPUs, or by threads of a worker that decodes alone
+        meanwhile = load / max(1, network.data_tasks or network.threads)
         train, validate = max(train, meanwhile), max(validate, meanwhile)
     else:  # on the same cores
         train, validate = train + load, validate + load
@@ -224,6 +224,10 @@ def sweep(plan: Sweep, tiles: Tiles, seconds: Seconds, *, concurrency: int, netw
     """
     epochs = sweep_epochs(plan)
     each = _run(tiles, 1, [seconds], network)
+    if network.gpus:  # those that share a GPU use it in turn
+        on_gpu = math.floor(1 / network.gpus + 1e-9)
+        device = tiles.train * seconds.train + tiles.val * seconds.validate
+        each = max(each, min(on_gpu, concurrency * network.workers) * device / network.workers)
     work = epochs * each * network.workers
     wall = SWEEP + (plan.trials_in_all * TRIAL + epochs * each) / concurrency
     cpu_seconds, gpu_seconds = work * network.cpus, work * network.gpus

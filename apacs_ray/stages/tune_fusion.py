@@ -100,7 +100,6 @@ class TuneFusion(Stage[SweepResult]):
             self.heatmaps.fingerprint,
             plan.epochs,
             settings.run.seed,
-            max(1, int(plan.resources.cpu)),
             source_hash(),
             state,
             settings.run.max_failures,
