@@ -32,6 +32,7 @@ from apacs_ray.distributed.resource_plan import Nodes, cluster_of
 from apacs_ray.distributed.session import private_session_folder
 from apacs_ray.doctor import cluster, codecs, devices, folders, machine, objects, segmenting, tables, versions
 from apacs_ray.doctor.finding import Finding, examine, redacted
+from apacs_ray.doctor.gpu_memory import check_gpu_memory
 from apacs_ray.doctor.stores import Stores
 from apacs_ray.errors import ApacsError, UsageError
 from apacs_ray.runs.lease import LOCK, Holder, Lease
@@ -422,6 +423,32 @@ def test_a_folder_that_is_too_long_for_sockets(monkeypatch: pytest.MonkeyPatch) 
 # the cluster
 
 
+MEMORY = [(f"memory: {what}", "ok") for what in ("members", "fusion", "trials")]
+
+
+@pytest.mark.parametrize(
+    ("gib", "members", "fusion", "trials"),
+    [
+        (80, "fcn32: 4 tiles of 1024 px take 1.7 GiB of 0.2 GPU; fcn16: 2 tiles", "4 tiles", "of 0.25 GPU"),
+        (6, "too much; fcn16: 1 tile of 1024 px takes 4.3 GiB of 0.8 GPU, so a step of 2 is", "take 4.0", "too much"),
+        (2, "fcn8: 1 tile of 1024 px takes 4.3 GiB of 0.8 GPU, which is too much", "into 4 passes", "too much"),
+    ],
+)
+def test_steps_that_do_not_fit_the_memory_of_a_gpu(gib: int, members: str, fusion: str, trials: str) -> None:
+    settings = parse(
+        ["--data", "/cells", "--output", "/runs", "--members.precision", "bfloat16"], "doctor", ""
+    ).settings
+    four = cluster_of([Nodes(48, 4, 1)], [])
+    findings = list(check_gpu_memory(settings, four, gib << 30))
+    assert [finding.name for finding in findings] == [name for name, _ in MEMORY]
+    for finding, expected in zip(findings, (members, fusion, trials), strict=True):
+        assert f"has {gib}.0 GiB: " in finding.message
+        assert expected in finding.message
+        assert finding.state == ("warning" if "too much" in finding.message else "ok")
+        assert ("lower" in finding.advice) == (finding.state == "warning")
+    assert list(check_gpu_memory(settings, cluster_of([Nodes(48, 0, 1)], []), gib << 30)) == []
+
+
 def test_the_plan_for_this_machine_and_for_a_cluster(monkeypatch: pytest.MonkeyPatch, s3: str) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     here = parse(["--data", "/cells", "--output", "/runs"], "doctor", "")
@@ -436,12 +463,14 @@ def test_the_plan_for_this_machine_and_for_a_cluster(monkeypatch: pytest.MonkeyP
             ("cluster", "failed"),
             ("plan", "ok"),
             ("sweep", "ok"),
+            *MEMORY,
         ]
         remote = parse(["--data", f"{s3}/cells", "--output", f"{s3}/run"], "doctor", "")
         findings = list(cluster.check_cluster(remote, lambda: two))
-        assert [finding.state for finding in findings] == ["ok", "ok", "ok"]
+        assert [finding.state for finding in findings] == ["ok"] * 6
         assert "GPU" in findings[1].message
-        assert "20 trials, 16 at a time" in findings[2].message
+        assert "20 trials, 16 at a time, each 1 worker x 0.25 GPU + 2 CPU" in findings[2].message
+        assert "not known here: fusion: 4 tiles of 1024 px take 4.0 GiB, 1 tile" in findings[4].message
 
         def refused() -> ClusterProbe:
             raise ApacsError("Ray did not join: version mismatch")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apacs_ray.models.registry import build_member
-from apacs_ray.training.memory import STATE, USABLE, fitting_batch, training_memory
+from apacs_ray.training.memory import STATE, USABLE, fitting_batch, input_side, step_memory, training_memory
 
 GIB = 1 << 30
 # of an H100 with torch 2.11, bfloat16, batches of 4: torch.cuda.max_memory_allocated
@@ -35,7 +35,7 @@ def test_float32_takes_more_and_states_are_counted() -> None:
 def test_the_batch_that_fits_is_the_largest_of_its_halves(batch: int, share: float) -> None:
     build = partial(build_member, "fcn32", width=0.05)
     memory = share * training_memory(build, (batch, 3, 256, 256), half=True) / USABLE
-    found = fitting_batch(build, (batch, 3, 256, 256), half=True, memory=memory)
+    found = fitting_batch([build], (batch, 3, 256, 256), half=True, memory=memory)
     halves = [batch]
     while halves[-1] > 1:
         halves.append(-(-halves[-1] // 2))
@@ -43,3 +43,19 @@ def test_the_batch_that_fits_is_the_largest_of_its_halves(batch: int, share: flo
     for larger in halves[: halves.index(found)]:
         assert training_memory(build, (larger, 3, 256, 256), half=True) > USABLE * memory
     assert found == 1 or training_memory(build, (found, 3, 256, 256), half=True) <= USABLE * memory
+
+
+def test_networks_that_are_stepped_in_turn_hold_each_others_states() -> None:
+    small, large = (partial(build_member, name, width=0.1) for name in ("fcn32", "fcn8"))
+    shape = (2, 3, 200, 200)
+    state = STATE * sum(weight.numel() for weight in small().parameters())
+    assert step_memory([small, large], shape, half=True) == state + training_memory(large, shape, half=True)
+    alone = step_memory([large], shape, half=True)
+    assert alone == training_memory(large, shape, half=True)
+    assert fitting_batch([large], shape, half=True, memory=alone / USABLE + 1) == 2
+    assert fitting_batch([small, large], shape, half=True, memory=alone / USABLE + 1) == 1
+
+
+@pytest.mark.parametrize(("crop", "largest", "side"), [(1024, 512**2, 512), (256, 512**2, 256), (0, 100 * 50, 71)])
+def test_the_largest_input_is_no_larger_than_the_largest_tile(crop: int, largest: int, side: int) -> None:
+    assert input_side(crop, largest) == side

@@ -6,8 +6,7 @@ metrics go, and in who says that the node is to be taken away.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -145,7 +144,7 @@ def train_worker(task: TrainingTask, hooks: WorkerHooks, *, device: torch.device
         hooks.interruption,
         lambda trainer: hooks.on_part(trainer, tasks[trainer]),
         (len(train), len(val)),
-        _micro_batch(task, trainers, device, ranks),
+        _micro_batch(task, device, ranks),
     )
 
 
@@ -154,29 +153,27 @@ def threads_ahead(plan: NetworkPlan, device: torch.device) -> int:
     return plan.threads if device.type == "cuda" else 0
 
 
-def _micro_batch(task: TrainingTask, trainers: Sequence[Trainer], device: torch.device, ranks: Ranks) -> int | None:
+def _micro_batch(task: TrainingTask, device: torch.device, ranks: Ranks) -> int | None:
     """How many tiles may pass a network at once: fewer than the settings say where a GPU's memory is too small."""
     import torch
 
     from apacs_ray.models.weights import build
     from apacs_ray.training.batch import micro_batch_size
     from apacs_ray.training.device import uses_bfloat16
-    from apacs_ray.training.memory import STATE, fitting_batch
+    from apacs_ray.training.memory import fitting_batch, input_side
 
     if device.type != "cuda":
         return None
     settings = task.networks[0].settings
-    side = settings.crop or math.isqrt(task.indices["train"].largest - 1) + 1
+    side = input_side(settings.crop, task.indices["train"].largest)
     channels = 3 + (len(task.dataset.heatmaps.members) if task.dataset.heatmaps else 0)
-    wanted = micro_batch_size(settings, ranks.world)
-    half = uses_bfloat16(settings.precision, device)
-    memory = torch.cuda.get_device_properties(device).total_memory * min(1.0, task.plan.gpus or 1.0)
-    states = [STATE * sum(weight.numel() for weight in trainer.model.parameters()) for trainer in trainers]
-    fitting = [
-        fitting_batch(partial(build, network.spec), (wanted, channels, side, side), half=half, memory=left)
-        for network, left in zip(task.networks, [memory - sum(states) + own for own in states], strict=True)
-    ]
-    return min(ranks.all_gather(min(fitting)))
+    fitting = fitting_batch(
+        [partial(build, network.spec) for network in task.networks],
+        (micro_batch_size(settings, ranks.world), channels, side, side),
+        half=uses_bfloat16(settings.precision, device),
+        memory=torch.cuda.get_device_properties(device).total_memory * min(1.0, task.plan.gpus or 1.0),
+    )
+    return min(ranks.all_gather(fitting))
 
 
 def initial_network(task: TrainingTask, network: NetworkTask) -> nn.Module:

@@ -12,6 +12,7 @@ from apacs_ray.distributed.probe import ClusterProbe, probe_cluster
 from apacs_ray.distributed.resource_plan import Cluster, Nodes, cluster_of, plan_training
 from apacs_ray.distributed.trial_plan import plan_sweep
 from apacs_ray.doctor.finding import Finding
+from apacs_ray.doctor.gpu_memory import check_gpu_memory, smallest_gpu
 from apacs_ray.doctor.machine import usable_cpus
 from apacs_ray.errors import ApacsError
 from apacs_ray.models.registry import MEMBERS
@@ -66,9 +67,13 @@ def this_machine() -> Cluster:
 
 
 def _plans(command: Command, cluster: Cluster) -> Iterator[Finding]:
-    yield _members(command, cluster)
+    plans = [_members(command, cluster)]
     if command.settings.fusion.from_best:
-        yield _sweep(command, cluster)
+        plans.append(_sweep(command, cluster))
+    yield from plans
+    if all(plan.state == "ok" for plan in plans):
+        here = os.environ.get("RAY_ADDRESS", "") in ("", "local")
+        yield from check_gpu_memory(command.settings, cluster, smallest_gpu() if here else None)
 
 
 def _members(command: Command, cluster: Cluster) -> Finding:

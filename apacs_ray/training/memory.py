@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 USABLE = 0.9  # of a GPU's memory: the rest is CUDA's own, and holes
+Build = Callable[[], nn.Module]
+Shape = tuple[int, int, int, int]
 STATE = 16  # bytes a parameter: itself, its gradient, two moments of Adam
 
 
-def training_memory(build: Callable[[], nn.Module], shape: tuple[int, int, int, int], *, half: bool) -> int:
+def training_memory(build: Build, shape: Shape, *, half: bool) -> int:
     """Count what a training step holds at a time, without computing it.
 
     Args:
@@ -45,14 +48,32 @@ def training_memory(build: Callable[[], nn.Module], shape: tuple[int, int, int, 
     return STATE * weights + sum(sizes) + 2 * max(sizes, default=0)
 
 
-def fitting_batch(
-    build: Callable[[], nn.Module], shape: tuple[int, int, int, int], *, half: bool, memory: float
-) -> int:
-    """Return how many tiles of a batch of `shape` may pass the network at once on a GPU with `memory` bytes: halves.
+def step_memory(builds: Sequence[Build], shape: Shape, *, half: bool) -> int:
+    """Count what the largest step holds, in bytes, of networks that lie on a GPU together and are stepped in turn."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        states = [STATE * sum(weight.numel() for weight in build().parameters()) for build in builds]
+    steps = [training_memory(build, shape, half=half) for build in builds]
+    return max(sum(states) - own + step for own, step in zip(states, steps, strict=True))
+
+
+def fitting_batch(builds: Sequence[Build], shape: Shape, *, half: bool, memory: float) -> int:
+    """Return how many tiles of a batch of `shape` may pass networks at once on a GPU with `memory` bytes: halves.
 
     At least 1, whether that fits or not: what is too large says so itself.
     """
     batch = shape[0]
-    while batch > 1 and training_memory(build, (batch, *shape[1:]), half=half) > USABLE * memory:
+    while batch > 1 and step_memory(builds, (batch, *shape[1:]), half=half) > USABLE * memory:
         batch = -(-batch // 2)
     return batch
+
+
+def input_side(crop: int, largest: int) -> int:
+    """Return the side, in px, of a square as large as the largest input of training.
+
+    Args:
+        crop: Side that tiles are cut to; 0: none.
+        largest: px of the largest tile.
+    """
+    return math.isqrt(min(crop * crop or largest, largest) - 1) + 1
