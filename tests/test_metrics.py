@@ -263,7 +263,7 @@ def test_ratios_of_arrays() -> None:
 # --- boundaries and objects
 
 
-@pytest.mark.parametrize("band", [1, 3, 8])
+@pytest.mark.parametrize("band", [1, 3, 8, 50])
 def test_the_boundary_band_is_what_erosions_take_away(band: int) -> None:
     noise = np.random.default_rng(band).random((70, 90))
     mask = ndimage.gaussian_filter(noise, 6) > np.median(ndimage.gaussian_filter(noise, 6))
@@ -315,6 +315,7 @@ def test_touching_corners_join_and_specks_do_not_count() -> None:
     labels = label_objects(mask)
     assert (labels[:8, :8] > 0).sum() == 32
     assert len(np.unique(labels)) == 2
+    assert np.unique(label_objects(mask[::-1])).tolist() == [0, 1]  # the speck comes first
     mask[15, 12] = True  # 16 px
     assert len(np.unique(label_objects(mask))) == 3
 
@@ -388,7 +389,7 @@ def test_calibration_pools_tiles_to_what_all_pixels_give(seed: int, tiles: int) 
     for _ in range(tiles):
         logits = rng.normal(0, 3, tuple(rng.integers(0, 12, 2))).astype(np.float32)
         truth = rng.random(logits.shape) < 0.4
-        rows.append(calibration_row("fcn8", logits, truth))
+        rows.append(calibration_row("fcn8", sigmoid(logits), truth))
         steps += np.rint(sigmoid(logits) * 255).ravel().tolist()
         true += truth.ravel().tolist()
     found = calibration(pa.Table.from_pylist(rows, calibration_schema("fcn8")), "fcn8")
@@ -408,8 +409,8 @@ def test_calibration_pools_tiles_to_what_all_pixels_give(seed: int, tiles: int) 
 
 def test_what_is_sure_and_right_is_calibrated_and_what_is_sure_and_wrong_is_not() -> None:
     truth = np.arange(100).reshape(10, 10) % 3 == 0
-    for sign, ece in ((1, 0.0), (-1, 1.0)):
-        row = calibration_row("fusion", np.where(truth, 50.0 * sign, -50.0 * sign).astype(np.float32), truth)
+    for said, ece in ((truth, 0.0), (~truth, 1.0)):
+        row = calibration_row("fusion", said.astype(np.float32), truth)
         assert calibration(pa.Table.from_pylist([row], calibration_schema("fusion")), "fusion")["ece"] == ece
 
 

@@ -62,7 +62,7 @@ def per_tile(slides: list[str], fusion: str = "fusion") -> pa.Table:
         once = {"once_left": 0, "once_top": 0, "once_right": 24, "once_bottom": 24}
         row = tile_row(place | once, masks, truth, border=0, disputed=MEMBERS)
         for name in NETWORKS:
-            row |= calibration_row(name, np.where(masks[name], 1.0, -2.0).astype(np.float32), truth)
+            row |= calibration_row(name, np.where(masks[name], 0.73, 0.12).astype(np.float32), truth)
         rows.append(row | changes_row(masks["fusion"], masks["fcn8"], truth))
     networks = [field for name in NETWORKS for field in calibration_schema(name)]
     return pa.Table.from_pylist(rows, pa.schema([*per_tile_schema(models), *networks, *CHANGES_SCHEMA]))

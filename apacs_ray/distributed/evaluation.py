@@ -13,11 +13,11 @@ import pyarrow as pa
 from apacs_ray.config.settings import EvaluateSettings
 from apacs_ray.data.shards import open_table
 from apacs_ray.distributed.tasks import PoolPlan, map_shards
-from apacs_ray.evaluation.calibration import calibration_row, calibration_schema
-from apacs_ray.evaluation.changes import CHANGES_SCHEMA, changes_row
-from apacs_ray.evaluation.per_tile import PLACE, counted_region, per_tile_schema, tile_row
+from apacs_ray.evaluation.calibration import calibration_schema
+from apacs_ray.evaluation.changes import CHANGES_SCHEMA
+from apacs_ray.evaluation.judged import judged
+from apacs_ray.evaluation.per_tile import PLACE, per_tile_schema
 from apacs_ray.evaluation.predictions import MODEL_KEYS, predictions
-from apacs_ray.models.registry import MEMBERS
 from apacs_ray.report.overlays import change_panel, panel
 from apacs_ray.storage import Store
 from apacs_ray.training.dataset import decode_pixels
@@ -78,7 +78,7 @@ def draw_tiles(task: EvaluateTask, wanted: Mapping[str, Sequence[str]], plan: Po
             pictures = []
             for tile, rgb, truth in evaluator.tiles(path):
                 if tile["tile_id"] in wanted[path]:
-                    _, masks = evaluator.predict(rgb)
+                    masks = evaluator.predict(rgb)
                     fusion, member = masks["fusion"], masks[task.member]
                     changed = change_panel(rgb, truth, fusion, member)
                     pictures.append({"id": tile["tile_id"], "fusion": panel(rgb, truth, fusion), "changes": changed})
@@ -107,14 +107,9 @@ class _Evaluator:
     def __call__(self, path: str) -> pa.Table:
         rows = []
         for tile, rgb, truth in self.tiles(path):
-            border = self._task.settings.border
-            logits, masks = self.predict(rgb)
-            row = tile_row(tile, masks, truth, border=border, disputed=MEMBERS)
-            region = counted_region(tile, truth.shape[0], truth.shape[1], border)
-            for name, output in logits.items():
-                row |= calibration_row(name, output[region], truth[region])
-            row |= changes_row(masks["fusion"][region], masks[self._task.member][region], truth[region])
-            rows.append(row)
+            logits = self._predictor.logits(rgb)
+            border, member = self._task.settings.border, self._task.member
+            rows.append(judged(rgb, logits, tile, truth, border=border, member=member))
         return pa.Table.from_pylist(rows, self._task.schema)
 
     def tiles(self, path: str) -> Any:
@@ -127,9 +122,6 @@ class _Evaluator:
                     if tile["mask"] is not None:
                         yield tile, decode_pixels(tile["image"]), decode_pixels(tile["mask"])
 
-    def predict(
-        self, rgb: npt.NDArray[np.uint8]
-    ) -> tuple[dict[str, npt.NDArray[np.float32]], dict[str, npt.NDArray[np.bool_]]]:
-        """What every network and every model says of a tile: logits and masks."""
-        logits = self._predictor.logits(rgb)
-        return logits, predictions(logits, rgb)
+    def predict(self, rgb: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[np.bool_]]:
+        """What every model says of a tile."""
+        return predictions(self._predictor.logits(rgb), rgb)

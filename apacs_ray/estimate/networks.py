@@ -16,8 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from apacs_ray.config.settings import TrainingSettings
 from apacs_ray.estimate.lines import Seconds
-from apacs_ray.evaluation.per_tile import tile_row
-from apacs_ray.evaluation.predictions import predictions
+from apacs_ray.evaluation.judged import judged
 from apacs_ray.inference.predictor import Predictor
 from apacs_ray.models.ensemble import Ensemble
 from apacs_ray.models.registry import MEMBERS
@@ -159,7 +158,7 @@ def _seconds_to_judge(tile: SampleTile, inference: Inference) -> float:
     height, width = truth.shape
     place = {"tile_id": "", "slide_id": "", "x": 0, "y": 0, "width": width, "height": height}
     once = {"once_left": 0, "once_top": 0, "once_right": width, "once_bottom": height}
-    return fastest(lambda: tile_row({**place, **once}, predictions(logits, rgb), truth, border=0, disputed=MEMBERS))
+    return fastest(lambda: judged(rgb, logits, {**place, **once}, truth, border=0, member=MEMBERS[-1]))
 
 
 def _time_training(tile: SampleTile, training: Training, load: float, device: torch.device) -> Seconds:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from apacs_ray.evaluation.predictions import Mask, sigmoid
+from apacs_ray.evaluation.predictions import Mask
 
 BINS = 10  # evenly wide
 STEPS = 255  # probabilities are rounded to these, as in stored heatmaps
@@ -27,21 +27,20 @@ def calibration_schema(network: str) -> pa.Schema:
     return pa.schema([(f"{network}_{count}", pa.list_(pa.int64())) for count in COUNTS])
 
 
-def calibration_row(network: str, logits: npt.NDArray[np.float32], truth: Mask) -> dict[str, list[int]]:
+def calibration_row(network: str, probabilities: npt.NDArray[np.float32], truth: Mask) -> dict[str, list[int]]:
     """Count the pixels of a tile.
 
     Args:
         network: Its key.
-        logits: (H, W) float32.
+        probabilities: (H, W) float32, 0..1.
         truth: (H, W) bool, annotated.
 
     Returns:
         A row of `calibration_schema`.
     """
-    steps = np.rint(sigmoid(logits) * STEPS).astype(np.int64)
-    counts = np.bincount((steps + (STEPS + 1) * truth).ravel(), minlength=2 * (STEPS + 1)).reshape(2, STEPS + 1)
-    pixels = counts.sum(axis=0)
-    values = (pixels, counts[1], pixels * np.arange(STEPS + 1))
+    steps = np.rint(probabilities * STEPS).astype(np.uint8)
+    pixels, cells = (np.bincount(part, minlength=STEPS + 1) for part in (steps.ravel(), steps[truth]))
+    values = (pixels, cells, pixels * np.arange(STEPS + 1))
     return {
         f"{network}_{name}": np.add.reduceat(value, _edges).tolist() for name, value in zip(COUNTS, values, strict=True)
     }

@@ -20,7 +20,7 @@ def changes_row(fusion: Mask, member: Mask, truth: Mask) -> dict[str, int]:
     changed = fusion != member
     better, worse = changed & (fusion == truth), changed & (member == truth)
     parts = (better & truth, better & ~truth, worse & truth, worse & ~truth)
-    return {f"fusion_{name}": int(part.sum()) for name, part in zip(CHANGES, parts, strict=True)}
+    return {f"fusion_{name}": int(np.count_nonzero(part)) for name, part in zip(CHANGES, parts, strict=True)}
 
 
 def changes(table: pa.Table, member: str) -> dict[str, Any]:

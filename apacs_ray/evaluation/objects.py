@@ -28,14 +28,14 @@ def label_objects(mask: Mask) -> Labels:
         mask: (H, W) bool.
 
     Returns:
-        (H, W) int32, 0 for background and for smaller components; the other numbers may have gaps.
+        (H, W) int32, 0 for background and for smaller components; the others are numbered on without gaps.
     """
     labels = components(mask)
-    small = np.bincount(labels.ravel()) < SMALLEST_OBJECT
-    if small.any() and labels.size:
-        small[0] = False
-        labels[small[labels]] = 0
-    return labels
+    large = np.bincount(labels[mask], minlength=1) >= SMALLEST_OBJECT
+    if large[1:].all():
+        return labels
+    numbers: Labels = (np.cumsum(large) * large).astype(np.int32)
+    return numbers.take(labels)
 
 
 def match_objects(predicted: Labels, true: Labels) -> dict[str, int]:
@@ -51,10 +51,12 @@ def match_objects(predicted: Labels, true: Labels) -> dict[str, int]:
     Returns:
         `objects_tp` (matched), `objects_fp` (predicted only) and `objects_fn` (annotated only).
     """
-    predicted_areas = np.bincount(predicted.ravel(), minlength=1)
-    true_areas = np.bincount(true.ravel(), minlength=1)
+    inside = np.flatnonzero(predicted != 0)  # most px are background in both
+    here, there = predicted.take(inside), true.take(inside)
+    predicted_areas = np.bincount(here, minlength=1)
+    true_areas = np.bincount(true[true > 0], minlength=1)
     columns = len(true_areas)
-    pairs = np.bincount(predicted.ravel().astype(np.int64) * columns + true.ravel())
+    pairs = np.bincount(here.astype(np.int64) * columns + there)
     rows, others = np.divmod(np.flatnonzero(pairs), columns)
     overlaps = pairs[pairs > 0]
     union = predicted_areas[rows] + true_areas[others] - overlaps
@@ -85,7 +87,11 @@ def boundary(mask: Mask, band: int) -> Mask:
     Returns:
         (H, W) bool.
     """
-    if mask.all():
-        return np.zeros_like(mask)
-    inner = ndimage.distance_transform_cdt(mask, "chessboard") > band
+    inner = np.pad(mask, band, constant_values=True)
+    for axis in (0, 1):  # px whose neighbors up to `width - 1` further along it are of the mask, too
+        width, last = 1, 2 * band + 1
+        while width < last:
+            step = min(width, last - width)
+            inner = (inner[:-step] & inner[step:]) if axis == 0 else (inner[:, :-step] & inner[:, step:])
+            width += step
     return np.asarray(mask & ~inner)

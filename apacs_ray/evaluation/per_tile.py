@@ -76,5 +76,5 @@ def counted_region(tile: Mapping[str, Any], height: int, width: int, border: int
 
 def confusion(mask: Mask, truth: Mask) -> dict[str, int]:
     """Count the pixels that are cell in both (tp), in `mask` only (fp), in neither (tn), in `truth` only (fn)."""
-    both, predicted, true = int((mask & truth).sum()), int(mask.sum()), int(truth.sum())
+    both, predicted, true = (int(np.count_nonzero(px)) for px in (mask & truth, mask, truth))
     return {"tp": both, "fp": predicted - both, "tn": truth.size - predicted - true + both, "fn": true - both}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,11 @@ Mask = npt.NDArray[np.bool_]
 MODEL_KEYS = (*MEMBERS, "majority", "mean", *FUSIONS, "otsu")
 
 
-def predictions(logits: Mapping[str, npt.NDArray[np.float32]], rgb: npt.NDArray[np.uint8]) -> dict[str, Mask]:
+def predictions(
+    logits: Mapping[str, npt.NDArray[np.float32]],
+    rgb: npt.NDArray[np.uint8],
+    probabilities: Mapping[str, npt.NDArray[np.float32]] | None = None,
+) -> dict[str, Mask]:
     """Threshold the networks' logits, and combine those of the members.
 
     A network's pixel is cell where its logit >= 0 (probability 0.5). `majority`: more than half of the thresholded
@@ -23,6 +28,7 @@ def predictions(logits: Mapping[str, npt.NDArray[np.float32]], rgb: npt.NDArray[
     Args:
         logits: Network -> (H, W) float32, of all members and of any fusions.
         rgb: (H, W, 3) uint8.
+        probabilities: Their `sigmoid`, where that is known.
 
     Returns:
         Model -> (H, W) bool, in the order of `MODEL_KEYS`.
@@ -34,8 +40,11 @@ def predictions(logits: Mapping[str, npt.NDArray[np.float32]], rgb: npt.NDArray[
         if not np.isfinite(output).all():
             raise ApacsError(f"{name}: logits are not finite; its weights are damaged or its training diverged")
     masks = {name: output >= 0 for name, output in logits.items()}
-    masks["majority"] = np.sum([masks[name] for name in MEMBERS], axis=0) > len(MEMBERS) / 2
-    masks["mean"] = np.mean([sigmoid(logits[name]) for name in MEMBERS], axis=0) >= 0.5
+    if probabilities is None:
+        probabilities = {name: sigmoid(logits[name]) for name in MEMBERS}
+    votes = reduce(np.add, [masks[name].view(np.uint8) for name in MEMBERS])
+    masks["majority"] = votes > len(MEMBERS) / 2
+    masks["mean"] = reduce(np.add, [probabilities[name] for name in MEMBERS]) / len(MEMBERS) >= 0.5
     masks["otsu"] = otsu(rgb[:, :, 1])
     return {key: masks[key] for key in MODEL_KEYS if key in masks}
 
@@ -51,8 +60,12 @@ def sigmoid(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     Returns:
         float32 of the same shape.
     """
-    tail = np.exp(-np.abs(logits))
-    return np.where(logits >= 0, 1 / (1 + tail), tail / (1 + tail)).astype(np.float32)
+    tail = np.abs(logits)  # in place from here on: a new array costs as much as what is computed
+    np.exp(np.negative(tail, out=tail), out=tail)
+    probabilities = np.where(logits >= 0, np.float32(1), tail)
+    tail += 1
+    probabilities /= tail
+    return probabilities
 
 
 def otsu(green: npt.NDArray[np.uint8]) -> Mask:

@@ -40,8 +40,8 @@ def _boundary_counter(truth: Mask, region: Region) -> Counter:
     def count(mask: Mask) -> dict[str, int]:
         edge = boundary(mask, band)[region]
         return {
-            "boundary_intersection": int((edge & true_band).sum()),
-            "boundary_union": int((edge | true_band).sum()),
+            "boundary_intersection": int(np.count_nonzero(edge & true_band)),
+            "boundary_union": int(np.count_nonzero(edge | true_band)),
         }
 
     return count

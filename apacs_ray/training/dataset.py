@@ -168,7 +168,9 @@ def decode_pixels(content: bytes) -> Pixels:
 
 def encode_heatmaps(probabilities: Mapping[str, npt.NDArray[np.float32]]) -> bytes:
     """Return probabilities (H, W) in 0..1 of the members as one PNG of uint8: a channel each, in registry order."""
-    picture = np.stack([np.rint(probabilities[name] * 255).astype(np.uint8) for name in MEMBERS], axis=2)
+    picture = np.empty((*probabilities[MEMBERS[0]].shape, len(MEMBERS)), np.uint8)
+    for channel, name in enumerate(MEMBERS):
+        picture[:, :, channel] = np.rint(probabilities[name] * 255)
     sink = io.BytesIO()
     Image.fromarray(picture).save(sink, "PNG", compress_level=1)
     return sink.getvalue()
