@@ -27,7 +27,8 @@ import numpy as np  # noqa: E402
 import numpy.typing as npt  # noqa: E402
 from measure import options, require, show  # noqa: E402
 from regret import dice, units_of  # noqa: E402
-from selection import paired_errors  # noqa: E402
+
+from apacs_ray.evaluation.selection import paired_errors  # noqa: E402
 
 Counts = npt.NDArray[np.int64]
 FILE = "trials.jsonl"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import shutil
 import signal
@@ -91,7 +92,9 @@ def test_changed_fusion_settings_redo_fusion_and_evaluation_only(undisturbed: Pa
     assert states == dict.fromkeys(("ingest", "train_members", "heatmaps"), "unchanged") | dict.fromkeys(redone, "done")
     best = yaml.safe_load((swept / "tune/best.yaml").read_text())["fusion"]
     assert 0.001 <= best["learning_rate"] <= 0.002
-    assert (swept / "tune/trials.csv").read_text().count("\n") == 3
+    trials = list(csv.DictReader((swept / "tune/trials.csv").open()))
+    assert sorted(float(trial["val_dice_error"]) for trial in trials)[0] == 0.0
+    assert read_json(swept / "tune/_committed.json")["result"]["trial"] in {trial["trial_id"] for trial in trials}
     before, after = (read_json(run / "evaluation/metrics.json") for run in (undisturbed, swept))
     assert after["fcn8"] == before["fcn8"]
 
@@ -111,19 +114,20 @@ def test_other_ways_to_sweep(undisturbed: Path, cells: Path, tmp_path: Path, how
     members = "members: {choice: [[fcn32, fcn16], [fcn16, fcn8]]}"
     space = f"{{learning_rate: {{loguniform: [0.0001, 0.01]}}, trunk: {{choice: [random, fcn32]}}, {members}}}"
     sweep.write_text(f"trials: 2\nepochs: 2\n{how}space: {space}\n")
-    options = [*SMALL, "--fusion.from_best", "true", "--tune.config", str(sweep), "--tune.tiles", "4"]
+    options = [*SMALL, "--fusion.from_best", "true", "--tune.config", str(sweep), "--tune.tiles", "8"]
     done = run("--data", str(cells), "--output", str(output), *options, script="tune_fusion.py")
     assert done.status == 0, done.summary
-    assert read_json(output / "tune/_committed.json")["result"]["tiles"] == {"train": 4, "val": 1}
-    assert "which saw 4 of " in (output / "tune/best.yaml").read_text()
+    assert read_json(output / "tune/_committed.json")["result"]["tiles"] == {"train": 8, "val": 2}
+    assert "which saw 8 of " in (output / "tune/best.yaml").read_text()
     best = yaml.safe_load((output / "tune/best.yaml").read_text())["fusion"]
     assert best["members"] in (["fcn32", "fcn16"], ["fcn16", "fcn8"])
     lines = (output / "tune/trials.csv").read_text().splitlines()
     assert len(lines) == 3
+    assert all(line.split(",")[2] for line in lines[1:])  # counted by unit, by one process or by several
     trials = {line.split(",")[0] for line in lines[1:]}
     assert {path.parent.name for path in output.glob("tensorboard/tune/*/*")} == trials
     # under PBT a trial that takes over finished weights has nothing left to do
-    assert max(line.split(",")[2] for line in lines[1:]) == "2"
+    assert max(line.split(",")[3] for line in lines[1:]) == "2"
 
 
 def test_killed_and_resumed_the_numbers_are_the_same(undisturbed: Path, cells: Path, tmp_path: Path) -> None:

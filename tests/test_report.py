@@ -36,8 +36,9 @@ NETWORKS = (*MEMBERS, "fusion")
 SHARES = {"fcn32": 0.3, "fcn16": 0.25, "fcn8": 0.2, "majority": 0.2, "mean": 0.18, "fusion": 0.05, "otsu": 0.7}
 SWEPT = {"tiles": {"train": 2000, "val": 500}}
 TRIALS = (
-    "trial_id,val_dice,epochs,seconds,error,learning_rate,members\n"
-    "a,0.5,2,1.0,,0.0001,fcn32+fcn8\nb,0.6,4,1.0,,0.01,fcn16+fcn8\nc,,0,1.0,RuntimeError: memory,0.1,fcn16+fcn8\n"
+    "trial_id,val_dice,val_dice_error,epochs,seconds,error,learning_rate,members\n"
+    "a,0.5,0.2,2,1.0,,0.0001,fcn32+fcn8\nb,0.6,0.0,4,1.0,,0.01,fcn16+fcn8\n"
+    "c,,,0,1.0,RuntimeError: memory,0.1,fcn16+fcn8\n"
 )
 
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.programs import load_program
 
+from apacs_ray.evaluation.selection import MOST_UNITS, paired_errors, pooled_dice, unit_numbers
+
 selection = load_program(Path(__file__).resolve().parent.parent / "benchmarks/selection.py")
-choose, paired_errors, pooled_dice, wins = (
-    getattr(selection, name) for name in ("choose", "paired_errors", "pooled_dice", "wins")
-)
+choose, wins = selection.choose, selection.wins
 
 
 def units(seed: int, count: int, skills: tuple[float, ...], noise: float = 0.1) -> np.ndarray:
@@ -93,3 +93,17 @@ def test_who_always_wins_has_all_and_equals_share() -> None:
     nothing = np.zeros((4, 3, 3), np.int64)
     assert wins(nothing) == pytest.approx([1 / 3] * 3)
     assert choose(nothing, [2, 0, 1]) == 2
+
+
+@given(tiles=st.dictionaries(st.integers(0, 300), st.integers(0, 99), min_size=1, max_size=120))
+@settings(max_examples=100, deadline=None)
+def test_units_are_slides_where_there_are_enough_of_them(tiles: dict[int, int]) -> None:
+    slide_of = {f"t{tile}": f"s{slide}" for tile, slide in tiles.items()}
+    numbers = unit_numbers(list(slide_of.values()), list(slide_of))
+    assert numbers == unit_numbers(list(slide_of.values())[::-1], list(slide_of)[::-1])
+    assert numbers.keys() == slide_of.keys()
+    slides = set(slide_of.values())
+    names = slides if len(slides) >= 5 else slide_of.keys()
+    assert set(numbers.values()) == set(range(min(len(names), MOST_UNITS)))
+    if len(slides) >= 5:
+        assert all(numbers[a] == numbers[b] for a in slide_of for b in slide_of if slide_of[a] == slide_of[b])

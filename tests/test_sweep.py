@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,12 +15,13 @@ import pytest
 from apacs_ray.config.settings import FusionSettings, Settings, TuneSettings
 from apacs_ray.config.sweep import Distribution
 from apacs_ray.data.shards import TileIndex
-from apacs_ray.distributed.tune import best_epoch_of, stopped_by_ctrl_c, within_ranges
+from apacs_ray.distributed.tune import TrialResult, best_epoch_of, stopped_by_ctrl_c, within_ranges
+from apacs_ray.models.registry import MEMBERS
 from apacs_ray.runs.markers import Counts
 from apacs_ray.stages.heatmaps import HeatmapsResult
 from apacs_ray.stages.ingest_result import IngestResult, UnitCounts
 from apacs_ray.stages.stage import Committed
-from apacs_ray.stages.tune_fusion import TuneFusion, draw_tiles
+from apacs_ray.stages.tune_fusion import TuneFusion, best_trial, chance, draw_tiles
 
 SPACE = {
     name: Distribution.model_validate(drawn)
@@ -111,6 +113,7 @@ def test_a_trial_counts_by_its_own_epochs_and_the_setting_that_each_had() -> Non
         {"epoch": 0, "val_dice": 0.0, "best_val_dice": 0.0, "config/learning_rate": 1e-3},  # left its node in its first
         {
             "epoch": 1,
+            "val_units": "[[1,2,3],[4,5,6]]",
             "val_dice": 0.7,
             "best_val_dice": 0.7,
             "config/learning_rate": 1e-3,
@@ -125,9 +128,37 @@ def test_a_trial_counts_by_its_own_epochs_and_the_setting_that_each_had() -> Non
         },
     ]
     config = {"learning_rate": 2e-3, "members": "fcn32+fcn16"}
-    assert best_epoch_of(trial(epochs, config)) == ({"learning_rate": 1e-3, "members": "fcn16+fcn8"}, 0.7)
+    units = [[1, 2, 3], [4, 5, 6]]
+    assert best_epoch_of(trial(epochs, config)) == ({"learning_rate": 1e-3, "members": "fcn16+fcn8"}, 0.7, units)
 
 
 @pytest.mark.parametrize("epochs", [None, [], [{"epoch": 0, "val_dice": 0.0, "config/dropout": 0.1}]])
 def test_a_trial_that_told_nothing_has_no_score(epochs: list[dict[str, Any]] | None) -> None:
-    assert best_epoch_of(trial(epochs, {"dropout": 0.1})) == ({"dropout": 0.1}, None)
+    assert best_epoch_of(trial(epochs, {"dropout": 0.1})) == ({"dropout": 0.1}, None, [])
+
+
+class TestTaken:
+    """Which trial is taken where several are good."""
+
+    @staticmethod
+    def result(name: str, rate: float, units: list[list[int]]) -> TrialResult:
+        both, predicted, true = map(sum, zip(*units, strict=True))
+        dice = 2 * both / (predicted + true)
+        return TrialResult(name, {"learning_rate": rate}, dice, 1, 1.0, None, units)
+
+    def test_within_chance_the_most_careful_one_beyond_it_the_best(self) -> None:
+        steady = [[50, 60, 70]] * 8
+        lucky = [[58, 60, 70], *[[50, 60, 70]] * 7]  # better, on one unit of eight
+        better = [[54, 60, 70]] * 8  # on all
+        trials = [self.result("a", 1e-4, steady), self.result("b", 1e-3, lucky)]
+        assert trials[1].val_dice > trials[0].val_dice
+        assert best_trial(trials, MEMBERS, {}).trial_id == "a"
+        assert best_trial([*trials, self.result("c", 1e-2, better)], MEMBERS, {}).trial_id == "c"
+        errors = chance(trials)
+        assert errors["b"] == 0
+        assert errors["a"] == pytest.approx(trials[1].val_dice - trials[0].val_dice, rel=0.05)
+
+    def test_what_tells_of_no_units_is_judged_by_its_dice(self) -> None:
+        trials = [self.result("a", 1e-4, [[50, 60, 70]] * 8), self.result("b", 1e-3, [[54, 60, 70]] * 8)]
+        for silent in ([replace(trials[0], val_units=[]), trials[1]], [trials[0], replace(trials[1], val_units=[])]):
+            assert best_trial(silent, MEMBERS, {}).trial_id == "b"

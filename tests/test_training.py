@@ -43,6 +43,7 @@ from apacs_ray.training.history import (
     read_history,
     score,
     start_record,
+    unit_metrics,
 )
 from apacs_ray.training.interruption import Interruption
 from apacs_ray.training.loop import Trainer, earliest_place, train_epochs
@@ -365,6 +366,23 @@ class TestWeights:
         assert torch.allclose(added.losses, plain.losses + 0.5 * extra, rtol=1e-5)
         judged = replace(batch, phase="val")
         assert torch.equal(forward(network, judged, deep, CPU).losses, forward(network, judged, how, CPU).losses)
+
+
+class TestUnits:
+    def test_what_validation_finds_by_unit_adds_up_to_its_dice(self) -> None:
+        config = changed(CONFIG, epochs=2, batch_size=2)
+        plain, counting = (
+            Trainer(tiny(), config, seed=SEED, device=CPU, units=units)
+            for units in (None, {f"t{N_TRAIN + number}": number % 2 for number in range(N_VAL)})
+        )
+        histories = [trainer.run(stream(config), steps(config), nothing) for trainer in (plain, counting)]
+        assert plain.val_units == []
+        assert len(counting.val_units) == 2
+        assert timeless(plain) == timeless(counting)
+        both, predicted, true = map(sum, zip(*counting.val_units, strict=True))
+        assert 2 * both / (predicted + true) == pytest.approx(histories[1][-1].val_dice, abs=1e-12)
+        assert json.loads(unit_metrics(counting.val_units)["val_units"]) == counting.val_units
+        assert unit_metrics([]) == {}
 
 
 class TestAverage:

@@ -16,7 +16,7 @@ from apacs_ray.errors import ApacsError, StoreTroubleError, TrainingError, gpu_t
 from apacs_ray.storage import Store
 from apacs_ray.training.checkpoints import complete_checkpoints, fetch, keep_checkpoint
 from apacs_ray.training.dataset import one_by_one
-from apacs_ray.training.history import progress_metrics
+from apacs_ray.training.history import progress_metrics, unit_metrics
 from apacs_ray.training.tensorboard import write_curves
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def train_loop(config: dict[str, Any]) -> bool | None:
 
         write(trainer, network, tell)
         interruptions.kept()
-        ray.train.report({"network": network.name, **metrics})
+        ray.train.report({"network": network.name, **metrics, **unit_metrics(trainer.val_units)})
 
     interruptions = WorkerInterruptions(ranks, device, task.checkpoint_every)
     hooks = WorkerHooks(

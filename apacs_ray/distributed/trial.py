@@ -27,7 +27,7 @@ from apacs_ray.runs.provenance import require_source
 from apacs_ray.storage import Store
 from apacs_ray.training.augment import Augmentation
 from apacs_ray.training.dataset import Heatmaps, TileDataset, in_memory, one_by_one
-from apacs_ray.training.history import progress_metrics
+from apacs_ray.training.history import progress_metrics, unit_metrics
 from apacs_ray.training.tensorboard import write_curves
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ class TrialTask:
             self.max_failures,
             self.source,
             self.checkpoint_every,
+            by_unit=True,
         )
 
 
@@ -184,7 +185,8 @@ def _report(trainer: Trainer, network: NetworkTask) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         save_state(Path(folder), snapshot(trainer.state()))
-        tune.report(progress_metrics(trainer.history), checkpoint=tune.Checkpoint.from_directory(folder))
+        metrics = progress_metrics(trainer.history) | unit_metrics(trainer.val_units)
+        tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
 
 
 def error_line(error: object) -> str:

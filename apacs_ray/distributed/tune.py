@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import pickle
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,17 @@ from apacs_ray.distributed.resource_plan import Cluster
 from apacs_ray.distributed.trial import FAILURE, TRIAL_CURVES, TrialTask, error_line, plain_setting, run_trial
 from apacs_ray.distributed.trial_plan import plan_sweep
 from apacs_ray.distributed.waiting import told_of_waits
+from apacs_ray.training.history import VAL_UNITS
 from apacs_ray.training.tensorboard import CURVES
 
 
 @dataclass(frozen=True)
 class TrialResult:
-    """One trial: its setting, its best epoch, and how it ended."""
+    """One trial: its setting, its best epoch, and how it ended.
+
+    `val_units` are the pixels of each unit of validation at that epoch, as `Trainer.val_units` has them; [] where that
+    was not told.
+    """
 
     trial_id: str
     setting: dict[str, Any]
@@ -36,6 +42,7 @@ class TrialResult:
     epochs: int
     seconds: float
     error: str | None
+    val_units: list[list[int]] = field(default_factory=list)
 
 
 def sweep(task: TrialTask, plan: Sweep, cluster: Cluster, on_done: Callable[[int], None]) -> list[TrialResult]:
@@ -186,7 +193,7 @@ def _folder(trial: Any) -> str:
 
 def _result(result: Any) -> TrialResult:
     metrics = result.metrics or {}
-    setting, val_dice = best_epoch_of(result)
+    setting, val_dice, val_units = best_epoch_of(result)
     return TrialResult(
         Path(result.path).name,  # metrics name another trial where this one took over finished weights
         plain_setting(setting),
@@ -194,17 +201,22 @@ def _result(result: Any) -> TrialResult:
         int(metrics.get("epoch", 0)),
         round(float(metrics.get("time_total_s", 0.0)), 2),
         error_line(error) if (error := result.error or metrics.get(FAILURE)) else None,
+        val_units,
     )
 
 
-def best_epoch_of(result: Any) -> tuple[dict[str, Any], float | None]:
-    """Return the setting of a trial at its highest val Dice (population based training changes it), and that Dice."""
+def best_epoch_of(result: Any) -> tuple[dict[str, Any], float | None, list[list[int]]]:
+    """Return the setting of a trial at its highest val Dice (population based training changes it), and that Dice.
+
+    And the counts by unit of that epoch.
+    """
     config, epochs = result.config or {}, result.metrics_dataframe
     if epochs is not None and not epochs.empty:
         epochs = epochs[epochs["epoch"] > 0]  # a trial that had to leave its node in its first epoch has told of none
     if epochs is None or epochs.empty:
-        return config, None
+        return config, None, []
     best = epochs.loc[epochs["val_dice"].idxmax()]
     drawn = {name: best.get(f"config/{name}", value) for name, value in config.items()}
     plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in drawn.items()}
-    return plain, float(best["val_dice"])
+    units = best.get(VAL_UNITS)
+    return plain, float(best["val_dice"]), json.loads(units) if isinstance(units, str) else []

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from apacs_ray.config.settings import TrainingSettings
 from apacs_ray.data.shards import TileIndex
 from apacs_ray.distributed.resource_plan import NetworkPlan
+from apacs_ray.evaluation.selection import unit_numbers
 from apacs_ray.models.spec import ModelSpec
 from apacs_ray.runs.provenance import require_source
 from apacs_ray.storage import Store
@@ -64,6 +65,7 @@ class TrainingTask:
     checkpoint_every: float  # s
     attempt: int = 0
     deterministic: bool = False
+    by_unit: bool = False  # count what is found in validation by slide, or by groups of tiles, too
 
     @property
     def store(self) -> Store:
@@ -117,14 +119,16 @@ def train_worker(task: TrainingTask, hooks: WorkerHooks, *, device: torch.device
     torch.set_num_threads(task.plan.threads)
     set_arithmetic(task.networks[0].settings.precision, deterministic=task.deterministic)
     tasks: dict[Trainer, NetworkTask] = {}
+    val = task.indices["val"]
+    units = unit_numbers(val.slide_ids, val.tile_ids) if task.by_unit else None
     for network in task.networks:
         model = hooks.wrap(initial_network(task, network).to(device))
         start = start_record(network.spec.start, network.settings.dice_weight)
-        trainer = Trainer(model, network.settings, seed=task.seed, device=device, ranks=ranks, start=start)
+        trainer = Trainer(model, network.settings, seed=task.seed, device=device, ranks=ranks, start=start, units=units)
         hooks.resume(trainer, network)
         tasks[trainer] = network
     trainers, settings = list(tasks), task.networks[0].settings
-    train, val = task.indices["train"], task.indices["val"]
+    train = task.indices["train"]
     epoch, step = earliest_place(trainers)
     refs = schedule(
         train.groups(),

@@ -68,7 +68,7 @@ class ReportContext:
         start: What the fusion starts as; None where its head is the published one.
         views: Of a tile, over which the fusion's members are averaged.
         trials: The text of `tune/trials.csv`, empty without a sweep.
-        best: The settings of the best trial, empty without a sweep.
+        best: The settings of the trial that was taken, empty without a sweep.
         stages: Stage -> its entry in `run.json`.
         facts: What `run.json` says of the run.
         rejects: All rows.
@@ -113,7 +113,8 @@ def build_report(context: ReportContext) -> str:
         "name": lambda key: NAMES.get(key, key),
         "data_uri": data_uri,
     }
-    sweep = read_sweep_table(context.trials)
+    swept = context.stages.get("tune_fusion", {}).get("result", {})
+    sweep = read_sweep_table(context.trials, swept.get("trial", ""))
     kept = context.trained.kept_epochs
     fusion = context.metrics["fusion"]
     slides = sorted(fusion["per_slide"].items(), key=lambda item: (item[1]["dice"] is None, item[1]["dice"], item[0]))
@@ -126,7 +127,7 @@ def build_report(context: ReportContext) -> str:
         verdicts={name: verdict(row) for name, row in context.comparison.items()},
         kept_epochs=kept,
         sweep=sweep,
-        sweep_tiles=context.stages.get("tune_fusion", {}).get("result", {}).get("tiles"),
+        sweep_tiles=swept.get("tiles"),
         top_trials=sweep.trials[:TRIALS_SHOWN],
         kinds=KINDS,
         legend=LEGEND,

@@ -29,15 +29,26 @@ NAMES = {
     "fusion_published": "fusion, published head",
     "otsu": "Otsu, green channel",
 }
-NOT_SAMPLED = ("trial_id", "val_dice", "epochs", "seconds", "error")  # columns of trials.csv that are no setting
+NOT_SAMPLED = (
+    "trial_id",
+    "val_dice",
+    "val_dice_error",
+    "epochs",
+    "seconds",
+    "error",
+)  # columns of trials.csv that are no setting
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A trial that ended well; `setting` holds the sampled settings as written in `trials.csv`."""
+    """A trial that ended well; `setting` holds the sampled settings as written in `trials.csv`.
+
+    `error` is the standard error of its `val_dice` less the highest; None where that was not told.
+    """
 
     name: str
     val_dice: float
+    error: float | None
     epochs: int
     seconds: float
     setting: Mapping[str, str]
@@ -45,7 +56,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The trials of `trials.csv`, best first, and the number that failed."""
+    """The trials of `trials.csv`, the one that was taken first, then the best, and the number that failed."""
 
     trials: tuple[Trial, ...]
     failed: int
@@ -62,21 +73,22 @@ class Sweep:
         return max((trial.epochs for trial in self.trials), default=0)
 
 
-def read_sweep_table(trials_csv: str) -> Sweep:
-    """Read the text of `tune/trials.csv`; empty text is a sweep without trials."""
+def read_sweep_table(trials_csv: str, taken: str = "") -> Sweep:
+    """Read the text of `tune/trials.csv`; empty text is a sweep without trials. `taken` is the id of a trial."""
     rows = list(csv.DictReader(io.StringIO(trials_csv)))
     ended = [row for row in rows if row["val_dice"] and not row["error"] and math.isfinite(float(row["val_dice"]))]
     trials = [
         Trial(
             row["trial_id"],
             float(row["val_dice"]),
+            float(row["val_dice_error"]) if row.get("val_dice_error") else None,
             int(row["epochs"]),
             float(row["seconds"]),
             {name: value for name, value in row.items() if name not in NOT_SAMPLED},
         )
         for row in ended
     ]
-    trials.sort(key=lambda trial: (trial.val_dice, trial.name), reverse=True)  # of equals the one that the stage takes
+    trials.sort(key=lambda trial: (trial.name == taken, trial.val_dice, trial.name), reverse=True)
     return Sweep(tuple(trials), len(rows) - len(trials))
 
 

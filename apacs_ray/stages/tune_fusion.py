@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import yaml
 
 from apacs_ray.config.settings import FusionSettings, Settings, TuneSettings
@@ -18,6 +19,7 @@ from apacs_ray.data.shards import TileIndex
 from apacs_ray.distributed.trial import TrialTask
 from apacs_ray.distributed.tune import TrialResult, sweep
 from apacs_ray.errors import ApacsError
+from apacs_ray.evaluation.selection import paired_errors
 from apacs_ray.models.pretrained import published_fusion, published_fusion_version
 from apacs_ray.models.spec import FusionStart, fusion_spec, start_key
 from apacs_ray.runs.markers import Counts
@@ -31,11 +33,12 @@ from apacs_ray.storage import Store
 
 @dataclass(frozen=True)
 class SweepResult(StageResult):
-    """The best trial: the settings it drew, and its val Dice in 0..1; and the tiles that trials saw, by split."""
+    """The trial that was taken: the settings it drew, its val Dice in 0..1, its id; tiles that trials saw, by split."""
 
     best: dict[str, Any]
     val_dice: float
     tiles: dict[str, int] = field(default_factory=dict)  # empty in older runs
+    trial: str = ""  # likewise
 
 
 @dataclass(frozen=True)
@@ -118,12 +121,13 @@ class TuneFusion(Stage[SweepResult]):
         drawn = FusionSettings.model_validate(best.setting).model_dump(mode="json", include=set(best.setting))
         store.write("tune/trials.csv", trials_csv(trials).encode())
         of = f"{len(trials)} trials of {settings.tune.config}, which saw {part}"
-        comment = f"# best of {of}: val Dice {best.val_dice:.4f}\n"
+        top = max(trial.val_dice or 0.0 for trial in scored)
+        comment = f"# taken of {of}: val Dice {best.val_dice:.4f}, the highest is {top:.4f}\n"
         store.write("tune/best.yaml", (comment + yaml.safe_dump({"fusion": drawn}, sort_keys=True)).encode())
         setting = ", ".join(f"{name} {value}" for name, value in drawn.items())
-        say(f"tune_fusion: best val Dice {best.val_dice:.4f} with {setting}")
+        say(f"tune_fusion: val Dice {best.val_dice:.4f} (the highest is {top:.4f}) with {setting}")
         counts = Counts(len(trials), len(scored), {"failed trial": len(trials) - len(scored)})
-        return SweepResult(counts, drawn, best.val_dice or 0.0, tiles)
+        return SweepResult(counts, drawn, best.val_dice or 0.0, tiles, best.trial_id)
 
     def tidy(self, store: Store, fingerprint: str) -> None:
         """Delete the state of this sweep and of earlier ones that were given up."""
@@ -144,9 +148,11 @@ def draw_tiles(indices: Mapping[str, TileIndex], tune: TuneSettings, seed: int) 
 
 
 def best_trial(trials: Sequence[TrialResult], members: Sequence[str], starts: Mapping[str, FusionStart]) -> TrialResult:
-    """Return the trial of the highest val Dice, among those whose members start as well as those of any other trial.
+    """Return the trial to take, among those whose members start as well as those of any other trial.
 
-    So a sweep cannot leave out the best member for a chance gain of one trial: what starts without it is worse.
+    So a sweep cannot leave out the best member for a chance gain of one trial: what starts without it is worse. Of
+    those left, all that are behind the highest val Dice by no more than the standard error of the difference are equal
+    but for chance: of them the one of the lowest learning rate is taken, as it leaves its start the least.
 
     Args:
         trials: With a val Dice.
@@ -160,18 +166,43 @@ def best_trial(trials: Sequence[TrialResult], members: Sequence[str], starts: Ma
 
     highest = max(map(begins, trials))
     left = [trial for trial in trials if begins(trial) == highest]
-    return max(left, key=lambda trial: (trial.val_dice or 0.0, trial.trial_id))
+    errors = chance(left)
+    top = max(trial.val_dice or 0.0 for trial in left)
+    equal = [trial for trial in left if top - (trial.val_dice or 0.0) <= errors.get(trial.trial_id, 0.0)]
+    return max(
+        equal, key=lambda trial: (-trial.setting.get("learning_rate", 0.0), trial.val_dice or 0.0, trial.trial_id)
+    )
+
+
+def chance(trials: Sequence[TrialResult]) -> dict[str, float]:
+    """Return, by trial, the standard error of its val Dice less the highest, over slides or groups of tiles.
+
+    Args:
+        trials: With a val Dice.
+
+    Returns:
+        Those that can be told: trials that counted by the same units as the best one, of which there are two or more.
+    """
+    best = max(trials, key=lambda trial: (trial.val_dice or 0.0, trial.trial_id))
+    same = [trial for trial in trials if len(trial.val_units) == len(best.val_units) > 1]
+    if not same:
+        return {}
+    units = np.array([trial.val_units for trial in same], np.int64).transpose(1, 0, 2)
+    errors = paired_errors(units, same.index(best)).tolist()
+    return {trial.trial_id: error for trial, error in zip(same, errors, strict=True)}
 
 
 def trials_csv(trials: Sequence[TrialResult]) -> str:
-    """Return `trials.csv`, a line a trial: id, best val Dice, epochs, seconds, error, and every drawn setting."""
+    """Return `trials.csv`, a line a trial: id, best val Dice and its error, epochs, seconds, error, drawn settings."""
+    errors = chance(scored) if (scored := [trial for trial in trials if trial.val_dice is not None]) else {}
     names = sorted({name for trial in trials for name in trial.setting})
     sink = io.StringIO()
     writer = csv.writer(sink, lineterminator="\n")
-    writer.writerow(["trial_id", "val_dice", "epochs", "seconds", "error", *names])
+    writer.writerow(["trial_id", "val_dice", "val_dice_error", "epochs", "seconds", "error", *names])
     for trial in trials:
         values = [trial.setting.get(name) for name in names]
         cells = ["+".join(value) if isinstance(value, list | tuple) else value for value in values]
         dice = "" if trial.val_dice is None else f"{trial.val_dice:.6f}"
-        writer.writerow([trial.trial_id, dice, trial.epochs, trial.seconds, trial.error or "", *cells])
+        error = f"{errors[trial.trial_id]:.6f}" if trial.trial_id in errors else ""
+        writer.writerow([trial.trial_id, dice, error, trial.epochs, trial.seconds, trial.error or "", *cells])
     return sink.getvalue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -9,6 +10,7 @@ from dataclasses import asdict, dataclass
 from apacs_ray.config.settings import Select
 from apacs_ray.models.spec import FusionStart
 
+VAL_UNITS = "val_units"
 START = -1  # the epoch of a network that has not been trained yet
 
 
@@ -77,6 +79,11 @@ def progress_metrics(history: tuple[EpochRecord, ...]) -> dict[str, float]:
     """Return what Ray and people hear: epochs done, validation Dice (0 where undefined, or before any), the best."""
     dice = [0.0 if math.isnan(record.val_dice) else record.val_dice for record in history] or [0.0]
     return {"epoch": len(history), "val_dice": dice[-1], "best_val_dice": max(dice)}
+
+
+def unit_metrics(counts: list[list[int]]) -> dict[str, str]:
+    """Return the counts by unit of an epoch's validation as Ray carries them, in a metric; nothing without counts."""
+    return {VAL_UNITS: json.dumps(counts, separators=(",", ":"))} if counts else {}
 
 
 def history_csv(history: tuple[EpochRecord, ...]) -> str:

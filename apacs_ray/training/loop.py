@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +96,7 @@ class Trainer:
     its gradient buckets when it wraps, and a layout changed afterwards gives wrong gradients.
 
     `start` is what validation says of the network as it is: an epoch that is worse does not count as a better one.
+    With `units`, the unit of each validation tile, `val_units` holds the counts of the last epoch.
     With `settings.ema`, `average` is the same network with the moving average of its weights, which is what is
     validated and kept.
     """
@@ -109,6 +110,7 @@ class Trainer:
         device: torch.device,
         ranks: Ranks = Ranks(),  # noqa: B008 - frozen
         start: EpochRecord | None = None,
+        units: Mapping[str, int] | None = None,
     ) -> None:
         wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
         self.model = model if wrapped else model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -117,6 +119,8 @@ class Trainer:
         self.device = device
         self.ranks = ranks
         self._start = start
+        self._units = units
+        self.val_units: list[list[int]] = []  # of the last epoch, as `EpochTally.unit_counts` has them
         self.optimizer = make_optimizer(self.model, settings)
         self.average = copy.deepcopy(bare_model(self.model)).eval() if settings.ema else None
         self.history: tuple[EpochRecord, ...] = ()
@@ -167,7 +171,7 @@ class Trainer:
         part, self._part = self._part, None
         self._started = time.monotonic() - (part.seconds if part else 0.0)
         self._steps = part.steps if part else 0
-        self._train, self._val = EpochTally(self.device), EpochTally(self.device)
+        self._train, self._val = EpochTally(self.device), EpochTally(self.device, self._units)
         if part and self.ranks.rank == 0:  # they are the sums of all ranks
             self._train.add_sums(part.sums)
         self.model.train()
@@ -203,6 +207,7 @@ class Trainer:
         self._require_finite("val", self._val)  # also meets weights that the epoch's last step broke
         train_loss, train_dice, trained = self._train.result(self.ranks)
         val_loss, val_dice, validated = self._val.result(self.ranks)
+        self.val_units = self._val.unit_counts(self.ranks)
         if tiles is not None and (trained, validated) != tiles:
             raise TrainingError(
                 f"epoch {epoch}: {trained} training and {validated} validation tiles came, not {tiles[0]} and "

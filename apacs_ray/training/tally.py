@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,9 +23,15 @@ class SeenBatch:
 
 
 class EpochTally:
-    """Sums over one phase of an epoch, kept on the device: no step waits for the host."""
+    """Sums over one phase of an epoch, kept on the device: no step waits for the host.
 
-    def __init__(self, device: torch.device) -> None:
+    With `units`, the number of each tile's unit, pixels are counted by unit as well.
+    """
+
+    def __init__(self, device: torch.device, units: Mapping[str, int] | None = None) -> None:
+        self._units = units
+        count = max(units.values(), default=-1) + 1 if units else 0
+        self._by_unit = torch.zeros(count, 3, dtype=torch.float64, device=device)  # overlap, predicted, true
         self._sums = torch.zeros(5, dtype=torch.float64, device=device)  # loss, tiles, overlap, predicted, true
         self._losses: list[Tensor] = []
         self._batches: list[SeenBatch] = []
@@ -34,8 +41,14 @@ class EpochTally:
         valid = output.valid
         true = output.mask * valid * counted[:, None, None, None]
         predicted = (output.logits >= 0) * valid * counted[:, None, None, None]
-        pixels = [part.sum(dtype=torch.float64) for part in (predicted * true, predicted, true)]
-        self._sums += torch.stack([(output.losses * counted).sum().double(), counted.sum().double(), *pixels])
+        parts = (predicted * true, predicted, true)
+        by_tile = torch.stack([part.sum(dim=(1, 2, 3), dtype=torch.float64) for part in parts], dim=1)
+        self._sums += torch.stack(
+            [(output.losses * counted).sum().double(), counted.sum().double(), *by_tile.sum(dim=0)]
+        )
+        if self._units is not None:
+            numbers = torch.tensor([self._units[tile] for tile in batch.tile_ids])
+            self._by_unit.index_add_(0, numbers.to(self._by_unit.device), by_tile)
         self._losses.append(output.losses)
         self._batches.append(SeenBatch(batch.step, batch.tile_ids))
 
@@ -54,6 +67,13 @@ class EpochTally:
     def add_sums(self, sums: tuple[float, ...]) -> None:
         """Add what an earlier part of the epoch gathered."""
         self._sums += torch.tensor(sums, dtype=self._sums.dtype, device=self._sums.device)
+
+    def unit_counts(self, ranks: Ranks) -> list[list[int]]:
+        """Return the pixels of each unit over all ranks: cell by both, by the network, in truth; [] without units."""
+        if self._units is None:
+            return []
+        counts: list[list[float]] = ranks.all_reduce(self._by_unit.clone()).tolist()
+        return [[round(count) for count in unit] for unit in counts]
 
     def result(self, ranks: Ranks) -> tuple[float, float, int]:
         """Return mean loss over tiles and pooled Dice, over all ranks (NaN where there was nothing), and the tiles."""
