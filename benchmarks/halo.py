@@ -69,7 +69,7 @@ def main() -> None:
 
 @torch.inference_mode()
 def _logits(predictor: Predictor, rgb: np.ndarray) -> dict[str, np.ndarray]:
-    outputs = predictor.batch(predictor.to_device(rgb[None]))
+    outputs = predictor.batch(predictor.to_device([rgb]))
     return {name: logits[0].cpu().numpy() for name, logits in outputs.items()}
 
 

@@ -23,7 +23,8 @@ from measure import options, require, show
 from moto.server import ThreadedMotoServer
 
 from apacs_ray.data.index_file import index_path
-from apacs_ray.data.shards import Receipt, read_index, read_rows, shard_path, write_index, write_table, write_tiles
+from apacs_ray.data.shard_rows import read_rows
+from apacs_ray.data.shards import Receipt, read_index, shard_path, write_index, write_table, write_tiles
 from apacs_ray.data.tile_rows import TILE_SCHEMA
 from apacs_ray.storage import Store, open_store
 from apacs_ray.testing.s3_proxy import Behavior, Proxy, proxy
@@ -60,7 +61,7 @@ def measure(between: Proxy, shards: int, delay: float, image: int) -> list[dict[
         "columns of shards, as before": lambda: read_index(before, "train"),
         "footers of shards": lambda: read_index(now, "train"),
         "one file": lambda: read_index(now, "train", committed=committed),
-        "a tile": lambda: read_rows(now, [place], ["image", "mask"]),
+        "a tile": lambda: list(read_rows(now, [place], ["image", "mask"])),
     }
     rows = []
     for name, read in ways.items():

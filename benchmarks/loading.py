@@ -24,7 +24,8 @@ from measure import alternate, medians, options, require, show
 from PIL import Image
 from tiles import write_tiles
 
-from apacs_ray.data.shards import TileIndex, read_index, read_rows
+from apacs_ray.data.shard_rows import read_rows
+from apacs_ray.data.shards import TileIndex, read_index
 from apacs_ray.storage import LocalStore, Store
 from apacs_ray.training.augment import Augmentation, jitter_stain
 from apacs_ray.training.batch import Sample

@@ -185,7 +185,7 @@ class Ways:
     @torch.inference_mode()
     def probability(self, rgb: np.ndarray) -> np.ndarray:
         """Return probabilities (H, W) float32 of the fusion."""
-        logits = self._predictor.batch(self._predictor.to_device(rgb[None]))["fusion"][0]
+        logits = self._predictor.batch(self._predictor.to_device([rgb]))["fusion"][0]
         return torch.sigmoid(logits).cpu().numpy()
 
     def alone(self, rgb: np.ndarray) -> np.ndarray:
@@ -217,7 +217,7 @@ class Ways:
 
         inferer = SlidingWindowInferer(self._window, sw_batch_size=1, overlap=0.5, mode="gaussian")
         with torch.inference_mode():
-            found = inferer(self._predictor.to_device(rgb[None]).float(), network)
+            found = inferer(self._predictor.to_device([rgb]).float(), network)
         return found[0, 0].cpu().numpy() >= 0.5
 
 

@@ -18,6 +18,7 @@ from apacs_ray.distributed import evaluation, heatmaps
 from apacs_ray.distributed.evaluation import EvaluateTask, evaluate_tiles
 from apacs_ray.distributed.heatmaps import ALL, HeatmapTask, write_folds, write_heatmaps
 from apacs_ray.distributed.tasks import PoolPlan
+from apacs_ray.evaluation.judged import judged
 from apacs_ray.inference.predictor import Predictor
 from apacs_ray.models.registry import MEMBERS
 from apacs_ray.runs.run import Run
@@ -31,7 +32,7 @@ from apacs_ray.testing.ensembles import random_networks, write_networks
 from apacs_ray.testing.runs import write_cells
 from apacs_ray.training.dataset import Heatmaps, decode_pixels
 
-POOL = PoolPlan(1, 1.0, 0.0)
+POOL = PoolPlan(1, 1.0, 0.0, threads=2)
 
 
 def test_counts_of_tiles_stay_in_arrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,3 +108,22 @@ def test_each_tile_is_seen_by_the_members_of_its_fold(run: LocalStore) -> None:
             assert heatmap["heatmaps"] == heatmaps.encode_heatmaps(probabilities)
     assert folds == {0, 1, 2}
     assert not [tile for tile in index.tile_ids if tile.encode() in pickle.dumps(task)], "every actor is sent these"
+
+
+def test_evaluation_judges_each_tile_as_it_would_alone(run: LocalStore) -> None:
+    """Threads beside the networks change no number and no order; the pictures of the report are of the tiles asked."""
+    folders = {name: f"models/0/members/{name}" for name in MEMBERS} | {"fusion": "models/0/fusion"}
+    task = EvaluateTask(run, folders, EvaluateSettings(threads=1, border=2), "fcn8")
+    index = read_committed_index(run, "test")
+    table = evaluate_tiles(task, list(index.paths), POOL, lambda done: None)
+    predictor = Predictor.load(run, folders, threads=1, precision="float32")
+    expected = []
+    for path in index.paths:
+        for tile in pq.read_table(run.full_path(path)).to_pylist():
+            rgb, truth = decode_pixels(tile["image"]), decode_pixels(tile["mask"]).astype(bool)
+            expected.append(judged(rgb, predictor.logits(rgb), tile, truth, border=2, member="fcn8"))
+    assert len(expected) > POOL.threads + 2
+    assert table.equals(pa.Table.from_pylist(expected, task.schema))
+    wanted = [index.place(row) for row in (len(index) - 1, 1)]
+    drawn = evaluation.draw_tiles(task, wanted, POOL)
+    assert set(drawn) == {place.tile_id for place in wanted}

@@ -67,6 +67,14 @@ def test_float32_is_exact_however_large_the_picture_is() -> None:
         assert np.abs(inner - outer).max() <= 1e-4 * max(1.0, float(np.abs(outer).max())), name
 
 
+def test_tiles_that_pass_together_are_what_they_are_alone() -> None:
+    predictor = Predictor(ensemble(), threads=1, precision="float32")
+    tiles = [RGB, RGB[::-1], RGB[:, ::-1]]
+    for tile, found in zip(tiles, predictor.logits_of(tiles), strict=True):
+        for name, logits in predictor.logits(tile).items():
+            assert np.abs(found[name] - logits).max() <= 1e-4 * max(1.0, float(np.abs(logits).max())), name
+
+
 @pytest.mark.parametrize("kernel", [6, 7])
 def test_a_dense_layer_is_the_convolution(kernel: int) -> None:
     torch.manual_seed(0)

@@ -40,7 +40,8 @@ from apacs_ray.console import cell, console, print_log, say
 from apacs_ray.data.folders import find_pairs
 from apacs_ray.data.image_tiles import ShardTask, Source, plan_tiles, probe_pair, write_shard
 from apacs_ray.data.images import decode_image
-from apacs_ray.data.shards import open_table, read_index, read_receipt, read_rows
+from apacs_ray.data.shard_rows import read_rows
+from apacs_ray.data.shards import open_table, read_index, read_receipt
 from apacs_ray.data.slide_tables import read_mpps, read_splits
 from apacs_ray.data.tile_rows import tile_id
 from apacs_ray.distributed.session import RaySession, prepare_ray
@@ -342,7 +343,7 @@ def test_parquet_that_ray_would_unpickle_is_refused(tmp_path: Path, gone_off: Pa
     assert pq.read_table(io.BytesIO(content)).num_rows == 1
     readers: list[Callable[[], object]] = [
         lambda: read_index(store, "train"),
-        lambda: read_rows(store, [(shard, 0, 0)], ["image"]),
+        lambda: list(read_rows(store, [(shard, 0, 0)], ["image"])),
         lambda: read_manifest(store, "manifest/0/000000.parquet"),
         lambda: read_rejects(store),
         lambda: open_table(store.open(shard), shard),

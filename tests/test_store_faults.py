@@ -24,7 +24,8 @@ from support.slide_files import picture as field
 from support.slide_files import write_slide
 from torch import nn
 
-from apacs_ray.data.shards import Receipt, read_rows, write_table
+from apacs_ray.data.shard_rows import read_rows
+from apacs_ray.data.shards import Receipt, write_table
 from apacs_ray.doctor.answers import CREDENTIALS
 from apacs_ray.errors import ApacsError, RefusedError, StoreTroubleError
 from apacs_ray.models.registry import MEMBERS
@@ -70,7 +71,7 @@ def reads(store: Store, tmp_path: Path) -> dict[str, Callable[[], object]]:
             same((place / "object").read_bytes(), CONTENT)
 
     def rows() -> None:
-        tiles = read_rows(store, [("table.parquet", 3, 1), ("table.parquet", 0, 0)], ["image"])
+        tiles = list(read_rows(store, [("table.parquet", 3, 1), ("table.parquet", 0, 0)], ["image"]))
         assert [tile["image"] for tile in tiles] == [picture(7), picture(0)]
 
     def pages() -> None:
@@ -219,7 +220,7 @@ def test_a_file_is_read_in_one_version(store: Store) -> None:
 
 def test_a_tile_is_read_with_two_requests(filled: Store, between: Proxy) -> None:
     between.requests.clear()
-    read_rows(filled, [("table.parquet", 1, 0)], ["image", "other"])
+    list(read_rows(filled, [("table.parquet", 1, 0)], ["image", "other"]))
     assert [request.method for request in between.requests] == ["GET", "GET"]
 
 

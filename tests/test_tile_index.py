@@ -17,6 +17,7 @@ import pytest
 from apacs_ray.config.settings import Settings
 from apacs_ray.data import shards
 from apacs_ray.data.index_file import INDEX, index_path
+from apacs_ray.data.shard_rows import opened_shard, read_rows
 from apacs_ray.data.shards import TileIndex, read_finished, read_index, shard_paths
 from apacs_ray.data.tile_rows import TILE_SCHEMA
 from apacs_ray.runs.markers import read_marker
@@ -101,7 +102,7 @@ def test_the_file_the_footers_and_the_columns_say_the_same(store: Store) -> None
             ),
             strict=True,
         ):
-            assert shards.read_rows(store, [(path, group, row)], ["tile_id"]) == [{"tile_id": tile}]
+            assert list(read_rows(store, [(path, group, row)], ["tile_id"])) == [{"tile_id": tile}]
 
 
 @pytest.mark.parametrize("damage", ["cut", "of another ingest", "gone"])
@@ -174,5 +175,10 @@ def test_a_tile_of_a_shard_of_large_tiles_takes_two_requests(s3: str, between: P
     path = shards.shard_path("tiles", "train", "f" * 16, 0)
     shards.write_tiles(store, pa.table(columns, TILE_SCHEMA), shards.Receipt(path, rows, rows))
     between.requests.clear()
-    assert shards.read_rows(store, [(path, 5, 1)], ["tile_id", "image"])[0]["tile_id"] == "11"
+    assert next(read_rows(store, [(path, 5, 1)], ["tile_id", "image"]))["tile_id"] == "11"
     assert [request.method for request in between.requests] == ["GET", "GET"]
+    between.requests.clear()
+    with opened_shard(store, path) as shard:
+        assert shard.file.num_row_groups > 8
+        assert [row["tile_id"] for row in shard.rows(["tile_id", "image"])] == columns["tile_id"]
+    assert [request.method for request in between.requests] == ["GET", "GET"], "one for all row groups"

@@ -295,18 +295,3 @@ def _read_index_rows(store: Store, path: str) -> str:
             return rows.decode()
         group = file.metadata.row_group(0).num_rows if file.num_row_groups else 1
         return index_rows(file.read(columns=list(COLUMNS)), group)
-
-
-def read_rows(store: Store, places: Iterable[tuple[str, int, int]], columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Read the given columns of tiles at (path, row group, row), in the order asked; each row group is read once."""
-    wanted = list(places)
-    groups: dict[tuple[str, int], pa.Table] = {}
-    by_path: dict[str, set[int]] = {}
-    for path, group, _ in wanted:
-        by_path.setdefault(path, set()).add(group)
-    for path, numbers in by_path.items():
-        with store.open(path) as stream:
-            file = open_table(stream, path, pre_buffer=True)  # the columns of a group in one request
-            for number in sorted(numbers):
-                groups[path, number] = file.read_row_group(number, columns=list(columns))
-    return [groups[path, group].slice(row, 1).to_pylist()[0] for path, group, row in wanted]

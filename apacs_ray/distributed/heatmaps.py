@@ -8,16 +8,19 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from apacs_ray.data.shard_rows import Row, opened_shard
 from apacs_ray.data.shards import Receipt, TileIndex, open_table, read_receipt, write_table
 from apacs_ray.distributed.tasks import PoolPlan, map_shards
+from apacs_ray.evaluation.predictions import sigmoid
+from apacs_ray.inference.tile_stream import Logits, TileStream
 from apacs_ray.storage import Store
-from apacs_ray.training.dataset import Heatmaps, decode_pixels, encode_heatmaps
+from apacs_ray.training.dataset import Heatmaps, encode_heatmaps
 
 if TYPE_CHECKING:
     from apacs_ray.inference.predictor import Predictor
@@ -50,7 +53,7 @@ def write_heatmaps(
 ) -> tuple[int, int]:
     """Write the heatmap shard of every tile shard; returns rows in and rows out."""
     rows_in = rows_out = 0
-    for table in map_shards(lambda: _HeatmapWriter(task), paths, plan):
+    for table in map_shards(lambda: _HeatmapWriter(task, plan), paths, plan):
         for row in table.to_pylist():
             rows_in += row["rows_in"]
             rows_out += row["rows_out"]
@@ -75,8 +78,9 @@ def read_folds(store: Store, path: str) -> pa.Table:
 class _HeatmapWriter:
     """In an actor: the networks of every fold, loaded once, when they are first needed."""
 
-    def __init__(self, task: HeatmapTask) -> None:
+    def __init__(self, task: HeatmapTask, plan: PoolPlan) -> None:
         self._task = task
+        self._stream = TileStream(plan.threads, plan.batch, task.views)
         self._folds = FOLD_SCHEMA.empty_table() if task.folds is None else read_folds(task.store, task.folds)
         self._predictors: dict[int, Predictor] = {}
 
@@ -96,17 +100,19 @@ class _HeatmapWriter:
         return self._predictors[fold]
 
     def _write(self, path: str, target: str) -> Receipt:
-        rows = []
         tiles = self._folds.filter(pc.field("path") == path)
         fold_of = dict(zip(tiles["tile_id"].to_pylist(), tiles["fold"].to_pylist(), strict=True))
-        with self._task.store.open(path) as stream:
-            file = open_table(stream, path, pre_buffer=True)
-            group = file.metadata.row_group(0).num_rows if file.num_row_groups else None
-            for number in range(file.num_row_groups):
-                for tile in file.read_row_group(number, columns=["tile_id", "image"]).to_pylist():
-                    predictor = self._predictor(fold_of.get(tile["tile_id"], ALL))
-                    probabilities = predictor.probabilities(decode_pixels(tile["image"]), self._task.views)
-                    rows.append({"tile_id": tile["tile_id"], "heatmaps": encode_heatmaps(probabilities)})
+
+        def seen_by(tile: Row) -> Predictor:
+            return self._predictor(fold_of.get(tile["tile_id"], ALL))
+
+        def finish(tile: Row, _: object, logits: Logits) -> dict[str, Any]:
+            probabilities = {name: sigmoid(output) for name, output in logits.items()}
+            return {"tile_id": tile["tile_id"], "heatmaps": encode_heatmaps(probabilities)}
+
+        with opened_shard(self._task.store, path) as shard:
+            group = shard.group
+            rows = list(self._stream.run(shard.rows(["tile_id", "image"]), seen_by, finish))
         receipt = Receipt(target, len(rows), len(rows))
         write_table(self._task.store, pa.Table.from_pylist(rows, HEATMAP_SCHEMA), receipt, group)
         return receipt

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, AnyStr, ParamSpec, TypeVar
 
 import pyarrow as pa
@@ -16,7 +16,7 @@ from apacs_ray.config.settings import Settings
 from apacs_ray.distributed.cluster import joined_cluster
 from apacs_ray.distributed.ray_internals import start_datasets_soon
 from apacs_ray.distributed.resource_plan import Cluster, share_of_gpu
-from apacs_ray.inference.memory import workers_a_gpu
+from apacs_ray.inference.memory import tiles_a_batch, workers_a_gpu
 from apacs_ray.runs.provenance import require_source, source_hash
 
 P = ParamSpec("P")
@@ -33,6 +33,9 @@ KEEP_MEMORY = {
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # tiles of many sizes leave no holes in a GPU's memory
     }
 }
+
+
+MOST_THREADS = 8  # of an actor that decode, and that count or encode: each holds a tile's logits, 64 MB of 2000 px
 
 
 def held_to_source(work: Callable[P, T]) -> Callable[P, T]:
@@ -98,23 +101,34 @@ def map_numbers(work: Callable[[int], AnyStr], count: int) -> Iterator[AnyStr]:
 
 @dataclass(frozen=True)
 class PoolPlan:
-    """A pool of actors: how many, and the CPUs and GPUs that each asks for."""
+    """A pool of actors that predict.
+
+    Attributes:
+        actors: How many.
+        cpus: That each asks for.
+        gpus: Likewise.
+        threads: Of each that decode beside the networks, and as many that count or encode.
+        batch: Tiles of one size, at most, that pass the networks together. On CPUs one: equal bits, however many.
+    """
 
     actors: int
     cpus: float
     gpus: float
+    threads: int = field(default=1, kw_only=True)
+    batch: int = field(default=1, kw_only=True)
 
 
-def plan_pool(cluster: Cluster, shards: int, *, a_gpu: int = 1) -> PoolPlan:
+def plan_pool(cluster: Cluster, shards: int, *, a_gpu: int = 1, batch: int = 1) -> PoolPlan:
     """Plan the actors that predict: never more than there are shards, and without GPUs one a CPU.
 
     With GPUs there are several beside each other on one, as many as its CPUs can feed: a tile keeps a CPU at work for
-    ten times as long as the GPU, with decoding, counting and encoding.
+    ten times as long as the GPU, with decoding, counting and encoding. Where CPUs are left, each has more threads.
 
     Args:
         cluster: What there is.
         shards: That they work on.
         a_gpu: How many one GPU's memory holds.
+        batch: Tiles that pass the networks together on a GPU.
 
     Returns:
         The plan.
@@ -124,15 +138,19 @@ def plan_pool(cluster: Cluster, shards: int, *, a_gpu: int = 1) -> PoolPlan:
         node_cpus = cluster.gpu_cpus or cluster.cpus / gpus  # an actor lies on a node with a GPU
         together = max(1, min(a_gpu, int(node_cpus), -(-shards // gpus)))
         cpus = min(1.0, node_cpus / (2 * together))
-        return PoolPlan(max(1, min(gpus * together, shards)), cpus, share_of_gpu(together))
+        threads = max(1, min(MOST_THREADS, int(node_cpus / together)))
+        actors = max(1, min(gpus * together, shards))
+        return PoolPlan(actors, cpus, share_of_gpu(together), threads=threads, batch=batch)
     return PoolPlan(max(1, min(int(cluster.cpus), shards)), min(1.0, cluster.cpus), 0.0)
 
 
 def plan_predictors(cluster: Cluster, settings: Settings, shards: int) -> PoolPlan:
     """Plan the actors that predict the tiles of a run: on GPUs as many beside each other as memory holds."""
-    how = settings.evaluate
-    a_gpu = workers_a_gpu(settings.tiles.size, settings.members.width, how.precision) if cluster.gpus else 1
-    return plan_pool(cluster, shards, a_gpu=a_gpu)
+    if not cluster.gpus:
+        return plan_pool(cluster, shards)
+    tiles = (settings.tiles.size, settings.members.width, settings.evaluate.precision)
+    batch = tiles_a_batch(*tiles)
+    return plan_pool(cluster, shards, a_gpu=workers_a_gpu(*tiles, batch), batch=batch)
 
 
 @dataclass(frozen=True)

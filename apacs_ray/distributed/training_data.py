@@ -6,15 +6,14 @@ ours; Ray Data only keeps it.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from apacs_ray.data.ahead import ahead
 from apacs_ray.data.shards import Place, TileIndex
 from apacs_ray.distributed.ray_internals import dataset_from_blocks
 from apacs_ray.distributed.resource_plan import NetworkPlan
@@ -72,13 +71,9 @@ def ray_samples(
         return list(computed.materialize().to_arrow_refs())
 
     configure_data()
-    with ThreadPoolExecutor(AHEAD) as pool:
-        ahead = deque(pool.submit(compute, part) for part in islice(parts, AHEAD))
-        while ahead:
-            computed = ahead.popleft().result()
-            ahead.extend(pool.submit(compute, part) for part in islice(parts, 1))
-            for block in computed:
-                yield from _unpack(ray.get(block))
+    for computed in ahead(compute, parts, AHEAD, AHEAD):
+        for block in computed:
+            yield from _unpack(ray.get(block))
 
 
 def sample_bytes(dataset: TileDataset, indices: Mapping[str, TileIndex]) -> dict[str, int]:

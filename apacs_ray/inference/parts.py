@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import shapely
 
+from apacs_ray.data.ahead import ahead
 from apacs_ray.data.grid import Box
 from apacs_ray.data.images import Mask
 from apacs_ray.data.rejects import REJECT_SCHEMA, Reject
@@ -96,14 +96,9 @@ def read_parts(store: Store, folder: str, shards: int, columns: Sequence[str]) -
         with store.open(path) as stream:
             return open_table(stream, path).read(columns=list(columns))
 
-    with ThreadPoolExecutor(AHEAD) as pool:
-        waiting = [pool.submit(read, number) for number in range(min(AHEAD, shards))]
-        for number in range(shards):
-            table = waiting.pop(0).result()
-            if number + AHEAD < shards:
-                waiting.append(pool.submit(read, number + AHEAD))
-            for batch in table.to_batches(1):
-                yield from batch.to_pylist()
+    for table in ahead(read, range(shards), AHEAD, AHEAD):
+        for batch in table.to_batches(1):
+            yield from batch.to_pylist()
 
 
 def objects_of(row: dict[str, Any]) -> CoreObjects:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,7 @@ Array = npt.NDArray[np.float32]
 
 
 class Predictor:
-    """An ensemble on one device, with a fixed number of threads and precision, one tile at a time."""
+    """An ensemble on one device, with a fixed number of threads and precision."""
 
     def __init__(self, ensemble: Ensemble, *, threads: int, precision: str) -> None:
         torch.set_num_threads(threads)
@@ -58,18 +58,41 @@ class Predictor:
         Raises:
             ApacsError: The GPU's memory is too small for it.
         """
-        try:
-            outputs = self.batch(self.to_device(rgb[None]), views)
-            return {name: output[0].cpu().numpy() for name, output in outputs.items()}
-        except torch.OutOfMemoryError as error:
-            raise ApacsError(
-                f"the GPU's memory is too small for all networks on a tile of {rgb.shape[1]} x {rgb.shape[0]} px: set "
-                f"evaluate.precision bfloat16, or a smaller tiles.size ({first_line(error)})"
-            ) from error
+        return self.logits_of([rgb], views)[0]
 
-    def to_device(self, rgb: npt.NDArray[np.uint8]) -> torch.Tensor:
-        """Return pictures (N, H, W, 3) uint8 as `batch` takes them."""
-        pixels = torch.from_numpy(np.array(rgb))  # a copy: decoded pictures are read-only
+    @torch.inference_mode()
+    def logits_of(self, tiles: Sequence[npt.NDArray[np.uint8]], views: int = 1) -> list[dict[str, Array]]:
+        """Run all networks on tiles of one size together; where a GPU's memory is too small for all, on fewer.
+
+        Args:
+            tiles: (H, W, 3) uint8 each.
+            views: As `batch` takes it.
+
+        Returns:
+            What `logits` returns, for each.
+
+        Raises:
+            ApacsError: The GPU's memory is too small for one of them.
+        """
+        try:
+            outputs = self.batch(self.to_device(tiles), views)
+            arrays = {name: output.cpu().numpy() for name, output in outputs.items()}
+            return [{name: array[number] for name, array in arrays.items()} for number in range(len(tiles))]
+        except torch.OutOfMemoryError as error:
+            height, width = tiles[0].shape[:2]
+            if len(tiles) == 1:
+                raise ApacsError(
+                    f"the GPU's memory is too small for all networks on a tile of {width} x {height} px: set "
+                    f"evaluate.precision bfloat16, or a smaller tiles.size ({first_line(error)})"
+                ) from error
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        half = len(tiles) // 2
+        return self.logits_of(tiles[:half], views) + self.logits_of(tiles[half:], views)
+
+    def to_device(self, tiles: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
+        """Return pictures of one size, (H, W, 3) uint8 each, as `batch` takes them."""
+        pixels = torch.from_numpy(np.stack(tiles))  # a copy: decoded pictures are read-only
         if self._device.type == "cuda":
             pixels = pixels.pin_memory().to(self._device, non_blocking=True)
         return pixels.permute(0, 3, 1, 2)  # channels_last, as pictures are stored

@@ -114,7 +114,7 @@ class Segmenter:
 
     def logits(self, rgb: Rgb) -> dict[str, Tensor]:
         """Return logits (H, W) float32 of every network, on the device; with `tta` the mean over eight views."""
-        images = self._predictor.to_device(rgb[None])
+        images = self._predictor.to_device([rgb])
         outputs = self._predictor.batch(images, TTA_VIEWS if self._tta else 1)
         return {name: output[0] for name, output in outputs.items()}
 

@@ -214,10 +214,7 @@ def _pictures(task: EvaluateTask, per_tile: pa.Table, index: TileIndex, plan: Po
     numbers = [number for _, number, _ in chosen]
     named = per_tile.select(["tile_id", "slide_id"]).take(numbers).to_pylist()
     tiles = dict(zip(numbers, named, strict=True))
-    wanted: dict[str, list[str]] = defaultdict(list)
-    for number, tile in tiles.items():
-        wanted[index.place(number).path].append(tile["tile_id"])
-    drawn = draw_tiles(task, wanted, plan)
+    drawn = draw_tiles(task, [index.place(number) for number in tiles], plan)
     ranks: dict[str, int] = defaultdict(int)
     pictures = []
     for kind, number, caption in chosen:

@@ -6,9 +6,7 @@ With heatmaps, the stored member probabilities come first and RGB after them, as
 from __future__ import annotations
 
 import io
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +15,9 @@ import simplejpeg
 from PIL import Image
 
 from apacs_ray.config.settings import MemberName
-from apacs_ray.data.shards import Place, TileIndex, read_rows
+from apacs_ray.data.ahead import ahead
+from apacs_ray.data.shard_rows import read_rows
+from apacs_ray.data.shards import Place, TileIndex
 from apacs_ray.models.registry import MEMBERS
 from apacs_ray.storage import Store
 from apacs_ray.training.augment import Augmentation, Pixels, augment
@@ -51,7 +51,7 @@ class TileDataset:
     augmentation: Augmentation
 
     def load(self, wanted: Sequence[tuple[SampleRef, Place]]) -> list[Sample]:
-        """Return samples in the order of `wanted`; each Parquet row group is read once."""
+        """Return samples in the order of `wanted`; each row group is read once, others while one is decoded."""
         stored = self._read([place for _, place in wanted])
         return [self._sample(ref, place, tile) for (ref, place), tile in zip(wanted, stored, strict=True)]
 
@@ -82,14 +82,10 @@ class TileDataset:
         mask = transform.flip_and_turn(decode_tile_mask(tile["mask"], transform.box))
         return Sample(ref, place.tile_id, transform.apply(inputs), mask)
 
-    def _read(self, places: Sequence[Place]) -> list[dict[str, bytes]]:
+    def _read(self, places: Sequence[Place]) -> Iterator[dict[str, bytes]]:
         """The encoded pictures of each tile: image, mask and, where they are wanted, heatmaps."""
-        tiles = read_rows(self.store, [(at.path, at.group, at.row) for at in places], ["image", "mask"])
-        if self.heatmaps is None:
-            return tiles
-        beside = [(self.heatmaps.path(at.path), at.group, at.row) for at in places]
-        stored = read_rows(self.store, beside, ["heatmaps"])
-        return [tile | heatmaps for tile, heatmaps in zip(tiles, stored, strict=True)]
+        beside = None if self.heatmaps is None else (self.heatmaps.path, ["heatmaps"])
+        return read_rows(self.store, [(at.path, at.group, at.row) for at in places], ["image", "mask"], beside)
 
     def _inputs(self, tile: Mapping[str, bytes]) -> Pixels:
         rgb = decode_pixels(tile["image"])
@@ -140,17 +136,7 @@ def one_by_one(dataset: TileDataset, indices: Indices, refs: Iterable[SampleRef]
     if not threads:
         yield from map(load, refs)
         return
-    waiting: deque[Future[Sample]] = deque()
-    pool = ThreadPoolExecutor(threads)
-    try:
-        for ref in refs:
-            waiting.append(pool.submit(load, ref))
-            if len(waiting) > 2 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    yield from ahead(load, refs, threads, 2 * threads)
 
 
 def decode_pixels(content: bytes) -> Pixels:
