@@ -1,7 +1,8 @@
-"""Run every benchmark with --smoke, one after the other, and name those that failed: for CI, after the tests.
+"""Run every benchmark with --smoke, a few at a time, and name those that failed: for CI, after the tests.
 
 Each is a process of its own with a deadline, and must write figures that are finite numbers. Those that can join a Ray
 share one. When a benchmark has ended none of its processes may be left: this process adopts whatever descends from it.
+With `--jobs` each benchmark has a process like this one, which adopts what is its own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,27 +52,52 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", help="these only")
     parser.add_argument("--json", type=Path, help="write the times there")
+    parser.add_argument("--jobs", type=int, default=1, help="benchmarks at a time: half of their time they wait")
     arguments = parser.parse_args()
     benchmarks = {path.stem for path in HERE.glob("*.py")} - set(SHARED)
     names = arguments.names or sorted(benchmarks - set(ON_ONE_RAY)) + ON_ONE_RAY
     if unknown := set(names) - benchmarks:
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(sorted(benchmarks))}")
+    rows = _in_jobs(names, arguments.jobs) if arguments.jobs > 1 else _in_turn(names)
+    total = {name: sum(row[name] for row in rows) for name in ("s", "CPU_s")}
+    show("benchmarks, the smallest sizes", [*rows, {"benchmark": "all", **total}], arguments.json)
+    if any(row["failure"] != "none" for row in rows):
+        raise SystemExit(1)
+
+
+def _in_turn(names: Sequence[str]) -> list[dict[str, Any]]:
+    """Run benchmarks one after the other; return their rows."""
     ctypes.CDLL(None).prctl(ADOPT, 1, 0, 0, 0)
     # a thread a process: several that are waited for by others only slow each other down
     os.environ |= {"OMP_NUM_THREADS": "1"}
     apart = [_run(name, set()) for name in names if name not in ON_ONE_RAY]
-    with _one_ray() if set(names) & set(ON_ONE_RAY) else contextlib.nullcontext(set()) as rays:
-        together = [_run(name, rays) for name in names if name in ON_ONE_RAY]
-    results = [
-        *apart,
-        *together,
-        Result("the Ray that they share", "", 0.0, _cpu() - sum(r.cpu for r in [*apart, *together])),
-    ]
-    rows = [{"benchmark": r.name, "s": r.seconds, "CPU_s": r.cpu, "failure": r.failure or "none"} for r in results]
-    total = {"s": sum(r.seconds for r in results), "CPU_s": sum(r.cpu for r in results)}
-    show("benchmarks, the smallest sizes", [*rows, {"benchmark": "all", **total}], arguments.json)
-    if any(result.failure for result in results):
-        raise SystemExit(1)
+    shared = [name for name in names if name in ON_ONE_RAY]
+    with _one_ray() if shared else contextlib.nullcontext(set()) as rays:
+        results = [*apart, *(_run(name, rays) for name in shared)]
+    if shared:
+        results.append(Result("the Ray that they share", "", 0.0, _cpu() - sum(result.cpu for result in results)))
+    return [{"benchmark": r.name, "s": r.seconds, "CPU_s": r.cpu, "failure": r.failure or "none"} for r in results]
+
+
+def _in_jobs(names: Sequence[str], jobs: int) -> list[dict[str, Any]]:
+    """Run benchmarks in processes of this program, so many at a time; return their rows."""
+    groups = [[name] for name in names if name not in ON_ONE_RAY]
+    shared = [name for name in names if name in ON_ONE_RAY]
+
+    def run(group: list[str]) -> list[dict[str, Any]]:
+        with tempfile.TemporaryDirectory() as folder:
+            figures = Path(folder, "figures.json")
+            command = [sys.executable, __file__, *group, "--json", str(figures)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+            if not figures.exists():
+                print(done.stdout, flush=True)
+                return [{"benchmark": name, "s": 0.0, "CPU_s": 0.0, "failure": "smoke.py ended"} for name in group]
+            rows: list[dict[str, Any]] = json.loads(figures.read_text())["rows"][:-1]
+            print(done.stdout.partition("benchmarks, the smallest sizes")[0], end="", flush=True)
+            return rows
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return [row for rows in pool.map(run, [shared, *groups] if shared else groups) for row in rows]
 
 
 @contextlib.contextmanager
