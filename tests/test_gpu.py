@@ -20,6 +20,7 @@ from apacs_ray.training.batch import Sample
 from apacs_ray.training.device import describe_arithmetic, set_arithmetic
 from apacs_ray.training.loop import Trainer
 from apacs_ray.training.sampler import SampleRef
+from apacs_ray.training.speed import PLAIN, Speed, compile_trunk
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 WIDTH = 0.1
@@ -107,11 +108,13 @@ def test_upsampling_is_the_transposed_convolution() -> None:
     torch.testing.assert_close(layer(x), F.conv_transpose2d(x, layer.weight, stride=32), rtol=1e-5, atol=1e-5)
 
 
-def trained(settings: TrainingSettings) -> torch.Tensor:
-    set_arithmetic(settings.precision, deterministic=True)
+def trained(settings: TrainingSettings, speed: Speed = PLAIN) -> torch.Tensor:
+    set_arithmetic(settings.precision, deterministic=speed == PLAIN)
     torch.manual_seed(0)
     network = build_member("fcn8", width=WIDTH, dropout=0.1).cuda().to(memory_format=torch.channels_last)
-    trainer = Trainer(network, settings, seed=0, device=torch.device("cuda"))
+    if speed.compiled:
+        compile_trunk(network)
+    trainer = Trainer(network, settings, seed=0, device=torch.device("cuda"), speed=speed)
     refs = [SampleRef(0, "train", step, 2 * step + tile, 0.5, step) for step in range(4) for tile in range(2)]
     refs += [SampleRef(0, "val", 0, row, 1.0, 0) for row in range(2)]
     rng = np.random.default_rng(0)
@@ -129,6 +132,13 @@ def test_deterministic_training_gives_equal_bits() -> None:
     assert torch.equal(trained(settings), trained(settings))
     other = trained(replace_precision(settings, "float32"))
     assert not torch.equal(trained(settings), other)
+
+
+@pytest.mark.parametrize(("search", "compiled"), [(True, False), (True, True)])
+def test_faster_steps_learn_the_same(search: bool, compiled: bool) -> None:
+    settings = TrainingSettings(epochs=1, batch_size=2, learning_rate=1e-3, precision="float32", patience=0)
+    plain, faster = trained(settings), trained(settings, Speed((2, 128, 128), search, compiled))
+    assert float((faster - plain).norm() / plain.norm()) < 1e-2
 
 
 def replace_precision(settings: TrainingSettings, precision: str) -> TrainingSettings:

@@ -426,6 +426,7 @@ def test_a_fingerprint_leaves_out_what_is_marked_on_the_field() -> None:
         "data": {"max_rejects", "cache", "cache_gb"},
         "members": {"workers", "mode", "deep_supervision"} | later,
         "fusion": {"workers", "from_best", "compare"} | later,
+        "run": {"compile"},
         "tune": {"tiles"},  # which counts where there are more
     }
     for name in Settings.model_fields:

@@ -420,6 +420,11 @@ class RunSettings(Section):
     deterministic: bool = Field(
         False, description="on GPUs the same bits each time, where torch can, and slower; on CPUs they are anyway"
     )
+    compile: Annotated[bool, NOT_IN_FINGERPRINT] = Field(
+        False,
+        description="on GPUs, with a crop and without deterministic, torch.compile makes steps of members and fusion "
+        "faster after half a minute for each",
+    )
     max_failures: int = Field(3, ge=0, description="lost workers a training survives")
     checkpoint_minutes: float = Field(10.0, gt=0, description="between checkpoints of a training within an epoch")
     replace: bool = Field(False, description="go on in an --output that holds a run of other data, and replace that")

@@ -18,6 +18,7 @@ from apacs_ray.evaluation.selection import unit_numbers
 from apacs_ray.models.spec import ModelSpec
 from apacs_ray.runs.provenance import require_source
 from apacs_ray.storage import Store
+from apacs_ray.training.batch import micro_batch_size
 from apacs_ray.training.dataset import TileDataset
 from apacs_ray.training.history import start_record
 from apacs_ray.training.sampler import schedule
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from apacs_ray.training.loop import Trainer
     from apacs_ray.training.ranks import Ranks
     from apacs_ray.training.sampler import SampleRef
+    from apacs_ray.training.speed import Speed
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class TrainingTask:
     attempt: int = 0
     deterministic: bool = False
     by_unit: bool = False  # count what is found in validation by slide, or by groups of tiles, too
+    compiled: bool = False  # the trunks, where that is possible
 
     @property
     def store(self) -> Store:
@@ -114,21 +117,35 @@ def train_worker(task: TrainingTask, hooks: WorkerHooks, *, device: torch.device
 
     from apacs_ray.training.device import set_arithmetic
     from apacs_ray.training.loop import Trainer, earliest_place, train_epochs
+    from apacs_ray.training.speed import compile_trunk
 
     require_source(task.source)
     torch.set_num_threads(task.plan.threads)
     set_arithmetic(task.networks[0].settings.precision, deterministic=task.deterministic)
+    train, val = task.indices["train"], task.indices["val"]
+    settings = task.networks[0].settings
+    micro_batch = _micro_batch(task, device, ranks)
+    speed = _speed(task, device, ranks, micro_batch)
     tasks: dict[Trainer, NetworkTask] = {}
-    val = task.indices["val"]
     units = unit_numbers(val.slide_ids, val.tile_ids) if task.by_unit else None
     for network in task.networks:
-        model = hooks.wrap(initial_network(task, network).to(device))
+        bare = initial_network(task, network).to(device)
+        if speed.compiled:
+            compile_trunk(bare)
         start = start_record(network.spec.start, network.settings.dice_weight)
-        trainer = Trainer(model, network.settings, seed=task.seed, device=device, ranks=ranks, start=start, units=units)
+        trainer = Trainer(
+            hooks.wrap(bare),
+            network.settings,
+            seed=task.seed,
+            device=device,
+            ranks=ranks,
+            start=start,
+            units=units,
+            speed=speed,
+        )
         hooks.resume(trainer, network)
         tasks[trainer] = network
-    trainers, settings = list(tasks), task.networks[0].settings
-    train = task.indices["train"]
+    trainers = list(tasks)
     epoch, step = earliest_place(trainers)
     refs = schedule(
         train.groups(),
@@ -148,7 +165,24 @@ def train_worker(task: TrainingTask, hooks: WorkerHooks, *, device: torch.device
         hooks.interruption,
         lambda trainer: hooks.on_part(trainer, tasks[trainer]),
         (len(train), len(val)),
-        _micro_batch(task, device, ranks),
+        micro_batch,
+    )
+
+
+def _speed(task: TrainingTask, device: torch.device, ranks: Ranks, micro_batch: int | None) -> Speed:
+    """What makes the steps of a training faster, of batches of `micro_batch` (None: as the settings say)."""
+    from apacs_ray.training.speed import plan_speed
+
+    settings, train = task.networks[0].settings, task.indices["train"]
+    return plan_speed(
+        settings,
+        device,
+        largest=train.largest,
+        tiles=len(train),
+        batch=-(-settings.batch_size // ranks.world),
+        micro_batch=micro_batch or micro_batch_size(settings, ranks.world),
+        deterministic=task.deterministic,
+        compiled=task.compiled,
     )
 
 
@@ -162,7 +196,6 @@ def _micro_batch(task: TrainingTask, device: torch.device, ranks: Ranks) -> int 
     import torch
 
     from apacs_ray.models.weights import build
-    from apacs_ray.training.batch import micro_batch_size
     from apacs_ray.training.device import uses_bfloat16
     from apacs_ray.training.memory import fitting_batch, input_side
 

@@ -205,6 +205,7 @@ def _task(
         source_hash(),
         60 * run.checkpoint_minutes,
         deterministic=run.deterministic,
+        compiled=run.compile,
     )
 
 

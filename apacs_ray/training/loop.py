@@ -18,6 +18,7 @@ from apacs_ray.training.history import EpochPart, EpochRecord, epochs_since_best
 from apacs_ray.training.interruption import Interruption
 from apacs_ray.training.optim import average_weights, ema_decay, learning_rate, make_optimizer
 from apacs_ray.training.ranks import Ranks
+from apacs_ray.training.speed import PLAIN, Speed
 from apacs_ray.training.state import TrainState, bare_model, load_state
 from apacs_ray.training.step import backward, forward, update
 from apacs_ray.training.tally import EpochTally
@@ -111,6 +112,7 @@ class Trainer:
         ranks: Ranks = Ranks(),  # noqa: B008 - frozen
         start: EpochRecord | None = None,
         units: Mapping[str, int] | None = None,
+        speed: Speed = PLAIN,
     ) -> None:
         wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
         self.model = model if wrapped else model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -121,6 +123,7 @@ class Trainer:
         self._start = start
         self._units = units
         self.val_units: list[list[int]] = []  # of the last epoch, as `EpochTally.unit_counts` has them
+        self.speed = speed
         self.optimizer = make_optimizer(self.model, settings)
         self.average = copy.deepcopy(bare_model(self.model)).eval() if settings.ema else None
         self.history: tuple[EpochRecord, ...] = ()
@@ -222,7 +225,8 @@ class Trainer:
 
     def _learn(self, batch: Batch, steps: int) -> None:
         torch.manual_seed(_dropout_seed(self.seed, batch, self.ranks.rank))
-        output = backward(self.model, batch, self.settings, self.device)
+        with self.speed.for_batch(batch):
+            output = backward(self.model, batch, self.settings, self.device)
         self._train.add(batch, output, torch.from_numpy(batch.weight > 0).to(self.device).float())
         if batch.ends_step:
             update(self.optimizer, learning_rate(self.settings, batch.epoch, batch.step, steps))
@@ -234,7 +238,8 @@ class Trainer:
     def _validate(self, batch: Batch) -> None:
         self.model.eval()
         # without DDP's wrapper: ranks hold different numbers of tiles, so none may wait for another here
-        output = forward(self.average or bare_model(self.model), batch, self.settings, self.device)
+        with self.speed.for_batch(batch):
+            output = forward(self.average or bare_model(self.model), batch, self.settings, self.device)
         self._val.add(batch, output, torch.ones_like(output.losses))
 
     def _require_finite(self, phase: str, tally: EpochTally) -> None:
