@@ -31,7 +31,7 @@ sys.path[:0] = [str(HERE.parent)]
 from measure import show, start_ray  # noqa: E402
 
 SHARED = ["cutting", "measure", "segmenting", "selection", "smoke", "tiles"]  # modules that are no benchmarks
-ON_ONE_RAY = ["tiling", "overhead", "kills"]
+ON_ONE_RAY = ["tiling", "overhead", "feed", "kills"]
 DEADLINE = 300.0  # s for each; on two quiet cores they take some five minutes together
 END = 20.0  # s in which a benchmark cleans up after Ctrl-C, and in which what it started may end
 ADOPT = 36  # PR_SET_CHILD_SUBREAPER of Linux: orphans below this process become its children

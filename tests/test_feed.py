@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from apacs_ray.data.columns import bytes_in
 from apacs_ray.data.shards import Place, TileIndex
-from apacs_ray.distributed.training_data import BLOCK_BYTES, MOST_ROWS, blocks_of, datasets_of, sample_bytes
+from apacs_ray.distributed.training_data import (
+    BLOCK_BYTES,
+    MOST_ROWS,
+    _pack,
+    _unpack,
+    blocks_of,
+    datasets_of,
+    sample_bytes,
+)
 from apacs_ray.storage import LocalStore
 from apacs_ray.training.augment import Augmentation
 from apacs_ray.training.batch import Sample
@@ -99,3 +110,36 @@ def test_without_threads_nothing_is_read_ahead(tmp_path: object) -> None:
     samples = one_by_one(dataset, {"train": index(3, 1)}, refs)
     assert next(samples).ref.row == 0
     assert next(refs).row == 1
+
+
+@given(
+    values=st.lists(st.none() | st.binary(max_size=9), max_size=12),
+    parts=st.lists(st.integers(0, 12), max_size=3),
+    wide=st.booleans(),
+)
+def test_bytes_of_a_column_are_read_where_they_lie(values: list[bytes | None], parts: list[int], wide: bool) -> None:
+    array = pa.array(values, pa.large_binary() if wide else pa.binary())
+    edges = [0, *sorted(min(part, len(values)) for part in parts), len(values)]
+    column = pa.chunked_array([array[first:last] for first, last in pairwise(edges)], array.type)
+    found = list(bytes_in(column))
+    assert [None if one is None else one.tobytes() for one in found] == values
+    stored = array.buffers()[2]
+    memory = np.frombuffer(stored, np.uint8) if stored else np.zeros(0, np.uint8)
+    assert all(np.shares_memory(one, memory) for one in found if one is not None and len(one))
+
+
+def test_samples_travel_with_one_copy_each_way() -> None:
+    rng = np.random.default_rng(0)
+    shapes = [(5, 7), (5, 7), (6, 4)]
+    samples = [
+        Sample(ref, f"t{ref.row}", rng.integers(0, 256, (*shape, 6), np.uint8), np.ones(shape, np.uint8))
+        for ref, shape in zip(refs_of([("train", 3)]), shapes, strict=True)
+    ]
+    samples[1] = replace(samples[1], inputs=np.rot90(samples[1].inputs, 2))  # as augmentation leaves it
+    packed = _pack(samples)
+    memory = np.frombuffer(packed["inputs"].chunk(0).buffers()[2], np.uint8)
+    for sample, found in zip(samples, _unpack(packed), strict=True):
+        assert (found.ref, found.tile_id) == (sample.ref, sample.tile_id)
+        assert np.array_equal(found.inputs, sample.inputs)
+        assert np.array_equal(found.mask, sample.mask)
+        assert np.shares_memory(found.inputs, memory)

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from apacs_ray.data.ahead import ahead
+from apacs_ray.data.columns import bytes_in
 from apacs_ray.data.shards import Place, TileIndex
 from apacs_ray.distributed.ray_internals import dataset_from_blocks
 from apacs_ray.distributed.resource_plan import NetworkPlan
@@ -121,7 +122,7 @@ def _unref(row: dict[str, Any]) -> tuple[SampleRef, Place]:
 
 
 def _pack(samples: list[Sample]) -> pa.Table:
-    """Samples as Arrow rows: pixels as raw bytes, so that reading them back copies nothing."""
+    """Samples as Arrow rows: pixels as raw bytes, copied once, so that reading them back copies nothing."""
     rows = [
         {
             "epoch": sample.ref.epoch,
@@ -132,8 +133,8 @@ def _pack(samples: list[Sample]) -> pa.Table:
             "seed": sample.ref.seed.to_bytes(8, "big"),
             "tile_id": sample.tile_id,
             "shape": list(sample.inputs.shape),
-            "inputs": sample.inputs.tobytes(),
-            "mask": sample.mask.tobytes(),
+            "inputs": np.ascontiguousarray(sample.inputs).data.cast("B"),
+            "mask": np.ascontiguousarray(sample.mask).data.cast("B"),
         }
         for sample in samples
     ]
@@ -141,11 +142,12 @@ def _pack(samples: list[Sample]) -> pa.Table:
 
 
 def _unpack(batch: pa.Table) -> Iterator[Sample]:
-    columns = [batch.column(name).combine_chunks() for name in ("inputs", "mask")]
+    pixels = zip(bytes_in(batch.column("inputs")), bytes_in(batch.column("mask")), strict=True)
     others = batch.select(["epoch", "phase", "step", "row", "weight", "seed", "tile_id", "shape"]).to_pylist()
-    for number, row in enumerate(others):
+    for row, (inputs, mask) in zip(others, pixels, strict=True):
+        assert inputs is not None
+        assert mask is not None
         height, width, channels = row["shape"]
-        inputs, mask = (np.frombuffer(column[number].as_buffer(), dtype=np.uint8) for column in columns)
         seed = int.from_bytes(row["seed"], "big")
         ref = SampleRef(row["epoch"], row["phase"], row["step"], row["row"], row["weight"], seed)
         yield Sample(ref, row["tile_id"], inputs.reshape(height, width, channels), mask.reshape(height, width))

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from apacs_ray.config.settings import SegmentSettings
+from apacs_ray.data.columns import bytes_in
 from apacs_ray.data.grid import Box
 from apacs_ray.data.images import Mask
 from apacs_ray.data.rejects import Reject
@@ -148,15 +149,14 @@ class RunNetworks:
     def __call__(self, block: pa.Table) -> pa.Table:
         """Return rows of `MASK_SCHEMA` for those of `WINDOW_SCHEMA`, in their order."""
         rows = []
-        for number in range(len(block)):
+        for number, pixels in enumerate(bytes_in(block["rgb"])):
             row = block.slice(number, 1).select(["slide", "shard", "core", "reject", "read_s"]).to_pylist()[0]
             core = _decoded(row["core"])
             began = time.perf_counter()
-            pixels = block["rgb"][number]
-            if pixels.is_valid:
+            if pixels is not None:
                 window = core.window
                 assert window is not None
-                rgb = np.frombuffer(pixels.as_buffer(), np.uint8).reshape(window.height, window.width, 3)
+                rgb = pixels.reshape(window.height, window.width, 3)
                 seen = _seen(core)
                 keep = Box(seen.x - window.x, seen.y - window.y, seen.width, seen.height)
                 found = self._segment(rgb, keep, block["halo"][number].as_py())
