@@ -253,7 +253,7 @@ FUSION_BEFORE: dict[str, dict[str, Any]] = {
     },
     "synthetic": {
         **{"epochs": 5, "batch_size": 1, "learning_rate": 1e-3, "dropout": 0.0, "crop": 512, "jitter": 0.02},
-        **{"patience": 0, "width": 0.125},  # the last as members.width
+        **{"patience": 2, "width": 0.125},  # before 0, and a start was not heeded; the last as members.width
     },
 }
 
@@ -322,7 +322,7 @@ def test_a_bad_sweep_is_refused_by_name(tmp_path: Path, text: str, words: str) -
 
 @pytest.mark.parametrize("name", [path.name for path in sorted((ROOT / "tune_configs").iterdir())])
 def test_every_sweep_of_the_repository_is_valid(name: str) -> None:
-    assert read_sweep(f"tune_configs/{name}").trials >= 4
+    assert read_sweep(f"tune_configs/{name}").trials >= 3
 
 
 @pytest.mark.parametrize(
