@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from measure import options, require, show
 
-from apacs_ray.config.settings import RunSettings, TrainingSettings
+from apacs_ray.config.settings import RunSettings
+from apacs_ray.config.training_settings import TrainingSettings
 from apacs_ray.models.registry import build_member
 from apacs_ray.storage import Store, open_store
 from apacs_ray.training.batch import Sample, batches

@@ -20,7 +20,7 @@ import torch
 from measure import Elsewhere, medians, options, require, show, start_ray
 from tiles import write_tiles
 
-from apacs_ray.config.settings import TrainingSettings
+from apacs_ray.config.training_settings import TrainingSettings
 from apacs_ray.data.shards import read_index
 from apacs_ray.distributed.resource_plan import Cluster, Nodes, cluster_of, plan_training
 from apacs_ray.distributed.tasks import KEEP_MEMORY

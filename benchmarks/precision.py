@@ -17,7 +17,7 @@ import torch
 from measure import options, require, show
 from tiles import write_tiles
 
-from apacs_ray.config.settings import TrainingSettings
+from apacs_ray.config.training_settings import TrainingSettings
 from apacs_ray.data.shards import read_index
 from apacs_ray.models.registry import build_member
 from apacs_ray.storage import LocalStore

@@ -21,7 +21,7 @@ import torch
 from measure import alternate, medians, options, require, show
 from tiles import FINGERPRINT, write_tiles
 
-from apacs_ray.config.settings import FusionSettings
+from apacs_ray.config.training_settings import FusionSettings
 from apacs_ray.data.shards import Receipt, read_index, write_table
 from apacs_ray.distributed.heatmaps import HEATMAP_SCHEMA
 from apacs_ray.inference.predictor import Predictor

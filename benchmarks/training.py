@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from measure import Elsewhere, alternate, forward_flops, matmul_peak, medians, options, require, show
 from torch import nn
 
-from apacs_ray.config.settings import TrainingSettings
+from apacs_ray.config.training_settings import TrainingSettings
 from apacs_ray.distributed.tasks import KEEP_MEMORY
 from apacs_ray.models.registry import build_member
 from apacs_ray.training.batch import Sample, batches

@@ -9,8 +9,9 @@ import torch
 from support.runs import SMALL, run
 
 from apacs_ray.commands.estimate import count_tiles
-from apacs_ray.config.settings import DataSettings, TilesSettings, TrainingSettings, TuneSettings
+from apacs_ray.config.settings import DataSettings, TilesSettings, TuneSettings
 from apacs_ray.config.sweep import Distribution, Scheduler, Sweep
+from apacs_ray.config.training_settings import TrainingSettings
 from apacs_ray.data.folders import Pair, find_pairs
 from apacs_ray.distributed.resource_plan import Cluster, NetworkPlan, TrainingPlan, plan_training
 from apacs_ray.estimate import lines

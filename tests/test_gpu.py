@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from apacs_ray.config.settings import TrainingSettings
+from apacs_ray.config.training_settings import TrainingSettings
 from apacs_ray.inference.predictor import Predictor
 from apacs_ray.models.ensemble import Ensemble
 from apacs_ray.models.fusion import build_fusion

@@ -19,7 +19,7 @@ from support.golden import image, published, reference
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from apacs_ray.config.settings import FusionSettings, MemberName
+from apacs_ray.config.training_settings import FusionSettings, MemberName
 from apacs_ray.errors import ApacsError
 from apacs_ray.models.ensemble import Ensemble
 from apacs_ray.models.fcn import FCN8, FCN16, SMALLEST, AlexTrunk, sufficient

@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from support.golden import image, reference, released, weight
 from torch import Tensor, nn
 
-from apacs_ray.config.settings import FusionSettings, MembersSettings, Settings
+from apacs_ray.config.settings import Settings
+from apacs_ray.config.training_settings import FusionSettings, MembersSettings
 from apacs_ray.errors import ApacsError
 from apacs_ray.models.pretrained import (
     DEVIATION,

@@ -204,7 +204,8 @@ SWEEP = """
     from apacs_ray.distributed.trial import TrialTask
     from apacs_ray.distributed.tune import sweep
     from apacs_ray.runs.run import Run
-    from apacs_ray.config.settings import FusionSettings, Settings
+    from apacs_ray.config.settings import Settings
+    from apacs_ray.config.training_settings import FusionSettings
     from apacs_ray.storage import open_store
     from apacs_ray.config.sweep import Sweep
     from unittest import mock

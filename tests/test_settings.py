@@ -16,8 +16,9 @@ from yaml import safe_dump as yaml_dump
 from apacs_ray.commands import pipeline
 from apacs_ray.config import yaml
 from apacs_ray.config.command_line import SECTIONS, default_output, parse
-from apacs_ray.config.settings import DataSettings, FusionSettings, MembersSettings, Settings, TrainingSettings
+from apacs_ray.config.settings import DataSettings, Settings
 from apacs_ray.config.sweep import read_sweep
+from apacs_ray.config.training_settings import FusionSettings, MembersSettings, TrainingSettings
 from apacs_ray.config.yaml import read_yaml
 from apacs_ray.errors import UsageError
 from apacs_ray.stages.rejects import reject_limit

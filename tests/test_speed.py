@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from apacs_ray.config.settings import TrainingSettings
+from apacs_ray.config.training_settings import TrainingSettings
 from apacs_ray.errors import ApacsError
 from apacs_ray.models.registry import build_member
 from apacs_ray.training.batch import Batch, Sample, batches

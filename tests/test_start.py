@@ -15,7 +15,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from apacs_ray.config.settings import FusionSettings, Select
+from apacs_ray.config.training_settings import FusionSettings, Select
 from apacs_ray.data.shards import Receipt, write_table
 from apacs_ray.data.tile_rows import encode_mask
 from apacs_ray.distributed import tasks

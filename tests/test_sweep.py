@@ -12,8 +12,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from apacs_ray.config.settings import FusionSettings, Settings, TuneSettings
+from apacs_ray.config.settings import Settings, TuneSettings
 from apacs_ray.config.sweep import Distribution
+from apacs_ray.config.training_settings import FusionSettings
 from apacs_ray.data.shards import TileIndex
 from apacs_ray.distributed.tune import TrialResult, best_epoch_of, stopped_by_ctrl_c, within_ranges
 from apacs_ray.models.registry import MEMBERS

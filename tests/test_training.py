@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from apacs_ray.config.settings import MembersSettings, TrainingSettings
+from apacs_ray.config.training_settings import MembersSettings, TrainingSettings
 from apacs_ray.data.images import encode_mask
 from apacs_ray.errors import ApacsError, StoreTroubleError, TrainingError, gpu_too_small
 from apacs_ray.inference.predictor import Predictor

@@ -17,8 +17,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from apacs_ray.config.section import COMMON, Section
-from apacs_ray.config.settings import Settings, TrainingSettings
+from apacs_ray.config.settings import Settings
 from apacs_ray.config.sweep import require_sweep
+from apacs_ray.config.training_settings import TrainingSettings
 from apacs_ray.config.yaml import find_config, read_yaml
 from apacs_ray.errors import UsageError
 from apacs_ray.redact import uri_defect

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from apacs_ray.config.section import NOT_IN_FINGERPRINT, Section
-from apacs_ray.config.settings import FusionSettings, Settings
+from apacs_ray.config.settings import Settings
+from apacs_ray.config.training_settings import FusionSettings
 from apacs_ray.config.yaml import find_config, read_yaml
 from apacs_ray.errors import UsageError
 

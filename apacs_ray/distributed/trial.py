@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apacs_ray.config.settings import FusionSettings
+from apacs_ray.config.training_settings import FusionSettings
 from apacs_ray.data.shards import TileIndex
 from apacs_ray.distributed.interruptions import NodeInterruptions
 from apacs_ray.distributed.resource_plan import NetworkPlan

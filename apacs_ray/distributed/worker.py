@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from apacs_ray.config.settings import TrainingSettings
+from apacs_ray.config.training_settings import TrainingSettings
 from apacs_ray.data.shards import TileIndex
 from apacs_ray.distributed.resource_plan import NetworkPlan
 from apacs_ray.evaluation.selection import unit_numbers

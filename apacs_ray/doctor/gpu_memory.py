@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from apacs_ray.config.settings import Settings, TrainingSettings
+from apacs_ray.config.settings import Settings
 from apacs_ray.config.sweep import read_sweep
+from apacs_ray.config.training_settings import TrainingSettings
 from apacs_ray.distributed.resource_plan import Cluster, NetworkPlan, plan_training
 from apacs_ray.distributed.trial_plan import plan_sweep
 from apacs_ray.doctor.finding import Finding

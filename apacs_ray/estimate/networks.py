@@ -14,7 +14,7 @@ from PIL import Image, ImageFilter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from apacs_ray.config.settings import TrainingSettings
+from apacs_ray.config.training_settings import TrainingSettings
 from apacs_ray.estimate.lines import Seconds
 from apacs_ray.evaluation.judged import judged
 from apacs_ray.inference.predictor import Predictor

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from apacs_ray.config.settings import MemberName
+from apacs_ray.config.training_settings import MemberName
 from apacs_ray.errors import ApacsError, first_line
 from apacs_ray.evaluation.predictions import sigmoid
 from apacs_ray.models.ensemble import Ensemble

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from apacs_ray.config.settings import MemberName
+from apacs_ray.config.training_settings import MemberName
 from apacs_ray.models.fusion import fuse
 from apacs_ray.models.registry import MEMBERS
 from apacs_ray.models.spec import ModelSpec

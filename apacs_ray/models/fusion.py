@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from apacs_ray.config.settings import HeatmapInit, MemberName
+from apacs_ray.config.training_settings import HeatmapInit, MemberName
 from apacs_ray.errors import ApacsError
 from apacs_ray.models.fcn import FCN32, AlexTrunk, crop, initialize, pad_to, scaled
 from apacs_ray.models.layers import Score, Upsample

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
-from apacs_ray.config.settings import FusionSettings, MemberName, MembersSettings, Settings
+from apacs_ray.config.settings import Settings
+from apacs_ray.config.training_settings import FusionSettings, MemberName, MembersSettings
 from apacs_ray.errors import ApacsError, first_line
 from apacs_ray.models.fusion import load_fcn32_trunk
 from apacs_ray.models.registry import MEMBERS, NETWORKS, build_member

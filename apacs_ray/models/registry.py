@@ -1,6 +1,6 @@
 """The only list of networks: name, kind, how each is built, what it costs, and where pretrained weights for it are.
 
-To add a member, write its class, an entry here, and its name in `config.settings.MemberName`, which lies below and
+To add a member, write its class, an entry here, and its name in `config.training_settings.MemberName`, which lies below and
 cannot import this. Nothing here imports torch until a network is built: settings, plans and metrics need the names.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from apacs_ray.config.settings import MemberName
+from apacs_ray.config.training_settings import MemberName
 from apacs_ray.errors import ApacsError
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
-from apacs_ray.config.settings import VIEWS, FusionSettings, HeatmapInit, MemberName
+from apacs_ray.config.settings import VIEWS
+from apacs_ray.config.training_settings import FusionSettings, HeatmapInit, MemberName
 from apacs_ray.errors import ApacsError
 from apacs_ray.models.registry import MEMBERS
 

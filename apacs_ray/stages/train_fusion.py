@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from apacs_ray.config.settings import FusionSettings, Settings
+from apacs_ray.config.settings import Settings
+from apacs_ray.config.training_settings import FusionSettings
 from apacs_ray.console import say
 from apacs_ray.models.pretrained import pretrained_fusion, published_fusion, published_fusion_version
 from apacs_ray.models.spec import FusionStart, ModelSpec, fusion_spec

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from apacs_ray.config.settings import MemberName, Settings
+from apacs_ray.config.settings import Settings
+from apacs_ray.config.training_settings import MemberName
 from apacs_ray.models.pretrained import pretrained_member, pretrained_version
 from apacs_ray.models.registry import MEMBERS
 from apacs_ray.models.spec import ModelSpec

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from apacs_ray.config.settings import MembersSettings, TrainingSettings
+from apacs_ray.config.training_settings import MembersSettings, TrainingSettings
 from apacs_ray.console import say
 from apacs_ray.data.shards import TileIndex
 from apacs_ray.distributed.resource_plan import NetworkPlan, plan_training

@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 import numpy as np
 import yaml
 
-from apacs_ray.config.settings import FusionSettings, Settings, TuneSettings
+from apacs_ray.config.settings import Settings, TuneSettings
 from apacs_ray.config.sweep import read_sweep
+from apacs_ray.config.training_settings import FusionSettings
 from apacs_ray.console import say
 from apacs_ray.data.drawing import draw_by_slide
 from apacs_ray.data.shards import TileIndex

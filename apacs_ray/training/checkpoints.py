@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apacs_ray.config.settings import Select
+from apacs_ray.config.training_settings import Select
 from apacs_ray.storage import SMALL, Store
 from apacs_ray.training.history import EpochRecord, score
 

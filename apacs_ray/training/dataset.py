@@ -14,7 +14,7 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image
 
-from apacs_ray.config.settings import MemberName
+from apacs_ray.config.training_settings import MemberName
 from apacs_ray.data.ahead import ahead
 from apacs_ray.data.shard_rows import read_rows
 from apacs_ray.data.shards import Place, TileIndex

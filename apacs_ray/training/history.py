@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
-from apacs_ray.config.settings import Select
+from apacs_ray.config.training_settings import Select
 from apacs_ray.models.spec import FusionStart
 
 VAL_UNITS = "val_units"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from apacs_ray.config.settings import TrainingSettings
+from apacs_ray.config.training_settings import TrainingSettings
 from apacs_ray.errors import ApacsError, TrainingError
 from apacs_ray.training.batch import Batch, Sample, batches, micro_batch_size
 from apacs_ray.training.history import EpochPart, EpochRecord, epochs_since_best

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import minimize_scalar
 
-from apacs_ray.config.settings import MemberName
+from apacs_ray.config.training_settings import MemberName
 from apacs_ray.models.registry import MEMBERS
 from apacs_ray.models.spec import CLAMP, FusionStart
 from apacs_ray.training.batch import SMOOTH

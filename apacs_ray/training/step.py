@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from apacs_ray.config.settings import MembersSettings, TrainingSettings
+from apacs_ray.config.training_settings import MembersSettings, TrainingSettings
 from apacs_ray.training.augment import jitter_stain, vary_dyes
 from apacs_ray.training.batch import Batch
 from apacs_ray.training.device import uses_bfloat16
