@@ -1,7 +1,7 @@
 """The only list of networks: name, kind, how each is built, what it costs, and where pretrained weights for it are.
 
-To add a member, write its class, an entry here, and its name in `config.training_settings.MemberName`, which lies below and
-cannot import this. Nothing here imports torch until a network is built: settings, plans and metrics need the names.
+To add a member, write its class, an entry here, and its name in `config.training_settings.MemberName`, which lies below
+and cannot import this. Nothing here imports torch until a network is built: settings, plans and metrics need the names.
 """
 
 from __future__ import annotations
