@@ -158,10 +158,19 @@ def test_every_stage_after_the_members_loses_a_node(
     stopped = kill_when(process, lambda: any(output.glob("tune/.state-*/sweep/*/result.json")), signal.SIGINT)
     assert stopped.status == 130, stopped.summary
     assert not (output / "tune/_committed.json").exists()
-    process = go()
-    _, drained = busy("tune/.state-*/sweep/*/checkpoint_000000/state.json", "ray::ImplicitFunc.train")
-    cluster.drain(drained, notice=120)
     states = partial(output.glob, "tune/.state-*/sweep/*/checkpoint_*/state.json")
+    before = set(states())
+    process = go()
+    trial = "ray::ImplicitFunc.train"
+
+    def at_work() -> tuple[int, Node] | None:
+        """Where a trial works when each has told of an epoch since: one that only starts would have no notice."""
+        told = {path.parents[1] for path in states() if path not in before}
+        running = sum(title.startswith(trial) for node in nodes for title in processes(node).values())
+        return worker_of(nodes, trial) if running and len(told) >= running else None
+
+    _, drained = wait_for(process, at_work)
+    cluster.drain(drained, notice=120)
     wait_for(process, lambda: any(read_growing(state).get("part") for state in states()))
     nodes.append(cluster.add_node())
     lose(drained)
