@@ -28,6 +28,8 @@ import numpy.typing as npt  # noqa: E402
 from measure import options, require, show  # noqa: E402
 from selection import choose, wins  # noqa: E402
 
+from apacs_ray.evaluation.selection import pooled_dice  # noqa: E402
+
 Counts = npt.NDArray[np.int64]
 SHARE = 10
 WEIGHTS = [
@@ -124,12 +126,6 @@ def decoded(tree: Mapping[str, Any]) -> Part:
     return Part(tuple(tree["slides"]), np.stack([both, np.array(tree["predicted"], np.int64), true], axis=2))
 
 
-def dice(counts: Counts) -> npt.NDArray[np.float64]:
-    """Return pooled Dice of counts (..., 3) of both, predicted, true."""
-    sums = counts.astype(np.float64)
-    return 2 * sums[..., 0] / np.maximum(sums[..., 1] + sums[..., 2], 1)
-
-
 def rules(parts: Mapping[str, Part], seed: int) -> dict[str, tuple[float, ...]]:
     """Return the weights of the members that each rule chooses, in tenths."""
     singles = [WEIGHTS.index(one) for one in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))]
@@ -153,7 +149,7 @@ def rules(parts: Mapping[str, Part], seed: int) -> dict[str, tuple[float, ...]]:
         chosen[f"{name}: members by their wins, unless 1 error worse"] = _of(choose, units, [hedged, *plain], 1.0)
         chosen[f"{name}: best of all weights"] = _of(choose, units, list(range(len(WEIGHTS))), 0.0)
         everyone = [mean, *(place for place in range(len(WEIGHTS)) if place != mean)]
-        within = dice(units.sum(axis=0))
+        within = pooled_dice(units.sum(axis=0))
         chosen[f"{name}: mean of the best tenth of all weights"] = _nearest(
             tuple(np.mean([WEIGHTS[place] for place in sorted(everyone, key=lambda at: -within[at])[:7]], axis=0))
         )
@@ -184,7 +180,7 @@ def units_of(counts: Counts, slides: Sequence[str]) -> Counts:
 def regrets(tree: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Return of each rule what it chose, its Dice on test, and how far below the best; and Dice on test of others."""
     parts = {split: decoded(part) for split, part in tree["splits"].items()}
-    found = dice(parts["test"].counts.sum(axis=0))
+    found = pooled_dice(parts["test"].counts.sum(axis=0))
     plain = {
         "fcn32": WEIGHTS.index((1.0, 0.0, 0.0)),
         "fcn16": WEIGHTS.index((0.0, 1.0, 0.0)),

@@ -26,9 +26,9 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import numpy.typing as npt  # noqa: E402
 from measure import options, require, show  # noqa: E402
-from regret import dice, units_of  # noqa: E402
+from regret import units_of  # noqa: E402
 
-from apacs_ray.evaluation.selection import paired_errors  # noqa: E402
+from apacs_ray.evaluation.selection import paired_errors, pooled_dice  # noqa: E402
 
 Counts = npt.NDArray[np.int64]
 FILE = "trials.jsonl"
@@ -221,7 +221,7 @@ def rules(val: Counts, rates: list[float]) -> dict[str, tuple[int, int]]:
         val: (trials, epochs + 1, units, 3) of validation.
         rates: Learning rate of each trial.
     """
-    pooled = dice(val.sum(axis=2))  # (trials, epochs + 1)
+    pooled = pooled_dice(val.sum(axis=2))  # (trials, epochs + 1)
     best = tuple(map(int, np.unravel_index(pooled.argmax(), pooled.shape)))
     flat = val.reshape(-1, *val.shape[2:]).transpose(1, 0, 2)  # (units, trials * epochs, 3)
     behind = pooled.max() - pooled
@@ -248,9 +248,9 @@ def _print(trees: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
         same = [tree for tree in trees if tree["run"] == run]
         val, test = (np.array([tree["counts"][split] for tree in same], np.int64) for split in ("val", "test"))
         units = units_of(np.moveaxis(val, 2, 0), same[0]["slides"]["val"])
-        found = dice(test.sum(axis=2))
+        found = pooled_dice(test.sum(axis=2))
         best = float(found.max())
-        kept = [found[trial, int(dice(val[trial].sum(axis=1)).argmax())] for trial in range(len(same))]
+        kept = [found[trial, int(pooled_dice(val[trial].sum(axis=1)).argmax())] for trial in range(len(same))]
         for rule, (trial, epoch) in rules(
             np.moveaxis(units, 0, 2), [t["setting"]["learning_rate"] for t in same]
         ).items():

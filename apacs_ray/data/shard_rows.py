@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from apacs_ray.data.ahead import ahead
+from apacs_ray.data.portions import portions
 from apacs_ray.data.shards import READERS, open_table
 from apacs_ray.storage import Store
 
@@ -102,15 +103,6 @@ def opened_shard(store: Store, path: str) -> Iterator[Shard]:
 
 
 def _spans(metadata: pq.FileMetaData) -> Iterator[list[int]]:
-    """Yield neighboring row groups of `SPAN_BYTES`, or one that is larger."""
-    span: list[int] = []
-    held = 0
-    for number in range(metadata.num_row_groups):
-        size = metadata.row_group(number).total_byte_size
-        if span and held + size > SPAN_BYTES:
-            yield span
-            span, held = [], 0
-        span.append(number)
-        held += size
-    if span:
-        yield span
+    """Return neighboring row groups of `SPAN_BYTES`, or one that is larger."""
+    numbers = range(metadata.num_row_groups)
+    return portions(numbers, lambda number: int(metadata.row_group(number).total_byte_size), SPAN_BYTES)

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from apacs_ray.data.ahead import ahead
 from apacs_ray.data.columns import bytes_in
+from apacs_ray.data.portions import portions
 from apacs_ray.data.shards import Place, TileIndex
 from apacs_ray.distributed.ray_internals import dataset_from_blocks
 from apacs_ray.distributed.resource_plan import NetworkPlan
@@ -97,18 +98,8 @@ def blocks_of(refs: Iterable[SampleRef], sizes: Mapping[str, int]) -> Iterator[l
 def datasets_of(
     blocks: Iterator[list[SampleRef]], sizes: Mapping[str, int], most: int
 ) -> Iterator[list[list[SampleRef]]]:
-    """Yield neighboring blocks that are computed together: of `most` bytes, or one block that is larger."""
-    part: list[list[SampleRef]] = []
-    held = 0
-    for block in blocks:
-        size = len(block) * sizes[block[0].phase]
-        if part and held + size > most:
-            yield part
-            part, held = [], 0
-        part.append(block)
-        held += size
-    if part:
-        yield part
+    """Return neighboring blocks that are computed together: of `most` bytes, or one block that is larger."""
+    return portions(blocks, lambda block: len(block) * sizes[block[0].phase], most)
 
 
 def _ref_row(ref: SampleRef, place: Place) -> dict[str, Any]:
