@@ -132,6 +132,7 @@ def _driver(shards: int) -> float:
     start_ray(2)
     import ray
 
+    from apacs_ray.distributed.ray_internals import dataset_from_blocks
     from apacs_ray.distributed.tasks import configure_data, held_to_source, pool_worker
 
     configure_data()
@@ -143,7 +144,7 @@ def _driver(shards: int) -> float:
         blocks = [pa.table({"shard": [number]}) for number in range(count)]
         began = time.process_time()
         dataset = (
-            ray.data.from_arrow(blocks)
+            dataset_from_blocks(blocks)
             .map_batches(held_to_source(lambda block: block), **tasks)
             .map_batches(pool_worker(lambda: lambda block: block), **actors)
             .map_batches(held_to_source(lambda block: block), **tasks)

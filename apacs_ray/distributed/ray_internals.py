@@ -156,8 +156,9 @@ def start_datasets_soon() -> None:
 def dataset_from_blocks(blocks: Sequence[pa.Table]) -> Any:
     """Return a dataset of tables that this process puts into the object store itself.
 
-    A developer API. The public `from_arrow` starts a task for it, which needs a CPU: where workers have taken all, as
-    in a cluster that lost a node, training would wait forever.
+    A developer API. The public `from_arrow` starts a task of one CPU for each block, all at once: where workers have
+    taken all CPUs, as in a cluster that lost a node, training would wait forever, and for more of them than its plain
+    nodes have CPUs an autoscaler starts the nodes with GPUs, too.
 
     Returns:
         A `ray.data.Dataset` with a block for each table.

@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from apacs_ray.distributed.ray_internals import dataset_from_blocks
 from apacs_ray.distributed.tasks import KEEP_MEMORY, SegmentPool, configure_data, held_to_source, pool_worker
 from apacs_ray.inference.segment_steps import PlannedSlide, RunNetworks, SegmentTask, finish_shard, read_windows
 
@@ -67,7 +68,7 @@ def segment_shards(task: SegmentTask, slides: Sequence[PlannedSlide], plan: Segm
     before, context.target_max_block_size = context.target_max_block_size, LARGEST_BLOCK
     try:
         dataset = (
-            ray.data.from_arrow(blocks)
+            dataset_from_blocks(blocks)
             .map_batches(held_to_source(read), **in_tasks)
             .map_batches(pool_worker(lambda: RunNetworks(task)), **in_actors)
             .map_batches(held_to_source(lambda block: finish_shard(task, slides, block)), **in_tasks)

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from apacs_ray.config.settings import Settings
 from apacs_ray.distributed.cluster import joined_cluster
-from apacs_ray.distributed.ray_internals import start_datasets_soon
+from apacs_ray.distributed.ray_internals import dataset_from_blocks, start_datasets_soon
 from apacs_ray.distributed.resource_plan import Cluster, share_of_gpu
 from apacs_ray.inference.memory import tiles_a_batch, workers_a_gpu
 from apacs_ray.runs.provenance import require_source, source_hash
@@ -83,7 +83,7 @@ def map_blocks(
     configure_data()
     places = int(joined_cluster().tiling_cpus / cpus)
     at_once = ray.data.TaskPoolStrategy(size=max(1, min(places, len(blocks))))
-    dataset = ray.data.from_arrow(list(blocks)).map_batches(
+    dataset = dataset_from_blocks(blocks).map_batches(
         held_to_source(work), batch_size=None, batch_format="pyarrow", num_cpus=cpus, compute=at_once
     )
     yield from dataset.iter_rows()
@@ -198,7 +198,7 @@ def map_shards(
 
     configure_data()
     blocks = [pa.table({"path": [path]}) for path in paths]
-    dataset = ray.data.from_arrow(blocks).map_batches(
+    dataset = dataset_from_blocks(blocks).map_batches(
         pool_worker(of_block),
         batch_size=1,  # a path; Ray Data wants a number where there are GPUs
         batch_format="pyarrow",
