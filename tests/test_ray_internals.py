@@ -80,6 +80,16 @@ def test_blocks_become_a_dataset_without_a_task() -> None:
     assert "ray.put(" in source, "from_blocks does not put blocks into the object store itself"
 
 
+def test_what_is_pending_can_be_asked_for() -> None:
+    """`test_waiting.py` asks a Ray; here the names are held."""
+    from ray.autoscaler.v2 import schema, sdk
+
+    assert next(iter(inspect.signature(sdk.get_cluster_status).parameters)) == "gcs_address"
+    assert "resource_demands" in schema.ClusterStatus.__dataclass_fields__
+    assert "ray_task_actor_demand" in schema.ResourceDemandSummary.__dataclass_fields__
+    assert {"bundle", "count"} <= schema.ResourceRequestByCount.__dataclass_fields__.keys()
+
+
 def test_one_worker_has_no_process_group() -> None:
     from ray.train.backend import Backend, BackendConfig
     from ray.train.torch import TorchConfig

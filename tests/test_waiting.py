@@ -7,7 +7,7 @@ import sys
 import textwrap
 
 from apacs_ray.distributed.resource_plan import NetworkPlan
-from apacs_ray.distributed.waiting import Waits
+from apacs_ray.distributed.waiting import OneAsk, Waits
 from apacs_ray.testing.runs import environment
 
 FCN8 = NetworkPlan("fcn8", 2, 9.6, 0.8, 4, 8)
@@ -39,6 +39,54 @@ def test_a_request_that_ray_makes_again_is_the_same_wait_and_one_that_was_met_is
     assert not waits.look([WAITS], "", 300)
     assert not waits.look([WAITS], "", 410)
     assert waits.look([WAITS], "", 420)
+
+
+def test_where_something_was_done_meanwhile_nobody_waits() -> None:
+    waits = Waits({"a task": OneAsk(1.0)})
+    for now in range(0, 600, 10):
+        if now % 100 == 50:
+            waits.went_on()
+        assert not waits.look([[{"CPU": 1.0, "memory": 443.0}]], "", now)
+    for now in range(600, 670, 10):
+        assert not waits.look([[{"CPU": 1.0}]], "", now)
+    (line,) = waits.look([[{"CPU": 1.0}]], "1 node", 670)
+    assert line.startswith("a task: has waited 2 min for 1 CPU; the cluster has 1 node now; ")
+
+
+def test_a_pool_and_tasks_that_find_no_place_are_told_of() -> None:
+    """In a Ray of its own, where nothing has the GPU that a pool asks for, and one CPU is taken that a task wants."""
+    code = """
+        import threading, time
+        from apacs_ray.distributed.session import prepare_ray
+        prepare_ray()
+        import pyarrow as pa, ray
+        from apacs_ray.distributed import tasks, waiting
+        ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        told, told_of_waits = [], waiting.told_of_waits
+        waiting.say = told.append
+        tasks.told_of_waits = lambda asked: told_of_waits(asked, told_after=0.0, look=0.2)
+        def others():
+            time.sleep(1e6)
+        taken = ray.remote(num_cpus=1)(others).remote()
+        pool = tasks.PoolPlan(1, 0.5, 1.0)
+        block = pa.table({"number": [1]})
+        def start(work):
+            threading.Thread(target=lambda: list(work()), daemon=True).start()
+        start(lambda: tasks.map_blocks(lambda table: table, [block]))
+        start(lambda: tasks.map_shards(lambda: lambda path: block, ["path"], pool))
+        ends = time.monotonic() + 60
+        while len({line.partition(":")[0] for line in told}) < 2 and time.monotonic() < ends:
+            time.sleep(0.1)
+        print(*sorted({line.partition(";")[0] for line in told}), sep="|", flush=True)
+        import os
+        os._exit(0)  # Ray Data waits for its pool without end
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.stdout == (
+        "a process that predicts: has waited 0 min for 1 GPU + 0.5 CPU|a task: has waited 0 min for 1 CPU\n"
+    ), done.stderr
 
 
 def test_ray_says_who_waits() -> None:

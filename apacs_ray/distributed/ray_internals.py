@@ -168,6 +168,22 @@ def dataset_from_blocks(blocks: Sequence[pa.Table]) -> Any:
     return from_blocks(list(blocks))
 
 
+def pending_asks() -> list[dict[str, float]]:
+    """Return what each task and actor asks for, by resource, that the cluster has no place for now.
+
+    A developer API, by which `ray status` is told; bundles of placement groups are not among them.
+
+    Raises:
+        ray.exceptions.RpcError: The head does not answer.
+    """
+    import ray
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    demands = get_cluster_status(ray.get_runtime_context().gcs_address).resource_demands.ray_task_actor_demand
+    alike = [one for demand in demands for one in demand.bundles_by_count]
+    return [dict(one.bundle) for one in alike for _ in range(one.count)]
+
+
 def torch_config_without_process_group() -> Any:
     """Return the configuration of a `TorchTrainer` of one worker, which has nobody to meet.
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from apacs_ray.distributed.ray_internals import dataset_from_blocks
 from apacs_ray.distributed.tasks import KEEP_MEMORY, SegmentPool, configure_data, held_to_source, pool_worker
+from apacs_ray.distributed.waiting import OneAsk, told_of_waits
 from apacs_ray.inference.segment_steps import PlannedSlide, RunNetworks, SegmentTask, finish_shard, read_windows
 
 LARGEST_BLOCK = 1 << 30  # bytes; a shard of windows stays in one block
@@ -73,8 +74,11 @@ def segment_shards(task: SegmentTask, slides: Sequence[PlannedSlide], plan: Segm
             .map_batches(pool_worker(lambda: RunNetworks(task)), **in_actors)
             .map_batches(held_to_source(lambda block: finish_shard(task, slides, block)), **in_tasks)
         )
-        for row in dataset.iter_rows():
-            seconds = {step: row[step] for step in ("read", "networks", "objects")}
-            yield ShardReceipt(row["slide"], row["cores"], seconds)
+        asked = {"a task": OneAsk(TASK_CPUS), "a process with the networks": OneAsk(plan.cpus, plan.gpus)}
+        with told_of_waits(asked) as went_on:
+            for row in dataset.iter_rows():
+                went_on()
+                seconds = {step: row[step] for step in ("read", "networks", "objects")}
+                yield ShardReceipt(row["slide"], row["cores"], seconds)
     finally:
         context.target_max_block_size = before

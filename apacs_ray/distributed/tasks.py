@@ -16,6 +16,7 @@ from apacs_ray.config.settings import Settings
 from apacs_ray.distributed.cluster import joined_cluster
 from apacs_ray.distributed.ray_internals import dataset_from_blocks, start_datasets_soon
 from apacs_ray.distributed.resource_plan import Cluster, share_of_gpu
+from apacs_ray.distributed.waiting import OneAsk, told_of_waits
 from apacs_ray.inference.memory import tiles_a_batch, workers_a_gpu
 from apacs_ray.runs.provenance import require_source, source_hash
 
@@ -86,7 +87,10 @@ def map_blocks(
     dataset = dataset_from_blocks(blocks).map_batches(
         held_to_source(work), batch_size=None, batch_format="pyarrow", num_cpus=cpus, compute=at_once
     )
-    yield from dataset.iter_rows()
+    with told_of_waits({"a task": OneAsk(cpus)}) as went_on:
+        for row in dataset.iter_rows():
+            went_on()
+            yield row
 
 
 def map_numbers(work: Callable[[int], AnyStr], count: int) -> Iterator[AnyStr]:
@@ -207,7 +211,10 @@ def map_shards(
         compute=ray.data.ActorPoolStrategy(size=plan.actors),
         runtime_env=KEEP_MEMORY,
     )
-    yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+    with told_of_waits({"a process that predicts": OneAsk(plan.cpus, plan.gpus)}) as went_on:
+        for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            went_on()
+            yield table
 
 
 def run_in_task(work: Callable[[], T], *, cpus: float, gpus: float) -> T:

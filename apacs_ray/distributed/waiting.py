@@ -1,15 +1,16 @@
-"""Tells of workers that wait for resources: which, for how long, and for what, while Ray waits without a word."""
+"""Tells of workers and tasks that wait for resources: which, for how long, for what; Ray waits without a word."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from apacs_ray.console import say
-from apacs_ray.distributed.resource_plan import NetworkPlan
+from apacs_ray.distributed.ray_internals import pending_asks
 
 TOLD_AFTER = 120.0  # s of waiting; then after twice, four times as long
 LOOK = 10.0  # s between looks
@@ -17,6 +18,38 @@ GONE = 30.0  # s: Ray Train gives its request up every minute, and makes it agai
 PENDING = ("PENDING", "RESCHEDULING")
 
 Bundles = Sequence[Mapping[str, float]]  # what a worker each asks for, by resource
+
+
+class Asks(Protocol):
+    """What is asked of the cluster, such as a `NetworkPlan`: so many workers at once, with so much each."""
+
+    @property
+    def workers(self) -> int:
+        """How many, all at once."""
+
+    @property
+    def cpus(self) -> float:
+        """Of each."""
+
+    @property
+    def gpus(self) -> float:
+        """Of each."""
+
+    def ask(self) -> str:
+        """Return it for a person."""
+
+
+@dataclass(frozen=True)
+class OneAsk:
+    """What one task, or one actor of a pool, asks for."""
+
+    cpus: float
+    gpus: float = 0.0
+    workers: int = field(default=1, init=False)
+
+    def ask(self) -> str:
+        """Return it for a person, as in `0.5 GPU + 1 CPU`."""
+        return f"{self.gpus:g} GPU + {self.cpus:g} CPU" if self.gpus else f"{self.cpus:g} CPU"
 
 
 @dataclass
@@ -29,24 +62,33 @@ class _Wait:
 class Waits:
     """What is said of workers that have no place yet, by what is pending at each look."""
 
-    def __init__(self, asked: Mapping[str, NetworkPlan], told_after: float = TOLD_AFTER) -> None:
+    def __init__(self, asked: Mapping[str, Asks], told_after: float = TOLD_AFTER) -> None:
         self._told_after = told_after
-        self._alike: dict[tuple[int, float, float], dict[str, NetworkPlan]] = {}  # Ray does not say whose a request is
+        self._went_on = False
+        self._alike: dict[tuple[int, float, float], dict[str, Asks]] = {}  # Ray does not say whose a request is
         for name, plan in asked.items():
             self._alike.setdefault((plan.workers, plan.cpus, plan.gpus), {})[name] = plan
         self._waits: dict[tuple[int, float, float], _Wait] = {}
+
+    def went_on(self) -> None:
+        """Forget all waits: something was done meanwhile, so there is no standstill. From any thread."""
+        self._went_on = True
 
     def look(self, pending: Sequence[Bundles], nodes: str, now: float) -> list[str]:
         """Return what is to be said now.
 
         Args:
-            pending: Of each group of workers that Ray has found no place for, what they ask for.
+            pending: Of each group of workers, and each task and actor, that Ray has found no place for, what it asks
+                for.
             nodes: What the cluster has, for people.
             now: Monotonic time, s.
 
         Returns:
             A line for each kind of workers that has waited long enough since it was told of.
         """
+        if self._went_on:
+            self._went_on = False
+            self._waits.clear()
         lines = []
         for kind, plans in self._alike.items():
             plan, wait = next(iter(plans.values())), self._waits.get(kind)
@@ -69,7 +111,7 @@ class Waits:
         return lines
 
 
-def _is_of(plan: NetworkPlan, bundles: Bundles) -> bool:
+def _is_of(plan: Asks, bundles: Bundles) -> bool:
     """Whether a group asks for the workers of a plan."""
     return len(bundles) == plan.workers and all(
         abs(bundle.get("CPU", 0.0) - plan.cpus) < 1e-3 and abs(bundle.get("GPU", 0.0) - plan.gpus) < 1e-3
@@ -79,20 +121,23 @@ def _is_of(plan: NetworkPlan, bundles: Bundles) -> bool:
 
 @contextlib.contextmanager
 def told_of_waits(
-    asked: Mapping[str, NetworkPlan], told_after: float = TOLD_AFTER, look: float = LOOK
-) -> Iterator[None]:
+    asked: Mapping[str, Asks], told_after: float = TOLD_AFTER, look: float = LOOK
+) -> Iterator[Callable[[], None]]:
     """Say while the block runs which of `asked` wait for resources, and for which.
 
     Args:
         asked: Workers, by the name that is said.
         told_after: s of waiting before it is told.
         look: s between looks.
+
+    Yields:
+        What to call where something was done, which ends a wait: where some of a pool work, the others may wait.
     """
-    over = threading.Event()
-    thread = threading.Thread(target=_watch, args=(Waits(asked, told_after), look, over), daemon=True)
+    over, waits = threading.Event(), Waits(asked, told_after)
+    thread = threading.Thread(target=_watch, args=(waits, look, over), daemon=True)
     thread.start()  # the main thread stays free for Ctrl-C
     try:
-        yield
+        yield waits.went_on
     finally:
         over.set()
 
@@ -105,9 +150,11 @@ def _watch(waits: Waits, look: float, over: threading.Event) -> None:
         try:
             groups = placement_group_table().values()
             alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        except (ray.exceptions.RaySystemError, ConnectionError, RuntimeError):
+            alone = [[ask] for ask in pending_asks()]
+        except (ray.exceptions.RayError, ConnectionError, RuntimeError):
             return  # Ray ends, or its head is gone, which others tell
         pending = [list(group["bundles"].values()) for group in groups if group["state"] in PENDING]
+        pending += alone
         gpus, cpus = (sum(node.get(what, 0.0) for node in alive) for what in ("GPU", "CPU"))
         nodes = f"{len(alive)} node{'s' * (len(alive) != 1)} with {gpus:g} GPU + {cpus:g} CPU"
         for line in waits.look(pending, nodes, time.monotonic()):
