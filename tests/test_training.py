@@ -52,7 +52,7 @@ from apacs_ray.training.optim import ema_decay, learning_rate_factor, make_optim
 from apacs_ray.training.ranks import Ranks
 from apacs_ray.training.sampler import SampleRef, schedule
 from apacs_ray.training.state import Snapshot, TrainState, load_state, save_state, snapshot
-from apacs_ray.training.step import forward
+from apacs_ray.training.step import forward, valid_pixels
 from apacs_ray.training.writer import CheckpointWriter
 
 CPU = torch.device("cpu")
@@ -231,7 +231,7 @@ class TestSamples:
         assert [batch.tile_ids for batch in (first, second, third)] == [("t0", "t1"), ("t2",), ("t3",)]
         assert first.inputs.shape == (2, 8, 9, 3)
         assert first.sizes == ((8, 6), (5, 9))
-        assert first.valid.sum(axis=(1, 2, 3)).tolist() == [48, 45]
+        assert valid_pixels(first.sizes, torch.from_numpy(first.mask).float()).sum(dim=(1, 2, 3)).tolist() == [48, 45]
         assert (first.inputs[1, :5, :9] == 1).all()
         assert first.inputs[1, 5:].sum() == first.mask[1, :, 5:].sum() == 0
 
@@ -240,7 +240,7 @@ class TestSamples:
         refs = [SampleRef(0, "val", row, row, 1.0, 0) for row in range(5)]
         found = list(batches(iter([sample(ref, *shape) for ref, shape in zip(refs, shapes, strict=True)]), 4))
         assert [len(batch.tile_ids) for batch in found] == [2, 2, 1]
-        assert all(batch.valid.all() for batch in found)
+        assert all(set(batch.sizes) == {batch.mask.shape[2:]} for batch in found)
 
     def test_decoding_tasks_do_not_load_torch(self) -> None:
         code = "import sys, apacs_ray.training.batch; sys.exit('torch' in sys.modules)"
@@ -356,8 +356,7 @@ class TestWeights:
         inputs = rng.integers(0, 256, (2, 48, 48, 3)).astype(np.uint8)
         mask = rng.integers(0, 2, (2, 1, 48, 48)).astype(np.uint8)
         weight = np.ones(2, np.float32)
-        ones = np.ones_like(mask)
-        batch = Batch(0, "train", 0, True, inputs, mask, ones, weight, ((48, 48),) * 2, (1, 2), ("a", "b"))
+        batch = Batch(0, "train", 0, True, inputs, mask, weight, ((48, 48),) * 2, (1, 2), ("a", "b"))
         plain, added = (forward(network, batch, settings, CPU) for settings in (how, deep))
         assert torch.equal(plain.logits, added.logits)
         stages = network(torch.from_numpy(inputs).permute(0, 3, 1, 2).float() / 255, stages=True)
@@ -502,7 +501,8 @@ class TestTraining:
         model = tiny(0.0)
         train = [item for item in stream(config) if item.ref.phase == "train"]
         whole = next(batches(iter(train), 9))
-        inputs, mask, valid = (torch.from_numpy(part).float() for part in (whole.inputs, whole.mask, whole.valid))
+        inputs, mask = (torch.from_numpy(part).float() for part in (whole.inputs, whole.mask))
+        valid = valid_pixels(whole.sizes, mask)
         torch.autograd.backward(tile_losses(model(inputs.permute(0, 3, 1, 2) / 255), mask, valid, 0.3).mean())
         with torch.no_grad():
             for parameter in model.parameters():

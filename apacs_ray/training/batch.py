@@ -32,9 +32,8 @@ class Sample:
 class Batch:
     """Tiles that go through the network together, padded right and bottom to the largest.
 
-    inputs (N, H, W, C) uint8, mask and valid (N, 1, H, W) uint8 (valid is 0 on padding), weight (N,) float32;
-    `sizes` (height, width) without padding. `ends_step`: the gradients gathered so far make one optimizer
-    step.
+    inputs (N, H, W, C) uint8, mask (N, 1, H, W) uint8, weight (N,) float32; `sizes` (height, width) without padding,
+    which is 0. `ends_step`: the gradients gathered so far make one optimizer step.
     """
 
     epoch: int
@@ -43,7 +42,6 @@ class Batch:
     ends_step: bool
     inputs: Pixels
     mask: Pixels
-    valid: Pixels
     weight: npt.NDArray[np.float32]
     sizes: tuple[tuple[int, int], ...]
     seeds: tuple[int, ...]
@@ -88,13 +86,13 @@ def _collate(samples: Sequence[Sample], *, ends_step: bool) -> Batch:
     sizes = tuple((sample.mask.shape[0], sample.mask.shape[1]) for sample in samples)
     height, width = (max(side) for side in zip(*sizes, strict=True))
     count, channels = len(samples), first.inputs.shape[2]
-    inputs = np.zeros((count, height, width, channels), np.uint8)
-    mask = np.zeros((count, 1, height, width), np.uint8)
-    valid = np.zeros((count, 1, height, width), np.uint8)
+    padded = len(set(sizes)) > 1
+    fresh = np.zeros if padded else np.empty
+    inputs = fresh((count, height, width, channels), np.uint8)
+    mask = fresh((count, 1, height, width), np.uint8)
     for number, (sample, (rows, columns)) in enumerate(zip(samples, sizes, strict=True)):
         inputs[number, :rows, :columns] = sample.inputs
         mask[number, 0, :rows, :columns] = sample.mask
-        valid[number, 0, :rows, :columns] = 1
     return Batch(
         first.ref.epoch,
         first.ref.phase,
@@ -102,7 +100,6 @@ def _collate(samples: Sequence[Sample], *, ends_step: bool) -> Batch:
         ends_step,
         inputs,
         mask,
-        valid,
         np.array([sample.ref.weight for sample in samples], np.float32),
         sizes,
         tuple(sample.ref.seed for sample in samples),

@@ -6,6 +6,7 @@ Plain functions, which the epoch loop, `--estimate` and the benchmarks call.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,12 +64,30 @@ def forward(model: nn.Module, batch: Batch, settings: TrainingSettings, device: 
     with torch.autocast(device.type, torch.bfloat16, enabled=uses_bfloat16(settings.precision, device)):
         stages: Tensor = model(inputs, stages=True) if deep else model(inputs)
     logits = stages[:, -1:].float()
-    mask, valid = (_to_device(array, device).float() for array in (batch.mask, batch.valid))
+    mask = _to_device(batch.mask, device).float()
+    valid = valid_pixels(batch.sizes, mask)
     weights = pixel_weights(mask, valid, settings.ignore_band, settings.boundary_weight) if training else valid
     losses = tile_losses(logits, mask, weights, settings.dice_weight)
     for stage in range(stages.shape[1] - 1):
         losses = losses + deep * tile_losses(stages[:, stage : stage + 1].float(), mask, weights, settings.dice_weight)
     return StepOutput(losses, logits, mask, valid)
+
+
+def valid_pixels(sizes: Sequence[tuple[int, int]], mask: Tensor) -> Tensor:
+    """Return 1 where a batch has pixels, 0 where it is padded.
+
+    Args:
+        sizes: (height, width) of each tile.
+        mask: (N, 1, H, W), float32.
+
+    Returns:
+        Alike.
+    """
+    valid = torch.ones_like(mask)
+    for tile, (height, width) in zip(valid, sizes, strict=True):
+        tile[:, height:] = 0
+        tile[:, :, width:] = 0
+    return valid
 
 
 def backward(model: nn.Module, batch: Batch, settings: TrainingSettings, device: torch.device) -> StepOutput:
