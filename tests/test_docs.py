@@ -126,7 +126,7 @@ def test_what_may_be_null_in_a_tile_is_said() -> None:
         ("## manifest/FINGERPRINT/NUMBER.parquet", 1, fields(SlideSummary)),
         ("## members/NAME/model.json", 0, fields(ModelSpec)),
         ("## members/NAME/history.csv", 0, history_csv(()).strip().split(",")),
-        ("## tune/trials.csv", 0, trials_csv([]).strip().split(",")),
+        ("## tune/trials.csv", 0, trials_csv([], (), {}).strip().split(",")),
     ],
 )
 def test_keys_are_those_of_the_code(heading: str, number: int, expected: list[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import signal
 from collections import Counter
 from dataclasses import replace
@@ -18,11 +20,12 @@ from apacs_ray.config.training_settings import FusionSettings
 from apacs_ray.data.shards import TileIndex
 from apacs_ray.distributed.tune import TrialResult, best_epoch_of, stopped_by_ctrl_c, within_ranges
 from apacs_ray.models.registry import MEMBERS
+from apacs_ray.models.spec import FusionStart, start_key
 from apacs_ray.runs.markers import Counts
 from apacs_ray.stages.heatmaps import HeatmapsResult
 from apacs_ray.stages.ingest_result import IngestResult, UnitCounts
 from apacs_ray.stages.stage import Committed
-from apacs_ray.stages.tune_fusion import TuneFusion, best_trial, chance, draw_tiles
+from apacs_ray.stages.tune_fusion import TuneFusion, best_trial, chance, draw_tiles, trials_csv
 
 SPACE = {
     name: Distribution.model_validate(drawn)
@@ -155,9 +158,30 @@ class TestTaken:
         assert trials[1].val_dice > trials[0].val_dice
         assert best_trial(trials, MEMBERS, {}).trial_id == "a"
         assert best_trial([*trials, self.result("c", 1e-2, better)], MEMBERS, {}).trial_id == "c"
-        errors = chance(trials)
+        errors = chance(trials, trials[1])
         assert errors["b"] == 0
         assert errors["a"] == pytest.approx(trials[1].val_dice - trials[0].val_dice, rel=0.05)
+
+    def test_the_table_tells_errors_against_the_trial_that_others_are_compared_with(self) -> None:
+        """Not against a better one that leaves the best member out, nor against one that failed."""
+        starts = {
+            start_key(members): FusionStart("any", {}, val_dice=dice)
+            for members, dice in ((MEMBERS, 0.8), (("fcn32",), 0.7))
+        }
+        steady, better = [[50, 60, 70]] * 8, [[50, 60, 70], *[[54, 60, 70]] * 7]
+        without = self.result("without", 1e-2, better)
+        failed = replace(self.result("failed", 1e-2, better), error="it broke")
+        trials = [
+            self.result("a", 1e-4, steady),
+            self.result("b", 1e-3, [[51, 60, 70], *steady[1:]]),
+            replace(without, setting={**without.setting, "members": ["fcn32"]}),
+            failed,
+        ]
+        rows = {row["trial_id"]: row for row in csv.DictReader(io.StringIO(trials_csv(trials, MEMBERS, starts)))}
+        found = {name: float(row["val_dice_error"]) for name, row in rows.items() if row["val_dice_error"]}
+        assert found["b"] == 0
+        assert found["without"] > found["a"] > 0
+        assert rows["failed"]["val_dice_error"] == ""
 
     def test_what_tells_of_no_units_is_judged_by_its_dice(self) -> None:
         trials = [self.result("a", 1e-4, [[50, 60, 70]] * 8), self.result("b", 1e-3, [[54, 60, 70]] * 8)]

@@ -115,14 +115,15 @@ class TuneFusion(Stage[SweepResult]):
             trials = sweep(
                 task, plan, job.ray.cluster(), lambda done: progress.show("trials", done, plan.trials_in_all)
             )
-        scored = [trial for trial in trials if trial.val_dice is not None and trial.error is None]
+        scored = _scored(trials)
         if not scored:
             raise ApacsError(f"tune_fusion: no trial ended well, first: {trials[0].error if trials else 'none ran'}")
-        best = best_trial(scored, fusion.members, self.heatmaps.result.starts)
+        starts = self.heatmaps.result.starts
+        best = best_trial(scored, fusion.members, starts)
         drawn = FusionSettings.model_validate(best.setting).model_dump(mode="json", include=set(best.setting))
-        store.write("tune/trials.csv", trials_csv(trials).encode())
+        store.write("tune/trials.csv", trials_csv(trials, fusion.members, starts).encode())
         of = f"{len(trials)} trials of {settings.tune.config}, which saw {part}"
-        top = max(trial.val_dice or 0.0 for trial in scored)
+        top = _dice(_highest(scored))
         comment = f"# taken of {of}: val Dice {best.val_dice:.4f}, the highest is {top:.4f}\n"
         store.write("tune/best.yaml", (comment + yaml.safe_dump({"fusion": drawn}, sort_keys=True)).encode())
         setting = ", ".join(f"{name} {value}" for name, value in drawn.items())
@@ -149,16 +150,30 @@ def draw_tiles(indices: Mapping[str, TileIndex], tune: TuneSettings, seed: int) 
 
 
 def best_trial(trials: Sequence[TrialResult], members: Sequence[str], starts: Mapping[str, FusionStart]) -> TrialResult:
-    """Return the trial to take, among those whose members start as well as those of any other trial.
+    """Return the trial to take: of the `contenders` one that is behind the best of them by no more than chance.
 
-    So a sweep cannot leave out the best member for a chance gain of one trial: what starts without it is worse. Of
-    those left, all that are behind the highest val Dice by no more than the standard error of the difference are equal
-    but for chance: of them the one of the lowest learning rate is taken, as it leaves its start the least.
+    All that are behind by no more than the standard error of the difference are equal: of them the one of the lowest
+    learning rate is taken, as it leaves its start the least.
 
     Args:
         trials: With a val Dice.
         members: Of a trial that draws none.
         starts: By members, joined by `+`.
+    """
+    left = contenders(trials, members, starts)
+    best = _highest(left)
+    errors = chance(left, best)
+    equal = [trial for trial in left if _dice(best) - _dice(trial) <= errors.get(trial.trial_id, 0.0)]
+    return max(equal, key=lambda trial: (-trial.setting.get("learning_rate", 0.0), _dice(trial), trial.trial_id))
+
+
+def contenders(
+    trials: Sequence[TrialResult], members: Sequence[str], starts: Mapping[str, FusionStart]
+) -> list[TrialResult]:
+    """Return the trials whose members start as well, on validation, as those of any other trial.
+
+    So a sweep cannot leave out the best member for a chance gain of one trial: what starts without it is worse.
+    Arguments as of `best_trial`.
     """
 
     def begins(trial: TrialResult) -> float:
@@ -166,25 +181,19 @@ def best_trial(trials: Sequence[TrialResult], members: Sequence[str], starts: Ma
         return (start.val_dice or 0.0) if start is not None else 0.0
 
     highest = max(map(begins, trials))
-    left = [trial for trial in trials if begins(trial) == highest]
-    errors = chance(left)
-    top = max(trial.val_dice or 0.0 for trial in left)
-    equal = [trial for trial in left if top - (trial.val_dice or 0.0) <= errors.get(trial.trial_id, 0.0)]
-    return max(
-        equal, key=lambda trial: (-trial.setting.get("learning_rate", 0.0), trial.val_dice or 0.0, trial.trial_id)
-    )
+    return [trial for trial in trials if begins(trial) == highest]
 
 
-def chance(trials: Sequence[TrialResult]) -> dict[str, float]:
-    """Return, by trial, the standard error of its val Dice less the highest, over slides or groups of tiles.
+def chance(trials: Sequence[TrialResult], best: TrialResult) -> dict[str, float]:
+    """Return, by trial, the standard error of its val Dice less that of `best`, over slides or groups of tiles.
 
     Args:
-        trials: With a val Dice.
+        trials: With a val Dice; `best` is one of them.
+        best: The trial that others are compared with.
 
     Returns:
         Those that can be told: trials that counted by the same units as the best one, of which there are two or more.
     """
-    best = max(trials, key=lambda trial: (trial.val_dice or 0.0, trial.trial_id))
     same = [trial for trial in trials if len(trial.val_units) == len(best.val_units) > 1]
     if not same:
         return {}
@@ -193,9 +202,25 @@ def chance(trials: Sequence[TrialResult]) -> dict[str, float]:
     return {trial.trial_id: error for trial, error in zip(same, errors, strict=True)}
 
 
-def trials_csv(trials: Sequence[TrialResult]) -> str:
-    """Return `trials.csv`, a line a trial: id, best val Dice and its error, epochs, seconds, error, drawn settings."""
-    errors = chance(scored) if (scored := [trial for trial in trials if trial.val_dice is not None]) else {}
+def _scored(trials: Sequence[TrialResult]) -> list[TrialResult]:
+    return [trial for trial in trials if trial.val_dice is not None and trial.error is None]
+
+
+def _dice(trial: TrialResult) -> float:
+    return trial.val_dice or 0.0
+
+
+def _highest(trials: Sequence[TrialResult]) -> TrialResult:
+    return max(trials, key=lambda trial: (_dice(trial), trial.trial_id))
+
+
+def trials_csv(trials: Sequence[TrialResult], members: Sequence[str], starts: Mapping[str, FusionStart]) -> str:
+    """Return `trials.csv`, a line a trial: id, best val Dice and its error, epochs, seconds, error, drawn settings.
+
+    Errors are of the difference from the trial that `best_trial` compares with. Other arguments as of that.
+    """
+    scored = _scored(trials)
+    errors = chance(scored, _highest(contenders(scored, members, starts))) if scored else {}
     names = sorted({name for trial in trials for name in trial.setting})
     sink = io.StringIO()
     writer = csv.writer(sink, lineterminator="\n")
