@@ -236,6 +236,15 @@ def rules(val: Counts, rates: list[float]) -> dict[str, tuple[int, int]]:
     order = sorted(range(len(rates)), key=lambda trial: rates[trial])
     slow = next(trial for trial in order if near[trial].any())
     chosen["lowest learning rate within 1 error"] = (slow, int(pooled[slow].argmax()))
+    contenders = [trial for trial in order if pooled[trial, 0] == pooled[:, 0].max()]
+    within = pooled[contenders].max()
+    place = next(at for at in range(pooled.size) if pooled.flat[at] == within and at // pooled.shape[1] in contenders)
+    chance = paired_errors(flat, place).reshape(pooled.shape)
+    taken = next(trial for trial in contenders if (within - pooled[trial] <= chance[trial]).any())
+    chosen["of those that start best the lowest learning rate within 1 error (the stage)"] = (
+        taken,
+        int(pooled[taken].argmax()),
+    )
     for errors, places in ((1, near), (2, about)):
         epoch, _, trial = min((int(epoch), -pooled[trial, epoch], int(trial)) for trial, epoch in np.argwhere(places))
         chosen[f"earliest epoch within {errors} error{'s' * (errors > 1)}"] = (trial, epoch)

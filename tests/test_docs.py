@@ -20,6 +20,7 @@ import pytest
 import apacs_ray
 from apacs_ray.__main__ import USAGE
 from apacs_ray.config.settings import Settings
+from apacs_ray.config.training_settings import FusionSettings
 from apacs_ray.data.index_file import INDEX, INDEX_SCHEMA, PATHS
 from apacs_ray.data.rejects import REJECT_SCHEMA, Reject
 from apacs_ray.data.shards import RECEIPT, Receipt
@@ -126,7 +127,7 @@ def test_what_may_be_null_in_a_tile_is_said() -> None:
         ("## manifest/FINGERPRINT/NUMBER.parquet", 1, fields(SlideSummary)),
         ("## members/NAME/model.json", 0, fields(ModelSpec)),
         ("## members/NAME/history.csv", 0, history_csv(()).strip().split(",")),
-        ("## tune/trials.csv", 0, trials_csv([], (), {}).strip().split(",")),
+        ("## tune/trials.csv", 0, trials_csv([], FusionSettings(), {}).strip().split(",")),
     ],
 )
 def test_keys_are_those_of_the_code(heading: str, number: int, expected: list[str]) -> None:

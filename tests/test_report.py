@@ -92,6 +92,7 @@ def context(**changes: Any) -> ReportContext:
         "trained": TrainedNetworks({name: history(0.4, 0.5) for name in NETWORKS}, dict.fromkeys(NETWORKS, 1)),
         "start": None,
         "views": 1,
+        "folds": 1,
         "trials": TRIALS.replace("a,", HOSTILE.replace('"', "") + ",", 1),
         "best": {"learning_rate": 0.01, "members": ["fcn16", "fcn8"]},
         "stages": {"ingest": done, "tune_fusion": {**done, "result": SWEPT}, "evaluate": {"state": "running"}},
@@ -311,6 +312,13 @@ def test_the_report_says_that_the_fusion_reads_views_and_members_stand_with_one(
     assert f"over {views} views of a tile, {words} each member stands here with one view" in text
     assert f"It reads its members over {views} views of each tile; they stand here with one." in text
     assert "views of" not in Page(build_report(context())).text
+
+
+def test_the_report_says_whether_members_saw_the_tiles_of_the_heatmaps() -> None:
+    assert "from members that saw those tiles, as in the paper" in Page(build_report(context())).text
+    text = Page(build_report(context(folds=3))).text
+    assert "from members that had not seen those tiles: others, trained on the rest in 3 folds." in text
+    assert "as in the paper: the wider" not in text
 
 
 def test_the_report_says_on_which_tiles_trials_were_judged() -> None:

@@ -300,6 +300,13 @@ def test_the_papers_fusion_learns_as_its_members_do() -> None:
     assert settings.fusion.width == settings.members.width == 1
 
 
+def test_the_papers_training_follows_from_no_default_that_may_change() -> None:
+    """Every setting of training stands in the file, but for those that only say how it is computed."""
+    said = read_yaml(ROOT / "configs/paper.yaml")["members"].keys()
+    computing = {"accumulate", "workers", "mode", "init", "checkpoint"}
+    assert MembersSettings.model_fields.keys() - computing == said
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -486,7 +486,7 @@ class TestSweep:
             TrialResult(str(at), {} if members is None else {"members": list(members)}, val, 1, 1.0, None)
             for at, (members, val) in enumerate(drawn)
         ]
-        best = best_trial(trials, MEMBERS, starts)
+        best = best_trial(trials, FusionSettings(), starts)
         chosen = best.setting.get("members", MEMBERS)
         top = max(MEMBERS, key=lambda name: single[name])
         alone_at_the_top = all(single[top] > value for name, value in single.items() if name != top)

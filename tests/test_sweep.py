@@ -156,8 +156,8 @@ class TestTaken:
         better = [[54, 60, 70]] * 8  # on all
         trials = [self.result("a", 1e-4, steady), self.result("b", 1e-3, lucky)]
         assert trials[1].val_dice > trials[0].val_dice
-        assert best_trial(trials, MEMBERS, {}).trial_id == "a"
-        assert best_trial([*trials, self.result("c", 1e-2, better)], MEMBERS, {}).trial_id == "c"
+        assert best_trial(trials, FusionSettings(), {}).trial_id == "a"
+        assert best_trial([*trials, self.result("c", 1e-2, better)], FusionSettings(), {}).trial_id == "c"
         errors = chance(trials, trials[1])
         assert errors["b"] == 0
         assert errors["a"] == pytest.approx(trials[1].val_dice - trials[0].val_dice, rel=0.05)
@@ -177,13 +177,25 @@ class TestTaken:
             replace(without, setting={**without.setting, "members": ["fcn32"]}),
             failed,
         ]
-        rows = {row["trial_id"]: row for row in csv.DictReader(io.StringIO(trials_csv(trials, MEMBERS, starts)))}
+        rows = {
+            row["trial_id"]: row for row in csv.DictReader(io.StringIO(trials_csv(trials, FusionSettings(), starts)))
+        }
         found = {name: float(row["val_dice_error"]) for name, row in rows.items() if row["val_dice_error"]}
         assert found["b"] == 0
         assert found["without"] > found["a"] > 0
         assert rows["failed"]["val_dice_error"] == ""
 
+    def test_published_heads_which_start_nowhere_are_judged_by_what_they_reach(self) -> None:
+        starts = {start_key(members): FusionStart("any", {}, val_dice=0.8) for members in (MEMBERS, ("fcn32",))}
+        starts[start_key(("fcn32",))] = FusionStart("any", {}, val_dice=0.7)
+        trials = [self.result("all", 1e-4, [[50, 60, 70]] * 8), self.result("one", 1e-2, [[54, 60, 70]] * 8)]
+        trials[1] = replace(trials[1], setting={**trials[1].setting, "members": ["fcn32"]})
+        assert best_trial(trials, FusionSettings(), starts).trial_id == "all"
+        assert best_trial(trials, FusionSettings(head="published"), starts).trial_id == "one"
+        drawn = [trials[0], replace(trials[1], setting={**trials[1].setting, "head": "published"})]
+        assert best_trial(drawn, FusionSettings(), starts).trial_id == "one"
+
     def test_what_tells_of_no_units_is_judged_by_its_dice(self) -> None:
         trials = [self.result("a", 1e-4, [[50, 60, 70]] * 8), self.result("b", 1e-3, [[54, 60, 70]] * 8)]
         for silent in ([replace(trials[0], val_units=[]), trials[1]], [trials[0], replace(trials[1], val_units=[])]):
-            assert best_trial(silent, MEMBERS, {}).trial_id == "b"
+            assert best_trial(silent, FusionSettings(), {}).trial_id == "b"

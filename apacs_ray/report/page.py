@@ -67,6 +67,7 @@ class ReportContext:
         trained: The networks, with their epochs.
         start: What the fusion starts as; None where its head is the published one.
         views: Of a tile, over which the fusion's members are averaged.
+        folds: In which members were trained for the heatmaps of the training tiles; 1: they saw those tiles.
         trials: The text of `tune/trials.csv`, empty without a sweep.
         best: The settings of the trial that was taken, empty without a sweep.
         stages: Stage -> its entry in `run.json`.
@@ -84,6 +85,7 @@ class ReportContext:
     trained: TrainedNetworks
     start: FusionStart | None
     views: int
+    folds: int
     trials: str
     best: Mapping[str, Any]
     stages: Mapping[str, Mapping[str, Any]]

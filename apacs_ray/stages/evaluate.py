@@ -145,6 +145,7 @@ class Evaluate(Stage[EvaluateResult]):
             trained=trained,
             start=spec.start,
             views=spec.views,
+            folds=job.settings.heatmaps.folds,
             trials=store.read("tune/trials.csv").decode() if self.sweep is not None else "",
             best=self.sweep.result.best if self.sweep is not None else {},
             stages=dict(job.run.stages),

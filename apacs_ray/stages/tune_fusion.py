@@ -119,9 +119,9 @@ class TuneFusion(Stage[SweepResult]):
         if not scored:
             raise ApacsError(f"tune_fusion: no trial ended well, first: {trials[0].error if trials else 'none ran'}")
         starts = self.heatmaps.result.starts
-        best = best_trial(scored, fusion.members, starts)
+        best = best_trial(scored, fusion, starts)
         drawn = FusionSettings.model_validate(best.setting).model_dump(mode="json", include=set(best.setting))
-        store.write("tune/trials.csv", trials_csv(trials, fusion.members, starts).encode())
+        store.write("tune/trials.csv", trials_csv(trials, fusion, starts).encode())
         of = f"{len(trials)} trials of {settings.tune.config}, which saw {part}"
         top = _dice(_highest(scored))
         comment = f"# taken of {of}: val Dice {best.val_dice:.4f}, the highest is {top:.4f}\n"
@@ -149,7 +149,7 @@ def draw_tiles(indices: Mapping[str, TileIndex], tune: TuneSettings, seed: int) 
     return drawn
 
 
-def best_trial(trials: Sequence[TrialResult], members: Sequence[str], starts: Mapping[str, FusionStart]) -> TrialResult:
+def best_trial(trials: Sequence[TrialResult], fusion: FusionSettings, starts: Mapping[str, FusionStart]) -> TrialResult:
     """Return the trial to take: of the `contenders` one that is behind the best of them by no more than chance.
 
     All that are behind by no more than the standard error of the difference are equal: of them the one of the lowest
@@ -157,10 +157,10 @@ def best_trial(trials: Sequence[TrialResult], members: Sequence[str], starts: Ma
 
     Args:
         trials: With a val Dice.
-        members: Of a trial that draws none.
+        fusion: What trials have that do not draw it: members and head.
         starts: By members, joined by `+`.
     """
-    left = contenders(trials, members, starts)
+    left = contenders(trials, fusion, starts)
     best = _highest(left)
     errors = chance(left, best)
     equal = [trial for trial in left if _dice(best) - _dice(trial) <= errors.get(trial.trial_id, 0.0)]
@@ -168,20 +168,22 @@ def best_trial(trials: Sequence[TrialResult], members: Sequence[str], starts: Ma
 
 
 def contenders(
-    trials: Sequence[TrialResult], members: Sequence[str], starts: Mapping[str, FusionStart]
+    trials: Sequence[TrialResult], fusion: FusionSettings, starts: Mapping[str, FusionStart]
 ) -> list[TrialResult]:
     """Return the trials whose members start as well, on validation, as those of any other trial.
 
-    So a sweep cannot leave out the best member for a chance gain of one trial: what starts without it is worse.
-    Arguments as of `best_trial`.
+    So a sweep cannot leave out the best member for a chance gain of one trial: what starts without it is worse. A
+    published head has no start, and is held to none. Arguments as of `best_trial`.
     """
 
-    def begins(trial: TrialResult) -> float:
-        start = starts.get(start_key(trial.setting.get("members", members)))
+    def begins(trial: TrialResult) -> float | None:
+        if trial.setting.get("head", fusion.head) == "published":
+            return None
+        start = starts.get(start_key(trial.setting.get("members", fusion.members)))
         return (start.val_dice or 0.0) if start is not None else 0.0
 
-    highest = max(map(begins, trials))
-    return [trial for trial in trials if begins(trial) == highest]
+    highest = max((value for trial in trials if (value := begins(trial)) is not None), default=None)
+    return [trial for trial in trials if begins(trial) in (None, highest)]
 
 
 def chance(trials: Sequence[TrialResult], best: TrialResult) -> dict[str, float]:
@@ -214,13 +216,13 @@ def _highest(trials: Sequence[TrialResult]) -> TrialResult:
     return max(trials, key=lambda trial: (_dice(trial), trial.trial_id))
 
 
-def trials_csv(trials: Sequence[TrialResult], members: Sequence[str], starts: Mapping[str, FusionStart]) -> str:
+def trials_csv(trials: Sequence[TrialResult], fusion: FusionSettings, starts: Mapping[str, FusionStart]) -> str:
     """Return `trials.csv`, a line a trial: id, best val Dice and its error, epochs, seconds, error, drawn settings.
 
     Errors are of the difference from the trial that `best_trial` compares with. Other arguments as of that.
     """
     scored = _scored(trials)
-    errors = chance(scored, _highest(contenders(scored, members, starts))) if scored else {}
+    errors = chance(scored, _highest(contenders(scored, fusion, starts))) if scored else {}
     names = sorted({name for trial in trials for name in trial.setting})
     sink = io.StringIO()
     writer = csv.writer(sink, lineterminator="\n")
