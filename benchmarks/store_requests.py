@@ -32,6 +32,7 @@ from apacs_ray.data.shards import Receipt, TileIndex, read_index, shard_path, wr
 from apacs_ray.data.tile_rows import TILE_SCHEMA
 from apacs_ray.distributed.evaluation import EvaluateTask, evaluate_tiles
 from apacs_ray.distributed.heatmaps import ALL, HeatmapTask, write_heatmaps
+from apacs_ray.distributed.starts import ValidationTiles, fit_starts, group_slides
 from apacs_ray.distributed.tasks import PoolPlan
 from apacs_ray.models.registry import MEMBERS
 from apacs_ray.storage import Store, open_store
@@ -83,6 +84,7 @@ def measure(between: Proxy, shards: int, delay: float, image: int) -> list[dict[
         "index: one file": lambda: len(read_index(now, "train", committed=committed)),
         "a tile": lambda: len(list(read_rows(now, [(tile.path, tile.group, tile.row)], ["image", "mask"]))),
         "heatmaps": lambda: predict(now, index.paths),
+        "the fusion's start": lambda: start(now, index),
         "an epoch of a member": lambda: epoch(now, index, None),
         "an epoch of the fusion": lambda: epoch(now, index, Heatmaps(MEMBERS, FINGERPRINT)),
         "evaluation": lambda: judge(now, index.paths),
@@ -109,6 +111,13 @@ def predict(store: Store, paths: tuple[str, ...]) -> int:
     """Write heatmaps as the stage does; return the tiles."""
     task = HeatmapTask(store, Heatmaps(MEMBERS, FINGERPRINT), {ALL: _members()}, None, 1, "float32", 1)
     return write_heatmaps(task, paths, PoolPlan(1, 1.0, 0.0), lambda done: None)[1]
+
+
+def start(store: Store, index: TileIndex) -> int:
+    """Fit where the fusion starts, as the stage of heatmaps does behind them; return the tiles."""
+    tiles = ValidationTiles(store, Heatmaps(MEMBERS, FINGERPRINT), group_slides(index.slide_ids))
+    fit_starts(tiles, index.paths)
+    return len(index)
 
 
 def judge(store: Store, paths: tuple[str, ...]) -> int:

@@ -526,7 +526,7 @@ def test_training_fits_the_gpu_nodes(name: str, networks: tuple[str, ...], whole
     place(plan, [(cpus, gpus)] * count)
     for network in plan.networks:
         assert network.gpus > 0, "trains on CPUs beside idle GPUs"
-        assert 1 <= network.data_tasks < network.cpus
+        assert 3 <= network.data_tasks < cpus / gpus
         assert network.threads * gpus <= cpus
     if networks == MEMBERS:
         assert sum(network.gpus * network.workers for network in plan.networks) > 0.7 * gpus * count

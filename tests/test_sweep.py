@@ -7,6 +7,7 @@ import io
 import signal
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from apacs_ray.config.settings import Settings, TuneSettings
 from apacs_ray.config.sweep import Distribution
 from apacs_ray.config.training_settings import FusionSettings
 from apacs_ray.data.shards import TileIndex
+from apacs_ray.distributed.trial import TrialTask
 from apacs_ray.distributed.tune import TrialResult, best_epoch_of, stopped_by_ctrl_c, within_ranges
 from apacs_ray.models.registry import MEMBERS
 from apacs_ray.models.spec import FusionStart, start_key
@@ -26,6 +28,7 @@ from apacs_ray.stages.heatmaps import HeatmapsResult
 from apacs_ray.stages.ingest_result import IngestResult, UnitCounts
 from apacs_ray.stages.stage import Committed
 from apacs_ray.stages.tune_fusion import TuneFusion, best_trial, chance, draw_tiles, trials_csv
+from apacs_ray.storage import LocalStore
 
 SPACE = {
     name: Distribution.model_validate(drawn)
@@ -139,6 +142,15 @@ def test_a_trial_counts_by_its_own_epochs_and_the_setting_that_each_had() -> Non
 @pytest.mark.parametrize("epochs", [None, [], [{"epoch": 0, "val_dice": 0.0, "config/dropout": 0.1}]])
 def test_a_trial_that_told_nothing_has_no_score(epochs: list[dict[str, Any]] | None) -> None:
     assert best_epoch_of(trial(epochs, {"dropout": 0.1})) == ({"dropout": 0.1}, None, [])
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_trials_give_equal_bits_where_that_is_asked_for(tmp_path: Path, deterministic: bool) -> None:
+    task = TrialTask(
+        LocalStore(tmp_path), {}, FusionSettings(), 1.0, "0" * 16, 1, 0, "source", "tune", 0, 60.0,
+        pretrained="weights", deterministic=deterministic,
+    )  # fmt: skip
+    assert task.training({"dropout": 0.1}, "trial").deterministic is deterministic
 
 
 class TestTaken:

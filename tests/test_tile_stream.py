@@ -197,18 +197,21 @@ def test_work_ahead_keeps_its_order_and_its_bound(count: int, threads: int, most
     assert given == [number * number for number in range(min(count, fails))]
 
 
+@pytest.mark.parametrize("ensembles", [1, 3, 5])
 @pytest.mark.parametrize("gib", [16, 24, 80, 141])
 @pytest.mark.parametrize(
     ("side", "width", "precision"), [(2000, 1.0, "bfloat16"), (2000, 1.0, "float32"), (512, 0.5, "tf32")]
 )
 def test_batches_and_processes_fit_a_gpu_together(
-    monkeypatch: pytest.MonkeyPatch, gib: int, side: int, width: float, precision: str
+    monkeypatch: pytest.MonkeyPatch, gib: int, side: int, width: float, precision: str, ensembles: int
 ) -> None:
+    """With folds a process comes to hold the members of each, and those of all tiles."""
     monkeypatch.setattr(memory, "worker_memory", lambda workers, on_gpus: float(gib * GIB))
-    batch = tiles_a_batch(side, width, precision)
+    batch = tiles_a_batch(side, width, precision, ensembles=ensembles)
     assert 1 <= batch <= max(1, round(memory.BUSY_PIXELS / side**2))
-    together = workers_a_gpu(side, width, precision, batch)
-    each = memory.BYTES_A_PROCESS * width + batch * (side + memory.MARGIN) ** 2 * memory.pixel_bytes(width, precision)
+    together = workers_a_gpu(side, width, precision, batch, ensembles=ensembles)
+    networks = memory.BYTES_A_PROCESS * width + (ensembles - 1) * memory.BYTES_AN_ENSEMBLE * width**2
+    each = networks + batch * (side + memory.MARGIN) ** 2 * memory.pixel_bytes(width, precision)
     assert together == 1 or together * each <= gib * GIB
     for gpus, nodes in ((1, 1), (8, 1), (64, 8)):
         pool = plan_pool(

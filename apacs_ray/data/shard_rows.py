@@ -74,7 +74,7 @@ def read_rows(
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard of tiles that is open."""
+    """A shard of tiles, or of their heatmaps, that is open."""
 
     file: pq.ParquetFile
 
@@ -85,7 +85,7 @@ class Shard:
 
     def rows(self, columns: Sequence[str]) -> Iterator[Row]:
         """Yield columns of all rows, in order; the next row groups are read while these are used."""
-        names = [*columns, *({LAST} - set(columns))]
+        names = [*columns, *({LAST} & set(self.file.schema_arrow.names) - set(columns))]
 
         def read(groups: list[int]) -> pa.Table:
             return self.file.read_row_groups(groups, columns=names).select(list(columns))

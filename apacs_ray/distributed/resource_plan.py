@@ -18,6 +18,7 @@ from apacs_ray.models.registry import cost
 TOGETHER = "together"
 TRAINING_PER_DECODING = 8  # CPUs: a core decodes tiles faster than 8 train on them
 SHARED_GPU = 0.2  # of a GPU, for a small network that shares it with a larger one
+LEAST_DATA_TASKS = 3  # of a worker on a GPU, where its node has the CPUs
 SMALL = 0.25  # share of the cost of the largest network, below which one is small
 # What a step of several workers waits for their gradients to be summed, in the unit of `models.registry.cost`: by ring,
 # each sends 2 (n - 1) / n of 537 MB. At 8 GB/s between GPUs of a node without NVLink, and 3 GFLOP a GFLOP of a forward
@@ -212,11 +213,21 @@ Shares = Mapping[str, tuple[int, float]]  # workers and GPUs a worker, by networ
 
 
 def _on_gpus(shares: Shares, cluster: Cluster) -> tuple[NetworkPlan, ...]:
-    plans = []
-    for name, (count, gpu) in shares.items():
-        cpus = floor_share(gpu * cluster.gpu_cpus)
-        plans.append(NetworkPlan(name, count, cpus, gpu, max(1, int(cpus / 2)), max(1, int(cpus) - 1)))
-    return tuple(plans)
+    """Plans of networks by their shares of GPUs."""
+    cpus = {name: floor_share(gpu * cluster.gpu_cpus) for name, (_, gpu) in shares.items()}
+    # The tasks that decode for a worker ask for no CPUs: it has one less than its CPUs, and no fewer for a tile a
+    # second than the network that costs most: a cheap one on a small part of a GPU takes as many tiles as the others.
+    most = max(1, int(cluster.gpu_cpus) - 1)
+    tiles = {name: gpu / cost(name) for name, (_, gpu) in shares.items()}  # a second, in a unit of its own
+    dear = max(shares, key=cost)
+    a_tile = max(1, int(cpus[dear]) - 1) / tiles[dear]
+    tasks = {
+        name: min(most, max(LEAST_DATA_TASKS, int(cpus[name]) - 1, round(tiles[name] * a_tile))) for name in shares
+    }
+    return tuple(
+        NetworkPlan(name, count, cpus[name], gpu, max(1, int(cpus[name] / 2)), tasks[name])
+        for name, (count, gpu) in shares.items()
+    )
 
 
 def _asked_shares(names: Sequence[str], gpus: int, workers: int, in_turn: bool) -> Shares:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from apacs_ray.data.shards import open_table
+from apacs_ray.data.shard_rows import opened_shard
 from apacs_ray.distributed.tasks import map_numbers
 from apacs_ray.models.spec import FusionStart, start_key
 from apacs_ray.storage import Store
@@ -40,18 +40,11 @@ class ValidationTiles:
 
     def read(self, path: str) -> Iterator[tuple[int, Pixels, Pixels]]:
         """Yield fold, heatmaps (H, W, M) uint8 and mask (H, W) uint8 in {0, 1} of each annotated tile of a shard."""
-        with self.store.open(path) as tiles, self.store.open(self.heatmaps.path(path)) as stored:
-            masks, beside = open_table(tiles, path), open_table(stored, path)
-            for number in range(masks.num_row_groups):
-                rows = masks.read_row_group(number, columns=["slide_id", "mask"])
-                pictures = beside.read_row_group(number, columns=["heatmaps"])["heatmaps"]
-                for slide, mask, heatmaps in zip(rows["slide_id"], rows["mask"], pictures, strict=True):
-                    if mask.is_valid:
-                        yield (
-                            self.fold_of[slide.as_py()],
-                            decode_pixels(heatmaps.as_py()),
-                            decode_tile_mask(mask.as_py()),
-                        )
+        with opened_shard(self.store, path) as tiles, opened_shard(self.store, self.heatmaps.path(path)) as stored:
+            for tile, beside in zip(tiles.rows(["slide_id", "mask"]), stored.rows(["heatmaps"]), strict=True):
+                if tile["mask"] is not None:
+                    heatmaps, mask = decode_pixels(beside["heatmaps"]), decode_tile_mask(tile["mask"])
+                    yield self.fold_of[tile["slide_id"]], heatmaps, mask
 
 
 def group_slides(slide_ids: Iterable[str]) -> dict[str, int]:

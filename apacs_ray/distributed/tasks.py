@@ -26,12 +26,13 @@ T = TypeVar("T")
 # For processes that run networks: glibc keeps large freed blocks instead of giving them back, so that a step does not
 # wait for the kernel to clear the pages of every tensor anew (a quarter of a CPU step). One arena: the others always
 # give back.
+GPU_MEMORY = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}  # tiles of many sizes leave no holes in it
 KEEP_MEMORY = {
     "env_vars": {
+        **GPU_MEMORY,
         "MALLOC_ARENA_MAX": "1",
         "MALLOC_MMAP_THRESHOLD_": str(2**31 - 1),
         "MALLOC_TRIM_THRESHOLD_": str(2**63 - 1),
-        "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # tiles of many sizes leave no holes in a GPU's memory
     }
 }
 
@@ -148,13 +149,23 @@ def plan_pool(cluster: Cluster, shards: int, *, a_gpu: int = 1, batch: int = 1) 
     return PoolPlan(max(1, min(int(cluster.cpus), shards)), min(1.0, cluster.cpus), 0.0)
 
 
-def plan_predictors(cluster: Cluster, settings: Settings, shards: int) -> PoolPlan:
-    """Plan the actors that predict the tiles of a run: on GPUs as many beside each other as memory holds."""
+def plan_predictors(cluster: Cluster, settings: Settings, shards: int, *, ensembles: int = 1) -> PoolPlan:
+    """Plan the actors that predict the tiles of a run: on GPUs as many beside each other as memory holds.
+
+    Args:
+        cluster: What there is.
+        settings: Of the run.
+        shards: That they work on.
+        ensembles: That each of them holds at a time: with folds one a fold, and that of all tiles.
+
+    Returns:
+        The plan.
+    """
     if not cluster.gpus:
         return plan_pool(cluster, shards)
     tiles = (settings.tiles.size, settings.members.width, settings.evaluate.precision)
-    batch = tiles_a_batch(*tiles)
-    return plan_pool(cluster, shards, a_gpu=workers_a_gpu(*tiles, batch), batch=batch)
+    batch = tiles_a_batch(*tiles, ensembles=ensembles)
+    return plan_pool(cluster, shards, a_gpu=workers_a_gpu(*tiles, batch, ensembles=ensembles), batch=batch)
 
 
 @dataclass(frozen=True)
@@ -228,7 +239,8 @@ def run_in_task(work: Callable[[], T], *, cpus: float, gpus: float) -> T:
     import ray
 
     remote = ray.remote(num_cpus=cpus, num_gpus=gpus, runtime_env=KEEP_MEMORY, max_retries=0)(held_to_source(work))
-    result: T = ray.get(remote.remote())
+    with told_of_waits({"a task": OneAsk(cpus, gpus)}):
+        result: T = ray.get(remote.remote())
     return result
 
 

@@ -8,6 +8,7 @@ taken away.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from apacs_ray.config.training_settings import FusionSettings
 from apacs_ray.data.shards import TileIndex
 from apacs_ray.distributed.interruptions import NodeInterruptions
 from apacs_ray.distributed.resource_plan import NetworkPlan
+from apacs_ray.distributed.tasks import GPU_MEMORY
 from apacs_ray.distributed.train import fit
 from apacs_ray.distributed.worker import NetworkTask, TrainingTask, WorkerHooks, threads_ahead, train_worker
 from apacs_ray.errors import ApacsError, StoreTroubleError, gpu_too_small, message_of
@@ -64,6 +66,7 @@ class TrialTask:
     plan: NetworkPlan = ALONE
     pretrained: str | None = None
     starts: Mapping[str, FusionStart] = field(default_factory=dict)
+    deterministic: bool = False
 
     def settings(self, config: dict[str, Any]) -> FusionSettings:
         """Return the fusion's settings with those that Ray Tune drew; the scheduler ends a trial early, no patience."""
@@ -97,6 +100,7 @@ class TrialTask:
             self.source,
             self.checkpoint_every,
             by_unit=True,
+            deterministic=self.deterministic,
         )
 
 
@@ -118,6 +122,7 @@ def run_trial(config: dict[str, Any], task: TrialTask) -> None:
     from ray.tune.integration.ray_train import TuneReportCallback
 
     require_source(task.source)
+    os.environ.update(GPU_MEMORY)  # Ray Tune starts trials without variables of their own
     training = task.training(config, tune.get_context().get_trial_id())
     try:
         if task.plan.workers == 1:

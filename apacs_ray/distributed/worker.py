@@ -209,6 +209,7 @@ def _micro_batch(task: TrainingTask, device: torch.device, ranks: Ranks) -> int 
         (micro_batch_size(settings, ranks.world), channels, side, side),
         half=uses_bfloat16(settings.precision, device),
         memory=torch.cuda.get_device_properties(device).total_memory * min(1.0, task.plan.gpus or 1.0),
+        averaged=settings.ema > 0,
     )
     return min(ranks.all_gather(fitting))
 

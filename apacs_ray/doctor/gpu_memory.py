@@ -91,7 +91,7 @@ def _fit(run: Run, settings: Settings, memory: int | None) -> tuple[str, bool]:
     names = " + ".join(spec.name for spec in specs)
 
     def needed(batch: int) -> float:
-        return step_memory(builds, (batch, *tiles), half=half) / USABLE
+        return step_memory(builds, (batch, *tiles), half=half, averaged=how.ema > 0) / USABLE
 
     def size(batch: int) -> str:
         return f"{batch} tile{'s' * (batch > 1)} of {side} px take{'s' * (batch == 1)} {needed(batch) / GIB:.1f} GiB"
@@ -100,7 +100,7 @@ def _fit(run: Run, settings: Settings, memory: int | None) -> tuple[str, bool]:
     of_share = f" of {plan.gpus:g} GPU" if share < 1 else ""
     if memory is None:
         return f"{names}: {size(wanted)}{of_share}" + (f", {size(1)}" if wanted > 1 else ""), True
-    batch = fitting_batch(builds, (wanted, *tiles), half=half, memory=share * memory)
+    batch = fitting_batch(builds, (wanted, *tiles), half=half, memory=share * memory, averaged=how.ema > 0)
     if needed(batch) > share * memory:
         return f"{names}: {size(batch)}{of_share}, which is too much", False
     passes = -(-wanted // batch)

@@ -98,8 +98,11 @@ class Evaluate(Stage[EvaluateResult]):
             per_tile = evaluate_tiles(
                 task, list(index.paths), plan, lambda done: progress.show("test tiles", done, len(index))
             )
+        precision = (
+            "float32" if settings.evaluate.precision == "tf32" and not plan.gpus else settings.evaluate.precision
+        )
         metrics = {
-            model: {**figures, "precision": settings.evaluate.precision}
+            model: {**figures, "precision": precision}
             for model, figures in summarize(per_tile, task.models, settings.run.seed).items()
         }
         for name in folders:

@@ -94,7 +94,7 @@ class StoreHeatmaps(Stage[HeatmapsResult]):
         )
         planned = sum(self.ingest.result.tiles[split] for split in SPLITS)
         with job.progress() as progress:
-            plan = plan_predictors(job.ray.cluster(), settings, len(paths))
+            plan = plan_predictors(job.ray.cluster(), settings, len(paths), ensembles=1 if folds == 1 else folds + 1)
             rows_in, rows_out = write_heatmaps(task, paths, plan, lambda done: progress.show("heatmaps", done, planned))
         current = {task.heatmaps.path(path) for path in paths}
         for split in SPLITS:

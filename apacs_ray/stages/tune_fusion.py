@@ -110,6 +110,7 @@ class TuneFusion(Stage[SweepResult]):
             60 * settings.run.checkpoint_minutes,
             pretrained=pretrained,
             starts=self.heatmaps.result.starts,
+            deterministic=settings.run.deterministic,
         )
         with job.progress() as progress:
             trials = sweep(
