@@ -58,7 +58,10 @@ BEGIN, END = "<!-- by benchmarks/capacity.py -->", "<!-- end -->"
 SLIDES, WIDTH, HEIGHT, TISSUE, SLIDE_BYTES = 1000, 100_000, 200_000, 0.2, 5e9
 CORE, HALO = 4096, 480
 PLAN_SECONDS = 9.0  # of a core: benchmarks/tissue.py, MIRAX of 200 000 x 100 000 px at 0.25 um
-GPUS = {"L4": 30e12, "H100": 300e12}  # FLOP/s in bfloat16, assumed
+# FLOP/s of the ensemble in bfloat16. An H100: 8.98 TFLOP a tile of 2000 px in 61 ms (cluster/training.json); an L4 as
+# much less as is assumed for training (benchmarks/capacity_training.py)
+GPUS = {"L4": 15e12, "H100": 147e12}
+SEEN = {"L4": "**assumed**: a tenth", "H100": "`benchmarks/inference.py`, machine H: a tile of 2000 px in 61 ms"}
 GPUS_A_NODE = {"L4": 4, "H100": 8}
 CPUS_A_NODE = {"L4": 48, "H100": 192}
 DISK = {"L4": 1e9, "H100": 4e9}  # bytes/s that a node's disk writes, assumed: EBS gp3; NVMe
@@ -260,7 +263,7 @@ def _unit_lines(costs: dict[str, float]) -> list[str]:
             (
                 f"the same on one {gpu}, {speed / 1e12:.0f} TFLOP/s in bfloat16",
                 f"{_s(flops_a_pixel() * window * 1e6 / speed)} s",
-                "**assumed**, no GPU was at hand",
+                SEEN[gpu],
             )
             for gpu, speed in GPUS.items()
         ),

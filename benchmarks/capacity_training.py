@@ -54,6 +54,7 @@ class Gpu:
 # an L4: 30 TFLOP/s where the H100 of machine H trains FCN-8 at 290
 KINDS = (Gpu("L4", 4, 48, 30 / 290, 8.0), Gpu("H100", 8, 192, 1.0, 200.0))
 SWEEP_GPUS = (1, 4, 40)
+PLANNED, PLANNED_BATCH = (1, 2, 4, 8, 16), 4
 RUNS = ((4, 4), (40, 4), (40, 16), (400, 4), (400, 64))  # GPUs and tiles a batch
 
 
@@ -168,6 +169,7 @@ def section(costs: dict[str, Any]) -> str:
     parts = [
         _unit_lines(costs),
         _tiling_lines(costs),
+        _plan_lines(),
         _network_lines(costs),
         _sweep_lines(costs),
         _driver_lines(costs),
@@ -221,6 +223,28 @@ def _tiling_lines(costs: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _plan_lines() -> list[str]:
+    shown = " | ".join(f"{name.upper().replace('FCN', 'FCN-')} (data tasks)" for name in MEMBERS)
+    lines = [
+        "## Who trains where",
+        "",
+        f"Members of a run with batches of {PLANNED_BATCH}: workers x what each has. `tests/test_gpu_plans.py` places",
+        "these and others with a scheduler of its own, on poor and rich nodes, and with heads with and without CPUs.",
+        "",
+        f"| GPUs (nodes) | CPUs of a node | how | {shown} |",
+        "|---" * (len(MEMBERS) + 3) + "|",
+    ]
+    for kind in KINDS:
+        for gpus in PLANNED:
+            nodes = nodes_of(kind, gpus)
+            planned = plan_training(MEMBERS, cluster_of([nodes], []), batch_size=PLANNED_BATCH, mode="auto")
+            cells = [f"{network.ask()} ({network.data_tasks})" for network in planned.networks]
+            cells += ["the same worker"] * (len(MEMBERS) - len(cells))
+            on = f"{gpus} {kind.name} ({nodes.count})"
+            lines.append(f"| {on} | {nodes.cpus:g} | {planned.mode} | {' | '.join(cells)} |")
+    return lines
+
+
 def _network_lines(costs: dict[str, Any]) -> list[str]:
     rows = [stage_row(costs, kind, gpus, batch) for kind in KINDS for gpus, batch in RUNS]
     return [
@@ -270,7 +294,8 @@ def _driver_lines(costs: dict[str, Any]) -> list[str]:
         ("the same if all were test tiles", TILES * costs["counts_B_a_tile"]),
     ]
     passes = 4  # read by training, heatmaps, the fusion, evaluation
-    reads = costs["read_requests"] * SPLITS["train"] * TILES
+    reads, tested = SPLITS["train"] * TILES, SPLITS["test"] * shards
+    before = {name: cost["before"] for name, cost in json.loads(FILE.read_text()).items() if "before" in cost}
     return [
         f"## Driver and store, at any number of GPUs ({_s(shards)} shards)",
         "",
@@ -281,9 +306,12 @@ def _driver_lines(costs: dict[str, Any]) -> list[str]:
         "| requests | now | before |",
         "|---|---|---|",
         f"| the index, if each of {passes} stages reads all splits | "
-        f"{_s(passes * len(SPLITS) * costs['index_requests'])} | {_s(passes * 322 * shards)} |",
-        f"| an epoch of one member, at most | {_s(reads)} | {_s(1.5 * reads)} |",
-        f"| heatmaps and evaluation of all tiles | {_s(costs['predict_requests'] * shards)} | {_s(67 * shards)} |",
+        f"{_s(passes * len(SPLITS) * costs['index_requests'])} | {_s(passes * before['index_requests'] * shards)} |",
+        f"| an epoch of one member | {_s(costs['read_requests'] * reads)} | {_s(before['read_requests'] * reads)} |",
+        f"| heatmaps of all tiles | {_s(costs['heatmaps_requests'] * shards)} | "
+        f"{_s(before['heatmaps_requests'] * shards)} |",
+        f"| evaluation of the test tiles | {_s(costs['evaluate_requests'] * tested)} | "
+        f"{_s(before['evaluate_requests'] * tested)} |",
     ]
 
 

@@ -109,6 +109,19 @@ def _measure(case: Case, peak: float, arguments: argparse.Namespace) -> dict[str
     }
     if arguments.compile:
         ways["compiled"] = Elsewhere(partial(Ours, case, compiled=True), KEEP_MEMORY["env_vars"])
+    try:
+        row = _timed(case, ways, peak, arguments)
+    finally:  # also where the memory of one is too small: the next case needs it
+        for way in ways.values():
+            way.end()
+    if arguments.profile or arguments.smoke:
+        row["spent_on"] = _profile(Ours(case))
+        for operation, share in row["spent_on"].items():
+            print(f"{row['network']}: {share:6.1%} {operation}")
+    return row
+
+
+def _timed(case: Case, ways: dict[str, Elsewhere], peak: float, arguments: argparse.Namespace) -> dict[str, Any]:
     for name, way in ways.items():
         loss = way()
         require(isinstance(loss, float) and 0 < loss < 10, f"{case.name}: a loss of {loss} in {name}")
@@ -116,7 +129,7 @@ def _measure(case: Case, peak: float, arguments: argparse.Namespace) -> dict[str
     seconds = {name: value / case.steps for name, value in medians(alternate(ways, repetitions)).items()}
     forward = forward_flops(case.network, (case.batch, 3, case.side, case.side))
     speed = (1 + BACKWARD) * forward / seconds["ours"]
-    row: dict[str, Any] = {
+    return {
         "network": case.label,
         **{f"{way}_s": value for way, value in seconds.items()},
         "ratio": seconds["textbook"] / seconds["ours"],
@@ -126,13 +139,6 @@ def _measure(case: Case, peak: float, arguments: argparse.Namespace) -> dict[str
         "peak_GiB": ways["ours"].peak_memory() / 2**30,
         "textbook_peak_GiB": ways["textbook"].peak_memory() / 2**30,
     }
-    for way in ways.values():
-        way.end()
-    if arguments.profile or arguments.smoke:
-        row["spent_on"] = _profile(Ours(case))
-        for operation, share in row["spent_on"].items():
-            print(f"{row['network']}: {share:6.1%} {operation}")
-    return row
 
 
 class Textbook:
