@@ -97,10 +97,12 @@ def _measure(steps: Steps, store: Store) -> tuple[float, float, float]:
     """Write one checkpoint; return seconds of the copy, until all is written, and by which training came later."""
     plain = _seconds_of(steps, 5)
     done = threading.Event()
+    saved: list[float] = []  # when the files lie on this machine
 
     def keep(state: Snapshot) -> None:
         with tempfile.TemporaryDirectory() as folder:
             save_state(Path(folder), state)
+            saved.append(time.perf_counter() - began)
             keep_checkpoint(store, "state", 1, Path(folder))
         done.set()
 
@@ -108,13 +110,27 @@ def _measure(steps: Steps, store: Store) -> tuple[float, float, float]:
     with CheckpointWriter() as writer:
         writer.write("fcn8", steps.state(), keep)
         copied = time.perf_counter() - began
-        count = 0
+        ends = []
         while not done.is_set():
             steps()
-            count += 1
+            ends.append(time.perf_counter() - began)
         written = time.perf_counter() - began
     require(len(complete_checkpoints(store, "state")) == 1, "the checkpoint is not complete")
-    return copied, written, written - count * min(plain, _seconds_of(steps, 5))
+    plain = min(plain, _seconds_of(steps, 5))
+    _trace(copied, saved[0], ends, plain)
+    return copied, written, written - len(ends) * plain
+
+
+def _trace(copied: float, saved: float, ends: list[float], plain: float) -> None:
+    """Print what went on at the same time: the thread that writes, and steps of training (a step's s alone: `plain`)."""
+    print("   0.00 s  training stands still: its state is copied to the host")
+    print(f"{copied:7.2f} s  training goes on, a thread writes the files")
+    before = copied
+    for until, what in ((saved, "they are sent to the store"), (ends[-1] if ends else saved, "all is there")):
+        within = [end for end in ends if before < end <= until]
+        pace = f", {(within[-1] - before) / len(within):.2f} s each ({plain:.2f} without)" if within else ""
+        print(f"{until:7.2f} s  {what}; {len(within)} steps ended meanwhile{pace}", flush=True)
+        before = until
 
 
 def _seconds_of(steps: Steps, count: int) -> float:
