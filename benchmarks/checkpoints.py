@@ -122,7 +122,7 @@ def _measure(steps: Steps, store: Store) -> tuple[float, float, float]:
 
 
 def _trace(copied: float, saved: float, ends: list[float], plain: float) -> None:
-    """Print what went on at the same time: the thread that writes, and steps of training (a step's s alone: `plain`)."""
+    """Print what went on at a time: a thread that writes, and steps of training, which take `plain` s alone."""
     print("   0.00 s  training stands still: its state is copied to the host")
     print(f"{copied:7.2f} s  training goes on, a thread writes the files")
     before = copied
