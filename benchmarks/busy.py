@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -25,9 +24,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from measure import options, require, show
+from measure import options, show
 
 ASK = ["nvidia-smi", "--query-gpu=index,utilization.gpu,memory.used", "--format=csv,noheader,nounits", "-lms", "200"]
+FIRST = 10.0  # s in which nvidia-smi says its first line; the command begins then
 TRIFLE = [sys.executable, "-c", "sum(range(10**7))"]  # for --quick and --smoke
 
 
@@ -36,16 +36,15 @@ def main() -> None:
     parser = options(__doc__ or "", "a command that takes a moment")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and what is to be run")
     arguments = parser.parse_args()
-    command = [word for word in arguments.command if word != "--"] or TRIFLE
-    began, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = arguments.command[arguments.command[:1] == ["--"] :] or TRIFLE
     with _Looks() as looks:
+        began = time.perf_counter()
         status = subprocess.call(command)
-    now = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
-    whole = {"of": "the command", "s": time.perf_counter() - began, "cores_busy": cpu / (time.perf_counter() - began)}
-    if not looks.lines:
-        print("GPU: not measured (no nvidia-smi here); the same command measures it where there is one")
-    show(" ".join(command), [whole, *rows_of(looks.lines)], arguments.json)
+        seconds = time.perf_counter() - began
+    rows = rows_of(looks.lines)
+    if not rows:
+        print("GPU: not measured (no nvidia-smi here, or it tells nothing of them)")
+    show(" ".join(command), [{"of": "the command", "s": seconds}, *rows], arguments.json)
     raise SystemExit(status)
 
 
@@ -54,6 +53,7 @@ class _Looks:
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self._first = threading.Event()
 
     def __enter__(self) -> _Looks:
         self._process = None
@@ -61,21 +61,26 @@ class _Looks:
             self._process = subprocess.Popen(ASK, stdout=subprocess.PIPE, text=True, env={**os.environ, "LC_ALL": "C"})
             self._reader = threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True)
             self._reader.start()
+            self._first.wait(FIRST)
         return self
 
     def _read(self, lines: Iterable[str]) -> None:
-        self.lines.extend(lines)
+        for line in lines:
+            self.lines.append(line)
+            self._first.set()
 
     def __exit__(self, *error: object) -> None:
         if self._process is not None:
             self._process.terminate()
             self._process.wait()
             self._reader.join()
-            require(self.lines, "nvidia-smi said nothing")
 
 
 def rows_of(lines: Iterable[str]) -> list[dict[str, Any]]:
-    """Return a row a GPU of lines as `ASK` prints them: looks, % of the time busy, GiB at most."""
+    """Return a row a GPU of lines as `ASK` prints them: looks, % of the time busy, GiB at most.
+
+    A GPU that tells no numbers, as one that is split by MIG, has none.
+    """
     seen: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for line in lines:
         index, *values = (word.strip() for word in line.split(","))

@@ -295,6 +295,7 @@ def _driver_lines(costs: dict[str, Any]) -> list[str]:
     ]
     passes = 4  # read by training, heatmaps, the fusion, evaluation
     reads, tested = SPLITS["train"] * TILES, SPLITS["test"] * shards
+    learned = (SPLITS["train"] + SPLITS["val"]) * shards
     before = {name: cost["before"] for name, cost in json.loads(FILE.read_text()).items() if "before" in cost}
     return [
         f"## Driver and store, at any number of GPUs ({_s(shards)} shards)",
@@ -307,9 +308,12 @@ def _driver_lines(costs: dict[str, Any]) -> list[str]:
         "|---|---|---|",
         f"| the index, if each of {passes} stages reads all splits | "
         f"{_s(passes * len(SPLITS) * costs['index_requests'])} | {_s(passes * before['index_requests'] * shards)} |",
-        f"| an epoch of one member | {_s(costs['read_requests'] * reads)} | {_s(before['read_requests'] * reads)} |",
-        f"| heatmaps of all tiles | {_s(costs['heatmaps_requests'] * shards)} | "
-        f"{_s(before['heatmaps_requests'] * shards)} |",
+        f"| an epoch of one member, at most | {_s(costs['read_requests'] * reads)} | "
+        f"{_s(before['read_requests'] * reads)} |",
+        f"| heatmaps of train and val tiles | {_s(costs['heatmaps_requests'] * learned)} | "
+        f"{_s(before['heatmaps_requests'] * learned)} |",
+        f"| where the fusion starts | {_s(costs['start_requests'] * SPLITS['val'] * shards)} | "
+        f"{_s(before['start_requests'] * SPLITS['val'] * shards)} |",
         f"| evaluation of the test tiles | {_s(costs['evaluate_requests'] * tested)} | "
         f"{_s(before['evaluate_requests'] * tested)} |",
     ]

@@ -116,8 +116,8 @@ def predict(store: Store, paths: tuple[str, ...]) -> int:
 def start(store: Store, index: TileIndex) -> int:
     """Fit where the fusion starts, as the stage of heatmaps does behind them; return the tiles."""
     tiles = ValidationTiles(store, Heatmaps(MEMBERS, FINGERPRINT), group_slides(index.slide_ids))
-    fit_starts(tiles, index.paths)
-    return len(index)
+    found = fit_starts(tiles, index.paths)
+    return len(index) if all(one.val_dice is not None for one in found.values()) else 0
 
 
 def judge(store: Store, paths: tuple[str, ...]) -> int:

@@ -237,10 +237,14 @@ def rules(val: Counts, rates: list[float]) -> dict[str, tuple[int, int]]:
     slow = next(trial for trial in order if near[trial].any())
     chosen["lowest learning rate within 1 error"] = (slow, int(pooled[slow].argmax()))
     contenders = [trial for trial in order if pooled[trial, 0] == pooled[:, 0].max()]
-    within = pooled[contenders].max()
-    place = next(at for at in range(pooled.size) if pooled.flat[at] == within and at // pooled.shape[1] in contenders)
-    chance = paired_errors(flat, place).reshape(pooled.shape)
-    taken = next(trial for trial in contenders if (within - pooled[trial] <= chance[trial]).any())
+    trained = {trial: 1 + int(pooled[trial, 1:].argmax()) for trial in contenders}  # a trial is known by its best epoch
+    top = max(contenders, key=lambda trial: pooled[trial, trained[trial]])
+    errors_to = paired_errors(flat, top * pooled.shape[1] + trained[top]).reshape(pooled.shape)
+    taken = next(
+        trial
+        for trial in contenders
+        if pooled[top, trained[top]] - pooled[trial, trained[trial]] <= errors_to[trial, trained[trial]]
+    )
     chosen["of those that start best the lowest learning rate within 1 error (the stage)"] = (
         taken,
         int(pooled[taken].argmax()),

@@ -41,9 +41,9 @@ def test_looks_are_told_by_gpu_and_the_command_s_status_is_kept(tmp_path: Path) 
 
 
 def test_without_a_gpu_the_command_is_timed(tmp_path: Path) -> None:
-    done = busy("/usr/bin:/bin", tmp_path, sys.executable, "-c", "print('it ran')")
+    done = busy(str(tmp_path), tmp_path, sys.executable, "-c", "print('it ran')")
     assert done.returncode == 0, done.stderr
     assert "it ran" in done.stdout
     assert "GPU: not measured" in done.stdout
     (whole,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert whole["cores_busy"] >= 0
+    assert whole["s"] > 0

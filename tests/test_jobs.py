@@ -117,6 +117,7 @@ def test_nodes_come_for_a_stage_and_go(undisturbed: Path, cells: Path, tmp_path:
         assert "training together: fcn32 + fcn16 + fcn8: 1 worker x 1 GPU" in job.logs()
         listed = cluster.ask("api/v0/tasks?limit=10000")["data"]["result"]["result"]
         tasks = {task["name"] for task in listed if task["type"] == "NORMAL_TASK"}
+        assert "MapBatches(checked)" in tasks
         # none of Ray's own, for which the autoscaler starts nodes, too
         assert not {name for name in tasks if "checked" not in name and "MapBatches" not in name}
         deadline = time.monotonic() + TIMEOUT

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from apacs_ray.distributed.resource_plan import Cluster, Nodes, TrainingPlan, cluster_of, plan_training
 from apacs_ray.distributed.trial_plan import plan_trials
 from apacs_ray.errors import ApacsError
-from apacs_ray.models.registry import MEMBERS, cost
+from apacs_ray.models.registry import MEMBERS
 
 COUNT = st.integers(1, 64)
 
@@ -50,20 +50,21 @@ def test_a_plan_is_feasible(cpus: int, gpus: int, workers: int, batch: int, mode
 
 
 @given(node=st.tuples(st.integers(1, 64), st.integers(1, 8)), count=st.integers(1, 4), batch=st.integers(1, 16))
-def test_a_cheap_network_is_fed_as_many_tiles_a_task_as_the_dearest(
-    node: tuple[int, int], count: int, batch: int
-) -> None:
+def test_a_cheap_network_is_fed_by_what_those_beside_it_leave(node: tuple[int, int], count: int, batch: int) -> None:
     """FCN-32 on a fifth of a GPU takes more tiles a second than FCN-8 on the rest of it."""
     cpus, gpus = node
     plan = plan_training(MEMBERS, cluster_of([Nodes(cpus, gpus, count)], []), batch_size=batch)
-    most = max(1, int(cpus / gpus) - 1)
-    dear = plan.networks[-1]
+    most, dear = max(1, int(cpus / gpus) - 1), plan.networks[-1]
     for network in plan.networks:
         assert min(3, most) <= network.data_tasks <= most
-        taken, by_dear = (one.gpus / cost(one.name) / one.data_tasks for one in (network, dear))
-        assert (
-            taken <= by_dear * 1.2 or network.data_tasks == most or dear.data_tasks == 3
-        )  # which has more than it needs
+        assert network.data_tasks >= int(network.cpus) - 1
+        together = [network, *([dear] * int((1 - network.gpus) / dear.gpus + 1e-6) if network.gpus < dear.gpus else [])]
+        assert sum(one.data_tasks for one in together) <= most + 3 * (len(together) - 1)
+
+
+def test_fcn32_beside_a_larger_network_has_three_tasks_of_twelve_cpus() -> None:
+    plan = plan_training(MEMBERS, cluster_of([Nodes(48, 4, 2)], []), batch_size=4)
+    assert [network.data_tasks for network in plan.networks] == [3, 8, 8]
 
 
 def test_two_cpus_train_all_three_at_once() -> None:

@@ -19,7 +19,7 @@ from apacs_ray.data.folders import Pair
 from apacs_ray.distributed.cluster import has_gpus
 from apacs_ray.distributed.resource_plan import Cluster, NetworkPlan, TrainingPlan, plan_training
 from apacs_ray.distributed.session import RaySession
-from apacs_ray.distributed.tasks import plan_predictors, run_in_task
+from apacs_ray.distributed.tasks import ensembles_held, plan_predictors, run_in_task
 from apacs_ray.distributed.trial_plan import plan_sweep
 from apacs_ray.errors import ApacsError
 from apacs_ray.estimate.cutting import PAIRS, SLIDES, cut_pairs, cut_slides, spread
@@ -163,7 +163,13 @@ class _Networks:
         trained = [self._trained("heatmaps: folds", self._member_plan, 0).times(folds - 1)] if folds > 1 else []
         return [
             *trained,
-            self._pooled("heatmaps", tiles.train + tiles.val, self._times.members, size=self._times.heatmaps),
+            self._pooled(
+                "heatmaps",
+                tiles.train + tiles.val,
+                self._times.members,
+                size=self._times.heatmaps,
+                ensembles=ensembles_held(self._settings.heatmaps.folds),
+            ),
         ]
 
     def sweep(self) -> list[Line]:
@@ -211,8 +217,9 @@ class _Networks:
         seconds: Sequence[Seconds] = self._times.trainings[first : first + count]
         return training(stage, self._tiles, how.epochs, seconds, plan, self._cluster.cpus)
 
-    def _pooled(self, stage: str, tiles: int, each: float, *, size: float) -> Line:
-        plan = plan_predictors(self._cluster, self._settings, math.ceil(tiles / self._settings.tiles.shard))
+    def _pooled(self, stage: str, tiles: int, each: float, *, size: float, ensembles: int = 1) -> Line:
+        shards = math.ceil(tiles / self._settings.tiles.shard)
+        plan = plan_predictors(self._cluster, self._settings, shards, ensembles=ensembles)
         return pool(
             stage,
             tiles,

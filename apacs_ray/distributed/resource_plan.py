@@ -1,8 +1,8 @@
 """Who trains where: the resources of each network's training run, from what the cluster has. Pure arithmetic.
 
 FCN-16 and FCN-8 cost 7 times FCN-32 (`models.registry.cost`), so an equal split of GPUs wastes them. Nothing is asked
-for that cannot come. A worker reserves the CPUs of the tasks that decode for it with its own, and they run on its node:
-whoever has a worker can decode, also when nodes were lost since.
+for that cannot come. A worker reserves the CPUs of the tasks that decode for it with its own (on a small part of a GPU
+of some of them), and they run on its node: whoever has a worker can decode, also when nodes were lost since.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from apacs_ray.models.registry import cost
 TOGETHER = "together"
 TRAINING_PER_DECODING = 8  # CPUs: a core decodes tiles faster than 8 train on them
 SHARED_GPU = 0.2  # of a GPU, for a small network that shares it with a larger one
-LEAST_DATA_TASKS = 3  # of a worker on a GPU, where its node has the CPUs
+LEAST_DATA_TASKS = 3  # of a worker on a GPU, where there are so many CPUs for each GPU
 SMALL = 0.25  # share of the cost of the largest network, below which one is small
 # What a step of several workers waits for their gradients to be summed, in the unit of `models.registry.cost`: by ring,
 # each sends 2 (n - 1) / n of 537 MB. At 8 GB/s between GPUs of a node without NVLink, and 3 GFLOP a GFLOP of a forward
@@ -215,15 +215,16 @@ Shares = Mapping[str, tuple[int, float]]  # workers and GPUs a worker, by networ
 def _on_gpus(shares: Shares, cluster: Cluster) -> tuple[NetworkPlan, ...]:
     """Plans of networks by their shares of GPUs."""
     cpus = {name: floor_share(gpu * cluster.gpu_cpus) for name, (_, gpu) in shares.items()}
-    # The tasks that decode for a worker ask for no CPUs: it has one less than its CPUs, and no fewer for a tile a
-    # second than the network that costs most: a cheap one on a small part of a GPU takes as many tiles as the others.
+    # The tasks that decode for a worker ask for no CPUs: it has one less than its CPUs. A cheap network on a small part
+    # of a GPU takes as many tiles a second as the dearest: it has what those beside it leave of the GPU's CPUs, too.
     most = max(1, int(cluster.gpu_cpus) - 1)
-    tiles = {name: gpu / cost(name) for name, (_, gpu) in shares.items()}  # a second, in a unit of its own
+    own = {name: max(1, int(cpus[name]) - 1) for name in shares}
     dear = max(shares, key=cost)
-    a_tile = max(1, int(cpus[dear]) - 1) / tiles[dear]
-    tasks = {
-        name: min(most, max(LEAST_DATA_TASKS, int(cpus[name]) - 1, round(tiles[name] * a_tile))) for name in shares
-    }
+    tasks = {}
+    for name, (_, gpu) in shares.items():
+        wanted = round(own[dear] * (gpu / cost(name)) / (shares[dear][1] / cost(dear)))
+        beside = int((1 - gpu) / shares[dear][1] + 1e-6) * own[dear]
+        tasks[name] = min(most, max(LEAST_DATA_TASKS, own[name], min(wanted, most - beside)))
     return tuple(
         NetworkPlan(name, count, cpus[name], gpu, max(1, int(cpus[name] / 2)), tasks[name])
         for name, (count, gpu) in shares.items()

@@ -149,6 +149,11 @@ def plan_pool(cluster: Cluster, shards: int, *, a_gpu: int = 1, batch: int = 1) 
     return PoolPlan(max(1, min(int(cluster.cpus), shards)), min(1.0, cluster.cpus), 0.0)
 
 
+def ensembles_held(folds: int) -> int:
+    """Return how many sets of members an actor of the heatmaps comes to hold: one a fold, and that of all tiles."""
+    return 1 if folds == 1 else folds + 1
+
+
 def plan_predictors(cluster: Cluster, settings: Settings, shards: int, *, ensembles: int = 1) -> PoolPlan:
     """Plan the actors that predict the tiles of a run: on GPUs as many beside each other as memory holds.
 
@@ -156,7 +161,7 @@ def plan_predictors(cluster: Cluster, settings: Settings, shards: int, *, ensemb
         cluster: What there is.
         settings: Of the run.
         shards: That they work on.
-        ensembles: That each of them holds at a time: with folds one a fold, and that of all tiles.
+        ensembles: That each of them comes to hold.
 
     Returns:
         The plan.

@@ -150,11 +150,11 @@ def _watch(waits: Waits, look: float, over: threading.Event) -> None:
         try:
             groups = placement_group_table().values()
             alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            alone = [[ask] for ask in pending_asks()]
         except (ray.exceptions.RayError, ConnectionError, RuntimeError):
             return  # Ray ends, or its head is gone, which others tell
         pending = [list(group["bundles"].values()) for group in groups if group["state"] in PENDING]
-        pending += alone
+        with contextlib.suppress(ray.exceptions.RayError):  # a head that is slow to say so has time until the next look
+            pending += [[ask] for ask in pending_asks()]
         gpus, cpus = (sum(node.get(what, 0.0) for node in alive) for what in ("GPU", "CPU"))
         nodes = f"{len(alive)} node{'s' * (len(alive) != 1)} with {gpus:g} GPU + {cpus:g} CPU"
         for line in waits.look(pending, nodes, time.monotonic()):

@@ -98,9 +98,7 @@ class Evaluate(Stage[EvaluateResult]):
             per_tile = evaluate_tiles(
                 task, list(index.paths), plan, lambda done: progress.show("test tiles", done, len(index))
             )
-        precision = (
-            "float32" if settings.evaluate.precision == "tf32" and not plan.gpus else settings.evaluate.precision
-        )
+        precision = computed_precision(settings.evaluate.precision, plan)
         metrics = {
             model: {**figures, "precision": precision}
             for model, figures in summarize(per_tile, task.models, settings.run.seed).items()
@@ -158,6 +156,11 @@ class Evaluate(Stage[EvaluateResult]):
             settings=job.settings.model_dump(mode="json"),
             environment={**environment(), "git": git_commit(), "device": "; ".join(devices)},
         )
+
+
+def computed_precision(precision: str, plan: PoolPlan) -> str:
+    """Return the numbers in which the networks of a plan compute: TF32 is of GPUs, on CPUs it is float32."""
+    return "float32" if precision == "tf32" and not plan.gpus else precision
 
 
 def ingest_facts(ingest: IngestResult) -> dict[str, Any]:

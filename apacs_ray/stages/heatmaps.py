@@ -12,7 +12,7 @@ from apacs_ray.console import say
 from apacs_ray.data.shards import TileIndex, shard_paths
 from apacs_ray.distributed.heatmaps import ALL, HeatmapTask, write_folds, write_heatmaps
 from apacs_ray.distributed.starts import ValidationTiles, fit_starts, group_slides
-from apacs_ray.distributed.tasks import plan_predictors
+from apacs_ray.distributed.tasks import ensembles_held, plan_predictors
 from apacs_ray.errors import ApacsError
 from apacs_ray.models.registry import MEMBERS
 from apacs_ray.models.spec import FusionStart
@@ -94,7 +94,7 @@ class StoreHeatmaps(Stage[HeatmapsResult]):
         )
         planned = sum(self.ingest.result.tiles[split] for split in SPLITS)
         with job.progress() as progress:
-            plan = plan_predictors(job.ray.cluster(), settings, len(paths), ensembles=1 if folds == 1 else folds + 1)
+            plan = plan_predictors(job.ray.cluster(), settings, len(paths), ensembles=ensembles_held(folds))
             rows_in, rows_out = write_heatmaps(task, paths, plan, lambda done: progress.show("heatmaps", done, planned))
         current = {task.heatmaps.path(path) for path in paths}
         for split in SPLITS:

@@ -22,6 +22,7 @@ from apacs_ray.distributed.cluster import joined_machines, refuse_local
 from apacs_ray.distributed.segment import TASK_CPUS, segment_shards
 from apacs_ray.distributed.session import RaySession
 from apacs_ray.distributed.tasks import SegmentPool, map_numbers, plan_segment_pool, start_task
+from apacs_ray.distributed.waiting import OneAsk, told_of_waits
 from apacs_ray.errors import ApacsError, BadInput, UsageError, few
 from apacs_ray.inference.cutting import choose_cutting
 from apacs_ray.inference.model_files import ModelFiles, find_models
@@ -249,8 +250,10 @@ def _work(
             left[receipt.slide] -= 1
             if not left[receipt.slide]:
                 end(receipt.slide)
-        while ending:
-            collect()
+        with told_of_waits({"a task": OneAsk(TASK_CPUS)}) as went_on:
+            while ending:
+                collect()
+                went_on()
     share = f"; {pool.actors} workers spent {busy():.0%} of it in networks" if done else ""
     say(f"{STAGE}: {len(slides)} slides in {time.time() - began:.0f} s{share}")
 
