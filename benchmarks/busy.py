@@ -11,6 +11,7 @@ part of its arithmetic that took is what `training.py` and `inference.py` tell. 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,43 +38,40 @@ def main() -> None:
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and what is to be run")
     arguments = parser.parse_args()
     command = arguments.command[arguments.command[:1] == ["--"] :] or TRIFLE
-    with _Looks() as looks:
+    with _looks() as lines:
         began = time.perf_counter()
         status = subprocess.call(command)
         seconds = time.perf_counter() - began
-    rows = rows_of(looks.lines)
+    rows = rows_of(lines)
     if not rows:
         print("GPU: not measured (no nvidia-smi here, or it tells nothing of them)")
     show(" ".join(command), [{"of": "the command", "s": seconds}, *rows], arguments.json)
     raise SystemExit(status)
 
 
-class _Looks:
-    """The lines that `nvidia-smi` prints while the block runs; none without it."""
+@contextlib.contextmanager
+def _looks() -> Iterator[list[str]]:
+    """Yield the lines that `nvidia-smi` prints while the block runs, all of them at its end; none without it."""
+    lines: list[str] = []
+    if not shutil.which(ASK[0]):
+        yield lines
+        return
+    first = threading.Event()
+    with subprocess.Popen(ASK, stdout=subprocess.PIPE, text=True, env={**os.environ, "LC_ALL": "C"}) as process:
 
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self._first = threading.Event()
+        def read() -> None:
+            for line in process.stdout or ():
+                lines.append(line)
+                first.set()
 
-    def __enter__(self) -> _Looks:
-        self._process = None
-        if shutil.which(ASK[0]):
-            self._process = subprocess.Popen(ASK, stdout=subprocess.PIPE, text=True, env={**os.environ, "LC_ALL": "C"})
-            self._reader = threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True)
-            self._reader.start()
-            self._first.wait(FIRST)
-        return self
-
-    def _read(self, lines: Iterable[str]) -> None:
-        for line in lines:
-            self.lines.append(line)
-            self._first.set()
-
-    def __exit__(self, *error: object) -> None:
-        if self._process is not None:
-            self._process.terminate()
-            self._process.wait()
-            self._reader.join()
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
+        first.wait(FIRST)
+        try:
+            yield lines
+        finally:
+            process.terminate()
+            reader.join()
 
 
 def rows_of(lines: Iterable[str]) -> list[dict[str, Any]]:

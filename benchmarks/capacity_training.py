@@ -29,6 +29,7 @@ from apacs_ray.distributed.trial_plan import plan_sweep
 from apacs_ray.estimate.lines import Seconds, Tiles, sweep
 from apacs_ray.models.fusion import build_fusion
 from apacs_ray.models.registry import MEMBERS, build_member
+from apacs_ray.report.summary import NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE, DOCUMENT = ROOT / "cluster/training.json", ROOT / "cluster/capacity.md"
@@ -70,9 +71,9 @@ def main() -> None:
         DOCUMENT.write_text(in_document(DOCUMENT.read_text(), section(costs)))
 
 
-def read_costs() -> dict[str, Any]:
-    """Return the unit costs, by name."""
-    return {name: cost["value"] for name, cost in json.loads(FILE.read_text()).items()}
+def read_costs(what: str = "value") -> dict[str, Any]:
+    """Return the unit costs, by name; `before`: what they were, of those that have it."""
+    return {name: cost[what] for name, cost in json.loads(FILE.read_text()).items() if what in cost}
 
 
 @functools.cache
@@ -224,7 +225,7 @@ def _tiling_lines(costs: dict[str, Any]) -> list[str]:
 
 
 def _plan_lines() -> list[str]:
-    shown = " | ".join(f"{name.upper().replace('FCN', 'FCN-')} (data tasks)" for name in MEMBERS)
+    shown = " | ".join(f"{NAMES[name]} (data tasks)" for name in MEMBERS)
     lines = [
         "## Who trains where",
         "",
@@ -296,7 +297,7 @@ def _driver_lines(costs: dict[str, Any]) -> list[str]:
     passes = 4  # read by training, heatmaps, the fusion, evaluation
     reads, tested = SPLITS["train"] * TILES, SPLITS["test"] * shards
     learned = (SPLITS["train"] + SPLITS["val"]) * shards
-    before = {name: cost["before"] for name, cost in json.loads(FILE.read_text()).items() if "before" in cost}
+    before = read_costs("before")
     return [
         f"## Driver and store, at any number of GPUs ({_s(shards)} shards)",
         "",

@@ -103,6 +103,11 @@ def _total(group: Sequence[Nodes], what: Literal["cpus", "gpus"]) -> float:
     return sum(getattr(nodes, what) * nodes.count for nodes in group)
 
 
+def amounts(cpus: float, gpus: float) -> str:
+    """Return them for a person, as in `0.8 GPU + 9.6 CPU`."""
+    return f"{gpus:g} GPU + {cpus:g} CPU" if gpus else f"{cpus:g} CPU"
+
+
 @dataclass(frozen=True)
 class NetworkPlan:
     """One training run: DDP workers, and the resources of each, those of the tasks that feed it included."""
@@ -126,7 +131,7 @@ class NetworkPlan:
 
     def ask(self) -> str:
         """Return what is asked of the cluster, as in `2 workers x 0.8 GPU + 9.6 CPU over NCCL`."""
-        device = f"{self.gpus:g} GPU + {self.cpus:g} CPU" if self.gpus else f"{self.cpus:g} CPU"
+        device = amounts(self.cpus, self.gpus)
         if self.gpus and self.backend:
             device += " over NCCL" if self.backend == "nccl" else " over gloo, as they share GPUs"
         return f"{self.workers} worker{'s' * (self.workers > 1)} x {device}"

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from apacs_ray.console import say
 from apacs_ray.distributed.ray_internals import pending_asks
+from apacs_ray.distributed.resource_plan import amounts
 
 TOLD_AFTER = 120.0  # s of waiting; then after twice, four times as long
 LOOK = 10.0  # s between looks
@@ -49,7 +50,7 @@ class OneAsk:
 
     def ask(self) -> str:
         """Return it for a person, as in `0.5 GPU + 1 CPU`."""
-        return f"{self.gpus:g} GPU + {self.cpus:g} CPU" if self.gpus else f"{self.cpus:g} CPU"
+        return amounts(self.cpus, self.gpus)
 
 
 @dataclass

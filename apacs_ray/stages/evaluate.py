@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 
 from apacs_ray.config.settings import Settings
 from apacs_ray.data.shards import TileIndex, open_table
@@ -33,6 +34,7 @@ from apacs_ray.stages.train_members import member_folder
 from apacs_ray.stages.train_networks import TrainingResult, read_indices
 from apacs_ray.stages.tune_fusion import SweepResult
 from apacs_ray.storage import Store
+from apacs_ray.training.device import describe_arithmetic
 from apacs_ray.training.history import read_history
 from apacs_ray.training.tensorboard import CURVES, CURVES_FILE, curves_path, write_metrics
 
@@ -98,7 +100,7 @@ class Evaluate(Stage[EvaluateResult]):
             per_tile = evaluate_tiles(
                 task, list(index.paths), plan, lambda done: progress.show("test tiles", done, len(index))
             )
-        precision = computed_precision(settings.evaluate.precision, plan)
+        precision = describe_arithmetic(settings.evaluate.precision, torch.device("cuda" if plan.gpus else "cpu"))
         metrics = {
             model: {**figures, "precision": precision}
             for model, figures in summarize(per_tile, task.models, settings.run.seed).items()
@@ -156,11 +158,6 @@ class Evaluate(Stage[EvaluateResult]):
             settings=job.settings.model_dump(mode="json"),
             environment={**environment(), "git": git_commit(), "device": "; ".join(devices)},
         )
-
-
-def computed_precision(precision: str, plan: PoolPlan) -> str:
-    """Return the numbers in which the networks of a plan compute: TF32 is of GPUs, on CPUs it is float32."""
-    return "float32" if precision == "tf32" and not plan.gpus else precision
 
 
 def ingest_facts(ingest: IngestResult) -> dict[str, Any]:
